@@ -1,0 +1,215 @@
+"""The recipe: everything that decides what a run computes, as frozen pydantic models. An unknown key is an error.
+
+A machine's properties (how many nodes, which accelerator) are not here but in ``cluster/``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cinemo.types import InputError
+
+MOTION_BUCKETS = 20
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Part):
+    """How clips become latents (Cinemo section 4.1) and how latents become shards."""
+
+    frames: int = Field(16, ge=2, description="frames per sample, the first (given) one included")
+    size: tuple[int, int] = Field((320, 512), description="height and width in pixels")
+    frame_interval: tuple[int, int] = Field((3, 10), description="smallest and largest frame interval, drawn uniformly")
+    views: int = Field(1, ge=1, description="independently drawn samples per clip")
+    clips_per_shard: int = Field(256, ge=1)
+    seed: int = Field(0, description="seed of every draw in precompute, with clip id and view as the key")
+    decoder: Literal["pyav", "decord"] = "pyav"
+    ssim: Literal["luma", "rgb"] = Field("luma", description="metric of the motion score; rgb = kornia reference")
+    bucket_edges: tuple[float, ...] = Field(
+        tuple(round(k / MOTION_BUCKETS, 6) for k in range(1, MOTION_BUCKETS)),
+        description="19 ascending SSIM values between buckets; the default is uniform (Cinemo section 3.2)",
+    )
+    max_quarantine_share: float = Field(1.0, ge=0, le=1, description="stop when a larger share of clips is refused")
+    encode_batch: int = Field(1, ge=1, description="clips handed to an encoder at a time; each is encoded on its own")
+    encode_actors: int = Field(1, ge=1, description="encoder processes")
+    encode_gpus: float = Field(0.0, ge=0, description="accelerator share of one encoder process")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        low, high = self.frame_interval
+        if not 1 <= low <= high:
+            raise ValueError(f"frame_interval is {self.frame_interval}, expected 1 <= low <= high")
+        if min(self.size) < 8 or any(side % 8 for side in self.size):
+            raise ValueError(f"size is {self.size}, expected multiples of 8 (the VAE halves it three times)")
+        if len(self.bucket_edges) != MOTION_BUCKETS - 1 or sorted(set(self.bucket_edges)) != list(self.bucket_edges):
+            raise ValueError(f"bucket_edges has {len(self.bucket_edges)} values, expected 19 strictly ascending ones")
+        return self
+
+
+class EncodersConfig(Part):
+    """Frozen networks. A location is ``package:NAME`` (shipped with cinemo), a directory, or ``s3://``."""
+
+    vae: str = "package:tiny/vae"
+    vae_decoder: str | None = Field(None, description="another VAE for decoding, e.g. SVD's temporal decoder")
+    text_encoder: str = "package:tiny/text_encoder"
+    tokenizer: str = "package:tiny/tokenizer"
+    latent: Literal["sample", "mode"] = Field("sample", description="published code draws a sample of the posterior")
+
+
+class ModelConfig(Part):
+    """Arguments of `cinemo.networks.lavie_unet.LavieUNet`; the defaults are the published network."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    cross_attention_dim: int = 768
+    attention_head_dim: int = Field(8, description="number of heads (the published name is a misnomer)")
+    addition_time_embed_dim: int = 256
+
+
+class DiffusionConfig(Part):
+    """Noise schedule. LaVie and Cinemo: linear betas, epsilon prediction."""
+
+    train_steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: Literal["linear", "scaled_linear"] = "linear"
+    prediction: Literal["epsilon", "v"] = "epsilon"
+
+
+class TrainConfig(Part):
+    """Optimisation (Cinemo section 4.1) and the shape of the worker group."""
+
+    workers: int = Field(8, ge=1)
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+    global_batch: int = Field(80, ge=1)
+    micro_batch: int = Field(10, ge=1, description="samples a worker holds at once; the rest is accumulated")
+    max_steps: int = Field(100_000, ge=1)
+    lr: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, description="0 is the paper's Adam; above 0 it is AdamW")
+    grad_clip: float = Field(1.0, ge=0, description="0 switches clipping off")
+    prompt_dropout: float = Field(0.5, ge=0, le=1)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "bf16"] = "bf16"
+    init: str | None = Field(None, description="UNet weights to start from: package:NAME, file, directory or s3://")
+    seed: int = 0
+    lanes: int = Field(8, ge=1, description="reading lanes of the canonical order; workers must divide it")
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+    sample_every: int = Field(1000, ge=0, description="steps between sample contact sheets; 0 = only at the end")
+    sample_count: int = Field(2, ge=1)
+    max_failures: int = Field(3, description="worker-group restarts before the run fails; -1 = no limit")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.global_batch % (self.workers * self.micro_batch):
+            raise ValueError(
+                f"global_batch is {self.global_batch}, expected a multiple of workers x micro_batch = "
+                f"{self.workers} x {self.micro_batch}"
+            )
+        if self.lanes % self.workers or self.global_batch % self.lanes:
+            raise ValueError(
+                f"lanes is {self.lanes}, expected a multiple of workers ({self.workers}) "
+                f"that divides global_batch ({self.global_batch})"
+            )
+        return self
+
+
+class SampleConfig(Part):
+    """Sampling defaults (Cinemo sections 3.3 and 4.1; values the paper leaves open are the published code's)."""
+
+    steps: int = Field(50, ge=1)
+    guidance_scale: float = Field(7.5, ge=1)
+    dct_init: bool = True
+    dct_tau: int = Field(975, description="diffusion step of the layout guidance")
+    dct_keep: float = Field(0.23, ge=0, le=1, description="share of each axis that is kept as low frequency")
+    dct_mode: Literal["spatial", "3d", "fft"] = Field("spatial", description="spatial = published, 3d = the paper's text")
+    motion_bucket: int = Field(10, ge=0, lt=MOTION_BUCKETS)
+    fps: float = Field(8, gt=0)
+
+
+class Recipe(Part):
+    """A complete run. Built by a function in `cinemo.recipes`, changed with ``--set dotted.key=value``."""
+
+    name: str
+    method: Literal["cinemo"] = "cinemo"
+    data: DataConfig = DataConfig()
+    encoders: EncodersConfig = EncodersConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+
+
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """Validate ``values``; every fault becomes one `InputError` line that names the dotted key."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            key = ".".join(map(str, fault["loc"])) or "recipe"
+            got = "" if fault["type"] in ("missing", "value_error") else f" (got {fault['input']!r})"
+            hint = _near(key) if fault["type"] == "extra_forbidden" else ""
+            faults.append(f"{key}: {fault['msg']}{got}{hint}")
+        raise InputError(f"{source}: " + "; ".join(faults)) from None
+
+
+def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """Apply ``dotted.key=value`` assignments; the value is JSON, or a plain string where it is not JSON."""
+    values = recipe.model_dump(mode="json")
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment}: expected dotted.key=value, for example train.lr=1e-4")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        node = values
+        *path, leaf = key.strip().split(".")
+        for name in path:
+            child = node.get(name)
+            if not isinstance(child, dict):
+                raise InputError(f"--set {assignment}: unknown key {key!r}{_near(key)}")
+            node = child
+        if leaf not in node:
+            raise InputError(f"--set {assignment}: unknown key {key!r}{_near(key)}")
+        node[leaf] = value
+    return parse_recipe(values, "--set " + " ".join(assignments) if assignments else recipe.name)
+
+
+def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
+    """Every dotted key of a recipe."""
+    found = []
+    for name, info in model.model_fields.items():
+        part = info.annotation
+        if isinstance(part, type) and issubclass(part, BaseModel):
+            found += keys(part, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def _near(key: str) -> str:
+    import difflib
+
+    leaf = key.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(key, keys(), 1, 0.75) or [k for k in keys() if k.rsplit(".", 1)[-1] == leaf][:1]
+    return f"; did you mean {close[0]}?" if close else "; known keys: pipelines/train.py --help"

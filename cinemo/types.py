@@ -1,0 +1,147 @@
+"""The values that travel between rooms, and the errors a user can mend.
+
+Shape legend, used as suffixes of tensor names everywhere:
+``B`` batch, ``F`` frames, ``C`` channels, ``H W`` rows and columns (pixels for images, cells for latents),
+``L`` text tokens, ``D`` feature width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class InputError(ValueError):
+    """Bad input that the caller can mend. The message is one line: the thing, what was got, what was expected, what to do."""
+
+
+class RunError(RuntimeError):
+    """A run that could not be finished for a reason worth one line (not a bug): too many failed clips, lost storage."""
+
+
+class ClipError(Exception):
+    """One clip that cannot be used; it ends in the quarantine ledger and never stops a job.
+
+    Args:
+        stage: where it failed: ``open``, ``decode``, ``score`` or ``encode``.
+        reason: a short stable slug for counting (``missing``, ``unreadable``, ``too_few_frames``, ...).
+        detail: one line for a person, with numbers.
+    """
+
+    def __init__(self, stage: str, reason: str, detail: str) -> None:
+        super().__init__(f"{stage}: {reason}: {detail}")
+        self.stage, self.reason, self.detail = stage, reason, detail
+
+    def __reduce__(self) -> tuple[type[ClipError], tuple[str, str, str]]:
+        return ClipError, (self.stage, self.reason, self.detail)
+
+
+def keyed_seed(seed: int, *key: str | int) -> int:
+    """A 63-bit seed that depends on ``seed`` and a stable key alone (clip id, view, step), never on arrival order."""
+    text = "\x1f".join([str(seed), *map(str, key)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def keyed_generator(seed: int, *key: str | int) -> torch.Generator:
+    """A CPU ``torch.Generator`` at `keyed_seed`; CPU so that every device sees the same numbers."""
+    return torch.Generator().manual_seed(keyed_seed(seed, *key))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row of a manifest. ``start``/``end`` bound the usable part of the file, in seconds."""
+
+    clip_id: str
+    uri: str
+    caption: str
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Decoded frames of one view of a clip.
+
+    ``frames_FHWC``: uint8 RGB. ``fps``: frame rate of the file. ``start_frame`` and ``frame_interval`` say which frames
+    of the file these are: ``start_frame + k * frame_interval``, counted in presentation order.
+    """
+
+    frames_FHWC: np.ndarray
+    fps: float
+    frame_interval: int
+    start_frame: int
+
+
+@dataclass(frozen=True)
+class LatentSample:
+    """One stored training example. ``latents_FCHW``: float16, already multiplied by the VAE's scaling factor."""
+
+    key: str
+    clip_id: str
+    uri: str
+    caption: str
+    latents_FCHW: np.ndarray
+    ssim: float
+    fps: float
+    frame_interval: int
+    start_frame: int
+    view: int = 0
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One clip in the quarantine ledger."""
+
+    clip_id: str
+    uri: str
+    stage: str
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a motion method is conditioned on.
+
+    ``image_BCHW``: first-frame latent (scaled). ``text_BLD``: text states. ``motion_bucket_B``: 0..19 as float,
+    larger = more motion.
+    """
+
+    image_BCHW: Tensor
+    text_BLD: Tensor
+    motion_bucket_B: Tensor
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
+        """The same condition on another device or in another floating dtype."""
+        return Condition(
+            self.image_BCHW.to(device, dtype), self.text_BLD.to(device, dtype), self.motion_bucket_B.to(device, dtype)
+        )
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """A training batch: ``video_BCFHW`` are latents of all frames, the first one included."""
+
+    video_BCFHW: Tensor
+    condition: Condition
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Animation:
+    """The result of animating one image.
+
+    ``frames_FHWC``: uint8 RGB, the first one being the (decoded) input image. ``latents_CFHW``: float32, scaled.
+    ``settings``: everything needed to make it again.
+    """
+
+    frames_FHWC: np.ndarray
+    latents_CFHW: Tensor
+    fps: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
