@@ -1,6 +1,7 @@
 """Files on a local disk or on s3://, with one set of functions: atomic writes, ranges, retry, a local cache.
 
-Credentials and endpoint come from the environment as for every AWS tool (``AWS_ACCESS_KEY_ID``, ``AWS_ENDPOINT_URL``, ...).
+Credentials and endpoint come from the environment as for every AWS tool (``AWS_ACCESS_KEY_ID``,
+``AWS_ENDPOINT_URL``, ...).
 """
 
 from __future__ import annotations

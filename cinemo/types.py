@@ -18,7 +18,10 @@ from torch import Tensor
 
 
 class InputError(ValueError):
-    """Bad input that the caller can mend. The message is one line: the thing, what was got, what was expected, what to do."""
+    """Bad input that the caller can mend.
+
+    The message is one line: the thing, what was got, what was expected, what to do.
+    """
 
 
 class RunError(RuntimeError):

@@ -1,0 +1,43 @@
+# Everything a newcomer needs: `make demo` and `make test` create the environment they need on their own.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+export PATH := $(abspath $(VENV)/bin):$(PATH)
+
+OUT   ?= demo
+CLIPS ?=
+
+.PHONY: setup demo test check format bench clean
+
+setup: $(VENV)/.ready
+
+# The last line compiles the one small operator that DeepSpeed loads on a CPU, so that no job waits for a compiler.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cinemo needs Python >= 3.11, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PY) -m cinemo.training.engine
+	touch $@
+
+demo: setup
+	$(PY) pipelines/demo.py --output '$(OUT)' $(if $(CLIPS),--clips '$(CLIPS)')
+
+test: setup
+	$(PY) -m pytest $(ARGS)
+
+check: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(PY) -m pytest -q tests/test_layering.py
+
+format: setup
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+bench: setup
+	$(PY) tests/bench.py
+
+clean:
+	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,71 @@
+"""Shared test set-up: where outside material lies, one private Ray for all tests, and what is skipped where."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before torch and Ray are imported anywhere: several test processes share a few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no accelerator on this machine"))
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """A directory of real video files: ``$CINEMO_CLIPS``, or ``../shared/clips`` beside the checkout."""
+    directory = Path(os.environ.get("CINEMO_CLIPS") or ROOT.parent / "shared" / "clips")
+    if not directory.is_dir():
+        pytest.skip(f"no real clips: {directory} does not exist (set CINEMO_CLIPS)")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One private local Ray, shared by every test of the session that asks for it."""
+    import ray
+    from cinemo.data.precompute import connect
+
+    connect()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 protocol server on loopback with an empty bucket ``cinemo-test``; sets the AWS_* environment."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    from cinemo import storage
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("AWS_ENDPOINT_URL", endpoint)
+    patch.setenv("AWS_ACCESS_KEY_ID", "test")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    patch.setenv("CINEMO_CACHE", str(tmp_path_factory.mktemp("s3-cache")))
+    storage._s3.cache_clear()
+    boto3.client("s3").create_bucket(Bucket="cinemo-test")
+    yield endpoint
+    storage._s3.cache_clear()
+    patch.undo()
+    server.stop()
