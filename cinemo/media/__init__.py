@@ -1,0 +1,1 @@
+"""Video files, frames, motion scores: everything about pixels that needs no network."""
