@@ -1,0 +1,236 @@
+"""The whole tiny chain through its entry points: on a bare machine, and the same commands under `ray job submit`."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cinemo.media.synthetic import render_clips
+from cinemo.media.video import probe, read_frames, read_metadata
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+
+# Small enough for seconds, large enough that every stage does its real work.
+PRECOMPUTE = ["--set", "data.clips_per_shard=4"]
+TRAIN = [
+    "--max-steps", "4", "--set", "model.block_out_channels=[32,64]", "--set", "model.attention_head_dim=1",
+    "--set", "model.norm_num_groups=8", "--set", "train.global_batch=4", "--set", "train.micro_batch=2",
+    "--set", "train.checkpoint_every=2", "--set", "train.log_every=1",
+]  # fmt: skip
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def command(script: str, *arguments: str | Path, code: int = 0) -> str:
+    """Run an entry point as a user would; returns its output."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, f"pipelines/{script}.py", *map(str, arguments)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == code, (
+        f"{script} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten rendered clips and two files that are no videos, in one manifest."""
+    directory = tmp_path_factory.mktemp("clips")
+    manifest = render_clips(directory, count=10, seed=7, size=(72, 104), frames=64)
+    (directory / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    (directory / "empty.mp4").write_bytes(b"")
+    with manifest.open("a") as file:
+        for name in ("noise", "empty"):
+            file.write(json.dumps({"clip_id": name, "uri": f"{name}.mp4", "caption": "not a video"}) + "\n")
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def dataset(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("chain") / "dataset"
+    command("precompute", "--manifest", clips, "--output", output, *PRECOMPUTE)
+    return output
+
+
+@pytest.fixture(scope="module")
+def run(dataset: Path) -> Path:
+    output = dataset.parent / "run"
+    command("train", "--data", dataset, "--output", output, *TRAIN)
+    return output
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path) -> Path:
+    output = run.parent / "bundle"
+    command("export", "--checkpoint", run, "--output", output)
+    return output
+
+
+def shard_digests(dataset: Path) -> dict[str, str]:
+    return {p.name: json.loads(p.read_text())["sha256"] for p in sorted((dataset / "shards").glob("*.json"))}
+
+
+def test_precompute_stores_or_quarantines_every_clip(dataset: Path) -> None:
+    described = json.loads((dataset / "dataset.json").read_text())
+    assert (described["samples"], described["quarantined"], described["complete"]) == (10, 2, True)
+    refused = [
+        json.loads(line) for p in (dataset / "quarantine").glob("*.jsonl") for line in p.read_text().splitlines()
+    ]
+    assert {entry["clip_id"] for entry in refused} == {"noise", "empty"}
+    assert all(entry["stage"] and entry["reason"] and entry["detail"] for entry in refused)
+    assert len(shard_digests(dataset)) == 3
+
+
+def test_train_writes_a_falling_record(run: Path) -> None:
+    summary = json.loads((run / "train.json").read_text())
+    assert summary["steps"] == 4
+    assert (run / "mlflow.db").stat().st_size > 0
+    assert list((run / "samples").glob("*.png"))
+
+
+def test_a_finished_run_resumes_to_nothing(dataset: Path, run: Path) -> None:
+    before = json.loads((run / "train.json").read_text())
+    command("train", "--data", dataset, "--output", run, *TRAIN, "--resume", "auto")
+    assert json.loads((run / "train.json").read_text())["steps"] == before["steps"]
+
+
+def test_animate_writes_a_video_that_says_how_it_was_made(bundle: Path, clips: Path, tmp_path: Path) -> None:
+    import PIL.Image
+
+    image = tmp_path / "first.png"
+    first = next(path for path in sorted(clips.parent.glob("*.mp4")) if path.stat().st_size > 6000)
+    PIL.Image.fromarray(read_frames(first, [0])[0]).save(image)
+    output = tmp_path / "out.mp4"
+    arguments = ["--bundle", bundle, "--image", image, "--prompt", "a ball rolls left", "--steps", "3", "--seed", "5"]
+    command("animate", *arguments, "--motion-bucket", "3", "--output", output, "--save-latents", tmp_path / "a.npz")
+    info = probe(output)
+    assert (info.frames, info.height, info.width) == (16, 64, 96)
+    metadata = read_metadata(output)
+    settings = json.loads(metadata["comment"])
+    assert settings["seed"] == 5
+    assert settings["motion_bucket"] == 3
+    assert json.loads((bundle / "bundle.json").read_text())["digest"] in metadata["comment"]
+    command(
+        "animate",
+        *arguments,
+        "--motion-bucket",
+        "3",
+        "--output",
+        tmp_path / "b.mp4",
+        "--save-latents",
+        tmp_path / "b.npz",
+    )
+    first_run, second_run = np.load(tmp_path / "a.npz")["latents"], np.load(tmp_path / "b.npz")["latents"]
+    assert first_run.shape == (16, 16, 8, 12)
+    np.testing.assert_array_equal(first_run, second_run)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("precompute", ["--manifest", "none.jsonl", "--output", "{tmp}/o"], "none.jsonl"),
+        ("precompute", ["--manifest", "{tmp}", "--output", "{tmp}/o"], "{tmp}"),
+        ("precompute", ["--manifest", "{clips}", "--output", "{clips}/o"], "cannot write"),
+        (
+            "precompute",
+            ["--manifest", "{clips}", "--output", "{tmp}/o", "--set", "data.viewz=1"],
+            "did you mean data.views",
+        ),
+        ("precompute", ["--manifest", "{clips}", "--output", "{tmp}/o", "--recipe", "nope"], "unknown name"),
+        ("precompute", ["--output", "{tmp}/o"], "--manifest"),
+        ("train", ["--data", "{tmp}/none", "--output", "{tmp}/o"], "none"),
+        ("export", ["--checkpoint", "{tmp}/none", "--output", "{tmp}/o"], "none"),
+        ("animate", ["--bundle", "{tmp}/none", "--image", "i", "--prompt", "p", "--output", "{tmp}/o.mp4"], "none"),
+        ("serve", ["--bundle", "{tmp}/none"], "none"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    script: str, arguments: list[str], message: str, clips: Path, tmp_path: Path
+) -> None:
+    filled = [argument.format(tmp=tmp_path, clips=clips) for argument in arguments]
+    output = command(script, *filled, code=2)
+    assert message.format(tmp=tmp_path) in output
+    assert "Traceback" not in output
+    assert len(output.strip().splitlines()) == 1, output
+
+
+def free_port() -> int:
+    with socket.socket() as probe_socket:
+        probe_socket.bind(("127.0.0.1", 0))
+        return int(probe_socket.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A private `ray start --head` with token authentication; yields the environment of a client."""
+    dashboard = free_port()
+    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONPATH")}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    # Unix socket paths may not exceed 107 bytes, so not under pytest's own deep directory.
+    scratch = Path("/tmp") / f"cinemo-ray-{os.getpid()}"
+    head = subprocess.Popen(
+        [
+            BIN / "ray", "start", "--head", "--block", "--port", str(free_port()), "--temp-dir", str(scratch),
+            "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", "2",
+            "--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port()),
+        ],
+        env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{dashboard}"
+    request = urllib.request.Request(
+        f"{address}/api/version", headers={"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(request, timeout=5)
+                break
+            except OSError:
+                assert head.poll() is None, f"ray start ended with {head.returncode}"
+                assert time.monotonic() < deadline, "ray start was not ready after 90 s"
+                time.sleep(0.5)
+        yield environment | {"RAY_API_SERVER_ADDRESS": address}
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(timeout=60)
+        subprocess.run(["rm", "-rf", str(scratch)], check=False)
+
+
+def submit(environment: dict[str, str], script: str, *arguments: str | Path) -> str:
+    done = subprocess.run(
+        [
+            BIN / "ray", "job", "submit", "--working-dir", ".", "--",
+            "python", f"pipelines/{script}.py", *map(str, arguments),
+        ],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_submitted_jobs_do_the_same(
+    cluster: dict[str, str], clips: Path, dataset: Path, run: Path, tmp_path: Path
+) -> None:
+    submit(cluster, "precompute", "--manifest", clips, "--output", tmp_path / "dataset", *PRECOMPUTE)
+    assert shard_digests(tmp_path / "dataset") == shard_digests(dataset)
+    submit(cluster, "train", "--data", tmp_path / "dataset", "--output", tmp_path / "run", *TRAIN)
+    here, there = (json.loads((path / "train.json").read_text()) for path in (run, tmp_path / "run"))
+    assert there["steps"] == here["steps"] == 4
+    assert there["last_loss"] == pytest.approx(here["last_loss"], rel=1e-4)
