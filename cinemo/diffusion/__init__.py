@@ -1,0 +1,1 @@
+"""Noise schedules, DDIM, guidance and DCTInit: mathematics on plain tensors, with torch alone."""

@@ -1,0 +1,38 @@
+"""Classifier-free guidance (arXiv 2207.12598) as a wrapper: a conditional predictor becomes a denoise callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cinemo.diffusion.ddim import Denoise
+from cinemo.types import Condition, InputError
+
+Predict = Callable[[Tensor, int, Condition], Tensor]
+
+
+def guided(predict: Predict, condition: Condition, negative_text_BLD: Tensor | None, scale: float) -> Denoise:
+    """``e = e_u + scale (e_c - e_u)``, both branches in one batch ordered [unconditional, conditional].
+
+    Only the text is dropped: image and motion are the same in both branches. With ``scale <= 1`` there is a single
+    conditional pass and ``negative_text_BLD`` is not used.
+    """
+    if scale <= 1:
+        return lambda x, t: predict(x, t, condition)
+    if negative_text_BLD is None:
+        raise InputError(
+            f"guidance scale is {scale}, expected text states of the negative prompt: pass negative_text_BLD"
+        )
+    both = Condition(
+        torch.cat([condition.image_BCHW] * 2),
+        torch.cat([negative_text_BLD.to(condition.text_BLD), condition.text_BLD]),
+        torch.cat([condition.motion_bucket_B] * 2),
+    )
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        unconditional, conditional = predict(torch.cat([x, x]), t, both).to(x.dtype).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return denoise

@@ -1,0 +1,149 @@
+"""Building blocks of the LaVie UNet.
+
+Activations are images (B*N, C, h, w), frames of an item one after another, in ``channels_last`` memory. In that layout
+the same bytes also are (B, C, N*h, w) for statistics over all frames and (B*N, h*w, C) for attention, so changing
+between them copies nothing; other layouts give the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cinemo.networks.attention import Attention, TemporalAttention, TemporalPositions
+
+
+def join_frames(x: Tensor, batch: int) -> Tensor:
+    """(B*N, C, h, w) -> (B, C, N*h, w)."""
+    return x.permute(0, 2, 3, 1).reshape(batch, -1, x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+
+
+def part_frames(x: Tensor, frames: int) -> Tensor:
+    """(B, C, N*h, w) -> (B*N, C, h, w)."""
+    batch, width, rows, columns = x.shape
+    return x.permute(0, 2, 3, 1).reshape(batch * frames, rows // frames, columns, width).permute(0, 3, 1, 2)
+
+
+class Embedding(nn.Module):
+    """Two linear layers that turn a sinusoid into the conditioning vector of all resnets."""
+
+    def __init__(self, sinusoid: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(sinusoid, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, sinusoid: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(F.silu(self.linear_1(sinusoid)))
+        return out
+
+
+class Resnet(nn.Module):
+    """Two per-frame convolutions; both group norms take their statistics jointly over all frames."""
+
+    def __init__(self, in_width: int, out_width: int, embedding: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_width, eps=1e-5)
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.time_emb_proj = nn.Linear(embedding, out_width)
+        self.norm2 = nn.GroupNorm(groups, out_width, eps=1e-5)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
+
+    def forward(self, x: Tensor, activated_embedding_BE: Tensor) -> Tensor:
+        batch = len(activated_embedding_BE)
+        frames = len(x) // batch
+        h = self.conv1(part_frames(F.silu(self.norm1(join_frames(x, batch))), frames))
+        h = join_frames(h, batch) + self.time_emb_proj(activated_embedding_BE)[:, :, None, None]
+        h = self.conv2(part_frames(F.silu(self.norm2(h)), frames))
+        out: Tensor = self.conv_shortcut(x) + h
+        return out
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour to the size of the next skip tensor (twice the size, or one less where a side was odd)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, size=size, mode="nearest"))
+        return out
+
+
+class _GatedGelu(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        out: Tensor = value * F.gelu(gate)
+        return out
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # The place of the published dropout, which is 0, is kept for the names in the state dict.
+        self.net = nn.Sequential(_GatedGelu(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+
+class TransformerBlock(nn.Module):
+    """Spatial, text and temporal attention, then the feed-forward; all with a norm before and a residual around."""
+
+    def __init__(self, width: int, heads: int, text_width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn1 = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn2 = Attention(width, heads, text_width)
+        self.norm_temp = nn.LayerNorm(width)
+        self.attn_temp = TemporalAttention(width, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.ff = FeedForward(width)
+
+    def forward(self, y: Tensor, text_BLD: Tensor, positions: TemporalPositions) -> Tensor:
+        """``y``: (B*N, h*w, C)."""
+        batch, images, cells = len(text_BLD), len(y), y.shape[1]
+        y = y + self.attn1(self.norm1(y))
+        y = y.reshape(batch, -1, y.shape[2])  # the text is the same for all frames of an item
+        y = y + self.attn2(self.norm2(y), text_BLD)
+        y = y.unflatten(1, (-1, cells))  # (B, N, h*w, C)
+        along_time = self.attn_temp(self.norm_temp(y.transpose(1, 2)).flatten(0, 1), positions)
+        y = y + along_time.unflatten(0, (batch, cells)).transpose(1, 2)
+        y = y + self.ff(self.norm3(y))
+        return y.reshape(images, cells, -1)
+
+
+class Transformer(nn.Module):
+    """One `TransformerBlock` on the cells of each frame; its outer group norm is per frame (eps 1e-6)."""
+
+    def __init__(self, width: int, heads: int, text_width: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.proj_in = nn.Conv2d(width, width, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, text_width)])
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor, text_BLD: Tensor, positions: TemporalPositions) -> Tensor:
+        images, width, rows, columns = x.shape
+        y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(images, rows * columns, width)
+        for block in self.transformer_blocks:
+            y = block(y, text_BLD, positions)
+        out: Tensor = x + self.proj_out(y.reshape(images, rows, columns, width).permute(0, 3, 1, 2))
+        return out

@@ -1,0 +1,205 @@
+"""LaVie's video UNet with Cinemo's motion-intensity input (arXiv 2309.15103; arXiv 2407.15642, section 3.2).
+
+State-dict names and shapes are those of the published checkpoints. The network knows nothing of a base frame: what
+the frames are (Cinemo: the image, then image + noisy residuals) is the method's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cinemo.networks.attention import ROTARY_DIM, temporal_positions
+from cinemo.networks.blocks import Downsample, Embedding, Resnet, Transformer, Upsample, join_frames, part_frames
+from cinemo.types import InputError
+
+# Entries of published configuration files that this network has no other choice for.
+_ONLY: dict[str, Any] = {
+    "center_input_sample": False,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "norm_eps": 1e-5,
+    "addition_embed_type": "motion_ids",
+}
+
+
+class LavieUNet(nn.Module):
+    """Epsilon (or v) prediction for N frames.
+
+    Args:
+        block_out_channels: width per level; all levels but the last have attention and a downsampler.
+        attention_head_dim: the number of heads (the published name is a misnomer); each head has >= 32 channels.
+        addition_time_embed_dim: width of the motion id's sinusoid.
+        gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        published: further entries of a published ``config.json``; values other than the supported one are refused.
+            ``sample_size`` is accepted and has no meaning: any size works.
+
+    Raises:
+        InputError: a configuration this network cannot have.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 4,
+        out_channels: int = 4,
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        cross_attention_dim: int = 768,
+        attention_head_dim: int = 8,
+        addition_time_embed_dim: int = 256,
+        gradient_checkpointing: bool = False,
+        **published: Any,
+    ) -> None:
+        super().__init__()
+        for key, value in published.items():
+            if key != "sample_size" and (key not in _ONLY or value != _ONLY[key]):
+                expected = f"expected {_ONLY[key]!r}" if key in _ONLY else "no such setting"
+                raise InputError(f"UNet config: {key} is {value!r}; {expected}: remove it")
+        widths, heads, groups = tuple(block_out_channels), attention_head_dim, norm_num_groups
+        for width in widths:
+            if width % heads or width % groups or width // heads < ROTARY_DIM:
+                raise InputError(
+                    f"UNet config: block_out_channels has {width}, expected a multiple of {heads} heads "
+                    f"(attention_head_dim) with >= {ROTARY_DIM} channels each and of {groups} groups (norm_num_groups)"
+                )
+        self.config = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "block_out_channels": list(widths),
+            "layers_per_block": layers_per_block,
+            "norm_num_groups": groups,
+            "cross_attention_dim": cross_attention_dim,
+            "attention_head_dim": heads,
+            "addition_time_embed_dim": addition_time_embed_dim,
+        }
+        self.gradient_checkpointing = gradient_checkpointing
+        self.time_width, self.motion_width = widths[0], addition_time_embed_dim
+        embedding = 4 * widths[0]
+
+        def resnet(in_width: int, out_width: int) -> Resnet:
+            return Resnet(in_width, out_width, embedding, groups)
+
+        def transformer(width: int) -> Transformer:
+            return Transformer(width, heads, cross_attention_dim, groups)
+
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.time_embedding = Embedding(widths[0], embedding)
+        self.add_embedding = Embedding(addition_time_embed_dim, embedding)
+        nn.init.zeros_(self.add_embedding.linear_2.weight)
+
+        last = len(widths) - 1
+        self.down_blocks = nn.ModuleList()
+        skips = [widths[0]]
+        for level, width in enumerate(widths):
+            entry = widths[max(level - 1, 0)]
+            block = nn.Module()
+            block.resnets = nn.ModuleList([resnet(width if j else entry, width) for j in range(layers_per_block)])
+            skips += [width] * layers_per_block
+            if level < last:
+                block.attentions = nn.ModuleList([transformer(width) for _ in range(layers_per_block)])
+                block.downsamplers = nn.ModuleList([Downsample(width)])
+                skips.append(width)
+            self.down_blocks.append(block)
+
+        self.mid_block = nn.Module()
+        self.mid_block.resnets = nn.ModuleList([resnet(widths[-1], widths[-1]) for _ in range(2)])
+        self.mid_block.attentions = nn.ModuleList([transformer(widths[-1])])
+
+        self.up_blocks = nn.ModuleList()
+        current = widths[-1]
+        for level in reversed(range(len(widths))):
+            width = widths[level]
+            block = nn.Module()
+            block.resnets = nn.ModuleList()
+            for _ in range(layers_per_block + 1):
+                block.resnets.append(resnet(current + skips.pop(), width))
+                current = width
+            if level < last:
+                block.attentions = nn.ModuleList([transformer(width) for _ in range(layers_per_block + 1)])
+            if level > 0:
+                block.upsamplers = nn.ModuleList([Upsample(width)])
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-5)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.conv_in.weight.dtype
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor | float, text_states: Tensor, motion_ids: Tensor | None = None
+    ) -> Tensor:
+        """Predict for ``sample`` (B, C, N, h, w).
+
+        Args:
+            timestep: a number, or a tensor of shape () or (B,).
+            text_states: (B, L, D), shared by all frames of an item; no mask.
+            motion_ids: (B,) any real values; None leaves the motion input out, which is LaVie.
+
+        Returns:
+            (B, out_channels, N, h, w).
+        """
+        batch, _, frames, _, _ = sample.shape
+        embedding = self.time_embedding(sinusoid(timestep, batch, self.time_width, sample))
+        if motion_ids is not None:
+            embedding = embedding + self.add_embedding(sinusoid(motion_ids, batch, self.motion_width, sample))
+        embedding = F.silu(embedding)
+        positions = temporal_positions(frames, sample.device, sample.dtype)
+
+        def through(block: nn.Module, j: int, x: Tensor) -> Tensor:
+            x = self._run(block.resnets[j], x, embedding)  # type: ignore[index]
+            if hasattr(block, "attentions") and j < len(block.attentions):
+                x = self._run(block.attentions[j], x, text_states, positions)
+            return x
+
+        # (B, C, N, h, w) -> (B*N, C, h, w) with channels innermost, see `cinemo.networks.blocks`.
+        x = sample.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            for j in range(len(block.resnets)):
+                x = through(block, j, x)
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](x)
+                skips.append(x)
+
+        x = through(self.mid_block, 0, x)
+        x = through(self.mid_block, 1, x)
+
+        for block in self.up_blocks:
+            for j in range(len(block.resnets)):
+                x = through(block, j, torch.cat([x, skips.pop()], dim=1))
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](x, skips[-1].shape[2:])
+
+        x = self.conv_out(part_frames(F.silu(self.conv_norm_out(join_frames(x, batch))), frames))
+        return x.unflatten(0, (batch, frames)).transpose(1, 2)
+
+    def _run(self, module: Callable[..., Tensor], *args: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            out: Tensor = checkpoint(module, *args, use_reentrant=False)
+            return out
+        return module(*args)
+
+
+def sinusoid(values: Tensor | float, batch: int, width: int, like: Tensor) -> Tensor:
+    """(B, width): cosines, then sines of ``values`` times 10000^(-k / (width/2)); float32, then ``like``'s dtype."""
+    half = width // 2
+    if not isinstance(values, Tensor):
+        values = torch.full((batch,), values, device=like.device, dtype=torch.float32)
+    # In this order: an angle of 1000 turns the last bit of a frequency into 3e-5.
+    frequencies = (-math.log(10000) * torch.arange(half, dtype=torch.float32, device=like.device) / half).exp()
+    angles = values.to(like.device, torch.float32).expand(batch)[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1).to(like.dtype)
