@@ -1,0 +1,102 @@
+"""How much a clip moves: mean SSIM of adjacent frames (Cinemo, arXiv 2407.15642, eq. 2) and its 20 motion buckets."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import cv2
+import numpy as np
+
+from cinemo.config import MOTION_BUCKETS
+from cinemo.types import InputError
+
+UNIFORM_EDGES = tuple(round(k / MOTION_BUCKETS, 6) for k in range(1, MOTION_BUCKETS))
+
+# Wang et al. 2004: 11-tap Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03, here for values 0..255.
+_WINDOW, _SIGMA = 11, 1.5
+_KERNEL = cv2.getGaussianKernel(_WINDOW, _SIGMA, cv2.CV_32F)
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+_LUMA = np.array([[0.299, 0.587, 0.114]], np.float32)  # ITU-R BT.601
+_MIDDLE = 128.0
+
+
+def mean_adjacent_ssim(frames_FHWC_uint8: np.ndarray, metric: Literal["luma", "rgb"] = "luma") -> float:
+    """Mean SSIM over all pairs of neighbouring frames; 1 = nothing moves.
+
+    Args:
+        frames_FHWC_uint8: two or more RGB frames, at least 11 pixels a side.
+        metric: ``luma`` is skimage's Gaussian SSIM of BT.601 luma (borders where the window does not fit left out);
+            ``rgb`` is kornia's over the three channels, 14 times slower.
+    """
+    frames = frames_FHWC_uint8
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        raise InputError(f"frames are {frames.shape} {frames.dtype}, expected uint8 FxHxWx3")
+    if len(frames) < 2 or min(frames.shape[1:3]) < _WINDOW:
+        raise InputError(
+            f"frames are {frames.shape}, expected at least 2 frames of at least {_WINDOW}x{_WINDOW} pixels"
+        )
+    return _rgb_ssim(frames) if metric == "rgb" else _luma_ssim(frames)
+
+
+def motion_bucket(ssim: float, edges: Sequence[float] | None = None) -> int:
+    """The bucket 0..19 of a mean SSIM, larger = more motion: the number of ``edges`` that ``ssim`` does not exceed.
+
+    Args:
+        ssim: `mean_adjacent_ssim`, -1..1.
+        edges: 19 ascending SSIM values; by default 0.05, 0.10, ... 0.95 (20 uniform intervals, section 3.2).
+    """
+    if ssim is None or not math.isfinite(ssim):
+        raise InputError(f"ssim is {ssim}, expected a number between -1 and 1")
+    edges = UNIFORM_EDGES if edges is None else edges
+    return len(edges) - bisect.bisect_left(edges, ssim)
+
+
+def bucket_to_strength(bucket: float) -> float:
+    """Motion strength 0..1 of a bucket 0..19."""
+    if not 0 <= bucket <= MOTION_BUCKETS - 1:
+        raise InputError(f"motion bucket is {bucket}, expected 0 (still) to {MOTION_BUCKETS - 1} (most motion)")
+    return bucket / (MOTION_BUCKETS - 1)
+
+
+def strength_to_bucket(strength: float) -> int:
+    """The bucket 0..19 nearest to a motion strength 0..1."""
+    if not 0 <= strength <= 1:
+        raise InputError(f"motion strength is {strength}, expected 0 (still) to 1 (most motion)")
+    return round(strength * (MOTION_BUCKETS - 1))
+
+
+def _luma_ssim(frames_FHWC: np.ndarray) -> float:
+    """Each frame is filtered once for its own moments, and once more with its neighbour for their covariance."""
+    before: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    total = 0.0
+    for frame_HWC in frames_FHWC:
+        # Centred, because float32 squares of 0..255 would lose the digits that the variances are made of.
+        luma_HW = cv2.transform(frame_HWC.astype(np.float32), _LUMA) - _MIDDLE
+        mean = _blur(luma_HW)
+        variance = _blur(luma_HW * luma_HW) - mean * mean
+        if before is not None:
+            other_HW, other_mean, other_variance = before
+            covariance = _blur(luma_HW * other_HW) - mean * other_mean
+            a, b = mean + _MIDDLE, other_mean + _MIDDLE
+            luminance = (2 * a * b + _C1) / (a * a + b * b + _C1)
+            structure = (2 * covariance + _C2) / (variance + other_variance + _C2)
+            total += float((luminance * structure).mean(dtype=np.float64))
+        before = luma_HW, mean, variance
+    return total / (len(frames_FHWC) - 1)
+
+
+def _blur(image_HW: np.ndarray) -> np.ndarray:
+    edge = _WINDOW // 2
+    blurred_HW: np.ndarray = cv2.sepFilter2D(image_HW, -1, _KERNEL, _KERNEL)
+    return blurred_HW[edge:-edge, edge:-edge]
+
+
+def _rgb_ssim(frames_FHWC: np.ndarray) -> float:
+    import torch
+    from kornia.metrics import ssim
+
+    frames_FCHW = torch.from_numpy(frames_FHWC).permute(0, 3, 1, 2).float() / 255
+    return float(ssim(frames_FCHW[:-1], frames_FCHW[1:], _WINDOW).double().mean())
