@@ -16,9 +16,9 @@ from cinemo.types import InputError
 
 
 def dct_matrix(n: int, like: Tensor) -> Tensor:
-    """Orthonormal DCT-II matrix D (n, n) in ``like``'s dtype and device: ``D @ x`` are coefficients, ``D.T`` undoes it."""
+    """Orthonormal DCT-II matrix D (n, n) in ``like``'s dtype and device: ``D.T`` undoes it."""
     k = torch.arange(n, dtype=torch.float64)
-    matrix = torch.cos(torch.pi / n * (k + 0.5) * k[:, None]) * (2 / n) ** 0.5
+    matrix: Tensor = torch.cos(torch.pi / n * (k + 0.5) * k[:, None]) * (2 / n) ** 0.5
     matrix[0] *= 0.5**0.5
     return matrix.to(like.device, like.dtype)
 
@@ -74,7 +74,8 @@ def dct_init(
     change = z_tau - noise
     if mode == "fft":
         low_hw = _centred(noise.shape[3], keep, noise)[:, None] * _centred(noise.shape[4], keep, noise)
-        return noise + torch.fft.ifft2(torch.fft.fft2(change) * low_hw).real
+        change_low: Tensor = torch.fft.ifft2(torch.fft.fft2(change) * low_hw).real
+        return noise + change_low
     dims = (3, 4) if mode == "spatial" else (2, 3, 4)
     coefficients, kept = dct(change, dims), torch.zeros_like(change)
     low = tuple(slice(int(keep * n) if dim in dims else n) for dim, n in enumerate(noise.shape))
@@ -88,4 +89,5 @@ def _centred(n: int, keep: float, like: Tensor) -> Tensor:
     if count in (0, n):
         return torch.full((n,), count / n, dtype=like.dtype, device=like.device)
     distance = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64).abs()
-    return (0.5 * (count + 1) - distance).clamp(0, 1).to(like.device, like.dtype)
+    weights: Tensor = (0.5 * (count + 1) - distance).clamp(0, 1)
+    return weights.to(like.device, like.dtype)

@@ -47,7 +47,7 @@ class NoiseSchedule:
         return signal * noise - spread * x_0
 
     def split(self, x_t: Tensor, output: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """The network's idea of (x_0, noise) from its output at x_t; the inverse of `add_noise` for a perfect output."""
+        """The network's idea of (x_0, noise) from its output at x_t; undoes `add_noise` where the output is perfect."""
         signal, spread = self._scales(x_t, t)
         output = output.to(x_t.dtype)
         if self.prediction == "epsilon":

@@ -68,7 +68,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width or width, width, bias=False)
         self.to_v = nn.Linear(context_width or width, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Softmax attention of (B, N, heads, d); logits are scaled by d^-0.5."""
         mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
-        out: Tensor = self.to_out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
         return out
 
 
@@ -107,7 +107,7 @@ class TemporalAttention(Attention):
         super().__init__(width, heads)
         self.time_rel_pos_bias = _DistanceBias(heads)
         self.rotary_emb = _Rotary()
-        nn.init.zeros_(self.to_out[0].weight)
+        nn.init.zeros_(self.to_out[0].get_parameter("weight"))
 
     def forward(self, x: Tensor, positions: TemporalPositions) -> Tensor:  # type: ignore[override]
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))

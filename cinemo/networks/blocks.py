@@ -7,6 +7,9 @@ between them copies nothing; other layouts give the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import zip_longest
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -123,9 +126,9 @@ class TransformerBlock(nn.Module):
         y = y + self.attn1(self.norm1(y))
         y = y.reshape(batch, -1, y.shape[2])  # the text is the same for all frames of an item
         y = y + self.attn2(self.norm2(y), text_BLD)
-        y = y.unflatten(1, (-1, cells))  # (B, N, h*w, C)
+        y = y.reshape(batch, -1, cells, y.shape[2])
         along_time = self.attn_temp(self.norm_temp(y.transpose(1, 2)).flatten(0, 1), positions)
-        y = y + along_time.unflatten(0, (batch, cells)).transpose(1, 2)
+        y = y + along_time.reshape(batch, cells, *y.shape[1::2]).transpose(1, 2)
         y = y + self.ff(self.norm3(y))
         return y.reshape(images, cells, -1)
 
@@ -147,3 +150,23 @@ class Transformer(nn.Module):
             y = block(y, text_BLD, positions)
         out: Tensor = x + self.proj_out(y.reshape(images, rows, columns, width).permute(0, 3, 1, 2))
         return out
+
+
+class Stage(nn.Module):
+    """One level: resnets, each followed by a transformer where there is one, then perhaps a change of resolution."""
+
+    def __init__(
+        self,
+        resnets: list[Resnet],
+        attentions: list[Transformer],
+        downsampler: Downsample | None = None,
+        upsampler: Upsample | None = None,
+    ) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList([downsampler] if downsampler else [])
+        self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
+
+    def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+        return zip_longest(self.resnets, self.attentions)

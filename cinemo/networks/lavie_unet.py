@@ -7,8 +7,8 @@ the frames are (Cinemo: the image, then image + noisy residuals) is the method's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cinemo.networks.attention import ROTARY_DIM, temporal_positions
-from cinemo.networks.blocks import Downsample, Embedding, Resnet, Transformer, Upsample, join_frames, part_frames
+from cinemo.networks.blocks import (
+    Downsample,
+    Embedding,
+    Resnet,
+    Stage,
+    Transformer,
+    Upsample,
+    join_frames,
+    part_frames,
+)
 from cinemo.types import InputError
 
 # Entries of published configuration files that this network has no other choice for.
@@ -101,34 +110,28 @@ class LavieUNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]
         for level, width in enumerate(widths):
-            entry = widths[max(level - 1, 0)]
-            block = nn.Module()
-            block.resnets = nn.ModuleList([resnet(width if j else entry, width) for j in range(layers_per_block)])
+            entries = [widths[max(level - 1, 0)]] + [width] * (layers_per_block - 1)
+            resnets = [resnet(entry, width) for entry in entries]
             skips += [width] * layers_per_block
             if level < last:
-                block.attentions = nn.ModuleList([transformer(width) for _ in range(layers_per_block)])
-                block.downsamplers = nn.ModuleList([Downsample(width)])
+                transformers = [transformer(width) for _ in entries]
+                self.down_blocks.append(Stage(resnets, transformers, downsampler=Downsample(width)))
                 skips.append(width)
-            self.down_blocks.append(block)
+            else:
+                self.down_blocks.append(Stage(resnets, []))
 
-        self.mid_block = nn.Module()
-        self.mid_block.resnets = nn.ModuleList([resnet(widths[-1], widths[-1]) for _ in range(2)])
-        self.mid_block.attentions = nn.ModuleList([transformer(widths[-1])])
+        deepest = widths[-1]
+        self.mid_block = Stage([resnet(deepest, deepest), resnet(deepest, deepest)], [transformer(deepest)])
 
         self.up_blocks = nn.ModuleList()
-        current = widths[-1]
-        for level in reversed(range(len(widths))):
-            width = widths[level]
-            block = nn.Module()
-            block.resnets = nn.ModuleList()
+        current = deepest
+        for level in range(last, -1, -1):
+            width, resnets = widths[level], []
             for _ in range(layers_per_block + 1):
-                block.resnets.append(resnet(current + skips.pop(), width))
+                resnets.append(resnet(current + skips.pop(), width))
                 current = width
-            if level < last:
-                block.attentions = nn.ModuleList([transformer(width) for _ in range(layers_per_block + 1)])
-            if level > 0:
-                block.upsamplers = nn.ModuleList([Upsample(width)])
-            self.up_blocks.append(block)
+            transformers = [transformer(width) for _ in resnets] if level < last else []
+            self.up_blocks.append(Stage(resnets, transformers, upsampler=Upsample(width) if level else None))
 
         self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
@@ -157,41 +160,39 @@ class LavieUNet(nn.Module):
         embedding = F.silu(embedding)
         positions = temporal_positions(frames, sample.device, sample.dtype)
 
-        def through(block: nn.Module, j: int, x: Tensor) -> Tensor:
-            x = self._run(block.resnets[j], x, embedding)  # type: ignore[index]
-            if hasattr(block, "attentions") and j < len(block.attentions):
-                x = self._run(block.attentions[j], x, text_states, positions)
-            return x
+        def layer(x: Tensor, resnet: nn.Module, transformer: nn.Module | None) -> Tensor:
+            x = self._run(resnet, x, embedding)
+            return x if transformer is None else self._run(transformer, x, text_states, positions)
 
         # (B, C, N, h, w) -> (B*N, C, h, w) with channels innermost, see `cinemo.networks.blocks`.
         x = sample.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
         x = self.conv_in(x)
         skips = [x]
-        for block in self.down_blocks:
-            for j in range(len(block.resnets)):
-                x = through(block, j, x)
+        for stage in cast(Iterable[Stage], self.down_blocks):
+            for modules in stage.layers():
+                x = layer(x, *modules)
                 skips.append(x)
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)
+            for downsample in stage.downsamplers:
+                x = downsample(x)
                 skips.append(x)
 
-        x = through(self.mid_block, 0, x)
-        x = through(self.mid_block, 1, x)
+        for modules in self.mid_block.layers():
+            x = layer(x, *modules)
 
-        for block in self.up_blocks:
-            for j in range(len(block.resnets)):
-                x = through(block, j, torch.cat([x, skips.pop()], dim=1))
-            if hasattr(block, "upsamplers"):
-                x = block.upsamplers[0](x, skips[-1].shape[2:])
+        for stage in cast(Iterable[Stage], self.up_blocks):
+            for modules in stage.layers():
+                x = layer(torch.cat([x, skips.pop()], dim=1), *modules)
+            for upsample in stage.upsamplers:
+                x = upsample(x, skips[-1].shape[2:])
 
-        x = self.conv_out(part_frames(F.silu(self.conv_norm_out(join_frames(x, batch))), frames))
-        return x.unflatten(0, (batch, frames)).transpose(1, 2)
+        x = F.silu(self.conv_norm_out(join_frames(x, batch)))
+        out: Tensor = self.conv_out(part_frames(x, frames))
+        return out.reshape(batch, frames, *out.shape[1:]).transpose(1, 2)
 
-    def _run(self, module: Callable[..., Tensor], *args: Any) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(module, *args, use_reentrant=False)
-            return out
-        return module(*args)
+    def _run(self, module: nn.Module, *args: Any) -> Tensor:
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        out: Tensor = checkpoint(module, *args, use_reentrant=False) if recompute else module(*args)
+        return out
 
 
 def sinusoid(values: Tensor | float, batch: int, width: int, like: Tensor) -> Tensor:

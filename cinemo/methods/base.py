@@ -1,0 +1,50 @@
+"""What every image-animation method is, and the loss they share."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cinemo.diffusion.schedule import NoiseSchedule
+from cinemo.types import Condition, LatentBatch
+
+
+class MotionMethod(Protocol):
+    """An ``nn.Module`` that holds the trained networks of one method and the mathematics around them.
+
+    Frozen encoders stay outside: a method sees latents and text states. ``needs`` names the encoders whose output it
+    uses (``vae``, ``text_encoder``).
+    """
+
+    needs: ClassVar[tuple[str, ...]]
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    def target(self, batch: LatentBatch) -> Tensor:
+        """What is diffused, in float32: for Cinemo the residuals (B, C, F-1, h, w)."""
+        ...
+
+    def forward(self, batch: LatentBatch, t_B: Tensor, noise: Tensor) -> Tensor:
+        """The scalar training loss; ``noise`` is shaped like `target`."""
+        ...
+
+    def start(self, condition: Condition, noise: Tensor) -> Tensor:
+        """x_T for sampling from N(0, 1) noise shaped like `target`."""
+        ...
+
+    def predict(self, x_t: Tensor, t: Tensor | int, condition: Condition) -> Tensor:
+        """The network's output for x_t, shaped like it."""
+        ...
+
+    def finish(self, x_0: Tensor, condition: Condition) -> Tensor:
+        """Latents of the whole video (B, C, F, h, w), the given frame first."""
+        ...
+
+
+def diffusion_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error in float32, whatever the network's precision (Cinemo, equation 3)."""
+    return F.mse_loss(output.float(), target.to(output.device, torch.float32))
