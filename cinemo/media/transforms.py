@@ -28,7 +28,7 @@ class CoverCrop(NamedTuple):
 
 
 def cover_crop_geometry(height: int, width: int, size: tuple[int, int]) -> CoverCrop:
-    """How a ``height`` x ``width`` picture comes to ``size`` = (height, width); any orientation flag is not considered."""
+    """How a ``height`` x ``width`` picture comes to ``size`` = (height, width); knows no EXIF."""
     if min(height, width) < 1:
         raise InputError(f"picture is {height}x{width} pixels, expected at least 1x1")
     rows, columns = size
@@ -51,7 +51,7 @@ def prepare_image(image_HWC: np.ndarray | Image.Image, size: tuple[int, int]) ->
         image_HWC = np.asarray(image_HWC.convert("RGB"))
     if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or image_HWC.dtype != np.uint8:
         raise InputError(f"image is {image_HWC.dtype} {image_HWC.shape}, expected uint8 (height, width, 3) RGB")
-    geometry = cover_crop_geometry(*image_HWC.shape[:2], size)
+    geometry = cover_crop_geometry(image_HWC.shape[0], image_HWC.shape[1], size)
     pixels_1CHW = torch.tensor(image_HWC).permute(2, 0, 1)[None].float() / 255
     pixels_1CHW = F.interpolate(pixels_1CHW, scale_factor=geometry.scale, mode="bilinear", align_corners=False)
     rows, columns = size

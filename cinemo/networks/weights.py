@@ -1,0 +1,151 @@
+"""UNet weights: reading published and own files with every key accounted for, and writing own ones.
+
+A weights location is a file, a directory in diffusers layout, ``package:NAME`` or ``s3://``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cinemo import storage
+from cinemo.config import ModelConfig
+from cinemo.networks.attention import rotary_frequencies
+from cinemo.networks.blocks import Embedding
+from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.types import InputError
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_NAMES = (WEIGHTS_NAME, "diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+
+
+def resolve(location: str) -> Path:
+    """The local path of a weights location; s3:// is fetched to the local cache.
+
+    Raises:
+        InputError: nothing is there.
+    """
+    if not location.startswith("package:"):
+        return storage.localize(location)
+    path = Path(str(resources.files("cinemo"))) / "assets" / location.removeprefix("package:")
+    if not path.exists():
+        raise InputError(f"{location}: not shipped with this installation ({path} does not exist)")
+    return path
+
+
+def weights_digest(location: str) -> str:
+    """sha256 (hex) over names and contents of all files at a location; where it lies does not matter."""
+    path = resolve(location)
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(path).as_posix() if path.is_dir() else ""
+        with file.open("rb") as stream:
+            digest.update(f"{name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def read_config(directory: Path, location: str) -> dict[str, Any]:
+    """The ``config.json`` of a network's directory."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{location}: config.json is missing there; expected a network's directory in diffusers layout"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{location}: config.json is not JSON ({error})") from None
+    return dict(values)
+
+
+def load_unet(
+    config: ModelConfig, location: str, dtype: torch.dtype | None = None, motion_optional: bool = False
+) -> LavieUNet:
+    """A UNet with the weights at ``location`` (.safetensors, or .bin/.pt read without running code), on the CPU.
+
+    Args:
+        dtype: cast to it; None keeps the file's.
+        motion_optional: the motion-id network may be absent, as in LaVie's base weights; it is then initialised
+            (global torch RNG) with a last weight of zero.
+
+    Raises:
+        InputError: the file has missing, extra or misshapen entries, or cannot be read.
+    """
+    path = _weights_file(location)
+    state = _read(path, location)
+    with torch.device("meta"):
+        unet = LavieUNet(**config.model_dump())
+    expected = unet.state_dict()
+    # Files may lack the rotary tables: all are the same formula, and savers drop tensors that share memory.
+    state |= {name: rotary_frequencies() for name in expected if name.endswith("rotary_emb.freqs")}
+    if motion_optional and not any(name.startswith("add_embedding.") for name in state):
+        state |= _fresh_motion(config)
+    _compare(state, expected, location)
+    if dtype is not None:
+        state = {name: value.to(dtype) for name, value in state.items()}
+    unet.load_state_dict(state, assign=True)
+    return unet
+
+
+def save_unet(unet: LavieUNet, directory: Path) -> None:
+    """Write ``config.json`` and the weights in diffusers layout; equal weights give equal bytes."""
+    from safetensors.torch import save
+
+    state = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
+    storage.write_bytes(str(directory / WEIGHTS_NAME), save(state, metadata={"format": "pt"}))
+    storage.write_json(str(directory / "config.json"), unet.config)
+
+
+def _weights_file(location: str) -> Path:
+    path = resolve(location)
+    if path.is_file():
+        return path
+    found = [path / name for name in _NAMES if (path / name).is_file()]
+    if not found:
+        raise InputError(f"{location}: no UNet weights there, expected one of {', '.join(_NAMES)}")
+    return found[0]
+
+
+def _read(path: Path, location: str) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{location}: not a readable weights file ({reason})") from error
+    if isinstance(state, Mapping) and isinstance(state.get("ema"), Mapping):
+        state = state["ema"]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{location}: expected a table of tensors, by name, at its top or under 'ema'")
+    return dict(state)
+
+
+def _fresh_motion(config: ModelConfig) -> dict[str, Tensor]:
+    fresh = Embedding(config.addition_time_embed_dim, 4 * config.block_out_channels[0])
+    torch.nn.init.zeros_(fresh.linear_2.weight)
+    return {f"add_embedding.{name}": value for name, value in fresh.state_dict().items()}
+
+
+def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], location: str) -> None:
+    faults = [f"missing {name}" for name in expected if name not in state]
+    faults += [f"extra {name}" for name in state if name not in expected]
+    faults += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if faults:
+        shown = "; ".join(faults[:20]) + (f"; and {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise InputError(f"{location}: weights do not fit the recipe's model ({len(faults)} entries): {shown}")
