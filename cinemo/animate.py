@@ -1,0 +1,259 @@
+"""Image + prompt (+ controls) -> frames: the one path used by command line, server, page, notebook and evaluation.
+
+Order (arXiv 2407.15642, sections 3.2-3.3): prepare the image to the recipe's size, encode it, take noise, put the
+image's layout into it (DCTInit), DDIM with classifier-free guidance over the residuals, add the first frame, decode.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+import cinemo
+from cinemo import storage
+from cinemo.bundle import ModelBundle
+from cinemo.config import MOTION_BUCKETS, Recipe
+from cinemo.diffusion.ddim import ddim_sample
+from cinemo.diffusion.guidance import guided
+from cinemo.media.motion import strength_to_bucket
+from cinemo.media.transforms import prepare_image
+from cinemo.media.video import write_video
+from cinemo.methods.cinemo import CinemoMethod
+from cinemo.types import Animation, Condition, InputError, keyed_generator
+
+Progress = Callable[[int, int], None]
+"""Called as ``progress(done, steps)`` after each sampling step; an exception it raises stops the sampling."""
+
+MAX_PIXELS = 80_000_000  # below the size at which Pillow suspects a decompression bomb
+MAX_STEPS = 999
+MAX_GUIDANCE = 50.0
+MAX_PROMPT = 4000
+_MIN_SIDE, _MAX_ASPECT = 8, 20
+
+
+@dataclass(frozen=True)
+class AnimateRequest:
+    """What to animate and how. ``None`` stands for the default of the bundle's recipe.
+
+    Args:
+        image: RGB picture of any size, (H, W, 3) uint8 or PIL; it is resized and centre-cropped to the recipe's size.
+        prompt: text; the encoder reads its first 77 tokens.
+        negative_prompt: text of the unconditional branch.
+        motion_bucket: 0..19, larger = more motion. ``motion_strength``: the same as a share 0..1; give at most one.
+        steps: DDIM steps, 1..999. ``guidance_scale``: 1 (off) .. 50. ``seed``: 0 .. 2^63 - 1.
+        dct_init: put the image's layout into the initial noise (DCTInit).
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    image: np.ndarray | Image.Image
+    prompt: str
+    negative_prompt: str = ""
+    motion_bucket: int | None = None
+    motion_strength: float | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    dct_init: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            _check_text(name, getattr(self, name))
+        if self.motion_bucket is not None and self.motion_strength is not None:
+            raise InputError("motion_bucket and motion_strength: both given, expected at most one of them")
+        _in_range("motion_bucket", self.motion_bucket, 0, MOTION_BUCKETS - 1, int)
+        _in_range("motion_strength", self.motion_strength, 0, 1, float)
+        _in_range("steps", self.steps, 1, MAX_STEPS, int)
+        _in_range("guidance_scale", self.guidance_scale, 1, MAX_GUIDANCE, float)
+        _in_range("seed", self.seed, 0, 2**63 - 1, int)
+
+    def settings(self, recipe: Recipe) -> dict[str, Any]:
+        """Every control with its value, the recipe's defaults filled in."""
+        sample = recipe.sample
+        bucket = sample.motion_bucket if self.motion_bucket is None else self.motion_bucket
+        if self.motion_strength is not None:
+            bucket = strength_to_bucket(self.motion_strength)
+        return {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "motion_bucket": bucket,
+            "steps": self.steps or sample.steps,
+            "guidance_scale": float(self.guidance_scale or sample.guidance_scale),
+            "seed": self.seed,
+            "dct_init": sample.dct_init if self.dct_init is None else self.dct_init,
+        }
+
+
+def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | None = None) -> Animation:
+    """Animate one image. Equal bundle, request and machine give equal frames; every draw is keyed by the seed.
+
+    Returns:
+        frames (F, H, W, 3) uint8 whose first one is the encoded and decoded input, the latents, and all settings.
+    """
+    recipe, settings = bundle.recipe, request.settings(bundle.recipe)
+    device = bundle.device
+    height, width = recipe.data.size
+    image = request.image.convert("RGB") if isinstance(request.image, Image.Image) else request.image
+    pixels = np.ascontiguousarray(image)
+    image_BCHW = prepare_image(pixels, (height, width))[None]
+    posterior = keyed_generator(request.seed, "image") if recipe.encoders.latent == "sample" else None
+    with torch.inference_mode():
+        image_latent_BCHW = bundle.vae.encode(image_BCHW, posterior)
+        text_BLD, negative_BLD = bundle.text.encode([request.prompt, request.negative_prompt]).chunk(2)
+        bucket_B = torch.tensor([float(settings["motion_bucket"])], device=device)
+        channels, h, w = image_latent_BCHW.shape[1:]
+        noise_BCFHW = torch.randn(
+            1, channels, recipe.data.frames - 1, h, w, generator=keyed_generator(request.seed, "noise")
+        ).to(device)
+        video_BCFHW = sample_latents(
+            _with_dct_init(bundle.method, settings["dct_init"]),
+            Condition(image_latent_BCHW, text_BLD, bucket_B),
+            negative_BLD,
+            noise_BCFHW,
+            settings["steps"],
+            settings["guidance_scale"],
+            progress,
+        )
+        frames_FHWC = bundle.decoder.decode(video_BCFHW[0].transpose(0, 1))
+    settings |= {
+        "recipe": recipe.name,
+        "bundle": bundle.digest,
+        "cinemo_version": cinemo.__version__,
+        "size": [height, width],
+        "frames": recipe.data.frames,
+        "fps": recipe.sample.fps,
+        "image_sha256": hashlib.sha256(pixels.data).hexdigest(),
+    }
+    return Animation(frames_FHWC, video_BCFHW[0].float().cpu(), recipe.sample.fps, settings)
+
+
+def sample_latents(
+    method: CinemoMethod,
+    condition: Condition,
+    negative_text_BLD: Tensor | None,
+    noise_BCFHW: Tensor,
+    steps: int,
+    guidance_scale: float,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Noise -> video latents (B, C, F, h, w), scaled, the first frame being the condition's image.
+
+    Args:
+        noise_BCFHW: N(0, 1) for frames 2..F, float32: the sampler's arithmetic runs in its dtype.
+        negative_text_BLD: text states of the unconditional branch; not needed where ``guidance_scale`` is 1.
+    """
+    start_BCFHW = method.start(condition, noise_BCFHW)
+    denoise = guided(method.predict, condition, negative_text_BLD, guidance_scale)
+    report = None if progress is None else lambda i, total, _: progress(i + 1, total)
+    residual_BCFHW = ddim_sample(denoise, start_BCFHW, method.schedule, steps, callback=report)
+    return method.finish(residual_BCFHW, condition)
+
+
+def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A picture as (H, W, 3) uint8 RGB: upright by its EXIF orientation, transparency over white, 16 bit made 8.
+
+    Args:
+        source: a file (local or s3://) or the content of one.
+        max_pixels: refused above, before anything is decoded.
+
+    Raises:
+        InputError: missing, not a picture, truncated, too large or too long and thin.
+    """
+    name = "image" if isinstance(source, bytes) else f"image {source}"
+    try:
+        content = source if isinstance(source, bytes) else storage.read_bytes(str(source))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror or 'no such file'})") from None
+    try:
+        image = Image.open(io.BytesIO(content))
+    except Image.DecompressionBombError:
+        raise InputError(
+            f"{name}: is too large, expected at most {max_pixels / 1e6:.0f} megapixels; scale it down"
+        ) from None
+    except (OSError, ValueError, SyntaxError):
+        raise InputError(f"{name}: is not a picture this system can read; expected PNG, JPEG or WebP") from None
+    width, height = image.size
+    if width * height > max_pixels:
+        raise InputError(
+            f"{name}: is {width}x{height} = {width * height / 1e6:.0f} megapixels, "
+            f"expected at most {max_pixels / 1e6:.0f}; scale it down"
+        )
+    if min(image.size) < _MIN_SIDE or max(image.size) > _MAX_ASPECT * min(image.size):
+        raise InputError(
+            f"{name}: is {width}x{height}, expected sides of at least {_MIN_SIDE} pixels "
+            f"and at most {_MAX_ASPECT}:1; crop it"
+        )
+    try:
+        return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{name}: is damaged ({error})") from None
+
+
+def save_animation(path: str | Path, animation: Animation) -> None:
+    """Write an mp4 (local or s3://) whose metadata hold the settings: each by its name, all as JSON in ``comment``."""
+    metadata = {key: _text(value) for key, value in animation.settings.items()}
+    metadata["comment"] = json.dumps(dict(animation.settings), sort_keys=True)
+    metadata["title"] = str(animation.settings.get("prompt", ""))
+    if not storage.is_remote(str(path)):
+        write_video(storage.local_path(str(path)), animation.frames_FHWC, animation.fps, metadata)
+        return
+    with tempfile.TemporaryDirectory(prefix="cinemo-") as scratch:
+        write_video(Path(scratch) / "video.mp4", animation.frames_FHWC, animation.fps, metadata)
+        storage.write_bytes(str(path), (Path(scratch) / "video.mp4").read_bytes())
+
+
+def save_latents(path: str | Path, animation: Animation) -> None:
+    """Write ``latents`` (C, F, h, w) float32 and ``settings`` (JSON text) as .npz, atomically."""
+    buffer = io.BytesIO()
+    settings = np.array(json.dumps(dict(animation.settings), sort_keys=True))
+    np.savez(buffer, latents=animation.latents_CFHW.numpy(), settings=settings)
+    storage.write_bytes(str(path), buffer.getvalue())
+
+
+def _with_dct_init(method: CinemoMethod, dct_init: bool) -> CinemoMethod:
+    """The same network with DCTInit on or off."""
+    return CinemoMethod(method.unet, method.schedule, method.sample.model_copy(update={"dct_init": dct_init}))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        levels = np.asarray(image, dtype=np.int64)
+        return Image.fromarray((levels >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or len(value) > MAX_PROMPT:
+        got = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
+        raise InputError(f"{name}: got {got}, expected a text of at most {MAX_PROMPT} characters")
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{name}: holds a null character or half a surrogate pair, expected plain text")
+
+
+def _in_range(name: str, value: Any, low: float, high: float, kind: type) -> None:
+    if value is None:
+        return
+    fits = isinstance(value, int | np.integer) if kind is int else isinstance(value, int | float | np.number)
+    if isinstance(value, bool) or not fits or not math.isfinite(value) or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise InputError(f"{name} is {value!r}, expected {what} {low}..{high}")

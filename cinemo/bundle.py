@@ -1,0 +1,295 @@
+"""A model bundle: the one folder that holds all a server, a page or a notebook loads.
+
+::
+
+    model_index.json  recipe.json  motion.json  bundle.json
+    unet/  vae/  [vae_temporal_decoder/]  text_encoder/  tokenizer/  scheduler/
+
+The layout is diffusers' own, with safetensors weights only. ``recipe.json`` names the encoders by their place inside
+the bundle, ``motion.json`` says what a motion bucket means, and ``bundle.json`` holds where the weights came from and
+the sha256 of every other file. The digest of a bundle is the hash over those hashes: equal content has an equal digest,
+wherever and whenever it was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cinemo
+from cinemo import storage
+from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, parse_recipe
+from cinemo.methods import build_method
+from cinemo.methods.cinemo import CinemoMethod
+from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.weights import load_unet, resolve, save_unet
+from cinemo.types import InputError
+
+RECORD = "bundle.json"
+DIRECTION = "larger = more motion"
+# Pickled or duplicate weights that published folders carry beside the safetensors file.
+_NOT_COPIED = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.fp16.*", "*.non_ema.*", ".*")
+
+
+@dataclass(frozen=True)
+class MotionScale:
+    """What a motion bucket means: 19 ascending SSIM edges between 20 buckets, larger bucket = more motion.
+
+    ``calibration``: measured motion per bucket (see `cinemo.evaluation.calibration`), where somebody measured it.
+    """
+
+    edges: tuple[float, ...]
+    metric: str = "luma"
+    calibration: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class BundleCard:
+    """What can be said of a bundle without loading its weights."""
+
+    recipe: Recipe
+    motion: MotionScale
+    digest: str
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A loaded bundle.
+
+    ``vae`` encodes and ``decoder`` decodes; they are the same unless the recipe names a decoder of its own.
+    ``digest``: sha256 over the content. ``location``: where it was asked for.
+    """
+
+    recipe: Recipe
+    method: CinemoMethod
+    vae: Vae
+    decoder: Vae
+    text: TextEncoder
+    motion: MotionScale
+    digest: str
+    location: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.method.parameters()).device
+
+
+def save_bundle(directory: Path, recipe: Recipe, unet: LavieUNet, provenance: Mapping[str, Any]) -> str:
+    """Write a bundle and return its digest. A reader never sees half of one: it is staged beside and renamed.
+
+    Args:
+        directory: new, empty, or an older bundle that is replaced.
+        recipe: the recipe of the run; its encoder locations say where the frozen networks are copied from.
+        unet: the weights to keep, as float32.
+        provenance: JSON values that say where they came from (checkpoint, step, dataset fingerprint, ...).
+
+    Raises:
+        InputError: ``directory`` holds something else than a bundle, or an encoder has no safetensors weights.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: is a file; expected a new directory for the bundle")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / RECORD).is_file():
+        raise InputError(f"{directory}: is not empty and not a bundle; choose another directory or empty it")
+    parent = directory.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=parent))
+    try:
+        index: dict[str, Any] = {"_class_name": "CinemoPipeline", "_cinemo_version": cinemo.__version__}
+        save_unet(unet, staged / "unet")
+        index["unet"] = ["cinemo.networks.lavie_unet", "LavieUNet"]
+        places = {}
+        for field, (folder, library) in _ENCODERS.items():
+            location = getattr(recipe.encoders, field)
+            if location is None:
+                continue
+            _copy_component(location, staged / folder)
+            index[folder] = [library, _class_name(staged / folder, field)]
+            places[field] = folder
+        _write_json(staged / "scheduler" / "scheduler_config.json", _scheduler_config(recipe.diffusion))
+        index["scheduler"] = ["diffusers", "DDIMScheduler"]
+        _write_json(staged / "model_index.json", index)
+        inside = recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update=places)})
+        (staged / "recipe.json").write_text(inside.to_json())
+        _write_json(staged / "motion.json", _motion_json(recipe.data))
+        files = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(staged)}
+        digest = _digest(files)
+        record = {"cinemo": cinemo.__version__, "digest": digest, "files": files, "provenance": dict(provenance)}
+        _write_json(staged / RECORD, record)
+        os.chmod(staged, 0o755)
+        _swap(staged, directory)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return digest
+
+
+def read_card(location: str | Path, full: bool = False) -> BundleCard:
+    """The recipe, motion scale and digest of a bundle, after checking that its files are whole.
+
+    Args:
+        location: a directory or ``s3://``.
+        full: also hash the weight files, whose size alone is checked otherwise.
+
+    Raises:
+        InputError: no bundle there, or a file of it is missing or damaged.
+    """
+    root = storage.localize(str(location))
+    record = _read_record(root, location)
+    files = record["files"]
+    if _digest(files) != record["digest"]:
+        raise InputError(
+            f"bundle {location}: {RECORD} is damaged (its digest does not fit its file list); export again"
+        )
+    for name, entry in sorted(files.items()):
+        path = root / name
+        if not path.is_file():
+            raise InputError(f"bundle {location}: {name} is missing; export or fetch the bundle again")
+        if path.stat().st_size != entry["bytes"]:
+            raise InputError(
+                f"bundle {location}: {name} is damaged ({path.stat().st_size} bytes, expected {entry['bytes']}); "
+                "export or fetch the bundle again"
+            )
+        if (full or path.suffix == ".json") and _sha256(path) != entry["sha256"]:
+            raise InputError(f"bundle {location}: {name} is damaged (sha256 differs); export or fetch the bundle again")
+    recipe = parse_recipe(json.loads((root / "recipe.json").read_bytes()), f"bundle {location}: recipe.json")
+    motion = json.loads((root / "motion.json").read_bytes())
+    if motion["direction"] != DIRECTION:
+        raise InputError(
+            f"bundle {location}: motion.json says {motion['direction']!r}, this version knows {DIRECTION!r} only"
+        )
+    scale = MotionScale(tuple(motion["bucket_edges"]), motion["metric"], motion["calibration"])
+    return BundleCard(recipe, scale, record["digest"], record["provenance"])
+
+
+def load_bundle(
+    location: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, full: bool = False
+) -> ModelBundle:
+    """Load a bundle for sampling: the method in evaluation mode and the frozen encoders, on ``device`` in ``dtype``.
+
+    Raises:
+        InputError: as `read_card`.
+    """
+    card = read_card(location, full)
+    root = storage.localize(str(location))
+    places = card.recipe.encoders
+    unet = load_unet(card.recipe.model, str(root / "unet"), dtype)
+    method = build_method(card.recipe, unet).to(device).eval().requires_grad_(False)
+    vae = Vae(str(root / places.vae), device, dtype)
+    decoder = Vae(str(root / places.vae_decoder), device, dtype) if places.vae_decoder else vae
+    text = TextEncoder(str(root / places.text_encoder), str(root / places.tokenizer), device, dtype)
+    return ModelBundle(card.recipe, method, vae, decoder, text, card.motion, card.digest, str(location))
+
+
+# Field of `EncodersConfig` -> (folder inside the bundle, library that model_index.json names).
+_ENCODERS = {
+    "vae": ("vae", "diffusers"),
+    "vae_decoder": ("vae_temporal_decoder", "diffusers"),
+    "text_encoder": ("text_encoder", "transformers"),
+    "tokenizer": ("tokenizer", "transformers"),
+}
+
+
+def _copy_component(location: str, target: Path) -> None:
+    source = resolve(location)
+    if not source.is_dir():
+        raise InputError(f"encoder {location}: is a file; expected a directory in diffusers layout")
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    if any(source.rglob("*.bin")) and not any(target.rglob("*.safetensors")):
+        raise InputError(f"encoder {location}: has pickled weights only; convert them to .safetensors first")
+
+
+def _class_name(folder: Path, field: str) -> str:
+    """The class that model_index.json names for a component, as the component's own files say it."""
+    if field == "tokenizer":
+        return "CLIPTokenizer"
+    config = json.loads((folder / "config.json").read_bytes())
+    return str(config.get("_class_name") or config["architectures"][0])
+
+
+def _scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
+    """DDIM as the published pipeline sets it (no clipping, leading spacing with offset 1, last level a_0)."""
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": diffusion.train_steps,
+        "beta_start": diffusion.beta_start,
+        "beta_end": diffusion.beta_end,
+        "beta_schedule": diffusion.beta_schedule,
+        "prediction_type": "epsilon" if diffusion.prediction == "epsilon" else "v_prediction",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+    }
+
+
+def _motion_json(data: DataConfig) -> dict[str, Any]:
+    return {
+        "direction": DIRECTION,
+        "buckets": MOTION_BUCKETS,
+        "metric": data.ssim,
+        "bucket_edges": list(data.bucket_edges),
+        "calibration": None,
+    }
+
+
+def _read_record(root: Path, location: str | Path) -> dict[str, Any]:
+    path = root / RECORD
+    if not path.is_file():
+        raise InputError(f"bundle {location}: no {RECORD} there; expected a folder written by pipelines/export.py")
+    try:
+        record = json.loads(path.read_bytes())
+        files, digest = record["files"], record["digest"]
+        if all(isinstance(entry["bytes"], int) and entry["sha256"] for entry in files.values()) and digest:
+            return dict(record)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"bundle {location}: {RECORD} is damaged; export or fetch the bundle again")
+
+
+def _files(root: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and path != root / RECORD:
+            yield path.relative_to(root).as_posix(), path
+
+
+def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = (f"{name} {entry['sha256']}\n" for name, entry in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _swap(staged: Path, directory: Path) -> None:
+    """Put ``staged`` in the place of ``directory``; an older bundle there is moved aside first, then removed."""
+    if not directory.exists():
+        os.rename(staged, directory)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".old", dir=staged.parent))
+    os.rename(directory, old)
+    try:
+        os.rename(staged, directory)
+    except OSError:
+        os.rename(old, directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,72 @@
+"""Animate an image: one picture and a prompt in, one mp4 out. Defaults marked * come from the bundle's recipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from cinemo import cli, storage
+
+
+def parser() -> cli.argparse.ArgumentParser:
+    made = cli.parser(__doc__, recipe=False)
+    made.add_argument("--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://")
+    made.add_argument("--image", required=True, metavar="FILE", help="the picture, any size; also s3://")
+    made.add_argument("--prompt", required=True, help="what happens")
+    made.add_argument("--output", required=True, metavar="FILE.mp4")
+    made.add_argument("--negative-prompt", default="", help="what should not be seen")
+    motion = made.add_mutually_exclusive_group()
+    motion.add_argument("--motion-bucket", type=int, metavar="0..19", help="larger = more motion; *")
+    motion.add_argument("--motion-strength", type=float, metavar="0..1", help="the same as a share")
+    made.add_argument("--steps", type=int, help="DDIM steps; *")
+    made.add_argument("--guidance-scale", type=float, help="classifier-free guidance, 1 = off; *")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--no-dct-init", action="store_true", help="plain noise instead of DCTInit; * where absent")
+    made.add_argument("--save-latents", metavar="F.npz", help="also write latents (C,F,h,w float32) and settings")
+    made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto = an accelerator if there is one")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parser().parse_args(argv)
+    if not arguments.output.endswith(".mp4"):
+        raise cli.InputError(f"--output {arguments.output}: expected a name that ends in .mp4")
+    # After parsing, because torch takes seconds and --help should not.
+    import torch
+
+    from cinemo.animate import AnimateRequest, animate, load_image, save_animation, save_latents
+    from cinemo.bundle import load_bundle
+
+    request = AnimateRequest(
+        image=load_image(arguments.image),
+        prompt=arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        motion_bucket=arguments.motion_bucket,
+        motion_strength=arguments.motion_strength,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        seed=arguments.seed,
+        dct_init=False if arguments.no_dct_init else None,
+    )
+    storage.check_writable(arguments.output.rpartition("/")[0] or ".")
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    bundle = load_bundle(arguments.bundle, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    begun = time.monotonic()
+
+    def progress(done: int, steps: int) -> None:
+        seconds = time.monotonic() - begun
+        line = f"step {done}/{steps}, {seconds:.0f} s, {seconds / done * (steps - done):.0f} s left"
+        print(line, end="\r" if sys.stderr.isatty() and done < steps else "\n", file=sys.stderr, flush=True)
+
+    animation = animate(bundle, request, progress)
+    save_animation(arguments.output, animation)
+    if arguments.save_latents:
+        save_latents(arguments.save_latents, animation)
+    print(f"{arguments.output}: {len(animation.frames_FHWC)} frames, {animation.settings}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,240 @@
+"""One image in, one video out: reproducible in the seed, every control has an effect, and bad input is named."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import FRAMES, SIZE, tiny_bundle
+
+from cinemo.animate import AnimateRequest, animate, load_image, sample_latents, save_animation, save_latents
+from cinemo.bundle import ModelBundle, load_bundle
+from cinemo.media.video import probe, read_frames, read_metadata
+from cinemo.types import Condition, InputError, keyed_generator
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("tiny")))
+
+
+def ask(bundle: ModelBundle, **controls: Any) -> np.ndarray:
+    return animate(bundle, AnimateRequest(**({"image": PICTURE, "prompt": "waves", "seed": 3} | controls))).frames_FHWC
+
+
+def test_equal_requests_give_equal_frames_whatever_the_global_seed(bundle: ModelBundle) -> None:
+    torch.manual_seed(0)
+    first = animate(bundle, AnimateRequest(PICTURE, "waves", seed=3))
+    torch.manual_seed(99)
+    second = animate(bundle, AnimateRequest(PICTURE, "waves", seed=3))
+    assert first.frames_FHWC.shape == (FRAMES, *SIZE, 3)
+    assert first.latents_CFHW.shape == (4, FRAMES, SIZE[0] // 8, SIZE[1] // 8)
+    assert first.latents_CFHW.dtype == torch.float32
+    assert torch.equal(first.latents_CFHW, second.latents_CFHW)
+    np.testing.assert_array_equal(first.frames_FHWC, second.frames_FHWC)
+    assert first.settings == second.settings
+
+
+@pytest.mark.parametrize(
+    "control",
+    [
+        {"seed": 4}, {"prompt": "snow"}, {"negative_prompt": "blur"}, {"motion_bucket": 19}, {"steps": 5},
+        {"guidance_scale": 5.0}, {"guidance_scale": 1.0}, {"dct_init": False}, {"image": PICTURE[::-1]},
+    ],
+    ids=lambda control: next(iter(control)),
+)  # fmt: skip
+def test_every_control_has_an_effect(bundle: ModelBundle, control: dict[str, Any]) -> None:
+    plain = animate(bundle, AnimateRequest(PICTURE, "waves", seed=3)).latents_CFHW
+    changed = animate(bundle, AnimateRequest(**({"image": PICTURE, "prompt": "waves", "seed": 3} | control)))
+    assert not torch.allclose(plain[:, 1:], changed.latents_CFHW[:, 1:], atol=1e-5)
+
+
+def test_the_negative_prompt_does_nothing_without_guidance(bundle: ModelBundle) -> None:
+    plain = ask(bundle, guidance_scale=1.0)
+    np.testing.assert_array_equal(plain, ask(bundle, guidance_scale=1.0, negative_prompt="blur"))
+
+
+def test_the_first_frame_is_the_encoded_and_decoded_input(bundle: ModelBundle) -> None:
+    from cinemo.media.transforms import prepare_image
+
+    animation = animate(bundle, AnimateRequest(PICTURE, "waves", seed=3))
+    latent = bundle.vae.encode(prepare_image(PICTURE, SIZE)[None], keyed_generator(3, "image"))
+    torch.testing.assert_close(animation.latents_CFHW[:, 0], latent[0], rtol=0, atol=0)
+    np.testing.assert_array_equal(animation.frames_FHWC[0], bundle.decoder.decode(latent)[0])
+    assert not np.array_equal(animation.frames_FHWC[0], animation.frames_FHWC[1])
+
+
+def test_motion_strength_is_a_bucket_by_another_name(bundle: ModelBundle) -> None:
+    np.testing.assert_array_equal(ask(bundle, motion_strength=1.0), ask(bundle, motion_bucket=19))
+
+
+def test_a_pil_image_is_the_same_as_its_array(bundle: ModelBundle) -> None:
+    np.testing.assert_array_equal(ask(bundle), ask(bundle, image=Image.fromarray(PICTURE)))
+
+
+def test_defaults_are_the_recipes_and_settings_say_everything(bundle: ModelBundle) -> None:
+    settings = animate(bundle, AnimateRequest(PICTURE, "waves")).settings
+    sample = bundle.recipe.sample
+    assert settings["steps"] == sample.steps
+    assert settings["guidance_scale"] == sample.guidance_scale
+    assert settings["motion_bucket"] == sample.motion_bucket
+    assert settings["dct_init"] is True
+    assert (settings["recipe"], settings["bundle"]) == ("random-32x48", bundle.digest)
+    again = AnimateRequest(
+        PICTURE, **{name: settings[name] for name in ("prompt", "negative_prompt", "motion_bucket", "steps",
+                                                      "guidance_scale", "seed", "dct_init")}
+    )  # fmt: skip
+    np.testing.assert_array_equal(ask(bundle, seed=0), animate(bundle, again).frames_FHWC)
+
+
+def test_progress_counts_every_step_and_may_stop_the_sampling(bundle: ModelBundle) -> None:
+    seen: list[tuple[int, int]] = []
+    animate(bundle, AnimateRequest(PICTURE, "waves", steps=3), lambda done, steps: seen.append((done, steps)))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    def stop(done: int, steps: int) -> None:
+        if done == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        animate(bundle, AnimateRequest(PICTURE, "waves", steps=3), stop)
+
+
+def test_a_batch_gives_what_its_members_give_alone(bundle: ModelBundle) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image_BCHW = torch.randn(2, 4, 4, 6, generator=generator)
+    noise_BCFHW = torch.randn(2, 4, FRAMES - 1, 4, 6, generator=generator)
+    text_BLD = bundle.text.encode(["waves", "snow"])
+    negative_BLD = bundle.text.encode(["", "blur"])
+    bucket_B = torch.tensor([2.0, 15.0])
+    with torch.inference_mode():
+        both = sample_latents(
+            bundle.method, Condition(image_BCHW, text_BLD, bucket_B), negative_BLD, noise_BCFHW, 3, 4.0
+        )
+        for k in range(2):
+            one = slice(k, k + 1)
+            condition = Condition(image_BCHW[one], text_BLD[one], bucket_B[one])
+            alone = sample_latents(bundle.method, condition, negative_BLD[one], noise_BCFHW[one], 3, 4.0)
+            torch.testing.assert_close(both[one], alone, rtol=1e-4, atol=1e-4)
+    assert both.shape == (2, 4, FRAMES, 4, 6)
+    torch.testing.assert_close(both[:, :, 0], image_BCHW)
+
+
+def test_the_mp4_says_how_it_was_made(bundle: ModelBundle, tmp_path: Path) -> None:
+    animation = animate(bundle, AnimateRequest(PICTURE, 'größe "quoted"\nand a second line', seed=2**63 - 1))
+    save_animation(tmp_path / "deep" / "out.mp4", animation)
+    info = probe(tmp_path / "deep" / "out.mp4")
+    assert (info.frames, info.height, info.width) == (FRAMES, *SIZE)
+    metadata = read_metadata(tmp_path / "deep" / "out.mp4")
+    assert json.loads(metadata["comment"]) == animation.settings
+    assert metadata["seed"] == str(2**63 - 1)
+    assert metadata["bundle"] == bundle.digest
+    assert metadata["recipe"] == "random-32x48"
+    assert metadata["prompt"] == 'größe "quoted"\nand a second line'
+    shown = read_frames(tmp_path / "deep" / "out.mp4", list(range(FRAMES)))
+    assert np.abs(shown.astype(int) - animation.frames_FHWC.astype(int)).mean() < 12
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.mp4"]
+
+
+def test_latents_are_saved_with_their_settings(bundle: ModelBundle, tmp_path: Path) -> None:
+    animation = animate(bundle, AnimateRequest(PICTURE, "waves"))
+    save_latents(tmp_path / "a.npz", animation)
+    with np.load(tmp_path / "a.npz") as saved:
+        np.testing.assert_array_equal(saved["latents"], animation.latents_CFHW.numpy())
+        assert saved["latents"].dtype == np.float32
+        assert json.loads(str(saved["settings"])) == animation.settings
+
+
+@pytest.mark.parametrize(
+    ("controls", "named"),
+    [
+        ({"motion_bucket": 20}, "motion_bucket"), ({"motion_bucket": -1}, "motion_bucket"),
+        ({"motion_bucket": 2.5}, "motion_bucket"), ({"motion_bucket": True}, "motion_bucket"),
+        ({"motion_strength": 1.01}, "motion_strength"), ({"motion_strength": float("nan")}, "motion_strength"),
+        ({"motion_bucket": 3, "motion_strength": 0.3}, "motion_bucket and motion_strength"),
+        ({"steps": 0}, "steps"), ({"steps": 1000}, "steps"), ({"guidance_scale": 0.5}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"),
+        ({"prompt": "x" * 4001}, "prompt"), ({"prompt": None}, "prompt"), ({"prompt": "a\0b"}, "prompt"),
+        ({"negative_prompt": "\ud800"}, "negative_prompt"),
+    ],
+)  # fmt: skip
+def test_bad_controls_are_named(controls: dict[str, Any], named: str) -> None:
+    with pytest.raises(InputError, match=f"^{named}") as error:
+        AnimateRequest(**({"image": PICTURE, "prompt": "waves"} | controls))
+    assert "\n" not in str(error.value)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def test_images_stand_upright() -> None:
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).repeat(3).reshape(2, 12, 3)).resize((48, 8), 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned a quarter clockwise
+    loaded = load_image(encoded(picture, exif=exif.tobytes()))
+    np.testing.assert_array_equal(loaded, np.rot90(np.asarray(picture), -1))
+
+
+def test_transparency_shows_white() -> None:
+    picture = Image.new("RGBA", (16, 16), (200, 0, 0, 0))
+    picture.paste((10, 20, 30, 255), (0, 0, 8, 16))
+    loaded = load_image(encoded(picture))
+    assert loaded[0, 0].tolist() == [10, 20, 30]
+    assert loaded[0, 15].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "RGBA", "LA"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    form = "TIFF" if mode == "CMYK" else "PNG"
+    loaded = load_image(encoded(Image.new("RGB", (16, 16), "white").convert(mode), form))
+    assert loaded.shape == (16, 16, 3)
+    assert loaded.dtype == np.uint8
+    assert loaded.min() > 250
+
+
+def test_sixteen_bit_grey_keeps_its_range() -> None:
+    levels = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+    loaded = load_image(encoded(Image.fromarray(levels)))
+    np.testing.assert_array_equal(loaded[..., 0], levels >> 8)
+
+
+def test_bad_images_are_named(tmp_path: Path) -> None:
+    good = encoded(Image.fromarray(PICTURE))
+    (tmp_path / "cut.png").write_bytes(good[: len(good) // 2])
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "tiny.png").write_bytes(encoded(Image.new("RGB", (4, 64))))
+    (tmp_path / "long.png").write_bytes(encoded(Image.new("RGB", (8, 400))))
+    for name, reason in {
+        "none.png": "no such file", "cut.png": "damaged", "text.png": "not a picture", "empty.png": "not a picture",
+        "tiny.png": "4x64", "long.png": "8x400",
+    }.items():  # fmt: skip
+        with pytest.raises(InputError, match=reason.replace("no such file", "(?i)no such file")) as error:
+            load_image(tmp_path / name)
+        assert name in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="cannot be read"):
+        load_image(tmp_path)
+    with pytest.raises(InputError, match="megapixels"):
+        load_image(good, max_pixels=3000)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
+    header = encoded(Image.new("1", (8, 8)))
+    huge = header[:16] + (60_000).to_bytes(4, "big") * 2 + header[24:29]
+    import zlib
+
+    huge += zlib.crc32(huge[12:29]).to_bytes(4, "big") + header[33:]
+    with pytest.raises(InputError, match="megapixels"):
+        load_image(huge)

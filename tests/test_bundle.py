@@ -1,0 +1,154 @@
+"""Bundles: what is written is what is loaded, damage is named, and a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from tiny import random_unet, tiny_bundle, tiny_recipe
+
+from cinemo import storage
+from cinemo.bundle import RECORD, load_bundle, read_card, save_bundle
+from cinemo.types import InputError
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def bundle(written: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(written, tmp_path / "bundle"))
+
+
+def test_round_trip(written: Path) -> None:
+    loaded = load_bundle(written, full=True)
+    recipe = tiny_recipe(written.parent / "encoders")
+    wanted = random_unet(recipe).state_dict()
+    state = loaded.method.unet.state_dict()
+    assert set(state) == set(wanted)
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+    assert loaded.recipe.sample == recipe.sample
+    assert loaded.motion.edges == recipe.data.bucket_edges
+    assert loaded.digest == json.loads((written / RECORD).read_text())["digest"]
+    assert not loaded.method.training
+    assert not any(parameter.requires_grad for parameter in loaded.method.parameters())
+
+
+def test_a_bundle_needs_nothing_outside_itself(written: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(written, tmp_path / "elsewhere"))
+    encoders = read_card(moved).recipe.encoders
+    assert (encoders.vae, encoders.text_encoder, encoders.tokenizer) == ("vae", "text_encoder", "tokenizer")
+    hidden = written.parent / "encoders"
+    hidden.rename(tmp_path / "hidden")
+    try:
+        assert load_bundle(moved).text.encode(["a"]).shape == (1, 77, 32)
+    finally:
+        (tmp_path / "hidden").rename(hidden)
+
+
+def test_the_scheduler_is_what_diffusers_would_load(written: Path) -> None:
+    scheduler = DDIMScheduler.from_pretrained(written, subfolder="scheduler")
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps[:2].tolist() == [981, 961]
+    assert float(scheduler.alphas_cumprod[975]) == pytest.approx(6.517e-5, rel=1e-3)
+    assert float(scheduler.final_alpha_cumprod) == pytest.approx(0.9999)
+
+
+def test_the_digest_is_of_the_content_alone(written: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(written.parent / "encoders")
+    digest = save_bundle(tmp_path / "again", recipe, random_unet(recipe), {"made": "at another time"})
+    assert digest == read_card(written).digest
+    unet = random_unet(recipe)
+    with torch.no_grad():
+        unet.conv_in.bias[0] += 1
+    assert save_bundle(tmp_path / "other", recipe, unet, {}) != digest
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "motion.json"])
+def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        load_bundle(bundle)
+
+
+def test_a_truncated_file_is_named(bundle: Path) -> None:
+    path = bundle / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"unet/diffusion_pytorch_model.safetensors is damaged"):
+        load_bundle(bundle)
+
+
+def test_a_changed_byte_is_found_at_once_in_json_and_by_a_full_check_in_weights(bundle: Path) -> None:
+    path = bundle / "vae/diffusion_pytorch_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    read_card(bundle)
+    with pytest.raises(InputError, match=r"vae/diffusion_pytorch_model.safetensors is damaged \(sha256"):
+        read_card(bundle, full=True)
+    recipe = bundle / "recipe.json"
+    recipe.write_text(recipe.read_text().replace("random-32x48", "random-32x49"))
+    with pytest.raises(InputError, match=r"recipe.json is damaged"):
+        read_card(bundle)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {"x": 3}, "digest": "d"}'])
+def test_a_damaged_record_is_named(bundle: Path, content: str) -> None:
+    (bundle / RECORD).write_text(content)
+    with pytest.raises(InputError, match=r"bundle.json is damaged"):
+        read_card(bundle)
+
+
+def test_a_directory_without_record_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected a folder written by"):
+        read_card(tmp_path)
+
+
+def test_only_bundles_and_empty_directories_are_replaced(written: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(written.parent / "encoders")
+    precious = tmp_path / "photos"
+    precious.mkdir()
+    (precious / "holiday.png").write_bytes(b"x")
+    with pytest.raises(InputError, match="not a bundle"):
+        save_bundle(precious, recipe, random_unet(recipe), {})
+    assert [path.name for path in precious.iterdir()] == ["holiday.png"]
+
+    target = tmp_path / "target"
+    target.mkdir()
+    save_bundle(target, recipe, random_unet(recipe), {"number": 1})
+    save_bundle(target, recipe, random_unet(recipe), {"number": 2})
+    assert read_card(target, full=True).provenance == {"number": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "target"], "nothing staged is left"
+
+
+def test_a_failed_save_leaves_the_old_bundle(bundle: Path, written: Path) -> None:
+    recipe = tiny_recipe(written.parent / "encoders")
+    broken = recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update={"vae": str(bundle / "none")})})
+    with pytest.raises(InputError, match="none"):
+        save_bundle(bundle, broken, random_unet(recipe), {})
+    read_card(bundle, full=True)
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_pickled_weights_are_not_taken_into_a_bundle(written: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(Path(shutil.copytree(written.parent / "encoders", tmp_path / "encoders")))
+    vae = tmp_path / "encoders" / "vae"
+    (vae / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    save_bundle(tmp_path / "good", recipe, random_unet(recipe), {})
+    assert not list((tmp_path / "good").rglob("*.bin"))
+    (vae / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InputError, match="pickled"):
+        save_bundle(tmp_path / "bad", recipe, random_unet(recipe), {})
+
+
+@pytest.mark.s3
+def test_a_bundle_on_s3(written: Path, s3_endpoint: str) -> None:
+    storage.upload(written, "s3://cinemo-test/bundles/one")
+    assert load_bundle("s3://cinemo-test/bundles/one", full=True).digest == read_card(written).digest
