@@ -136,7 +136,9 @@ class SampleConfig(Part):
     dct_init: bool = True
     dct_tau: int = Field(975, description="diffusion step of the layout guidance")
     dct_keep: float = Field(0.23, ge=0, le=1, description="share of each axis that is kept as low frequency")
-    dct_mode: Literal["spatial", "3d", "fft"] = Field("spatial", description="spatial = published, 3d = the paper's text")
+    dct_mode: Literal["spatial", "3d", "fft"] = Field(
+        "spatial", description="spatial = published, 3d = the paper's text"
+    )
     motion_bucket: int = Field(10, ge=0, lt=MOTION_BUCKETS)
     fps: float = Field(8, gt=0)
 

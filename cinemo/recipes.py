@@ -92,7 +92,5 @@ def load_recipe(name_or_file: str, assignments: Sequence[str] = ()) -> Recipe:
             raise InputError(f"recipe {name_or_file}: expected a JSON object, got {type(values).__name__}")
         recipe = parse_recipe(values, f"recipe {name_or_file}")
     else:
-        raise InputError(
-            f"recipe {name_or_file!r}: unknown name; expected one of {', '.join(RECIPES)} or a .json file"
-        )
+        raise InputError(f"recipe {name_or_file!r}: unknown name; expected one of {', '.join(RECIPES)} or a .json file")
     return override(recipe, assignments)
