@@ -19,13 +19,13 @@ DISTANCE_BUCKETS = 32
 
 
 class TemporalPositions(NamedTuple):
-    """What temporal attention needs to know of N frame positions: made once per forward, shared by all layers.
+    """What temporal attention needs to know of N frame positions.
 
-    ``cos_NK``, ``sin_NK``: K = 16 rotary angles. ``buckets_NN``: bias row for (query i, key j).
+    ``cos``, ``sin``: (N, 1, d) for heads of d channels; see `rotate`. ``buckets_NN``: bias row for (query i, key j).
     """
 
-    cos_NK: Tensor
-    sin_NK: Tensor
+    cos: Tensor
+    sin: Tensor
     buckets_NN: Tensor
 
 
@@ -41,22 +41,27 @@ def distance_bucket(query: int, key: int) -> int:
     return bucket + 16 if key > query else bucket
 
 
-@functools.lru_cache(maxsize=32)
-def temporal_positions(frames: int, device: torch.device, dtype: torch.dtype) -> TemporalPositions:
+@functools.lru_cache(maxsize=64)
+def temporal_positions(frames: int, head_size: int, device: torch.device, dtype: torch.dtype) -> TemporalPositions:
     """Tables for ``frames`` positions. Angles are at least float32: in half precision late positions blur."""
-    with torch.inference_mode(False), torch.no_grad():
-        wide = torch.promote_types(dtype, torch.float32)
-        with torch.device("cpu"):
-            angles = torch.arange(frames, dtype=wide)[:, None] * rotary_frequencies().to(wide)
-            buckets = torch.tensor([[distance_bucket(i, j) for j in range(frames)] for i in range(frames)])
-        return TemporalPositions(angles.cos().to(device, dtype), angles.sin().to(device, dtype), buckets.to(device))
+    wide = torch.promote_types(dtype, torch.float32)
+    # Kept for later calls, so it must not depend on the mode or default device of the first one.
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        angles = torch.arange(frames, dtype=wide)[:, None] * rotary_frequencies().to(wide)
+        unrotated = torch.zeros(frames, head_size - ROTARY_DIM, dtype=wide)
+        cos = torch.cat([angles.cos().repeat_interleave(2, dim=1), unrotated + 1], dim=1)
+        sin = torch.cat([torch.stack([-angles.sin(), angles.sin()], dim=2).flatten(1), unrotated], dim=1)
+        buckets = torch.tensor([[distance_bucket(i, j) for j in range(frames)] for i in range(frames)])
+        return TemporalPositions(cos[:, None].to(device, dtype), sin[:, None].to(device, dtype), buckets.to(device))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs of the first 32 channels of ``x`` (..., N, heads, d) by the angles (N, 1, 16)."""
-    even, odd = x[..., 0:ROTARY_DIM:2], x[..., 1:ROTARY_DIM:2]
-    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
-    return rotated if x.shape[-1] == ROTARY_DIM else torch.cat([rotated, x[..., ROTARY_DIM:]], -1)
+    """Rotate interleaved pairs (x0, x1) of the first 32 channels of (B, N, heads, d): x0 cos - x1 sin, x1 cos + x0 sin.
+
+    The minus is in the ``sin`` table, whose rest is 0 (of ``cos``: 1), so other channels pass unchanged.
+    """
+    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, partner, sin)
 
 
 class Attention(nn.Module):
@@ -109,8 +114,7 @@ class TemporalAttention(Attention):
         self.rotary_emb = _Rotary()
         nn.init.zeros_(self.to_out[0].get_parameter("weight"))
 
-    def forward(self, x: Tensor, positions: TemporalPositions) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        cos, sin = positions.cos_NK[:, None], positions.sin_NK[:, None]
-        bias_hNN = self.time_rel_pos_bias(positions.buckets_NN)
-        return self._mix(rotate(q, cos, sin), rotate(k, cos, sin), v, bias_hNN)
+        cos, sin, buckets_NN = temporal_positions(x.shape[1], q.shape[-1], x.device, q.dtype)
+        return self._mix(rotate(q, cos, sin), rotate(k, cos, sin), v, self.time_rel_pos_bias(buckets_NN))

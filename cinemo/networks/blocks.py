@@ -13,7 +13,7 @@ from itertools import zip_longest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cinemo.networks.attention import Attention, TemporalAttention, TemporalPositions
+from cinemo.networks.attention import Attention, TemporalAttention
 
 
 def join_frames(x: Tensor, batch: int) -> Tensor:
@@ -120,14 +120,14 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, y: Tensor, text_BLD: Tensor, positions: TemporalPositions) -> Tensor:
+    def forward(self, y: Tensor, text_BLD: Tensor) -> Tensor:
         """``y``: (B*N, h*w, C)."""
         batch, images, cells = len(text_BLD), len(y), y.shape[1]
         y = y + self.attn1(self.norm1(y))
         y = y.reshape(batch, -1, y.shape[2])  # the text is the same for all frames of an item
         y = y + self.attn2(self.norm2(y), text_BLD)
         y = y.reshape(batch, -1, cells, y.shape[2])
-        along_time = self.attn_temp(self.norm_temp(y.transpose(1, 2)).flatten(0, 1), positions)
+        along_time = self.attn_temp(self.norm_temp(y.transpose(1, 2)).flatten(0, 1))
         y = y + along_time.reshape(batch, cells, *y.shape[1::2]).transpose(1, 2)
         y = y + self.ff(self.norm3(y))
         return y.reshape(images, cells, -1)
@@ -143,11 +143,11 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, text_width)])
         self.proj_out = nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, text_BLD: Tensor, positions: TemporalPositions) -> Tensor:
+    def forward(self, x: Tensor, text_BLD: Tensor) -> Tensor:
         images, width, rows, columns = x.shape
         y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(images, rows * columns, width)
         for block in self.transformer_blocks:
-            y = block(y, text_BLD, positions)
+            y = block(y, text_BLD)
         out: Tensor = x + self.proj_out(y.reshape(images, rows, columns, width).permute(0, 3, 1, 2))
         return out
 

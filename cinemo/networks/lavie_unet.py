@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cinemo.networks.attention import ROTARY_DIM, temporal_positions
+from cinemo.networks.attention import ROTARY_DIM
 from cinemo.networks.blocks import (
     Downsample,
     Embedding,
@@ -158,11 +158,10 @@ class LavieUNet(nn.Module):
         if motion_ids is not None:
             embedding = embedding + self.add_embedding(sinusoid(motion_ids, batch, self.motion_width, sample))
         embedding = F.silu(embedding)
-        positions = temporal_positions(frames, sample.device, sample.dtype)
 
         def layer(x: Tensor, resnet: nn.Module, transformer: nn.Module | None) -> Tensor:
             x = self._run(resnet, x, embedding)
-            return x if transformer is None else self._run(transformer, x, text_states, positions)
+            return x if transformer is None else self._run(transformer, x, text_states)
 
         # (B, C, N, h, w) -> (B*N, C, h, w) with channels innermost, see `cinemo.networks.blocks`.
         x = sample.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
