@@ -71,7 +71,7 @@ class AnimateRequest:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative_prompt"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         if self.motion_bucket is not None and self.motion_strength is not None:
             raise InputError("motion_bucket and motion_strength: both given, expected at most one of them")
         _in_range("motion_bucket", self.motion_bucket, 0, MOTION_BUCKETS - 1, int)
@@ -242,7 +242,8 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _check_text(name: str, value: Any) -> None:
+def check_text(name: str, value: Any) -> None:
+    """Raise `InputError` where ``value`` is no text that an encoder, a database and a video file can hold."""
     if not isinstance(value, str) or len(value) > MAX_PROMPT:
         got = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
         raise InputError(f"{name}: got {got}, expected a text of at most {MAX_PROMPT} characters")
