@@ -1,0 +1,143 @@
+"""MLflow, and the only place that knows it: one run with parameters, batched metrics, artifacts and an end.
+
+Where runs go: ``$MLFLOW_TRACKING_URI`` if set; else ``mlflow.db`` and ``mlartifacts/`` inside a local output directory;
+else, for an s3:// output, the same two in the current directory. mlflow is imported when a run starts, not before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cinemo import storage
+from cinemo.config import Recipe
+
+EXPERIMENT = "cinemo"
+_FLUSH_COUNT, _FLUSH_SECONDS = 200, 5.0
+_PARAM_LENGTH, _BATCH = 500, 100  # MLflow servers before 2.8 refuse longer values; 100 parameters per request
+
+
+def locate(output: str) -> tuple[str, str | None, str]:
+    """(tracking URI, artifact root or None where a server decides, the line that opens it) of an output directory."""
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if server:
+        if server.startswith(("http://", "https://")):
+            return server, None, f"mlflow: {server}, experiment {EXPERIMENT}"
+        return server, None, f"mlflow ui --backend-store-uri {server}"
+    root = Path.cwd() if storage.is_remote(output) else Path(storage.absolute(output))
+    uri = f"sqlite:///{root / 'mlflow.db'}"
+    hint = f"mlflow ui --backend-store-uri {uri}"
+    if storage.is_remote(output):
+        hint += "  (local: set MLFLOW_TRACKING_URI to track runs with an s3:// output on a server)"
+    return uri, (root / "mlartifacts").as_uri(), hint
+
+
+def flatten(recipe: Recipe) -> dict[str, str]:
+    """Every recipe value under its dotted key, as text."""
+    found: dict[str, str] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            found[prefix] = str(value)
+
+    visit("", recipe.model_dump(mode="json"))
+    return found
+
+
+class Run:
+    """One MLflow run, started or continued.
+
+    Not thread-safe; metrics are kept and sent in batches (a call per metric is a hundred times dearer).
+
+    Args:
+        output: output directory of the job (local or s3://), see `locate`.
+        name: what the run is called in the list of runs.
+        run_id: continue this run; a new one is started where it does not exist any more.
+        params: written once, for a new run.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        name: str,
+        run_id: str | None = None,
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        for noisy in ("alembic", "mlflow"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        from mlflow.tracking import MlflowClient
+
+        self.uri, artifacts, self.hint = locate(output)
+        if artifacts and not storage.is_remote(output):
+            storage.local_path(output).mkdir(parents=True, exist_ok=True)
+        self._client = MlflowClient(tracking_uri=self.uri)
+        self._metrics: list[Any] = []
+        self._flushed = time.monotonic()
+        self.run_id = (self._continue(run_id) if run_id else None) or self._start(name, artifacts, params or {})
+        for key, value in (tags or {}).items():
+            self._client.set_tag(self.run_id, key, value)
+
+    def _continue(self, run_id: str) -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.update_run(run_id, status="RUNNING")
+        except MlflowException:
+            return None
+        return run_id
+
+    def _start(self, name: str, artifacts: str | None, params: Mapping[str, str]) -> str:
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        if experiment is None:
+            try:
+                experiment_id = self._client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+            except MlflowException:  # another job made it between the two calls
+                experiment_id = self._client.get_experiment_by_name(EXPERIMENT).experiment_id
+        else:
+            experiment_id = experiment.experiment_id
+        run_id = str(self._client.create_run(experiment_id, run_name=name).info.run_id)
+        entries = [Param(key, value[:_PARAM_LENGTH]) for key, value in sorted(params.items())]
+        for start in range(0, len(entries), _BATCH):
+            self._client.log_batch(run_id, params=entries[start : start + _BATCH])
+        return run_id
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep the finite values of ``metrics`` at ``step``; sent with the next batch."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._metrics += [Metric(k, float(v), now, step) for k, v in metrics.items() if math.isfinite(v)]
+        if len(self._metrics) >= _FLUSH_COUNT or time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what was kept."""
+        for start in range(0, len(self._metrics), 1000):
+            self._client.log_batch(self.run_id, metrics=self._metrics[start : start + 1000])
+        self._metrics = []
+        self._flushed = time.monotonic()
+
+    def artifact(self, path: Path, folder: str | None = None) -> None:
+        """Store a file of any kind (figure, video, table) with the run."""
+        self._client.log_artifact(self.run_id, str(path), folder)
+
+    def text(self, name: str, content: str) -> None:
+        """Store a small text file with the run, ``name`` being its path there."""
+        self._client.log_text(self.run_id, content, name)
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """Send the rest and end the run: ``FINISHED``, ``FAILED`` or ``KILLED``."""
+        self.flush()
+        self._client.set_terminated(self.run_id, status)

@@ -1,0 +1,1 @@
+"""Training: the loop, DeepSpeed, the Ray Train entry, checkpoints and their export."""

@@ -1,0 +1,151 @@
+"""Stored samples -> training batches (Cinemo, arXiv 2407.15642, Algorithm 1, lines 2-8).
+
+Every draw (diffusion step, noise, prompt dropout) is keyed by (seed, step, sample), so that a batch is the same
+whichever rank holds which sample, and after a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cinemo.config import Recipe
+from cinemo.data.shards import DatasetIndex
+from cinemo.media.motion import motion_bucket
+from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
+
+TEXT_CACHE = 512  # captions whose text states are kept; "" is half of what is asked for
+
+
+class Encoder(Protocol):
+    """What is needed of a frozen text encoder."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Text states (B, L, D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """One micro batch in host memory, before text encoding. ``captions`` are "" where the prompt is dropped."""
+
+    video_BCFHW: Tensor
+    motion_bucket_B: Tensor
+    t_B: Tensor
+    noise_BCFHW: Tensor
+    captions: tuple[str, ...]
+    keys: tuple[str, ...]
+
+    def pin(self) -> HostBatch:
+        """The same batch in page-locked memory, from which copies to an accelerator do not block."""
+        names = ("video_BCFHW", "motion_bucket_B", "t_B", "noise_BCFHW")
+        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
+
+
+def prompt_dropped(seed: int, step: int, key: str, probability: float) -> bool:
+    """Whether the caption of a sample is replaced by "" in this step (classifier-free guidance, section 4.1)."""
+    return bool(torch.rand((), generator=keyed_generator(seed, "drop", step, key)) < probability)
+
+
+def host_batch(samples: Sequence[LatentSample], step: int, recipe: Recipe) -> HostBatch:
+    """A micro batch with its draws: t ~ Uniform{0..T-1}, noise ~ N(0, 1) of shape (B, C, F-1, H, W).
+
+    Raises:
+        InputError: a sample has another shape than the recipe asks for.
+    """
+    train, expected = recipe.train, latent_shape(recipe)
+    steps, noises, videos = [], [], []
+    for sample in samples:
+        if sample.latents_FCHW.shape != expected:
+            raise InputError(
+                f"sample {sample.key}: latents are {_dims(sample.latents_FCHW.shape)}, recipe {recipe.name} expects "
+                f"{_dims(expected)} (frames x channels x rows x columns); precompute the dataset with this recipe"
+            )
+        video_CFHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32)).transpose(0, 1)
+        videos.append(video_CFHW)
+        generator = keyed_generator(train.seed, "t", step, sample.key)
+        steps.append(torch.randint(recipe.diffusion.train_steps, (), generator=generator))
+        generator = keyed_generator(train.seed, "noise", step, sample.key)
+        noises.append(torch.randn(video_CFHW[:, 1:].shape, generator=generator))
+    buckets = [float(motion_bucket(sample.ssim, recipe.data.bucket_edges)) for sample in samples]
+    dropped = [prompt_dropped(train.seed, step, sample.key, train.prompt_dropout) for sample in samples]
+    return HostBatch(
+        torch.stack(videos),
+        torch.tensor(buckets),
+        torch.stack(steps),
+        torch.stack(noises),
+        tuple("" if drop else sample.caption for drop, sample in zip(dropped, samples, strict=True)),
+        tuple(sample.key for sample in samples),
+    )
+
+
+def check_dataset(index: DatasetIndex, recipe: Recipe) -> None:
+    """Refuse a dataset whose latents are not what the recipe's network takes.
+
+    Raises:
+        InputError: the geometry differs.
+    """
+    shape, expected = tuple(index.info["latent_shape"]), latent_shape(recipe)
+    if shape != expected:
+        raise InputError(
+            f"dataset {index.uri}: latents {_dims(shape)}, recipe {recipe.name} expects {_dims(expected)} (frames x "
+            "channels x rows x columns); precompute it with this recipe, or train with the recipe it was made with"
+        )
+
+
+def dataset_digest(index: DatasetIndex) -> str:
+    """Identifies the content of a dataset: its fingerprint and every shard's sha256."""
+    parts = [index.info["fingerprint"], *index.table["sha256"].to_pylist()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:
+    """(frames, channels, rows, columns) of a sample's latents; the VAE reduces each side by 8."""
+    height, width = recipe.data.size
+    return recipe.data.frames, recipe.model.in_channels, height // 8, width // 8
+
+
+class TextStates:
+    """Text states of captions, each computed once while it stays among the last `TEXT_CACHE` ones used."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._kept: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Text states (B, L, D) on the encoder's device."""
+        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        if missing:
+            with torch.no_grad():
+                self._kept.update(zip(missing, self._encoder.encode(missing).unbind(0), strict=True))
+        for caption in captions:
+            self._kept.move_to_end(caption)
+        states_BLD = torch.stack([self._kept[caption] for caption in captions])
+        while len(self._kept) > TEXT_CACHE:
+            self._kept.popitem(last=False)
+        return states_BLD
+
+
+def on_device(
+    batch: HostBatch, text: TextStates, device: torch.device, dtype: torch.dtype
+) -> tuple[LatentBatch, Tensor, Tensor]:
+    """(batch, t, noise) on ``device``. Latents and noise stay float32; text states take the network's ``dtype``."""
+    video_BCFHW = batch.video_BCFHW.to(device, non_blocking=True)
+    condition = Condition(
+        video_BCFHW[:, :, 0],
+        text(batch.captions).to(device, dtype),
+        batch.motion_bucket_B.to(device, non_blocking=True),
+    )
+    made = LatentBatch(video_BCFHW, condition, batch.keys)
+    return made, batch.t_B.to(device, non_blocking=True), batch.noise_BCFHW.to(device, non_blocking=True)
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

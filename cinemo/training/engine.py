@@ -1,0 +1,177 @@
+"""DeepSpeed behind a small wrapper: its settings derived from the recipe, optimiser, schedule, checkpoints.
+
+DeepSpeed's JSON is never written by hand: `deepspeed_config` derives it from `cinemo.config.TrainConfig`. The optimiser
+is torch's own Adam, handed in (naming one in the JSON starts a CUDA build), and no extension is ever compiled: the
+only one training would load on a CPU serves an inference collective that training never calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cinemo.config import TrainConfig
+from cinemo.types import LatentBatch, RunError
+
+_TAG = "state"  # DeepSpeed keeps its rank files in a directory of this name inside a checkpoint
+
+_CLIENT = "cinemo"  # client state is stored under one key, apart from what DeepSpeed returns beside it
+
+
+def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
+    """The DeepSpeed settings of a recipe. Accumulation fills the global batch: global / (workers x micro)."""
+    return {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation(train),
+        "gradient_clipping": train.grad_clip,
+        "zero_optimization": {"stage": train.zero_stage},
+        "bf16": {"enabled": train.precision == "bf16"},
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def accumulation(train: TrainConfig) -> int:
+    """Micro batches per worker and step."""
+    return train.global_batch // (train.workers * train.micro_batch)
+
+
+def optimizer(train: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam (Cinemo section 4.1); with weight decay AdamW, whose decay is separate from the gradient."""
+    if train.weight_decay:
+        return torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
+    return torch.optim.Adam(parameters, lr=train.lr, betas=train.betas)
+
+
+def lr_factor(train: TrainConfig, step: int) -> float:
+    """The factor on ``train.lr`` in optimiser step ``step`` (0 = the first): warm-up, then flat or half a cosine."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return 1.0
+    done = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class Engine:
+    """A method under DeepSpeed on this rank. Every rank makes every call.
+
+    Needs an initialised torch process group (Ray Train makes one) of ``train.workers`` ranks.
+    """
+
+    def __init__(self, method: nn.Module, train: TrainConfig, device: torch.device) -> None:
+        deepspeed = import_deepspeed()
+        self.device, self.train = device, train
+        self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._micro, self._micros = 0, accumulation(train)
+        self._norm: Tensor | float | None = None
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # Ray Train sets it; DeepSpeed insists on it
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        method.to(device)
+        self._engine, _, _, self._schedule = deepspeed.initialize(
+            model=method,
+            optimizer=optimizer(train, [p for p in method.parameters() if p.requires_grad]),
+            lr_scheduler=lambda made: torch.optim.lr_scheduler.LambdaLR(made, lambda step: lr_factor(train, step)),
+            config=deepspeed_config(train),
+            dist_init_required=False,
+        )
+
+    @property
+    def method(self) -> nn.Module:
+        """The wrapped method. Under ZeRO-3 its parameters are whole only inside a forward pass that all ranks make."""
+        return self._engine.module  # type: ignore[no-any-return]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a forward pass of the method needs every rank."""
+        return self.train.zero_stage == 3
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next optimiser step."""
+        return float(self._schedule.get_last_lr()[0])
+
+    @property
+    def grad_norm(self) -> float:
+        """The gradient norm of the last optimiser step, before clipping. Waits for the device."""
+        norm = self._norm if self._norm is not None else self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def loss(self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor) -> Tensor:
+        """The method's loss of one micro batch, a scalar."""
+        return self._engine(batch, t_B, noise_BCFHW)  # type: ignore[no-any-return]
+
+    def step(self, loss: Tensor) -> None:
+        """Backward of one micro batch; the last one of a step also moves the weights and the schedule."""
+        self._engine.backward(loss)
+        self._micro = (self._micro + 1) % self._micros
+        if self._micro == 0 and self.train.zero_stage == 0 and self.train.precision == "fp32":
+            # Plain data parallel has no optimiser wrapper that would keep the norm; the gradients are reduced by now.
+            self._norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+        self._engine.step()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks of a tensor of the same shape on each."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+            values = values / self.world
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, on every rank."""
+        found: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def save(self, directory: Path, client_state: dict[str, Any]) -> None:
+        """Write this rank's files (rank 0: the weights and ``client_state`` too) under ``directory``."""
+        self._engine.save_checkpoint(str(directory), tag=_TAG, client_state={_CLIENT: client_state}, save_latest=False)
+        # DeepSpeed adds two copies of its recovery scripts; `cinemo.training.export` is ours.
+        for script in directory.glob("zero_to_*.py"):
+            script.unlink()
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Take up weights, optimiser, schedule and ``client_state`` from a complete checkpoint.
+
+        Raises:
+            RunError: the directory holds no DeepSpeed checkpoint.
+        """
+        if not state_directory(directory).is_dir():
+            raise RunError(f"{directory}: holds no DeepSpeed state; use another checkpoint")
+        _, client_state = self._engine.load_checkpoint(str(directory), tag=_TAG)
+        return dict(client_state[_CLIENT])
+
+
+def state_directory(checkpoint: Path) -> Path:
+    """Where DeepSpeed's rank files lie inside a checkpoint."""
+    return checkpoint / _TAG
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quietly, for the accelerator that is there."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if "deepspeed" not in sys.modules:
+        # DeepSpeed's autotuner imports mlflow where it finds it: 80% of its import time, for something unused here.
+        absent = {name: sys.modules.get(name) for name in ("mlflow",) if name not in sys.modules}
+        sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+        try:
+            import deepspeed
+        finally:
+            for name in absent:
+                del sys.modules[name]
+    import deepspeed
+    import deepspeed.ops
+
+    # Left alone, the first look at this table runs a compiler for every optional kernel, then builds one of them.
+    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

@@ -1,0 +1,112 @@
+"""Checkpoints and published weights -> what others load: a model bundle, or a folder for ``train.init``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import cinemo
+from cinemo import storage
+from cinemo.bundle import save_bundle
+from cinemo.config import Recipe
+from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.weights import load_unet, resolve, save_unet, weights_digest
+from cinemo.recipes import cinemo_320x512
+from cinemo.training import checkpoints
+from cinemo.training.engine import import_deepspeed, state_directory
+from cinemo.types import InputError, keyed_seed
+
+_UNET = "unet."  # the name of the network inside `cinemo.methods.cinemo.CinemoMethod`
+_PUBLISHED = {
+    "vae": "vae",
+    "vae_decoder": "vae_temporal_decoder",
+    "text_encoder": "text_encoder",
+    "tokenizer": "tokenizer",
+}
+
+
+def from_checkpoint(location: str, output: str) -> str:
+    """Write the bundle of a checkpoint, its weights consolidated to float32; returns a line about it.
+
+    Args:
+        location: a run's output directory (its latest complete checkpoint) or one checkpoint; local or s3://.
+        output: new local directory.
+
+    Raises:
+        InputError: no complete checkpoint there, or ``output`` cannot be used.
+    """
+    target = _target(output)
+    card = checkpoints.find(location)
+    unet = consolidated_unet(storage.localize(card.uri), card.recipe)
+    provenance = {"source": "training", "checkpoint": card.uri, "step": card.step, "dataset": card.dataset}
+    digest = save_bundle(target, card.recipe, unet, provenance | {"cinemo": cinemo.__version__})
+    return f"bundle {digest[:12]} of step {card.step} ({card.recipe.name})"
+
+
+def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
+    """The UNet of a complete local checkpoint, float32, put together from the shares of all ranks."""
+    import_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    inside = state_directory(directory)
+    if any(inside.glob("*_optim_states.pt")):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=inside.name)
+    else:  # stage 0 in float32 keeps no separate master weights
+        (file,) = inside.glob("mp_rank_00_model_states.pt")
+        state = torch.load(file, map_location="cpu", weights_only=False)["module"]
+    weights: dict[str, Tensor] = {
+        name.removeprefix(_UNET): value for name, value in state.items() if name.startswith(_UNET)
+    }
+    unet = LavieUNet(**recipe.model.model_dump())
+    # Buffers hold formulas, exact in the fresh network and rounded in one that was trained in bfloat16.
+    weights |= dict(unet.named_buffers())
+    unet.load_state_dict(weights)
+    return unet
+
+
+def from_cinemo(folder: str, output: str) -> str:
+    """Write the bundle of the published Cinemo weights: a folder with unet, vae, [vae_temporal_decoder], text_encoder
+    and tokenizer, each in diffusers layout.
+
+    Raises:
+        InputError: a part is missing, or the weights do not fit the published network.
+    """
+    target, root = _target(output), resolve(folder)
+    missing = [name for name in ("unet", *_PUBLISHED.values()) if not (root / name).is_dir()]
+    optional = {"vae_temporal_decoder"}
+    if set(missing) - optional:
+        raise InputError(
+            f"{folder}: {', '.join(sorted(set(missing) - optional))} missing; expected a folder with unet, vae, "
+            "vae_temporal_decoder, text_encoder and tokenizer"
+        )
+    recipe = cinemo_320x512()
+    places = {field: None if name in missing else str(root / name) for field, name in _PUBLISHED.items()}
+    recipe = recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update=places)})
+    unet = load_unet(recipe.model, str(root / "unet"), torch.float32)
+    provenance = {"source": "published Cinemo weights", "unet": weights_digest(str(root / "unet"))}
+    digest = save_bundle(target, recipe, unet, provenance)
+    return f"bundle {digest[:12]} of published weights ({recipe.name})"
+
+
+def from_lavie(file: str, output: str) -> str:
+    """Write LaVie's base weights as a folder to start training from; the motion network they lack starts at zero.
+
+    Raises:
+        InputError: not a LaVie checkpoint.
+    """
+    target = _target(output)
+    if target.is_dir() and any(target.iterdir()):
+        raise InputError(f"{output}: is not empty; choose another --output")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(keyed_seed(0, "weights"))
+        unet = load_unet(cinemo_320x512().model, file, torch.float32, motion_optional=True)
+    save_unet(unet, target)
+    return f"UNet weights; train with --recipe cinemo-320x512 --set train.init={output}"
+
+
+def _target(output: str) -> Path:
+    if storage.is_remote(output):
+        raise InputError(f"output {output}: expected a local directory; upload it afterwards")
+    return storage.local_path(output)

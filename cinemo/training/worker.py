@@ -1,0 +1,328 @@
+"""The Ray Train entry: a group of workers around `cinemo.training.loop`, resume, and what the job's process shows.
+
+A restart inside a job (a worker died) takes up the checkpoint that Ray Train has committed. A new job (``--resume
+auto`` after the whole job was killed) takes up the newest complete one on storage. In both the data position comes from
+the loaded checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from cinemo import storage
+from cinemo.config import Recipe, parse_recipe
+from cinemo.data.loader import LatentLoader
+from cinemo.data.precompute import connect
+from cinemo.data.shards import DatasetIndex
+from cinemo.methods import build_method
+from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.weights import load_unet
+from cinemo.training import checkpoints
+from cinemo.training.batch import TextStates, check_dataset, dataset_digest
+from cinemo.training.checkpoints import CheckpointCard
+from cinemo.training.engine import Engine
+from cinemo.training.loop import Report, train
+from cinemo.training.progress import (
+    Event,
+    Progress,
+    Resumed,
+    Saved,
+    Sheet,
+    TrainSummary,
+    read_run,
+    read_summary,
+)
+from cinemo.training.sheets import draw_sheet, first_samples, sheet_latents
+from cinemo.types import InputError, RunError, keyed_seed
+
+# A checkpoint can be continued only with these unchanged: they decide its tensors, the order of data, or every draw.
+_FIXED = (
+    *(
+        "method",
+        "model",
+        "diffusion",
+        "encoders.text_encoder",
+        "encoders.tokenizer",
+        "data.frames",
+        "data.size",
+        "data.bucket_edges",
+    ),
+    *("train.workers", "train.zero_stage", "train.precision", "train.global_batch", "train.lanes", "train.seed"),
+)
+
+
+def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSummary:
+    """Train ``recipe`` on a dataset of latents and return how it ended.
+
+    Args:
+        data: dataset directory written by precompute (local or s3://).
+        output: run directory (local or s3://): ``train.json``, ``loss.csv``, ``samples/``, ``train/checkpoint_*``.
+        resume: ``auto`` continues what ``output`` holds, or starts; ``never`` insists on an empty output; a URI (a
+            checkpoint or another run's output) starts from that checkpoint, its step included.
+
+    Raises:
+        InputError: dataset, checkpoint, recipe and machine do not fit together.
+        RunError: training failed for good.
+    """
+    data, output = storage.absolute(data), storage.absolute(output)
+    index = DatasetIndex.load(data)
+    check_dataset(index, recipe)
+    digest = dataset_digest(index)
+    start = _starting_point(recipe, digest, output, resume)
+    summary = read_summary(output)
+    if start and summary and start.step >= recipe.train.max_steps and start.uri.startswith(output):
+        print(f"{output}: already finished at step {summary.steps}; raise --max-steps to go on")
+        return summary
+    storage.check_writable(output)
+    note = LatentLoader(index, global_batch=recipe.train.global_batch, lanes=recipe.train.lanes, seed=0).note
+    if note:
+        print(f"{data}: {note}")
+    progress = Progress(recipe, output, data, digest)
+    _join_cluster(recipe)
+    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    filesystem, path = storage.arrow_filesystem(output)
+    train_settings = recipe.train
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "data": data,
+            "output": output,
+            "start": start.uri if start else None,
+            "mailbox": mailbox,
+        },
+        torch_config=TorchConfig(backend="nccl" if train_settings.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train_settings.workers,
+            use_gpu=train_settings.gpus_per_worker > 0,
+            resources_per_worker=_resources(recipe),
+        ),
+        run_config=RunConfig(
+            name=checkpoints.RUN,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=train_settings.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=train_settings.max_failures),
+        ),
+    )
+    try:
+        with _following(mailbox, progress):
+            trainer.fit()
+        _raise_fault(mailbox)
+    except ray.train.TrainingFailedError as error:
+        progress.fail()
+        _raise_fault(mailbox)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RunError(f"training failed after {train_settings.max_failures} restarts: {lines[-1]}") from error
+    except BaseException:
+        progress.fail()
+        raise
+    checkpoints.prune(output, train_settings.keep_checkpoints)
+    latest = checkpoints.latest(output)
+    assert latest is not None
+    return progress.finish(latest.uri)
+
+
+def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> CheckpointCard | None:
+    """The checkpoint to take up, or None for a start from nothing. Sweeps what a killed job left half written."""
+    holds = read_run(output) is not None or checkpoints.stored(output)
+    if resume != "auto" and holds:
+        raise InputError(
+            f"output {output}: already holds a run; continue it with --resume auto, or choose another --output"
+        )
+    if resume == "never":
+        return None
+    if resume == "auto":
+        checkpoints.prune(output, recipe.train.keep_checkpoints)
+        card = checkpoints.latest(output)
+    else:
+        card = checkpoints.find(resume)
+    if card is None:
+        return None
+    if card.dataset != digest:
+        raise InputError(
+            f"checkpoint {card.uri}: was trained on dataset {card.dataset}, --data is {digest}; "
+            "give the same --data, or start anew with train.init and another --output"
+        )
+    old, new = card.recipe.model_dump(mode="json"), recipe.model_dump(mode="json")
+    changed = [f"{key} {_pick(old, key)} -> {_pick(new, key)}" for key in _FIXED if _pick(old, key) != _pick(new, key)]
+    if changed:
+        raise InputError(
+            f"checkpoint {card.uri}: cannot go on with another {'; '.join(changed)}; use the recipe it was made with "
+            f"(--recipe {storage.join(card.uri, 'recipe.json')})"
+        )
+    return card
+
+
+def _pick(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values[name]
+    return values
+
+
+def _resources(recipe: Recipe) -> dict[str, float]:
+    wanted = {"CPU": recipe.train.cpus_per_worker}
+    return wanted | ({"GPU": recipe.train.gpus_per_worker} if recipe.train.gpus_per_worker else {})
+
+
+def _join_cluster(recipe: Recipe) -> None:
+    """Connect to Ray and see that the worker group can be placed at all; it would wait for ever otherwise."""
+    workers = recipe.train.workers
+    # A private Ray counts logical CPUs, so that more workers than cores are slow but possible.
+    connect(cpus=math.ceil(workers * recipe.train.cpus_per_worker))
+    there = ray.cluster_resources()
+    for name, each in _resources(recipe).items():
+        if there.get(name, 0) < workers * each:
+            raise InputError(
+                f"train.workers is {workers} with {each:g} {name} each, the cluster has {there.get(name, 0):g} {name}; "
+                f"lower train.workers or train.{name.lower()}s_per_worker, or add nodes"
+            )
+
+
+class _Mailbox:
+    """Carries events from rank 0 to the job's process, and remembers a fault that no restart can mend."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._fault: tuple[str, str] | None = None
+
+    def post(self, event: Event) -> None:
+        self._events.append(event)
+
+    def take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def post_fault(self, kind: str, message: str) -> None:
+        self._fault = self._fault or (kind, message)
+
+    def fault(self) -> tuple[str, str] | None:
+        return self._fault
+
+
+def _raise_fault(mailbox: Any) -> None:
+    fault = ray.get(mailbox.fault.remote())
+    if fault:
+        raise (InputError if fault[0] == "InputError" else RunError)(fault[1])
+
+
+@contextmanager
+def _following(mailbox: Any, progress: Progress) -> Iterator[None]:
+    """Hand the mailbox's events to ``progress`` from a thread, until the block ends and none are left."""
+    over = threading.Event()
+
+    def follow() -> None:
+        progress.track()
+        while True:
+            ending = over.wait(0.3)
+            for event in ray.get(mailbox.take.remote()):
+                progress.handle(event)
+            if ending:
+                return
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One rank."""
+    mailbox = config["mailbox"]
+    if ray.get(mailbox.fault.remote()):
+        return  # the attempt before this one met what no restart can mend
+    try:
+        _train(parse_recipe(config["recipe"], "recipe"), config["data"], config["output"], config["start"], mailbox)
+    except (InputError, RunError) as error:
+        ray.get(mailbox.post_fault.remote(type(error).__name__, str(error)))
+        raise
+
+
+def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: Any) -> None:
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = get_device()
+    assert isinstance(device, torch.device)
+    index = DatasetIndex.load(data)
+    digest = dataset_digest(index)
+    # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
+    torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
+    method = build_method(
+        recipe, load_unet(recipe.model, recipe.train.init, torch.float32) if recipe.train.init else None
+    )
+    engine = Engine(method, recipe.train, device)
+    text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device, engine.dtype))
+
+    step, history = 0, []
+    with _checkpoint_directory(start) as directory:
+        if directory is not None:
+            state = engine.load(directory)
+            if state["dataset"] != digest:
+                raise InputError(f"dataset {data}: changed while training ({state['dataset']} -> {digest})")
+            step, history = state["step"], [Report(*row) for row in state["history"]]
+
+    def post(event: Event) -> None:
+        if rank == 0:
+            mailbox.post.remote(event)
+
+    def on_report(report: Report) -> None:
+        history.append(report)
+        post(report)
+
+    def on_checkpoint(done: int) -> None:
+        state = {"step": done, "dataset": digest, "history": [tuple(vars(row).values()) for row in history]}
+        with tempfile.TemporaryDirectory(prefix="cinemo-checkpoint-") as scratch:
+            share = Path(scratch)
+            engine.save(share, state)
+            files = {name: size for part in engine.gather(checkpoints.sizes(share)) for name, size in part.items()}
+            if rank == 0:
+                checkpoints.describe(share, recipe, done, world, digest, files)
+            ray.train.report({"step": done, "loss": history[-1].loss}, checkpoint=Checkpoint.from_directory(scratch))
+        post(Saved(done))
+
+    samples = first_samples(index, recipe.train.sample_count)
+
+    def on_sheet(done: int) -> None:
+        if rank == 0 or engine.sharded:
+            animated = sheet_latents(recipe, method, text, samples, device)
+        if rank == 0:
+            vae = Vae(recipe.encoders.vae_decoder or recipe.encoders.vae, device, engine.dtype)
+            uri = storage.join(output, "samples", f"step-{done:06d}.png")
+            storage.write_bytes(uri, draw_sheet(recipe, vae, samples, animated))
+            post(Sheet(done, uri))
+
+    post(Resumed(step, tuple(history)))
+    loader = LatentLoader(
+        index,
+        global_batch=recipe.train.global_batch,
+        lanes=recipe.train.lanes,
+        seed=recipe.train.seed,
+        rank=rank,
+        world=world,
+    )
+    train(recipe, engine, loader.batches(step), text, step, on_report, on_checkpoint, on_sheet)
+
+
+@contextmanager
+def _checkpoint_directory(start: str | None) -> Iterator[Path | None]:
+    """The files to load: Ray Train's committed checkpoint of this job, else the one the job starts from."""
+    committed = ray.train.get_checkpoint()
+    if committed is not None:
+        with committed.as_directory() as directory:
+            yield Path(directory)
+    else:
+        yield storage.localize(start) if start else None

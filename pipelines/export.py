@@ -1,0 +1,33 @@
+"""Make a model bundle from a training checkpoint, or import published weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cinemo import cli
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.parser(__doc__, recipe=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--checkpoint", metavar="URI", help="a run's --output (its latest checkpoint) or one checkpoint"
+    )
+    source.add_argument("--from-cinemo", metavar="DIR", help="folder of published Cinemo weights, made into a bundle")
+    source.add_argument("--from-lavie", metavar="FILE", help="published LaVie weights, made into a train.init folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result")
+    arguments = parser.parse_args(argv)
+
+    from cinemo.training import export  # late: --help and bad flags need no torch
+
+    if arguments.checkpoint:
+        made = export.from_checkpoint(arguments.checkpoint, arguments.output)
+    elif arguments.from_cinemo:
+        made = export.from_cinemo(arguments.from_cinemo, arguments.output)
+    else:
+        made = export.from_lavie(arguments.from_lavie, arguments.output)
+    print(f"{arguments.output}: {made}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

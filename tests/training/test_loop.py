@@ -1,0 +1,210 @@
+"""The loop learns, draws the same whichever rank holds a sample, and stops at a loss that is none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from cinemo.config import Recipe
+from cinemo.data.loader import LatentLoader, StepBatch
+from cinemo.data.shards import DatasetIndex
+from cinemo.methods import build_method
+from cinemo.networks.frozen import TextEncoder
+from cinemo.training import batch as batches
+from cinemo.training.engine import Engine
+from cinemo.training.loop import Report, prefetch, train
+from cinemo.types import InputError, RunError
+from tests.training.conftest import moving_samples
+
+
+class Letters:
+    """A text encoder that counts what it is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def encode(self, texts: list[str]) -> torch.Tensor:
+        self.asked += texts
+        return torch.tensor([[[float(len(text))] * 4] * 2 for text in texts])
+
+
+def _changed(recipe: Recipe, **train_keys: object) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=train_keys)})
+
+
+def test_draws_depend_on_sample_and_step_alone(small: Recipe) -> None:
+    samples = moving_samples(6)
+    whole = batches.host_batch(samples, 5, small)
+    for order in ([5, 4, 3, 2, 1, 0], [2], [3, 1]):
+        part = batches.host_batch([samples[place] for place in order], 5, small)
+        assert torch.equal(part.noise_BCFHW, whole.noise_BCFHW[order])
+        assert torch.equal(part.t_B, whole.t_B[order])
+        assert part.captions == tuple(whole.captions[place] for place in order)
+    later = batches.host_batch(samples, 6, small)
+    assert not torch.equal(later.t_B, whole.t_B)
+    other = batches.host_batch(samples, 5, _changed(small, seed=1))
+    assert not torch.allclose(other.noise_BCFHW, whole.noise_BCFHW)
+
+
+def test_draws_have_the_right_distribution(small: Recipe) -> None:
+    drawn = [batches.host_batch(moving_samples(8), step, small) for step in range(120)]
+    noise = torch.cat([one.noise_BCFHW for one in drawn])
+    assert noise.shape[1:] == (4, 3, 4, 4)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.01)
+    assert float(noise.std()) == pytest.approx(1, abs=0.01)
+    steps = torch.cat([one.t_B for one in drawn]).float()
+    assert 0 <= steps.min() < 10
+    assert 990 < steps.max() <= 999
+    assert float(steps.mean()) == pytest.approx(499.5, abs=40)
+
+
+def test_a_batch_holds_what_was_stored(small: Recipe) -> None:
+    samples = moving_samples(3)
+    made = batches.host_batch(samples, 0, _changed(small, prompt_dropout=0.0))
+    assert made.video_BCFHW.shape == (3, 4, 4, 4, 4)
+    assert np.array_equal(made.video_BCFHW[1].transpose(0, 1).numpy(), samples[1].latents_FCHW.astype(np.float32))
+    assert made.motion_bucket_B.tolist() == sorted(made.motion_bucket_B.tolist())  # their motion grows
+    assert made.captions == ("a dog", "a red car", "waves")
+    on_device, t_B, noise = batches.on_device(made, batches.TextStates(Letters()), torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(on_device.condition.image_BCHW, made.video_BCFHW[:, :, 0])
+    assert on_device.condition.text_BLD.dtype == torch.bfloat16
+    assert (t_B.shape, noise.dtype) == ((3,), torch.float32)
+
+
+def test_prompts_are_dropped_at_the_given_rate() -> None:
+    dropped = [batches.prompt_dropped(0, step, f"clip{step % 7}", 0.3) for step in range(3000)]
+    assert sum(dropped) / 3000 == pytest.approx(0.3, abs=0.03)
+    assert dropped == [batches.prompt_dropped(0, step, f"clip{step % 7}", 0.3) for step in range(3000)]
+    assert not any(batches.prompt_dropped(0, step, "a", 0.0) for step in range(100))
+    assert all(batches.prompt_dropped(0, step, "a", 1.0) for step in range(100))
+
+
+def test_text_states_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "TEXT_CACHE", 2)
+    encoder = Letters()
+    text = batches.TextStates(encoder)
+    assert text(["", "dog", "", "dog"])[:, 0, 0].tolist() == [0, 3, 0, 3]
+    assert text(["dog", ""])[:, 0, 0].tolist() == [3, 0]
+    assert encoder.asked == ["", "dog"]
+    assert text(["whale", "cat", "cat", "elephant"])[:, 0, 0].tolist() == [5, 3, 3, 8]  # more than are kept
+    assert text(["dog"])[0, 0, 0] == 3
+    assert encoder.asked == ["", "dog", "whale", "cat", "elephant", "dog"]
+
+
+def test_another_geometry_is_refused(small: Recipe, dataset: str) -> None:
+    index = DatasetIndex.load(dataset)
+    batches.check_dataset(index, small)
+    wide = small.model_copy(update={"data": small.data.model_copy(update={"size": (32, 64)})})
+    with pytest.raises(InputError, match=r"latents 4x4x4x4, recipe cinemo-tiny expects 4x4x4x8"):
+        batches.check_dataset(index, wide)
+    with pytest.raises(InputError, match="sample clip000_0: latents are 4x4x4x4"):
+        batches.host_batch(moving_samples(1), 0, wide)
+
+
+def _train(recipe: Recipe, dataset: str, start: int = 0, made: Engine | None = None) -> list[Report]:
+    torch.manual_seed(0)
+    made = made or Engine(build_method(recipe), recipe.train, torch.device("cpu"))
+    loader = LatentLoader(
+        DatasetIndex.load(dataset), global_batch=recipe.train.global_batch, lanes=recipe.train.lanes, seed=0
+    )
+    text = batches.TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
+    reports: list[Report] = []
+    train(recipe, made, loader.batches(start), text, start, on_report=reports.append)
+    return reports
+
+
+@pytest.mark.usefixtures("process_group")
+def test_it_overfits_a_small_set(small: Recipe, dataset: str) -> None:
+    reports = _train(_changed(small, max_steps=60, log_every=6, lr=4e-3, micro_batch=4), dataset)
+    assert [report.step for report in reports] == list(range(6, 61, 6))
+    print([round(r.loss, 3) for r in reports])
+    assert reports[0].loss > 0.5  # a fresh network answers nothing of the noise, whose variance is 1
+    assert np.mean([report.loss for report in reports[-3:]]) < 0.6 * reports[0].loss
+    assert all(report.samples_per_second > 0 and 0 <= report.data_wait <= 1 for report in reports)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_what_is_called_when(small: Recipe, dataset: str) -> None:
+    recipe = _changed(small, max_steps=7, log_every=3, checkpoint_every=4, sample_every=5)
+    made = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
+    calls: list[tuple[str, int]] = []
+    loader = LatentLoader(DatasetIndex.load(dataset), global_batch=4, lanes=2, seed=0)
+    text = batches.TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
+    train(
+        recipe,
+        made,
+        loader.batches(1),
+        text,
+        1,
+        on_report=lambda report: calls.append(("report", report.step)),
+        on_checkpoint=lambda step: calls.append(("checkpoint", step)),
+        on_sheet=lambda step: calls.append(("sheet", step)),
+    )
+    assert calls == [
+        ("report", 3),
+        *[("report", 4), ("checkpoint", 4)],
+        *[("report", 5), ("sheet", 5)],
+        ("report", 6),
+        *[("report", 7), ("checkpoint", 7), ("sheet", 7)],
+    ]
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_loss_that_is_no_number_stops_the_run(small: Recipe, dataset: str) -> None:
+    recipe = _changed(small, max_steps=8, log_every=4)
+    made = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
+    clean = made.loss
+
+    def spoiled(*arguments: object) -> torch.Tensor:
+        spoiled.calls += 1  # type: ignore[attr-defined]
+        loss = clean(*arguments)  # type: ignore[arg-type]
+        return loss * float("nan") if spoiled.calls == 5 else loss  # type: ignore[attr-defined]
+
+    spoiled.calls = 0  # type: ignore[attr-defined]
+    made.loss = spoiled  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="step 3: the loss is nan"):  # two micro batches a step
+        _train(recipe, dataset, made=made)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_data_of_another_step_is_refused(small: Recipe) -> None:
+    made = Engine(build_method(small), small.train, torch.device("cpu"))
+    text = batches.TextStates(Letters())
+    with pytest.raises(RunError, match="expected the batch of step 3, got 0"):
+        train(small, made, [StepBatch(0, 0, moving_samples(4))], text, start_step=3)
+    with pytest.raises(RunError, match="expected the batch of step 0, got none"):
+        train(small, made, [], text)
+
+
+def test_prefetch_keeps_order_raises_and_stops() -> None:
+    assert list(prefetch(iter(range(20)))) == list(range(20))
+
+    def failing() -> Iterator[int]:
+        yield 1
+        raise InputError("broken")
+
+    ready = prefetch(failing())
+    assert next(ready) == 1
+    with pytest.raises(InputError, match="broken"):
+        next(ready)
+
+    made = []
+
+    def endless() -> Iterator[int]:
+        while True:
+            made.append(len(made))
+            yield made[-1]
+
+    ready = prefetch(endless(), depth=2)
+    assert next(ready) == 0
+    ready.close()  # type: ignore[attr-defined]
+    deadline = time.monotonic() + 5
+    while any(thread.name == "prefetch" for thread in threading.enumerate()):
+        assert time.monotonic() < deadline, "the thread outlives its reader"
+        time.sleep(0.02)
+    assert len(made) <= 5
