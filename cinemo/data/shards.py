@@ -1,0 +1,240 @@
+"""Shards on storage: deterministic tar files, their commit records, and the index of a finished dataset.
+
+A shard is a plain USTAR tar of ``KEY.json`` and ``KEY.latents.npy`` members that ``tar`` and webdataset read. It exists
+once its commit record does; the record says where every member lies, so that one sample is one range of bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cinemo import storage
+from cinemo.types import InputError, LatentSample, Refusal
+
+SCHEMA_VERSION = 1
+SSIM_BINS = 1000  # of width 0.001 over 0..1: fine enough to cut motion buckets at quantiles
+_BLOCK = tarfile.BLOCKSIZE
+_INDEX_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("samples", pa.int32()),
+        ("quarantined", pa.int32()),
+        ("recovered", pa.int32()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("ssim_sum", pa.float64()),
+        ("ssim_min", pa.float64()),
+        ("ssim_max", pa.float64()),
+        ("ssim_histogram", pa.list_(pa.int32())),
+    ]
+)
+
+
+def shard_name(shard: int) -> str:
+    return f"shard-{shard:06d}"
+
+
+def tar_uri(dataset: str, shard: int) -> str:
+    return storage.join(dataset, "shards", f"{shard_name(shard)}.tar")
+
+
+def record_uri(dataset: str, shard: int) -> str:
+    return storage.join(dataset, "shards", f"{shard_name(shard)}.json")
+
+
+def ledger_uri(dataset: str, shard: int) -> str:
+    return storage.join(dataset, "quarantine", f"{shard_name(shard)}.jsonl")
+
+
+@dataclass(frozen=True)
+class Members:
+    """Where the samples of a shard lie in its tar: one entry a sample. ``array`` is past the .npy header."""
+
+    keys: list[str]
+    json_offset: list[int]
+    json_size: list[int]
+    array_offset: list[int]
+    array_shape: list[int]
+
+
+def encode_tar(samples: Sequence[LatentSample]) -> tuple[bytes, Members]:
+    """The tar of some samples: equal samples give equal bytes. Latents are float16, all of one shape."""
+    parts: list[bytes | memoryview] = []
+    members = Members([], [], [], [], list(samples[0].latents_FCHW.shape) if samples else [])
+    offset = 0
+
+    def add(name: str, *data: bytes | memoryview) -> int:
+        nonlocal offset
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = sum(map(len, data)), 0o644
+        parts.extend([info.tobuf(tarfile.USTAR_FORMAT), *data, bytes(-info.size % _BLOCK)])
+        start = offset + _BLOCK
+        offset = start + info.size + -info.size % _BLOCK
+        return start
+
+    for sample in samples:
+        array = np.ascontiguousarray(sample.latents_FCHW)
+        if array.dtype != np.float16 or list(array.shape) != members.array_shape:
+            raise ValueError(f"{sample.key}: latents are {array.dtype} {array.shape}, expected float16 and one shape")
+        text = json.dumps(_metadata(sample), sort_keys=True, ensure_ascii=False).encode()
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+        members.keys.append(sample.key)
+        members.json_offset.append(add(f"{sample.key}.json", text))
+        members.json_size.append(len(text))
+        start = add(f"{sample.key}.latents.npy", header.getvalue(), array.data.cast("B"))
+        members.array_offset.append(start + header.tell())
+    parts.append(bytes(2 * _BLOCK))
+    return b"".join(parts), members
+
+
+def _metadata(sample: LatentSample) -> dict[str, Any]:
+    return {
+        name: getattr(sample, name)
+        for name in ("clip_id", "uri", "caption", "fps", "frame_interval", "start_frame", "ssim", "view")
+    }
+
+
+def read_sample(tar: memoryview, members: Members, index: int) -> LatentSample:
+    """One sample out of a shard's bytes; the latents are a view of them."""
+    start, count = members.array_offset[index], int(np.prod(members.array_shape))
+    latents_FCHW = np.frombuffer(tar, "<f2", count, start).reshape(members.array_shape)
+    place = members.json_offset[index]
+    metadata = json.loads(bytes(tar[place : place + members.json_size[index]]))
+    return LatentSample(key=members.keys[index], latents_FCHW=latents_FCHW, **metadata)
+
+
+def commit(
+    dataset: str,
+    shard: int,
+    samples: Sequence[LatentSample],
+    refusals: Sequence[Refusal],
+    fingerprint: str,
+    retry_of: Mapping[str, tuple[int, str]] | None = None,
+) -> dict[str, Any]:
+    """Write a shard: tar, ledger, and last the record that makes it exist. Returns the record.
+
+    Args:
+        retry_of: the clips of this shard that an earlier one refused: clip id -> (shard, reason).
+    """
+    tar, members = encode_tar(samples)
+    storage.write_bytes(tar_uri(dataset, shard), tar)
+    write_ledger(dataset, shard, refusals)
+    scores = np.array([sample.ssim for sample in samples], np.float64)
+    histogram = np.histogram(scores.clip(0, 1), SSIM_BINS, (0, 1))[0]
+    record = {
+        "shard": shard,
+        "fingerprint": fingerprint,
+        "samples": len(samples),
+        "quarantined": len(refusals),
+        "reasons": dict(Counter(refusal.reason for refusal in refusals)),
+        "retry_of": {clip_id: {"shard": number, "reason": why} for clip_id, (number, why) in (retry_of or {}).items()},
+        "bytes": len(tar),
+        "sha256": hashlib.sha256(tar).hexdigest(),
+        "ssim": {
+            "sum": float(scores.sum()),
+            "min": float(scores.min()) if len(scores) else None,
+            "max": float(scores.max()) if len(scores) else None,
+            "histogram": histogram.tolist(),
+        },
+        "members": asdict(members),
+    }
+    # Compact: a record is one line of a few kilobytes and is read by machines.
+    storage.write_bytes(record_uri(dataset, shard), json.dumps(record, sort_keys=True).encode() + b"\n")
+    return record
+
+
+def write_ledger(dataset: str, shard: int, refusals: Sequence[Refusal]) -> None:
+    """The refused clips of a shard, one JSON line each; no file where none was refused."""
+    uri = ledger_uri(dataset, shard)
+    lines = "".join(json.dumps(asdict(refusal), sort_keys=True, ensure_ascii=False) + "\n" for refusal in refusals)
+    if lines:
+        storage.write_bytes(uri, lines.encode())
+    else:
+        storage.remove(uri)
+
+
+def read_ledger(dataset: str, shard: int) -> list[Refusal]:
+    try:
+        lines = storage.read_bytes(ledger_uri(dataset, shard)).decode().splitlines()
+    except FileNotFoundError:
+        return []
+    return [Refusal(**json.loads(line)) for line in lines]
+
+
+def index_bytes(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """``index.parquet``: one narrow row for each committed shard, ordered by shard."""
+    rows = [
+        {
+            **{name: record[name] for name in ("shard", "samples", "quarantined", "bytes", "sha256")},
+            "recovered": len(record["retry_of"]),
+            **{f"ssim_{name}": value for name, value in record["ssim"].items()},
+        }
+        for record in sorted(records, key=lambda record: record["shard"])
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, _INDEX_SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+@dataclass(frozen=True)
+class DatasetIndex:
+    """A finished dataset: what a trainer reads before it opens a shard.
+
+    ``info`` is ``dataset.json``; ``table`` is ``index.parquet``, one row a shard.
+    """
+
+    uri: str
+    info: dict[str, Any]
+    table: pa.Table
+
+    @classmethod
+    def load(cls, uri: str) -> DatasetIndex:
+        """Read two files, list nothing.
+
+        Raises:
+            InputError: no dataset there, or one that precompute has not finished.
+        """
+        place = storage.join(uri, "dataset.json")
+        try:
+            info = storage.read_json(place)
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(
+                f"{uri}: no dataset there (dataset.json is missing); make one with precompute.py"
+            ) from None
+        except ValueError as error:
+            raise InputError(f"{place}: not JSON ({error})") from None
+        if not isinstance(info, dict) or info.get("schema") != SCHEMA_VERSION:
+            raise InputError(f"{place}: expected a dataset of schema {SCHEMA_VERSION}")
+        if not info["complete"]:
+            raise InputError(f"{uri}: the dataset is not complete; run the same precompute.py command to finish it")
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "index.parquet"))))
+        if not info["samples"]:
+            raise InputError(f"{uri}: the dataset has no samples, all {info['quarantined']} clips were refused")
+        return cls(uri, info, table)
+
+    @property
+    def shards(self) -> list[int]:
+        return [int(shard) for shard in self.table["shard"].to_pylist()]
+
+    @property
+    def samples_of_shards(self) -> np.ndarray:
+        """Samples in each shard, in the order of `shards`."""
+        return np.asarray(self.table["samples"], np.int64)
+
+    @property
+    def ssim_histogram(self) -> np.ndarray:
+        """Samples in each of `SSIM_BINS` equal bins of mean SSIM over 0..1."""
+        histograms = np.asarray(self.table["ssim_histogram"].to_pylist(), np.int64)
+        return np.asarray(histograms.sum(0))
