@@ -60,7 +60,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The minus is in the ``sin`` table, whose rest is 0 (of ``cos``: 1), so other channels pass unchanged.
     """
-    partner = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    partner = x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
     return torch.addcmul(x * cos, partner, sin)
 
 

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from cinemo.diffusion.guidance import guided
+from cinemo.types import Condition, InputError
+
+CONDITION = Condition(torch.randn(2, 4, 3, 3), torch.randn(2, 5, 6), torch.tensor([3.0, 9.0]))
+NEGATIVE = torch.randn(2, 5, 6)
+
+
+def predict(x: Tensor, t: int, condition: Condition) -> Tensor:
+    per_item = condition.text_BLD.mean((1, 2)) + condition.image_BCHW.mean((1, 2, 3)) + condition.motion_bucket_B
+    return x * t + per_item.view(-1, 1, 1, 1, 1)
+
+
+def test_branches_differ_in_text_only_and_are_combined() -> None:
+    x = torch.randn(2, 4, 3, 3, 3)
+    without_text = Condition(CONDITION.image_BCHW, NEGATIVE, CONDITION.motion_bucket_B)
+    unconditional, conditional = predict(x, 3, without_text), predict(x, 3, CONDITION)
+    expected = unconditional + 7.5 * (conditional - unconditional)
+    torch.testing.assert_close(guided(predict, CONDITION, NEGATIVE, 7.5)(x, 3), expected)
+
+
+def test_unconditional_branch_comes_first() -> None:
+    seen: list[Condition] = []
+
+    def spy(x: Tensor, t: int, condition: Condition) -> Tensor:
+        seen.append(condition)
+        return x
+
+    guided(spy, CONDITION, NEGATIVE, 2.0)(torch.randn(2, 4, 1, 3, 3), 1)
+    assert torch.equal(seen[0].text_BLD, torch.cat([NEGATIVE, CONDITION.text_BLD]))
+    assert torch.equal(seen[0].motion_bucket_B, torch.tensor([3.0, 9.0, 3.0, 9.0]))
+
+
+def test_scale_one_is_a_single_conditional_pass() -> None:
+    x = torch.randn(2, 4, 3, 3, 3)
+    assert torch.equal(guided(predict, CONDITION, None, 1.0)(x, 5), predict(x, 5, CONDITION))
+    barely = guided(predict, CONDITION, NEGATIVE, 1 + 1e-6)(x, 5)
+    torch.testing.assert_close(barely, predict(x, 5, CONDITION), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_needs_a_negative_prompt() -> None:
+    with pytest.raises(InputError, match="negative"):
+        guided(predict, CONDITION, None, 7.5)

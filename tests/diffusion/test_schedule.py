@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cinemo.config import DiffusionConfig
+from cinemo.diffusion.schedule import noise_schedule
+from cinemo.types import InputError
+
+
+@settings(deadline=None)
+@given(st.sampled_from(["epsilon", "v"]), st.integers(0, 999), st.integers(0, 999), st.integers(0, 2**31))
+def test_split_undoes_add_noise_when_the_network_is_perfect(
+    prediction: str, first: int, second: int, seed: int
+) -> None:
+    schedule = noise_schedule(DiffusionConfig(prediction=prediction))
+    x_0, noise = torch.randn(2, 2, 3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    for t in (first, torch.tensor([first, second])):
+        x_t = schedule.add_noise(x_0, noise, t)
+        got_0, got_noise = schedule.split(x_t, schedule.target(x_0, noise, t), t)
+        # float32 roots of an int step do not square to exactly one; far steps magnify that by 1/sqrt(a).
+        torch.testing.assert_close(got_0, x_0, rtol=0, atol=2e-5)
+        torch.testing.assert_close(got_noise, noise, rtol=0, atol=1e-6)
+
+
+def test_each_item_gets_its_own_step() -> None:
+    schedule = noise_schedule(DiffusionConfig())
+    x_0, noise = torch.randn(2, 3, 4, 2, 5, 5)
+    both = schedule.add_noise(x_0, noise, torch.tensor([7, 500, 999]))
+    for i, t in enumerate((7, 500, 999)):
+        torch.testing.assert_close(both[i], schedule.add_noise(x_0[i], noise[i], t))
+
+
+def test_published_values() -> None:
+    alpha_bar = noise_schedule(DiffusionConfig()).alpha_bar
+    assert alpha_bar[[0, 1, 500, 975]].tolist() == pytest.approx([0.9999, 0.99978006, 0.07779665, 6.517e-5], rel=1e-4)
+    scaled = noise_schedule(DiffusionConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
+    assert float(scaled.alpha_bar[-1]) == pytest.approx(0.00466, rel=1e-2)  # Stable Diffusion's well-known last value
+
+
+def test_betas_out_of_order_are_refused() -> None:
+    with pytest.raises(InputError, match="beta_start"):
+        noise_schedule(DiffusionConfig(beta_start=0.5, beta_end=0.1))

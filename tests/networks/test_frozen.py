@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from goldens import golden_files
+from tiny import WIDTH, save_encoders
+
+from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.types import InputError
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    directory = tmp_path_factory.mktemp("encoders")
+    save_encoders(directory)
+    torch.manual_seed(1)
+    temporal = AutoencoderKLTemporalDecoder(
+        down_block_types=("DownEncoderBlock2D",) * 4, block_out_channels=(32, 32, 32, 32), layers_per_block=1
+    )
+    temporal.save_pretrained(directory / "temporal")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def vae(encoders: Path) -> Vae:
+    return Vae(str(encoders / "vae"))
+
+
+def frames(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(count, 3, 16, 24, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_encoding_is_scaled_and_frame_by_frame(vae: Vae) -> None:
+    pixels = frames(3)
+    latents = vae.encode(pixels)
+    assert latents.shape == (3, vae.latent_channels, 2, 3)
+    expected = vae.network.encode(pixels).latent_dist.mode() * vae.network.config.scaling_factor
+    torch.testing.assert_close(latents, expected)
+    torch.testing.assert_close(vae.encode(pixels[1:2]), latents[1:2])
+    assert not latents.is_inference()  # they may be used in training
+
+
+def test_sampling_depends_on_the_generator_alone(vae: Vae) -> None:
+    pixels = frames(20)  # more than one chunk
+    first, again, other = (vae.encode(pixels, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    posterior = vae.network.encode(pixels).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
+    expected = (posterior.mean + posterior.std * noise) * vae.network.config.scaling_factor
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_plain_decoding_rounds_to_nearest(vae: Vae) -> None:
+    latents = torch.randn(10, vae.latent_channels, 2, 3)
+    video = vae.decode(latents)
+    assert (video.shape, video.dtype) == ((10, 16, 24, 3), np.uint8)
+    with torch.no_grad():
+        images = vae.network.decode(latents / vae.network.config.scaling_factor).sample
+    exact = ((images / 2 + 0.5) * 255).clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(video - exact).max() <= 0.5 + 1e-3
+
+
+def test_temporal_decoding_goes_in_fourteens_and_truncates(encoders: Path) -> None:
+    temporal = Vae(str(encoders / "temporal"))
+    latents = torch.randn(16, 4, 2, 3)
+    video = temporal.decode(latents)
+    with torch.no_grad():
+        scaled = latents / temporal.network.config.scaling_factor
+        images = torch.cat([temporal.network.decode(part, num_frames=len(part)).sample for part in scaled.split(14)])
+    exact = ((images / 2 + 0.5).clamp(0, 1) * 255).permute(0, 2, 3, 1).numpy()
+    gap = exact - video
+    assert gap.min() >= -1e-3
+    assert gap.max() < 1 + 1e-3
+    assert gap.max() > 0.9
+    # It mixes frames: a frame decoded alone is another picture.
+    assert not np.array_equal(temporal.decode(latents[:1])[0], video[0])
+
+
+def test_text_states_are_padded_and_unmasked(encoders: Path) -> None:
+    encoder = TextEncoder(str(encoders / "text_encoder"), str(encoders / "tokenizer"))
+    texts = ["", "a dog", "many words " * 200]
+    states = encoder.encode(texts)
+    assert states.shape == (3, encoder.length, WIDTH)
+    torch.testing.assert_close(encoder.encode(texts[1:2]), states[1:2])
+    tokens = encoder.tokenizer(texts[1], padding="max_length", max_length=encoder.length, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.network(tokens.input_ids)[0], states[1:2])
+    assert not states.is_inference()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "diffusion_pytorch_model.safetensors"])
+def test_a_missing_vae_file_is_named(missing: str, encoders: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoders / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / missing).unlink()
+    with pytest.raises(InputError, match=f"{missing}.*missing"):
+        Vae(str(tmp_path / "vae"))
+
+
+def test_a_missing_text_file_is_named(encoders: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"tokenizer\.json.*missing"):
+        TextEncoder(str(encoders / "text_encoder"), str(tmp_path / "empty"))
+    with pytest.raises(InputError, match="no such file or directory"):
+        TextEncoder(str(tmp_path / "nowhere"), str(encoders / "tokenizer"))
+
+
+def test_another_class_is_refused(encoders: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoders / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
+    with pytest.raises(InputError, match="is of VQModel"):
+        Vae(str(tmp_path / "vae"))
+
+
+@pytest.mark.golden
+def test_golden_vae_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+    """The installed diffusers still builds the published autoencoders, name by name."""
+    from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
+
+    widths = (128, 256, 512, 512)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "block_out_channels": widths, "layers_per_block": 2}
+    files = golden_files("cinemo/vae_*schema.json")
+    for path in files:
+        with torch.device("meta"):
+            if "temporal" in path.name:
+                network = AutoencoderKLTemporalDecoder(**blocks)
+            else:
+                network = AutoencoderKL(**blocks, up_block_types=("UpDecoderBlock2D",) * 4)
+        shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
+        assert shapes == {name: shape for name, (shape, _) in json.loads(path.read_text()).items()}, path.name
+    with capsys.disabled():
+        print(f"\ngolden vae schemas: {len(files)} files")
