@@ -173,13 +173,22 @@ def read_card(location: str | Path, full: bool = False) -> BundleCard:
 
 
 def load_bundle(
-    location: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, full: bool = False
+    location: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, full: bool = False
 ) -> ModelBundle:
     """Load a bundle for sampling: the method in evaluation mode and the frozen encoders, on ``device`` in ``dtype``.
 
+    Args:
+        dtype: float32 on a CPU and bfloat16 elsewhere, unless given.
+        full: as `read_card`.
+
     Raises:
-        InputError: as `read_card`.
+        InputError: as `read_card`, or there is no such device.
     """
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device}: not usable here ({str(error).splitlines()[0]})") from None
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     card = read_card(location, full)
     root = storage.localize(str(location))
     places = card.recipe.encoders

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
 
+import torch
+
 from cinemo import cli, storage
+from cinemo.animate import AnimateRequest, animate, load_image, save_animation, save_latents
+from cinemo.bundle import load_bundle
+from cinemo.types import InputError
 
 
-def parser() -> cli.argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     made = cli.parser(__doc__, recipe=False)
     made.add_argument("--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://")
     made.add_argument("--image", required=True, metavar="FILE", help="the picture, any size; also s3://")
@@ -24,20 +30,14 @@ def parser() -> cli.argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--no-dct-init", action="store_true", help="plain noise instead of DCTInit; * where absent")
     made.add_argument("--save-latents", metavar="F.npz", help="also write latents (C,F,h,w float32) and settings")
-    made.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto = an accelerator if there is one")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     if not arguments.output.endswith(".mp4"):
-        raise cli.InputError(f"--output {arguments.output}: expected a name that ends in .mp4")
-    # After parsing, because torch takes seconds and --help should not.
-    import torch
-
-    from cinemo.animate import AnimateRequest, animate, load_image, save_animation, save_latents
-    from cinemo.bundle import load_bundle
-
+        raise InputError(f"--output {arguments.output}: expected a name that ends in .mp4")
     request = AnimateRequest(
         image=load_image(arguments.image),
         prompt=arguments.prompt,
@@ -50,10 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dct_init=False if arguments.no_dct_init else None,
     )
     storage.check_writable(arguments.output.rpartition("/")[0] or ".")
-    device = arguments.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    bundle = load_bundle(arguments.bundle, device, torch.float32 if device == "cpu" else torch.bfloat16)
+    bundle = load_bundle(arguments.bundle, arguments.device)
     begun = time.monotonic()
 
     def progress(done: int, steps: int) -> None:

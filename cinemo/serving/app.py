@@ -35,9 +35,7 @@ class Animator:
     """Loads the bundle once, warms up, and works jobs off in a thread; its methods answer while it computes."""
 
     def __init__(self, bundle: str, state: str, max_queued: int) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        loaded = load_bundle(bundle, device, dtype)
+        loaded = load_bundle(bundle, "cuda" if torch.cuda.is_available() else "cpu")
         height, width = loaded.recipe.data.size
         animate(loaded, AnimateRequest(np.full((height, width, 3), 128, np.uint8), "warm-up", steps=1))
         self._runner = JobRunner(JobStore(state, max_queued), loaded)

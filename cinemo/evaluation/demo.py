@@ -1,0 +1,286 @@
+"""The demo: the whole chain on one machine through its own entry points, ending in one page that shows it.
+
+clips -> precompute -> train -> export -> animate -> serve -> report, each timed, each reused where nothing changed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image
+
+from cinemo import storage, tracking
+from cinemo.animate import AnimateRequest, animate, load_image, save_animation
+from cinemo.bundle import load_bundle, read_card
+from cinemo.data.manifest import read_manifest
+from cinemo.data.shards import DatasetIndex
+from cinemo.evaluation.figures import contact_sheet
+from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
+from cinemo.evaluation.stages import Stages, running
+from cinemo.media.motion import motion_bucket
+from cinemo.media.synthetic import render_clip, render_clips
+from cinemo.media.video import read_frames
+from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.types import ClipError, InputError, RunError
+
+IMAGES = 3
+SAMPLES = 200  # about what a dataset of the demo holds: views per clip follow from it
+_QUANTILES = (0.05, 0.5, 0.95)
+_READY_SECONDS, _JOB_SECONDS = 240.0, 240.0
+# Kinds of rendered clips (object, pan, flow) whose first frames are animated; their seed is not that of the clips.
+_UNSEEN_SEED, _UNSEEN = 1000, (0, 1, 3)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """``clips``: a folder of videos to use instead of ``count`` rendered ones. ``max_steps``: training steps."""
+
+    clips: str | None
+    count: int
+    max_steps: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Picture:
+    name: str
+    prompt: str
+    path: Path
+
+
+def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = False) -> None:
+    """Run what is missing of the demo in ``output`` and write ``report.html``.
+
+    Raises:
+        InputError: ``output`` or ``clips`` cannot be used.
+        SystemExit: a stage failed, with its exit code.
+    """
+    begun = time.monotonic()
+    table = read_manifest(settings.clips) if settings.clips else None
+    stages = Stages(output, scripts, fresh)
+    dataset, run, bundle = output / "dataset", output / "run", output / "bundle"
+
+    manifest = settings.clips or str(output / "clips" / "manifest.jsonl")
+    if table is None:
+        inputs: Any = [settings.count, settings.seed]
+        stages.run("render", inputs, ["clips"], lambda: _render(output / "clips", settings))
+        clips = settings.count
+    else:
+        inputs, clips = [[row["uri"], _stamp(row["uri"])] for row in table.to_pylist()], len(table)
+
+    views = min(16, max(2, round(SAMPLES / clips)))
+    words = stages.note(
+        "precompute", "precompute", "--manifest", manifest, "--output", dataset, "--limit", SAMPLES,
+        "--set", f"data.views={views}",
+    )  # fmt: skip
+    stages.run("precompute", [inputs, words[3:]], ["dataset"], lambda: stages.command("precompute", words))
+    index = DatasetIndex.load(str(dataset))
+
+    train = stages.note(
+        "train", "train", "--data", dataset, "--output", run, "--max-steps", settings.max_steps,
+        "--set", f"train.seed={settings.seed}", "--set", "train.sample_every=0",
+    )  # fmt: skip
+    stages.run("train", train[3:], ["run"], lambda: stages.command("train", train))
+    export = stages.note("export", "export", "--checkpoint", run, "--output", bundle)
+    stages.run("export", [], ["bundle"], lambda: stages.command("export", export))
+
+    buckets = motion_buckets(index)
+    pictures = _pictures(output / "images", table, read_card(bundle).recipe.data.size)
+    first = pictures[0]
+    video = output / "videos" / f"{first.name}-bucket-{buckets[0]:02d}.mp4"
+    words_animate = stages.note(
+        "animate", "animate", "--bundle", bundle, "--image", first.path, "--prompt", first.prompt,
+        "--motion-bucket", buckets[0], "--seed", settings.seed, "--output", video,
+    )  # fmt: skip
+
+    def make_videos() -> None:
+        stages.command("animate", words_animate)
+        _animate_rest(bundle, pictures, buckets, settings.seed, output / "videos")
+
+    shown = [picture.prompt for picture in pictures]
+    stages.run("animate", [shown, buckets, settings.seed], ["videos"], make_videos)
+
+    port = _free_port()
+    serve = stages.note("serve", "serve", "--bundle", bundle, "--port", port, "--state", output / "serve")
+    served = output / "served"
+    stages.run(
+        "serve", first.prompt, ["served", "serve"], lambda: _serve(serve, port, first, buckets[-1], served, stages)
+    )
+
+    _report(output, stages, index, pictures, buckets)
+    print(f"\n{time.monotonic() - begun:.0f} s; open {output / 'report.html'}")
+    print(tracking.locate(str(run))[2])
+
+
+def motion_buckets(index: DatasetIndex) -> list[int]:
+    """Three different buckets for little, usual and much motion, as the dataset has it."""
+    histogram = index.ssim_histogram
+    shares = np.cumsum(histogram) / histogram.sum()
+    middles = [(int(np.searchsorted(shares, 1 - share)) + 0.5) / len(histogram) for share in _QUANTILES]
+    low, middle, high = (motion_bucket(ssim, index.info["bucket_edges"]) for ssim in middles)
+    low = min(low, 17)
+    middle = min(max(middle, low + 1), 18)
+    return [low, middle, max(high, middle + 1)]
+
+
+def _render(directory: Path, settings: DemoSettings) -> None:
+    """Clips, and two files that are none, so that the quarantine has something to show."""
+    print(f"   {settings.count} clips in {directory}", flush=True)
+    manifest = render_clips(directory, settings.count, settings.seed)
+    first = sorted(directory.glob("*.mp4"))[0]
+    (directory / "cut.mp4").write_bytes(first.read_bytes()[: first.stat().st_size // 2])
+    (directory / "text.mp4").write_text("not a video\n")
+    rows = [{"clip_id": name, "uri": f"{name}.mp4", "caption": "broken on purpose"} for name in ("cut", "text")]
+    storage.write_bytes(str(manifest), manifest.read_bytes() + "".join(json.dumps(r) + "\n" for r in rows).encode())
+
+
+def _stamp(uri: str) -> int:
+    return storage.size(uri) if storage.exists(uri) else 0
+
+
+def _pictures(directory: Path, table: Any, size: tuple[int, int]) -> list[_Picture]:
+    """The images to animate: first frames of unseen rendered clips, or of three of the given ones (saved at twice the
+    model's size, because the published image preparation scales without antialiasing)."""
+    found: list[tuple[str, str, np.ndarray]] = []
+    if table is None:
+        for number in _UNSEEN:
+            clip = render_clip(_UNSEEN_SEED, number, frames=2)
+            found.append((f"unseen-{clip.motion['kind']}", clip.caption, clip.frames_FHWC[0]))
+    else:
+        rows = table.to_pylist()
+        first_choice = np.linspace(0, len(rows) - 1, IMAGES).round().astype(int).tolist()
+        spread = dict.fromkeys([*first_choice, *range(len(rows))])
+        for row in (rows[place] for place in spread):
+            try:
+                with storage.local_copy(row["uri"]) as path:
+                    frame = read_frames(path, [0], (2 * size[0], 2 * size[1]))[0]
+            except ClipError:
+                continue
+            found.append((row["clip_id"], row["caption"], frame))
+            if len(found) == IMAGES:
+                break
+    if not found:
+        raise InputError("--clips: no video there could be read")
+    directory.mkdir(exist_ok=True)
+    pictures = []
+    for name, prompt, frame in found:
+        Image.fromarray(frame).save(directory / f"{name}.png")
+        pictures.append(_Picture(name, prompt, directory / f"{name}.png"))
+    return pictures
+
+
+def _animate_rest(bundle: Path, pictures: Sequence[_Picture], buckets: Sequence[int], seed: int, videos: Path) -> None:
+    """Every other video, with the bundle loaded once: what ``animate.py`` does, without its start-up."""
+    loaded = load_bundle(bundle)
+    for picture in pictures:
+        for bucket in buckets:
+            path = videos / f"{picture.name}-bucket-{bucket:02d}.mp4"
+            if path.exists():
+                continue
+            request = AnimateRequest(load_image(picture.path), picture.prompt, motion_bucket=bucket, seed=seed)
+            save_animation(path, animate(loaded, request))
+            print(f"   {path}", flush=True)
+
+
+def _serve(words: Sequence[str], port: int, picture: _Picture, bucket: int, target: Path, stages: Stages) -> None:
+    """Start the server, ask it once as a client would, stop it; ``target`` gets the video and what was said."""
+    log = stages.directory / "logs" / "serve.log"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    begun = time.monotonic()
+    with (
+        log.open("w") as file,
+        running(words, stdout=file) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
+    ):
+        _wait_ready(client, process, log)
+        ready = time.monotonic() - begun
+        print(f"   ready after {ready:.0f} s", flush=True)
+        form = {"prompt": picture.prompt, "motion_bucket": str(bucket), "seed": "1"}
+        answer = client.post("/v1/videos", data=form, files={"input_reference": picture.path.read_bytes()})
+        asked = time.monotonic()
+        video = answer.raise_for_status().json()
+        while video["status"] in ("queued", "in_progress"):
+            if time.monotonic() - asked > _JOB_SECONDS:
+                raise RunError(f"serve: job {video['id']} took longer than {_JOB_SECONDS:.0f} s; see {log}")
+            time.sleep(0.5)
+            video = client.get(f"/v1/videos/{video['id']}").raise_for_status().json()
+            print(f"   {video['id']}: {video['status']}, {video['progress']} %", flush=True)
+        if video["status"] != "completed":
+            raise RunError(f"serve: job {video['id']} {video['status']}: {video['error']}; see {log}")
+        took = time.monotonic() - asked
+        content = client.get(f"/v1/videos/{video['id']}/content").raise_for_status().content
+        process.send_signal(signal.SIGINT)
+        code = process.wait(timeout=90)
+    if code:
+        raise RunError(f"serve: ended with exit code {code} after SIGINT; see {log}")
+    (target / "video.mp4").write_bytes(content)
+    told = {name: video[name] for name in ("id", "status", "prompt", "motion_bucket", "size", "seconds", "seed")}
+    times = {"server ready after": f"{ready:.0f} s", "video after": f"{took:.1f} s"}
+    storage.write_json(str(target / "video.json"), told | times)
+
+
+def _wait_ready(client: httpx.Client, process: subprocess.Popen[str], log: Path) -> None:
+    deadline = time.monotonic() + _READY_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            print("\n".join(log.read_text().splitlines()[-15:]), flush=True)
+            raise SystemExit(process.returncode)
+        try:
+            if client.get("/readyz").status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    raise RunError(f"serve: not ready after {_READY_SECONDS:.0f} s; see {log}")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def _report(
+    output: Path, stages: Stages, index: DatasetIndex, pictures: Sequence[_Picture], buckets: Sequence[int]
+) -> None:
+    card = read_card(output / "bundle")
+    samples, frames, labels = [], [], []
+    for picture in pictures:
+        for bucket in buckets:
+            path = output / "videos" / f"{picture.name}-bucket-{bucket:02d}.mp4"
+            samples.append(Sample(load_image(picture.path), picture.prompt, bucket, path.read_bytes()))
+            frames.append(read_frames(path, range(card.recipe.data.frames)))
+            labels.append(f"bucket {bucket}: {picture.prompt}")
+    sheet = contact_sheet(frames, labels)
+    sheet.save(output / "contact_sheet.png")
+    with (output / "run" / "loss.csv").open() as file:
+        losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in LavieUNet(**card.recipe.model.model_dump()).parameters())
+    facts = DemoFacts(
+        dataset=index,
+        losses=losses,
+        samples=samples,
+        sheet=sheet,
+        served=(output / "served" / "video.mp4").read_bytes(),
+        serving=storage.read_json(str(output / "served" / "video.json")),
+        seconds=stages.seconds,
+        bundle=card.digest,
+        parameters=parameters,
+        commands=stages.commands,
+        mlflow=tracking.locate(str(output / "run"))[2],
+    )
+    write_demo_report(str(output / "report.html"), facts)

@@ -1,0 +1,140 @@
+"""Pictures for people: contact sheets (PIL) and figures (matplotlib without a display)."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
+
+from cinemo.config import MOTION_BUCKETS
+from cinemo.data.shards import DatasetIndex
+from cinemo.evaluation.calibration import Calibration
+from cinemo.media.motion import motion_bucket
+
+INK, ACCENT, MUTED, GRID = "#1f2933", "#0b7285", "#868e96", "#e9ecef"
+_STYLE = {
+    "font.size": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.constrained_layout.use": True,
+}
+
+
+def contact_sheet(
+    videos: Sequence[np.ndarray], labels: Sequence[str], columns: int = 8, cell_width: int = 160
+) -> Image.Image:
+    """One row per video (F, H, W, 3) uint8: a label, then up to ``columns`` frames spread over its length."""
+    font = ImageFont.load_default(15)
+    height, width = videos[0].shape[1:3]
+    cell = (cell_width, round(cell_width * height / width))
+    lines = [_wrap(label, font, 190) for label in labels]
+    left, gap = 200, 4
+    count = min(columns, max(len(video) for video in videos))
+    sheet = Image.new("RGB", (left + count * (cell[0] + gap), len(videos) * (cell[1] + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (video, text) in enumerate(zip(videos, lines, strict=True)):
+        top = gap + row * (cell[1] + gap)
+        draw.multiline_text((8, top + cell[1] / 2), text, fill=INK, font=font, anchor="lm", spacing=5)
+        for column, index in enumerate(np.linspace(0, len(video) - 1, count).round().astype(int)):
+            picture = Image.fromarray(video[index]).resize(cell, Image.Resampling.BICUBIC)
+            sheet.paste(picture, (left + column * (cell[0] + gap), top))
+    return sheet
+
+
+def motion_histogram(dataset: DatasetIndex) -> Figure:
+    """How many samples fall into each of the 20 motion buckets (larger = more motion)."""
+    bins = dataset.ssim_histogram
+    middles = (np.arange(len(bins)) + 0.5) / len(bins)
+    buckets = [motion_bucket(float(middle), dataset.info["bucket_edges"]) for middle in middles]
+    counts = np.bincount(buckets, weights=bins, minlength=MOTION_BUCKETS)
+    figure, axes = _figure(6.2, 3.0)
+    axes.bar(range(MOTION_BUCKETS), counts, width=0.8, color=ACCENT)
+    axes.set(xlabel="motion bucket (larger = more motion)", ylabel="samples", xticks=range(0, MOTION_BUCKETS, 2))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False, axis="x")
+    return figure
+
+
+def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Figure:
+    """Training loss over optimiser steps: the reported values, and their running mean over a tenth of the run."""
+    figure, axes = _figure(6.2, 3.0)
+    axes.plot(steps, losses, color=ACCENT, alpha=0.35, linewidth=1)
+    span = max(1, len(losses) // 10)
+    smooth = [float(np.mean(losses[max(0, i - span + 1) : i + 1])) for i in range(len(losses))]
+    axes.plot(steps, smooth, color=ACCENT, linewidth=2)
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    return figure
+
+
+def calibration_curve(calibration: Calibration) -> Figure:
+    """Measured motion over the bucket that was asked for: one thin line per image, the mean in front."""
+    figure, axes = _figure(6.2, 3.0)
+    for row in calibration.motion:
+        axes.plot(calibration.buckets, row, color=MUTED, alpha=0.6, linewidth=1)
+    axes.plot(calibration.buckets, calibration.mean_motion, color=ACCENT, linewidth=2.5, marker="o")
+    axes.set(xlabel="motion bucket asked for", ylabel="measured motion (1 - SSIM)", xticks=calibration.buckets)
+    axes.set_ylim(0, None)
+    return figure
+
+
+def duration_bars(seconds: dict[str, float]) -> Figure:
+    """Where the time went: one bar per stage, in order."""
+    figure, axes = _figure(6.2, 0.5 + 0.34 * len(seconds))
+    names = list(seconds)
+    bars = axes.barh(names, [seconds[name] for name in names], color=ACCENT, height=0.7)
+    axes.bar_label(bars, [f"{seconds[name]:.0f} s" for name in names], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="seconds")
+    return figure
+
+
+def figure_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()
+
+
+def image_png(image: Image.Image | np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _figure(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
+    """A figure of its own (no pyplot, hence no global state and no display)."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height))
+        return figure, figure.subplots()
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, rows: int = 4) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > rows:
+        lines = [*lines[: rows - 1], lines[rows - 1] + " ..."]
+    return "\n".join(lines)

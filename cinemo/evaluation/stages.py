@@ -1,0 +1,149 @@
+"""A chain of stages with visible progress: each is timed, logged, and reused while what it depends on is unchanged.
+
+``stages.json`` in the output directory holds, per stage, the key of what went in and how long it took. A stage whose
+key changed is done anew, and so is all behind it, because each key contains the one before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cinemo
+from cinemo import storage
+from cinemo.types import InputError
+
+RECORD = "stages.json"
+_TAIL = 15
+
+
+class Stages:
+    """The stages of one output directory, in order.
+
+    Args:
+        directory: new, empty, or one that an earlier chain wrote.
+        scripts: directory of the entry scripts that `command` runs.
+        fresh: forget, and remove, what an earlier chain left in ``directory``.
+
+    Raises:
+        InputError: ``directory`` holds something else.
+    """
+
+    def __init__(self, directory: Path, scripts: Path, fresh: bool = False) -> None:
+        record = directory / RECORD
+        if directory.exists() and (not directory.is_dir() or (any(directory.iterdir()) and not record.is_file())):
+            raise InputError(f"--output {directory}: is not empty and no earlier demo; choose another directory")
+        self.directory, self._scripts = directory, scripts
+        self._stored: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.is_file() else {}
+        if fresh:
+            for entry in self._stored.values():
+                self._remove(entry["products"])
+            self._stored = {}
+        self._key = cinemo.__version__
+        self.seconds: dict[str, float] = {}
+        self.commands: dict[str, str] = {}
+        (directory / "logs").mkdir(parents=True, exist_ok=True)
+        self._store()
+
+    def run(self, name: str, inputs: Any, products: Sequence[str], action: Callable[[], None]) -> None:
+        """Do a stage unless its products are there and its inputs, and those of all before it, are as they were.
+
+        Args:
+            inputs: JSON values that decide the result.
+            products: names under the directory that the stage makes; removed before it starts anew, kept where it was
+                only interrupted, so that it can go on.
+        """
+        self._key = hashlib.sha256(json.dumps([self._key, name, inputs], sort_keys=True).encode()).hexdigest()
+        entry = self._stored.get(name)
+        if entry and entry["key"] == self._key and entry["done"] and all(map(self._exists, products)):
+            self.seconds[name] = entry["seconds"]
+            print(f"== {name}: done before, in {entry['seconds']:.0f} s", flush=True)
+            return
+        interrupted = entry is not None and entry["key"] == self._key and not entry["done"]
+        spent = entry["seconds"] if entry and interrupted else 0.0
+        if not interrupted:
+            self._remove(products)
+        print(f"== {name}", flush=True)
+        begun = time.monotonic()
+        done = False
+        try:
+            action()
+            done = True
+        finally:
+            self.seconds[name] = round(spent + time.monotonic() - begun, 1)
+            self._stored[name] = {
+                "key": self._key,
+                "done": done,
+                "seconds": self.seconds[name],
+                "products": list(products),
+            }
+            self._store()
+        print(f"== {name}: {self.seconds[name]:.0f} s", flush=True)
+
+    def note(self, name: str, script: str, *arguments: object) -> list[str]:
+        """Remember the command of a stage for the report; returns what to run."""
+        words = [f"pipelines/{script}.py", *map(str, arguments)]
+        self.commands[name] = shlex.join(["python", *words])
+        return [sys.executable, "-u", str(self._scripts / f"{script}.py"), *words[1:]]
+
+    def command(self, name: str, words: Sequence[str]) -> None:
+        """Run a command, show its output as it comes and keep it in ``logs/NAME.log``.
+
+        Raises:
+            SystemExit: the command failed; with its exit code, after the tail of its log.
+        """
+        log = self.directory / "logs" / f"{name}.log"
+        lines: list[str] = []
+        with log.open("w") as file, running(words) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                file.write(line)
+                print(f"   {line.rstrip()}", flush=True)
+            code = process.wait()
+        if code:
+            print(f"== {name} failed with exit code {code}; the end of {log}:", file=sys.stderr)
+            print("\n".join(f"   {line}" for line in lines[-_TAIL:]), file=sys.stderr, flush=True)
+            raise SystemExit(code)
+
+    def _exists(self, product: str) -> bool:
+        return (self.directory / product).exists()
+
+    def _remove(self, products: Sequence[str]) -> None:
+        for product in products:
+            path = self.directory / product
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _store(self) -> None:
+        storage.write_json(str(self.directory / RECORD), self._stored)
+
+
+@contextmanager
+def running(words: Sequence[str], stdout: Any = subprocess.PIPE) -> Iterator[subprocess.Popen[str]]:
+    """A child process that does not outlive the ``with`` block: it is interrupted, then killed, where it still runs."""
+    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    process = subprocess.Popen(words, env=environment, stdout=stdout, stderr=subprocess.STDOUT, text=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,41 @@
+"""Measure a bundle on samples of a dataset: metrics.json, calibration.json (motion control) and report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from cinemo import cli
+from cinemo.evaluation.evaluate import evaluate
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.parser(__doc__, recipe=False)
+    parser.add_argument(
+        "--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://"
+    )
+    parser.add_argument("--data", required=True, metavar="URI", help="dataset written by pipelines/precompute.py")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the three files go, local or s3://")
+    parser.add_argument("--limit", type=int, default=4, metavar="N", help="samples; each costs six videos")
+    parser.add_argument("--steps", type=int, help="DDIM steps; the bundle's recipe decides where absent")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
+    metrics = evaluate(
+        arguments.bundle,
+        arguments.data,
+        arguments.output,
+        arguments.limit,
+        arguments.steps,
+        arguments.seed,
+        arguments.device,
+    )
+    for name, value in metrics["mean"].items():
+        print(f"{name}: {value:.4g}")
+    print(f"motion control (rank correlation of bucket and motion): {metrics['motion_spearman']}")
+    print(f"report: {arguments.output}/report.html")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,101 @@
+"""Evaluation of a random bundle on a small dataset: the files, their figures, and what does not fit together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import FRAMES, SIZE, tiny_bundle
+
+from cinemo import storage
+from cinemo.data.shards import DatasetIndex, commit, index_bytes
+from cinemo.evaluation.evaluate import evaluate, spread_samples
+from cinemo.evaluation.figures import contact_sheet, motion_histogram
+from cinemo.types import InputError, LatentSample, Refusal
+
+
+def write_dataset(directory: Path, shape: tuple[int, ...], sizes: tuple[int, ...] = (3, 0, 4)) -> Path:
+    """Shards of random latents with SSIM 0.33, 0.43, ...; the first also refuses a clip."""
+    rng = np.random.default_rng(0)
+    records, number = [], 0
+    for shard, size in enumerate(sizes):
+        samples = []
+        for _ in range(size):
+            latents = rng.normal(size=shape).astype(np.float16)
+            key = f"clip-{number}"
+            samples.append(LatentSample(key, key, "a.mp4", f"caption {number}", latents, 0.33 + 0.1 * number, 24, 3, 0))
+            number += 1
+        refusals = [Refusal("bad", "b.mp4", "open", "unreadable", "not <a> video")] if shard == 0 else []
+        records.append(commit(str(directory), shard, samples, refusals, "f" * 16))
+    (directory / "index.parquet").write_bytes(index_bytes(records))
+    edges = [round(k / 20, 6) for k in range(1, 20)]
+    info = {
+        "schema": 1, "complete": True, "fingerprint": "f" * 16, "size": list(SIZE), "frames": shape[0],
+        "bucket_edges": edges, "samples": number, "quarantined": 1,
+    }  # fmt: skip
+    storage.write_json(str(directory / "dataset.json"), info)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("dataset"), (FRAMES, 4, SIZE[0] // 8, SIZE[1] // 8))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("tiny"))
+
+
+def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    metrics = evaluate(str(bundle), str(dataset), str(tmp_path), limit=2, steps=2, say=lambda line: None)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
+    assert [row["clip"] for row in metrics["per_sample"]] == ["clip-0", "clip-6"]
+    assert [row["motion_bucket"] for row in metrics["per_sample"]] == [13, 1]
+    mean = metrics["mean"]
+    assert mean["psnr_to_clip"] == pytest.approx(np.mean([row["psnr_to_clip"] for row in metrics["per_sample"]]))
+    assert 0 < mean["motion"] < 1
+    calibration = json.loads((tmp_path / "calibration.json").read_text())
+    assert np.array(calibration["motion"]).shape == (2, len(calibration["buckets"]))
+    page = (tmp_path / "report.html").read_text()
+    assert "not &lt;a&gt; video" in page
+    assert 'src="http' not in page
+    assert page.count("data:image/png;base64,") == 3
+
+
+def test_samples_are_spread_over_all_shards(dataset: Path) -> None:
+    index = DatasetIndex.load(str(dataset))
+    assert [sample.key for sample in spread_samples(index, 3)] == ["clip-0", "clip-3", "clip-6"]
+    everything = spread_samples(index, 99)
+    assert [sample.key for sample in everything] == [f"clip-{k}" for k in range(7)]
+    assert [sample.caption for sample in everything] == [f"caption {k}" for k in range(7)]
+    expected = np.random.default_rng(0).normal(size=(FRAMES, 4, SIZE[0] // 8, SIZE[1] // 8)).astype(np.float16)
+    np.testing.assert_array_equal(everything[0].latents_FCHW, expected)
+
+
+def test_what_does_not_fit_is_named(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "other", (FRAMES, 4, 5, 5))
+    with pytest.raises(InputError, match="its latents are"):
+        evaluate(str(bundle), str(other), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="--limit"):
+        evaluate(str(bundle), str(dataset), str(tmp_path / "out"), limit=0)
+    with pytest.raises(InputError, match="no dataset there"):
+        evaluate(str(bundle), str(tmp_path), str(tmp_path / "out"))
+
+
+def test_the_histogram_counts_every_sample_in_its_bucket(dataset: Path) -> None:
+    axes = motion_histogram(DatasetIndex.load(str(dataset))).axes[0]
+    heights = [bar.get_height() for bar in axes.patches]
+    assert len(heights) == 20
+    assert [bucket for bucket, height in enumerate(heights) if height == 1] == [1, 3, 5, 7, 9, 11, 13]
+    assert sum(heights) == 7
+
+
+def test_a_contact_sheet_shows_first_and_last_frame() -> None:
+    ramp = np.stack([np.full((32, 48, 3), level, np.uint8) for level in range(0, 160, 10)])
+    sheet = np.asarray(contact_sheet([ramp, ramp[::-1]], ["up", "down " * 40], columns=4, cell_width=48))
+    row = sheet[20, 200:]
+    assert [int(row[k * 52 + 24][0]) for k in range(4)] == [0, 50, 100, 150]
+    assert sheet.shape == (2 * 36 + 4, 200 + 4 * 52, 3)
