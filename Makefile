@@ -11,13 +11,11 @@ CLIPS ?=
 
 setup: $(VENV)/.ready
 
-# The last line compiles the one small operator that DeepSpeed loads on a CPU, so that no job waits for a compiler.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cinemo needs Python >= 3.11, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(PY) -m cinemo.training.engine
 	touch $@
 
 demo: setup
