@@ -8,6 +8,8 @@ the loaded checkpoint itself.
 from __future__ import annotations
 
 import math
+import os
+import pickle
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -33,6 +35,7 @@ from cinemo.training.batch import TextStates, check_dataset, dataset_digest
 from cinemo.training.checkpoints import CheckpointCard
 from cinemo.training.engine import Engine
 from cinemo.training.loop import Report, train
+from cinemo.training.mailbox import Mailbox
 from cinemo.training.progress import (
     Event,
     Progress,
@@ -90,7 +93,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
         print(f"{data}: {note}")
     progress = Progress(recipe, output, data, digest)
     _join_cluster(recipe)
-    mailbox = ray.remote(num_cpus=0)(_Mailbox).remote()
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
     trainer = TorchTrainer(
@@ -179,6 +182,8 @@ def _resources(recipe: Recipe) -> dict[str, float]:
 def _join_cluster(recipe: Recipe) -> None:
     """Connect to Ray and see that the worker group can be placed at all; it would wait for ever otherwise."""
     workers = recipe.train.workers
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more, for nodes that may be taken
     # A private Ray counts logical CPUs, so that more workers than cores are slow but possible.
     connect(cpus=math.ceil(workers * recipe.train.cpus_per_worker))
     there = ray.cluster_resources()
@@ -188,27 +193,6 @@ def _join_cluster(recipe: Recipe) -> None:
                 f"train.workers is {workers} with {each:g} {name} each, the cluster has {there.get(name, 0):g} {name}; "
                 f"lower train.workers or train.{name.lower()}s_per_worker, or add nodes"
             )
-
-
-class _Mailbox:
-    """Carries events from rank 0 to the job's process, and remembers a fault that no restart can mend."""
-
-    def __init__(self) -> None:
-        self._events: list[Event] = []
-        self._fault: tuple[str, str] | None = None
-
-    def post(self, event: Event) -> None:
-        self._events.append(event)
-
-    def take(self) -> list[Event]:
-        events, self._events = self._events, []
-        return events
-
-    def post_fault(self, kind: str, message: str) -> None:
-        self._fault = self._fault or (kind, message)
-
-    def fault(self) -> tuple[str, str] | None:
-        return self._fault
 
 
 def _raise_fault(mailbox: Any) -> None:
@@ -227,7 +211,7 @@ def _following(mailbox: Any, progress: Progress) -> Iterator[None]:
         while True:
             ending = over.wait(0.3)
             for event in ray.get(mailbox.take.remote()):
-                progress.handle(event)
+                progress.handle(pickle.loads(event))
             if ending:
                 return
 
@@ -253,6 +237,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: Any) -> None:
+    torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
@@ -277,7 +262,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: A
 
     def post(event: Event) -> None:
         if rank == 0:
-            mailbox.post.remote(event)
+            mailbox.post.remote(pickle.dumps(event))
 
     def on_report(report: Report) -> None:
         history.append(report)

@@ -1,0 +1,125 @@
+"""A bundle holds exactly what was trained, whatever the ZeRO stage; published weights come in by name."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cinemo import storage
+from cinemo.bundle import load_bundle
+from cinemo.config import Recipe, TrainConfig
+from cinemo.methods import build_method
+from cinemo.methods.cinemo import CinemoMethod
+from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.weights import load_unet, save_unet
+from cinemo.training import checkpoints, export
+from cinemo.training.batch import host_batch
+from cinemo.training.engine import Engine
+from cinemo.types import Condition, InputError, LatentBatch
+from tests.training.conftest import moving_samples
+
+
+def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMethod, Recipe]:
+    """A stored checkpoint after one step on this process, and the method as it then was."""
+    recipe = recipe.model_copy(update={"train": TrainConfig(**(recipe.train.model_dump() | train))})
+    torch.manual_seed(0)
+    method = build_method(recipe)
+    engine = Engine(method, recipe.train, torch.device("cpu"))
+    for start in (0, 2):
+        host = host_batch(moving_samples(4)[start : start + 2], 0, recipe)
+        text = torch.zeros(2, 3, recipe.model.cross_attention_dim)
+        batch = LatentBatch(host.video_BCFHW, Condition(host.video_BCFHW[:, :, 0], text, host.motion_bucket_B))
+        engine.step(engine.loss(batch, host.t_B, host.noise_BCFHW))
+    directory = output / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
+    directory.mkdir(parents=True)
+    engine.save(directory, {"step": 1})
+    checkpoints.describe(directory, recipe, 1, 1, "digest", checkpoints.sizes(directory))
+    return method, recipe
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
+def test_a_bundle_holds_what_was_trained(small: Recipe, tmp_path: Path, stage: int, precision: str) -> None:
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    method, recipe = _checkpoint(small, tmp_path / "run", zero_stage=stage, precision=precision)
+    line = export.from_checkpoint(str(tmp_path / "run"), str(tmp_path / "bundle"))
+    assert "of step 1 (cinemo-tiny)" in line
+    bundle = load_bundle(tmp_path / "bundle")
+    assert bundle.recipe.model == recipe.model
+    with GatheredParameters(list(method.parameters()), enabled=stage == 3):
+        trained = {name: value.detach().clone() for name, value in method.unet.named_parameters()}
+    exported = dict(bundle.method.unet.named_parameters())
+    assert exported.keys() == trained.keys()
+    for name, value in trained.items():
+        assert exported[name].dtype == torch.float32
+        assert torch.equal(exported[name].to(value.dtype), value), name
+    torch.manual_seed(0)
+    fresh = build_method(recipe).unet
+    assert not torch.equal(fresh.conv_in.weight, bundle.method.unet.conv_in.weight)
+    for name, value in fresh.named_buffers():
+        assert torch.equal(dict(bundle.method.unet.named_buffers())[name], value), "a formula that training rounded"
+
+
+@pytest.mark.usefixtures("process_group")
+def test_what_is_not_a_checkpoint_is_refused(small: Recipe, tmp_path: Path) -> None:
+    _checkpoint(small, tmp_path / "run")
+    output = str(tmp_path / "bundle")
+    with pytest.raises(InputError, match="none there"):
+        export.from_checkpoint(str(tmp_path), output)
+    with pytest.raises(InputError, match="expected a local directory"):
+        export.from_checkpoint(str(tmp_path / "run"), "s3://bucket/bundle")
+    (directory,) = checkpoints.stored(str(tmp_path / "run"))
+    next((Path(directory) / "state").glob("*optim_states.pt")).write_bytes(b"cut")
+    with pytest.raises(InputError, match="incomplete"):
+        export.from_checkpoint(directory, output)
+    with pytest.raises(InputError, match="none there"):
+        export.from_checkpoint(str(tmp_path / "run"), output)
+    assert not Path(output).exists()
+
+
+def _published(small: Recipe, root: Path) -> LavieUNet:
+    torch.manual_seed(1)
+    unet = build_method(small).unet
+    save_unet(unet, root / "unet")
+    for name in ("vae", "text_encoder", "tokenizer"):
+        shutil.copytree(getattr(small.encoders, name), root / name)
+    shutil.copytree(small.encoders.vae, root / "vae_temporal_decoder")
+    return unet
+
+
+def test_published_cinemo_weights(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "cinemo_320x512", lambda: small)  # the published size does not fit a test
+    unet = _published(small, tmp_path / "published")
+    assert "published weights" in export.from_cinemo(str(tmp_path / "published"), str(tmp_path / "bundle"))
+    bundle = load_bundle(tmp_path / "bundle")
+    for name, value in unet.state_dict().items():
+        assert torch.equal(bundle.method.unet.state_dict()[name], value)
+    assert bundle.recipe.encoders.vae_decoder == "vae_temporal_decoder"
+
+    shutil.rmtree(tmp_path / "published" / "tokenizer")
+    with pytest.raises(InputError, match=r"published: tokenizer missing; expected a folder with unet"):
+        export.from_cinemo(str(tmp_path / "published"), str(tmp_path / "other"))
+
+
+def test_lavie_weights_become_a_start(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "cinemo_320x512", lambda: small)
+    torch.manual_seed(1)
+    state = build_method(small).unet.state_dict()
+    lavie = {name: value for name, value in state.items() if not name.startswith("add_embedding.")}
+    torch.save({"ema": lavie}, tmp_path / "lavie_base.pt")
+    line = export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"))
+    assert "train.init=" in line
+    unet = load_unet(small.model, str(tmp_path / "init"))
+    assert torch.equal(unet.conv_in.weight, state["conv_in.weight"])
+    assert not unet.add_embedding.linear_2.weight.any()
+    first = storage.read_bytes(str(tmp_path / "init" / "diffusion_pytorch_model.safetensors"))
+    export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "again"))
+    assert storage.read_bytes(str(tmp_path / "again" / "diffusion_pytorch_model.safetensors")) == first
+    with pytest.raises(InputError, match="is not empty"):
+        export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"))

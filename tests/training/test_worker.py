@@ -1,0 +1,212 @@
+"""A training survives what kills it: the whole job, or one worker; and refuses what does not fit together."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cinemo import storage
+from cinemo.config import Recipe, TrainConfig
+from cinemo.data.loader import LatentLoader
+from cinemo.data.shards import DatasetIndex
+from cinemo.methods import build_method
+from cinemo.networks.frozen import TextEncoder
+from cinemo.training import checkpoints, worker
+from cinemo.training.batch import TextStates, dataset_digest
+from cinemo.training.engine import Engine
+from cinemo.training.loop import Report, train
+from cinemo.training.progress import SUMMARY_FILE
+from cinemo.types import InputError, keyed_seed
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+STEPS = 24
+PATIENCE = 240.0
+
+
+def _two_workers(small: Recipe) -> Recipe:
+    settings = {"workers": 2, "micro_batch": 1, "max_steps": STEPS, "checkpoint_every": 4, "sample_every": 0}
+    return small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | settings))})
+
+
+def _descendants(pid: int) -> list[tuple[int, str]]:
+    """(pid, command line) of a process's children, their children, and so on."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+        except (OSError, ValueError):
+            continue
+        parents.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, pending = [], [pid]
+    while pending:
+        for child in parents.get(pending.pop(), []):
+            pending.append(child)
+            try:
+                found.append((child, Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()))
+            except OSError:
+                continue
+    return found
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+class Job:
+    """``pipelines/train.py`` as a user starts it."""
+
+    def __init__(self, recipe: Recipe, data: str, output: Path, log: Path) -> None:
+        recipe_file = log.with_suffix(".json")
+        recipe_file.write_text(recipe.to_json())
+        command = [sys.executable, str(ROOT / "pipelines" / "train.py"), "--recipe", str(recipe_file), "--data", data]
+        environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "LOCAL_RANK")}
+        environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        self.log = log
+        with log.open("wb") as sink:
+            self.process = subprocess.Popen(
+                [*command, "--output", str(output)], stdout=sink, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, f"ended early:\n{self.log.read_text()}"
+            assert time.monotonic() < deadline, f"too slow:\n{self.log.read_text()}"
+            time.sleep(0.1)
+
+    def kill_all(self) -> None:
+        """What an out-of-memory killer or a lost machine does: no process of the job is left, none had a warning."""
+        everyone = [self.process.pid, *(pid for pid, _ in _descendants(self.process.pid))]
+        for pid in everyone:
+            _kill(pid)
+        self.process.wait()
+
+    def kill_a_worker(self) -> None:
+        workers = [pid for pid, command in _descendants(self.process.pid) if "RayTrainWorker" in command]
+        assert len(workers) == 2, _descendants(self.process.pid)
+        _kill(workers[-1])
+
+
+@pytest.fixture
+def jobs() -> Iterator[list[Job]]:
+    started: list[Job] = []
+    yield started
+    for job in started:
+        if job.process.poll() is None:
+            job.kill_all()
+
+
+def _reference(recipe: Recipe, data: str) -> list[float]:
+    """The undisturbed curve, on one rank in this process: the number of workers must not matter."""
+    settings = TrainConfig(**(recipe.train.model_dump() | {"workers": 1, "micro_batch": 4, "zero_stage": 0}))
+    torch.manual_seed(keyed_seed(settings.seed, "weights"))
+    alone = recipe.model_copy(update={"train": settings})
+    engine = Engine(build_method(alone), settings, torch.device("cpu"))
+    index = DatasetIndex.load(data)
+    loader = LatentLoader(index, global_batch=settings.global_batch, lanes=settings.lanes, seed=settings.seed)
+    text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
+    reports: list[Report] = []
+    train(alone, engine, loader.batches(), text, on_report=reports.append)
+    return [report.loss for report in reports]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
+    small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    recipe, output = _two_workers(small), tmp_path / "run"
+    jobs.append(Job(recipe, dataset, output, tmp_path / "first.log"))
+    jobs[0].wait_for(lambda: bool(checkpoints.complete(str(output))))
+    jobs[0].kill_all()
+    run = json.loads((output / "run.json").read_text())
+    assert not (output / SUMMARY_FILE).exists()
+    reached = checkpoints.latest(str(output))
+    assert reached is not None
+    assert reached.step < STEPS
+    orphan = output / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
+    orphan.mkdir()
+
+    jobs.append(Job(recipe, dataset, output, tmp_path / "second.log"))
+    jobs[1].wait_for(lambda: any(card.step > reached.step for card in checkpoints.complete(str(output))))
+    assert not orphan.exists()
+    jobs[1].kill_a_worker()
+    assert jobs[1].process.wait(PATIENCE) == 0, jobs[1].log.read_text()
+    log = jobs[1].log.read_text()
+    assert f"continuing at step {reached.step}" in log
+    assert log.count("continuing at step") == 2, log
+
+    summary = json.loads((output / SUMMARY_FILE).read_text())
+    assert (summary["steps"], summary["start_step"]) == (STEPS, reached.step)
+    if run["mlflow_run"]:  # the first job may have been killed before MLflow was up
+        assert summary["mlflow_run"] == run["mlflow_run"]
+    with (output / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
+    losses = [float(row["loss"]) for row in rows]
+    assert losses == pytest.approx(_reference(recipe, dataset), rel=1e-3)
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    kept = checkpoints.complete(str(output))
+    assert (kept[-1].step, len(kept)) == (STEPS, recipe.train.keep_checkpoints)
+    assert (output / "samples" / f"step-{STEPS:06d}.png").exists()
+
+    again = worker.run(recipe, dataset, str(output))
+    assert again.steps == STEPS
+
+
+@pytest.fixture
+def stored(small: Recipe, dataset: str, tmp_path: Path) -> Path:
+    """A run directory with a checkpoint of step 3."""
+    directory = tmp_path / "run" / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
+    (directory / "state").mkdir(parents=True)
+    (directory / "state" / "weights.pt").write_bytes(b"weights")
+    digest = dataset_digest(DatasetIndex.load(dataset))
+    checkpoints.describe(directory, small, 3, 1, digest, checkpoints.sizes(directory))
+    return tmp_path / "run"
+
+
+def test_what_does_not_fit_is_refused_before_anything_starts(
+    small: Recipe, dataset: str, stored: Path, tmp_path: Path
+) -> None:
+    def changed(**train_keys: object) -> Recipe:
+        return small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | train_keys))})
+
+    def refused(
+        words: str, recipe: Recipe = small, data: str = dataset, output: Path = stored, resume: str = "auto"
+    ) -> None:
+        with pytest.raises(InputError, match=words) as caught:
+            worker.run(recipe, data, str(output), resume)
+        assert "\n" not in str(caught.value)
+
+    refused("already holds a run; continue it with --resume auto", resume="never")
+    refused("already holds a run", resume=str(stored))
+    refused(r"cannot go on with another train\.zero_stage 2 -> 3", changed(zero_stage=3))
+    refused(r"train\.workers 1 -> 2; train", changed(workers=2, micro_batch=1, global_batch=8))
+    refused("checkpoint .*elsewhere: none there", output=tmp_path / "new", resume=str(tmp_path / "elsewhere"))
+    refused("no dataset there", data=str(tmp_path))
+    wide = small.model_copy(update={"data": small.data.model_copy(update={"size": (64, 64)})})
+    refused("latents 4x4x4x4, recipe cinemo-tiny expects 4x4x8x8", wide)
+
+    other = tmp_path / "other"
+    storage.upload(Path(dataset), str(other))
+    info = storage.read_json(str(other / "dataset.json"))
+    storage.write_json(str(other / "dataset.json"), info | {"fingerprint": "e" * 64})
+    refused("was trained on dataset", data=str(other))
+    storage.write_json(str(other / "dataset.json"), info | {"complete": False})
+    refused("not complete", data=str(other))
+    assert sorted(path.name for path in stored.iterdir()) == ["train"], "a refused call leaves nothing behind"
