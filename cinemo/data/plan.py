@@ -18,7 +18,7 @@ from cinemo.networks.frozen import weights_digest
 
 # Raise it when the same recipe no longer gives the same sample bytes.
 SAMPLE_VERSION = 1
-RESIZE = "cover, swscale area (shrinking) or bicubic, centre crop"
+RESIZE = "cover, swscale area with full chroma, centre crop"
 
 
 @dataclass(frozen=True)

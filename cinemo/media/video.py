@@ -18,7 +18,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Interpolation, VideoReformatter
 
 from cinemo import storage
 from cinemo.config import DataConfig
@@ -31,6 +31,8 @@ MAX_SIDE = 16384
 
 # Where a frame that nothing refers to may be left undecoded. Elsewhere frames went missing (AV1) or nothing was won.
 _SKIPPABLE = frozenset({"h264", "hevc"})
+# Averages when shrinking, linear when enlarging; without full chroma, colours of even widths come out 2.4 too dark.
+_SCALING = Interpolation.AREA | Interpolation.FULL_CHR_H_INT
 _BT709 = 1  # ISO/IEC 23091-2 code point for matrix, primaries and transfer
 _LIMITED_RANGE = 1
 _CONTAINER_TAGS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder"})
@@ -168,10 +170,10 @@ def write_video(
     metadata: Mapping[str, str] | None = None,
     crf: int = 17,
 ) -> None:
-    """Write an H.264 mp4 (yuv420p, BT.709, index first) that plays everywhere; the file appears whole or not at all.
+    """Write an H.264 mp4 (yuv420p, BT.709, index first) that plays everywhere. Equal frames give equal bytes.
 
     Args:
-        path: where to write; missing directories are made.
+        path: where to write; missing directories are made, and the file appears whole or not at all.
         frames_FHWC: uint8 RGB, even height and width.
         fps: frames per second, above 0.
         metadata: free keys and values, kept in the container (`read_metadata`, ``ffprobe -show_format``).
@@ -193,7 +195,8 @@ def write_video(
             container.metadata.update(metadata or {})
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(60000))
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.options = {"crf": str(crf), "preset": "medium"}
+            # Without macroblock trees, whose vector code made unequal files of equal frames.
+            stream.options = {"crf": str(crf), "preset": "medium", "mbtree": "0"}
             codec = stream.codec_context
             # Tagged, because players guess BT.601 or BT.709 by size and a guess shifts colours.
             codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
@@ -407,12 +410,11 @@ def _fitter(stream: Any, size: Size | None) -> Callable[[Any], np.ndarray]:
             rows, columns = size if turns % 2 == 0 else size[::-1]
             *scaled_size, left, top = cover(width, height, (rows, columns))
             scaled, box = (scaled_size[0], scaled_size[1]), (top, top + rows, left, left + columns)
-        shrinking = scaled[0] < frame.width or scaled[1] < frame.height
-        rgb = reformatter.reformat(
-            frame, *scaled, format="rgb24", interpolation="AREA" if shrinking else "BICUBIC", threads=1
-        )
+        rgb = reformatter.reformat(frame, *scaled, format="rgb24", interpolation=_SCALING, threads=1)
         plane = rgb.planes[0]
-        picture = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[:, : 3 * plane.width]
+        picture = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)[
+            :, : 3 * plane.width
+        ]
         cut = picture.reshape(plane.height, plane.width, 3)[box[0] : box[1], box[2] : box[3]]
         return np.ascontiguousarray(np.rot90(cut, turns))
 
