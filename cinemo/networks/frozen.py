@@ -40,7 +40,10 @@ class Vae:
             raise InputError(f"{location}: config.json is of {name}, expected AutoencoderKL[TemporalDecoder]")
         _require_one(directory, location, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
         self.temporal = name == "AutoencoderKLTemporalDecoder"
-        self.network: Any = getattr(diffusers, name).from_pretrained(directory, torch_dtype=dtype)
+        # Said in so many words, because the default warns about a library that is not needed.
+        self.network: Any = getattr(diffusers, name).from_pretrained(
+            directory, torch_dtype=dtype, low_cpu_mem_usage=False
+        )
         self.network.to(device).eval().requires_grad_(False)
         config = self.network.config
         self.scale, self.shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
@@ -103,7 +106,9 @@ class TextEncoder:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         directory, words = _directory(location), _directory(tokenizer)
         config = read_config(directory, location)
         _require_one(directory, location, "model.safetensors", "pytorch_model.bin")
