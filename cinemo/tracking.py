@@ -72,9 +72,10 @@ class Run:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        for noisy in ("alembic", "mlflow"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
         from mlflow.tracking import MlflowClient
+
+        for noisy in ("alembic", "mlflow"):  # after the import, which sets its own level
+            logging.getLogger(noisy).setLevel(logging.WARNING)
 
         self.uri, artifacts, self.hint = locate(output)
         if artifacts and not storage.is_remote(output):

@@ -12,12 +12,15 @@ All ranks upload side by side, so no file is certain to be the last: a checkpoin
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cinemo import storage
-from cinemo.config import Recipe, parse_recipe
+from cinemo.config import Recipe
 from cinemo.types import InputError
 
 RUN = "train"  # Ray Train's run name: its directory under the output
@@ -28,13 +31,13 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 @dataclass(frozen=True)
 class CheckpointCard:
-    """What can be said of a complete checkpoint without loading it."""
+    """What can be said of a complete checkpoint without loading it. ``recipe``: its JSON, not yet validated."""
 
     uri: str
     step: int
     world: int
     dataset: str
-    recipe: Recipe
+    recipe: Mapping[str, Any]
 
 
 def sizes(directory: Path) -> dict[str, int]:
@@ -56,9 +59,9 @@ def read(uri: str) -> CheckpointCard | None:
         record = storage.read_json(storage.join(uri, RECORD))
         if any(storage.size(storage.join(uri, name)) != size for name, size in record["files"].items()):
             return None
-        recipe = parse_recipe(storage.read_json(storage.join(uri, "recipe.json")), f"checkpoint {uri}")
+        recipe = storage.read_json(storage.join(uri, "recipe.json"))
         return CheckpointCard(uri, record["step"], record["world"], record["dataset"], recipe)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
 
 

@@ -68,7 +68,7 @@ class Engine:
     """
 
     def __init__(self, method: nn.Module, train: TrainConfig, device: torch.device) -> None:
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(device.type)
         self.device, self.train = device, train
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -156,9 +156,9 @@ def state_directory(checkpoint: Path) -> Path:
     return checkpoint / _TAG
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed, quietly, for the accelerator that is there."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+def import_deepspeed(accelerator: str) -> Any:
+    """DeepSpeed, quietly, for ``cpu`` or ``cuda``: the first call in a process decides."""
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
     if "deepspeed" not in sys.modules:
         # DeepSpeed's autotuner imports mlflow where it finds it: 80% of its import time, for something unused here.
         absent = {name: sys.modules.get(name) for name in ("mlflow",) if name not in sys.modules}

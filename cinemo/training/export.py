@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 import cinemo
 from cinemo import storage
 from cinemo.bundle import save_bundle
-from cinemo.config import Recipe
+from cinemo.config import Recipe, parse_recipe
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import load_unet, resolve, save_unet, weights_digest
 from cinemo.recipes import cinemo_320x512
@@ -39,20 +41,22 @@ def from_checkpoint(location: str, output: str) -> str:
     """
     target = _target(output)
     card = checkpoints.find(location)
-    unet = consolidated_unet(storage.localize(card.uri), card.recipe)
+    recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
+    unet = consolidated_unet(storage.localize(card.uri), recipe)
     provenance = {"source": "training", "checkpoint": card.uri, "step": card.step, "dataset": card.dataset}
-    digest = save_bundle(target, card.recipe, unet, provenance | {"cinemo": cinemo.__version__})
-    return f"bundle {digest[:12]} of step {card.step} ({card.recipe.name})"
+    digest = save_bundle(target, recipe, unet, provenance | {"cinemo": cinemo.__version__})
+    return f"bundle {digest[:12]} of step {card.step} ({recipe.name})"
 
 
 def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
     """The UNet of a complete local checkpoint, float32, put together from the shares of all ranks."""
-    import_deepspeed()
+    import_deepspeed("cpu")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     inside = state_directory(directory)
     if any(inside.glob("*_optim_states.pt")):
-        state = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=inside.name)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints what it finds, and bars
+            state = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=inside.name)
     else:  # stage 0 in float32 keeps no separate master weights
         (file,) = inside.glob("mp_rank_00_model_states.pt")
         state = torch.load(file, map_location="cpu", weights_only=False)["module"]

@@ -54,9 +54,9 @@ Event = Report | Resumed | Saved | Sheet
 class TrainSummary:
     """How a training ended; ``train.json``.
 
-    ``first_loss``, ``last_loss``: means over the first and the last tenth of all reports. ``seconds``: of this
-    invocation, start-up included; ``start_step`` is where it took up. ``samples_per_second``: median of the reports.
-    ``checkpoint``: URI of the latest one.
+    ``first_loss``, ``last_loss``: means over the first and the last tenth of all reports. ``start_step``: where this
+    invocation took up. ``seconds``: of this invocation, its workers' start-up included. ``samples_per_second``: median
+    of the reports. ``checkpoint``: URI of the latest one.
     """
 
     steps: int
@@ -159,11 +159,11 @@ class Progress:
         self._tracked(end)
         return summary
 
-    def fail(self) -> None:
-        """Keep what is known of a training that did not get to its end."""
+    def fail(self, status: str = "FAILED") -> None:
+        """Keep what is known of a training that did not get to its end (MLflow status ``FAILED`` or ``KILLED``)."""
         if self._rows:
             self._write_csv()
-        self._tracked(lambda run: run.finish("FAILED"))
+        self._tracked(lambda run: run.finish(status))
 
     def _line(self, report: Report) -> str:
         left = (self._recipe.train.max_steps - report.step) * self._recipe.train.global_batch

@@ -13,6 +13,7 @@ import pickle
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     note = LatentLoader(index, global_batch=recipe.train.global_batch, lanes=recipe.train.lanes, seed=0).note
     if note:
         print(f"{data}: {note}")
-    progress = Progress(recipe, output, data, digest)
     _join_cluster(recipe)
+    progress = Progress(recipe, output, data, digest)
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
@@ -128,6 +129,9 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
         _raise_fault(mailbox)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise RunError(f"training failed after {train_settings.max_failures} restarts: {lines[-1]}") from error
+    except SystemExit:  # what Ray Train makes of an interrupt
+        progress.fail("KILLED")
+        raise KeyboardInterrupt from None
     except BaseException:
         progress.fail()
         raise
@@ -158,7 +162,7 @@ def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> Ch
             f"checkpoint {card.uri}: was trained on dataset {card.dataset}, --data is {digest}; "
             "give the same --data, or start anew with train.init and another --output"
         )
-    old, new = card.recipe.model_dump(mode="json"), recipe.model_dump(mode="json")
+    old, new = card.recipe, recipe.model_dump(mode="json")
     changed = [f"{key} {_pick(old, key)} -> {_pick(new, key)}" for key in _FIXED if _pick(old, key) != _pick(new, key)]
     if changed:
         raise InputError(
@@ -170,7 +174,7 @@ def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> Ch
 
 def _pick(values: Any, key: str) -> Any:
     for name in key.split("."):
-        values = values[name]
+        values = values.get(name)
     return values
 
 
@@ -208,20 +212,19 @@ def _following(mailbox: Any, progress: Progress) -> Iterator[None]:
 
     def follow() -> None:
         progress.track()
-        while True:
+        ending = False
+        while not ending:
             ending = over.wait(0.3)
             for event in ray.get(mailbox.take.remote()):
                 progress.handle(pickle.loads(event))
-            if ending:
-                return
 
-    thread = threading.Thread(target=follow, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    with ThreadPoolExecutor(1, "progress") as pool:
+        following = pool.submit(follow)
+        try:
+            yield
+        finally:
+            over.set()
+            following.result()
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -300,6 +303,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: A
         world=world,
     )
     train(recipe, engine, loader.batches(step), text, step, on_report, on_checkpoint, on_sheet)
+    ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived
 
 
 @contextmanager

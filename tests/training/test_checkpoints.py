@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.training import checkpoints
 
@@ -27,7 +28,7 @@ def test_the_latest_whole_one_counts(tmp_path: Path, small: Recipe) -> None:
     _store(tmp_path, "2030-01-01_00-00-00.000002", 12, small)
     card = checkpoints.latest(output)
     assert card is not None
-    assert (card.step, card.world, card.dataset, card.recipe) == (12, 2, "digest", small)
+    assert (card.step, card.world, card.dataset, card.recipe) == (12, 2, "digest", small.model_dump(mode="json"))
     assert checkpoints.find(output) == card
     assert checkpoints.find(card.uri) == card
 
@@ -51,10 +52,19 @@ def test_prune_sweeps_what_was_left_behind(tmp_path: Path, small: Recipe) -> Non
     checkpoints.prune(str(tmp_path / "nothing"), keep=2)
 
 
+def test_a_recipe_of_another_version_is_no_reason_to_sweep(tmp_path: Path, small: Recipe) -> None:
+    directory = _store(tmp_path, "2030-01-01_00-00-00.000001", 1, small)
+    strange = small.model_dump(mode="json") | {"added_later": 1}
+    storage.write_json(str(directory / "recipe.json"), strange)
+    record = storage.read_json(str(directory / "checkpoint.json"))
+    record["files"]["recipe.json"] = storage.size(str(directory / "recipe.json"))
+    storage.write_json(str(directory / "checkpoint.json"), record)
+    checkpoints.prune(str(tmp_path), keep=1)
+    assert [card.recipe for card in checkpoints.complete(str(tmp_path))] == [strange]
+
+
 @pytest.mark.s3
 def test_the_same_on_s3(s3_endpoint: str, tmp_path: Path, small: Recipe) -> None:
-    from cinemo import storage
-
     for step in (1, 2):
         _store(tmp_path, f"2030-01-01_00-00-00.00000{step}", step, small)
     output = "s3://cinemo-test/run"
