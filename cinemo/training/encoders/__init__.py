@@ -1,0 +1,1 @@
+"""Training of the tiny encoders that ship with the package: frames, the VAE and the text model."""
