@@ -1,0 +1,48 @@
+"""A recipe that runs in moments, and a folder of clips in which some cannot be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_data import film
+from tiny import save_encoders
+
+from cinemo.config import Recipe, override
+from cinemo.media.video import write_video
+from cinemo.recipes import cinemo_tiny
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("encoders")
+    save_encoders(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_recipe(encoders: Path) -> Recipe:
+    """6 frames of 32x48 at interval 1-3, four clips a shard, a random VAE."""
+    return override(
+        cinemo_tiny(),
+        [
+            "data.frames=6",
+            "data.size=[32,48]",
+            "data.frame_interval=[1,3]",
+            "data.clips_per_shard=4",
+            f"encoders.vae={encoders / 'vae'}",
+        ],
+    )
+
+
+@pytest.fixture(scope="session")
+def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve files: nine films, a text in disguise, an empty file and a film that is too short."""
+    directory = tmp_path_factory.mktemp("clips")
+    for number in range(9):
+        write_video(directory / f"film {number}.mp4", film(str(number), 20 + number), 25)
+    (directory / "film 2.txt").write_text("a caption\nfrom a sidecar\n")
+    (directory / "film 1b.mp4").write_bytes(b"no video at all " * 50)
+    (directory / "film 3b.mp4").write_bytes(b"")
+    write_video(directory / "film 5b.mp4", film("short", 3), 25)
+    return directory

@@ -1,0 +1,54 @@
+"""Films, samples and finished datasets of a few kilobytes, for the tests of this room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from cinemo import storage
+from cinemo.data import shards
+from cinemo.data.shards import DatasetIndex
+from cinemo.types import LatentSample, Refusal, keyed_seed
+
+LATENT_SHAPE = (6, 4, 4, 6)
+
+
+def film(name: str, frames: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """Something smooth and different for every name, drifting to the right."""
+    generator = np.random.default_rng(keyed_seed(0, name))
+    wide = cv2.resize(generator.integers(0, 256, (5, 20, 3), np.uint8), (width + frames, height))
+    return np.stack([wide[:, k : k + width] for k in range(frames)])
+
+
+def make_dataset(directory: Path, sizes: list[int], fingerprint: str = "f" * 64) -> DatasetIndex:
+    """A finished dataset with shards of given sizes; sample ``key`` holds latents that are drawn from its key."""
+    records = []
+    position = 0
+    for shard, size in enumerate(sizes):
+        samples = []
+        for _ in range(size):
+            samples.append(make_sample(position))
+            position += 1
+        refusals = [Refusal(f"bad-{shard}", "nowhere.mp4", "open", "missing", "no such file")] if shard == 1 else []
+        records.append(shards.commit(str(directory), shard, samples, refusals, fingerprint))
+    (directory / "index.parquet").write_bytes(shards.index_bytes(records))
+    info = {"schema": shards.SCHEMA_VERSION, "complete": True, "samples": sum(sizes), "quarantined": 1}
+    storage.write_json(str(directory / "dataset.json"), info)
+    return DatasetIndex.load(str(directory))
+
+
+def make_sample(position: int) -> LatentSample:
+    generator = np.random.default_rng(position)
+    return LatentSample(
+        key=f"{position:09d}-0",
+        clip_id=f"clip.{position}/ü",
+        uri=f"/clips/{position}.mp4",
+        caption=f"caption {position}",
+        latents_FCHW=generator.normal(size=LATENT_SHAPE).astype(np.float16),
+        ssim=float(generator.uniform(0.2, 1)),
+        fps=24.0,
+        frame_interval=3,
+        start_frame=position,
+    )

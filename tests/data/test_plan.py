@@ -1,0 +1,98 @@
+"""The plan: every clip in exactly one shard, known before anything runs, and what makes two runs the same."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cinemo.config import Recipe, override
+from cinemo.data.manifest import SCHEMA
+from cinemo.data.plan import Plan, differences, fingerprint
+
+
+def clips(count: int, **change: Any) -> pa.Table:
+    rows = [
+        {"clip_id": f"clip-{k}", "uri": f"/{k}.mp4", "caption": "c", "start": None, "end": None} for k in range(count)
+    ]
+    if change:
+        rows[-1] |= change
+    return pa.Table.from_pylist(rows, SCHEMA)
+
+
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_every_clip_is_in_one_shard(count: int, clips_per_shard: int) -> None:
+    plan = Plan(clips(count), clips_per_shard, views=2)
+    rows = plan.rows(range(plan.shards)).to_pylist()
+    assert [row["clip_id"] for row in rows] == [f"clip-{k}" for k in range(count)]
+    assert [row["position"] for row in rows] == list(range(count))
+    assert [row["shard"] for row in rows] == [k // clips_per_shard for k in range(count)]
+    for shard in range(plan.shards):
+        alone = plan.rows([shard]).to_pylist()
+        assert alone == [row for row in rows if row["shard"] == shard]
+        assert {row["shard_clips"] for row in alone} == {len(alone)}
+
+
+def test_identity_depends_on_every_field_and_not_on_chunks() -> None:
+    plan = Plan(clips(9), 4, 1)
+    same = Plan(pa.concat_tables([clips(9).slice(0, 5), clips(9).slice(5)]), 4, 1)
+    assert plan.identity() == same.identity()
+    assert plan.identity()["shards"] == 3
+    digests = {
+        Plan(clips(9, **change), 4, 1).identity()["manifest"]
+        for change in ({}, {"clip_id": "x"}, {"uri": "x"}, {"caption": "x"}, {"start": 1.0}, {"end": 1.0})
+    }
+    assert len(digests) == 6
+
+
+def test_fingerprint_covers_what_decides_a_sample(small_recipe: Recipe) -> None:
+    digest, covers = fingerprint(small_recipe)
+    assert fingerprint(small_recipe) == (digest, covers)
+    changing = [
+        "data.frames=7", "data.size=[32,56]", "data.frame_interval=[1,4]", "data.views=2", "data.seed=1",
+        "data.decoder=decord", "data.ssim=rgb", "encoders.latent=mode", "data.encode_gpus=1",
+    ]  # fmt: skip
+    assert len({fingerprint(override(small_recipe, [change]))[0] for change in changing} | {digest}) == 10
+    edges = [round(0.5 + k * 0.02, 3) for k in range(19)]
+    for change in (
+        f"data.bucket_edges={edges}",
+        "train.lr=0.5",
+        "data.encode_batch=4",
+        "data.max_quarantine_share=0.5",
+    ):
+        assert fingerprint(override(small_recipe, [change]))[0] == digest
+
+
+def test_fingerprint_covers_the_weights(small_recipe: Recipe, tmp_path: Any) -> None:
+    import shutil
+
+    copy = tmp_path / "vae"
+    shutil.copytree(small_recipe.encoders.vae, copy)
+    elsewhere = override(small_recipe, [f"encoders.vae={copy}"])
+    assert fingerprint(elsewhere)[0] == fingerprint(small_recipe)[0]
+    weights = copy / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert fingerprint(elsewhere)[0] != fingerprint(small_recipe)[0]
+
+
+def test_differences_name_fields() -> None:
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3}) == ["b is 2 there and 3 here"]
+
+
+@pytest.mark.slow
+def test_a_million_clips_plan_in_seconds() -> None:
+    count = 1_000_000
+    ids = pa.array(np.char.add("clip-", np.arange(count).astype(str)))
+    nothing = pa.nulls(count, pa.float64())
+    plan = Plan(pa.table([ids, ids, ids, nothing, nothing], SCHEMA), 256, 1)
+    started = time.perf_counter()
+    plan.identity()
+    assert len(plan.rows(range(plan.shards))) == count
+    assert time.perf_counter() - started < 10

@@ -1,0 +1,269 @@
+"""Precompute from end to end on Ray: complete, repeatable byte for byte, unharmed by kills, honest about refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_data import film
+
+from cinemo import cli, storage
+from cinemo.config import Recipe, override
+from cinemo.data.estimate import plan_only
+from cinemo.data.loader import LatentLoader
+from cinemo.data.precompute import run
+from cinemo.data.shards import DatasetIndex, read_ledger
+from cinemo.media.video import write_video
+from cinemo.types import InputError, RunError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def stamps(directory: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def dataset(
+    ray_session: None, clips_folder: Path, small_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    directory = tmp_path_factory.mktemp("datasets") / "undisturbed"
+    summary = run(small_recipe, str(clips_folder), str(directory))
+    assert (summary["samples"], summary["quarantined"], summary["shards"], summary["done"]) == (9, 3, 3, 12)
+    assert summary["reasons"] == {"too_few_frames": 1, "unreadable": 2}
+    assert summary["stage_seconds"]["decode"] > 0
+    return directory
+
+
+@pytest.mark.ray
+def test_layout_and_totals(dataset: Path, clips_folder: Path) -> None:
+    shards = [f"shards/shard-{k:06d}.{kind}" for k in range(3) for kind in ("json", "tar")]
+    ledgers = [f"quarantine/shard-{k:06d}.jsonl" for k in range(3)]
+    assert sorted(digests(dataset)) == sorted([*shards, *ledgers[:2], "dataset.json", "index.parquet"])
+    info = json.loads((dataset / "dataset.json").read_text())
+    assert (info["samples"], info["quarantined"], info["complete"]) == (9, 3, True)
+    assert (info["size"], info["frames"], info["latent_shape"]) == ([32, 48], 6, [6, 4, 4, 6])
+    assert info["recipe"]["name"] == "cinemo-tiny"
+    assert len(info["bucket_edges"]) == 19
+    lines = [json.loads(line) for ledger in ledgers[:2] for line in (dataset / ledger).read_text().splitlines()]
+    assert {line["clip_id"]: line["reason"] for line in lines} == {
+        "film-1b": "unreadable",
+        "film-3b": "unreadable",
+        "film-5b": "too_few_frames",
+    }
+    assert next(line for line in lines if line["clip_id"] == "film-5b")["detail"] == (
+        "3 frames, recipe needs 6 (interval 1)"
+    )
+
+
+@pytest.mark.ray
+def test_trainer_reads_every_sample(dataset: Path) -> None:
+    loader = LatentLoader(DatasetIndex.load(str(dataset)), global_batch=3, lanes=1, seed=0)
+    samples = [sample for step in range(3) for sample in loader.batch(step).samples]
+    assert sorted(sample.clip_id for sample in samples) == [f"film-{k}" for k in range(9)]
+    assert {sample.caption for sample in samples} >= {"a caption from a sidecar", "film 0"}
+    assert all(sample.latents_FCHW.shape == (6, 4, 4, 6) and -1 < sample.ssim < 1 for sample in samples)
+
+
+@pytest.mark.ray
+def test_running_again_changes_nothing(dataset: Path, clips_folder: Path, small_recipe: Recipe) -> None:
+    before = stamps(dataset)
+    assert run(small_recipe, str(clips_folder), str(dataset))["done"] == 0
+    assert stamps(dataset) == before
+
+
+@pytest.mark.ray
+def test_new_bucket_edges_need_no_new_shards(
+    dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    edges = [round(0.05 + k * 0.05, 3) for k in range(18)] + [0.97]
+    assert run(override(small_recipe, [f"data.bucket_edges={edges}"]), str(clips_folder), str(copy))["done"] == 0
+    assert json.loads((copy / "dataset.json").read_text())["bucket_edges"] == edges
+    changed = {name for name, digest in digests(copy).items() if digests(dataset)[name] != digest}
+    assert changed == {"dataset.json"}
+
+
+@pytest.mark.ray
+def test_lost_records_and_half_written_shards_are_made_again(
+    dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(dataset, tmp_path / "copy")
+    (copy / "shards/shard-000000.json").unlink()
+    (copy / "shards/shard-000000.tar").write_bytes(b"half a shard")
+    (copy / "shards/shard-000002.tar").unlink()
+    assert run(small_recipe, str(clips_folder), str(copy))["done"] == 8
+    assert digests(copy) == digests(dataset)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_killed_run_goes_on_to_the_same_bytes(
+    dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(small_recipe.to_json())
+    output = tmp_path / "killed"
+    command = [
+        sys.executable, str(ROOT / "pipelines/precompute.py"), "--recipe", str(recipe), "--manifest", str(clips_folder),
+        "--output", str(output),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(output.glob("shards/*.json")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert (output / "dataset.json").exists()
+    if process.returncode == -signal.SIGKILL:
+        assert json.loads((output / "dataset.json").read_text())["complete"] is False
+        with pytest.raises(InputError, match="not complete"):
+            DatasetIndex.load(str(output))
+    run(small_recipe, str(clips_folder), str(output))
+    left = {name: digest for name, digest in digests(output).items() if not name.endswith(".partial")}
+    assert left == digests(dataset)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.seed=5", "seed is 0 there and 5 here"),
+        ("data.size=[32,56]", r"size is \[32, 48\] there and \[32, 56\] here"),
+        ("data.clips_per_shard=5", "clips_per_shard is 4 there and 5 here"),
+    ],
+)
+def test_another_recipe_is_refused(
+    dataset: Path, clips_folder: Path, small_recipe: Recipe, change: str, message: str
+) -> None:
+    before = stamps(dataset)
+    with pytest.raises(InputError, match=message):
+        run(override(small_recipe, [change]), str(clips_folder), str(dataset))
+    with pytest.raises(InputError, match="clips is 12 there and 3 here"):
+        run(small_recipe, str(clips_folder), str(dataset), limit=3)
+    assert stamps(dataset) == before
+
+
+@pytest.mark.ray
+def test_mended_clips_are_appended(clips_folder: Path, small_recipe: Recipe, dataset: Path, tmp_path: Path) -> None:
+    clips = shutil.copytree(clips_folder, tmp_path / "clips")
+    output = tmp_path / "out"
+    run(small_recipe, str(clips), str(output))
+    untouched = {name: digest for name, digest in digests(output).items() if name.startswith("shards")}
+    write_video(clips / "film 1b.mp4", film("mended", 30), 25)
+
+    with pytest.raises(InputError, match="no clip is refused for that; reasons there: too_few_frames, unreadable"):
+        run(small_recipe, str(clips), str(output), retry_quarantine="missing")
+    summary = run(small_recipe, str(clips), str(output), retry_quarantine="unreadable")
+    assert (summary["samples"], summary["quarantined"], summary["done"]) == (10, 2, 2)
+    assert summary["reasons"] == {"too_few_frames": 1, "unreadable": 1}
+    info = json.loads((output / "dataset.json").read_text())
+    assert (info["samples"], info["quarantined"], info["complete"]) == (10, 2, True)
+    record = json.loads((output / "shards/shard-000003.json").read_text())
+    assert record["retry_of"] == {"film-1b": {"shard": 0, "reason": "unreadable"}}
+    still = [refusal.clip_id for shard in range(3) for refusal in read_ledger(str(output), shard)]
+    assert still == ["film-3b", "film-5b"]
+    now = digests(output)
+    assert untouched == {name: now[name] for name in untouched}
+
+    loader = LatentLoader(DatasetIndex.load(str(output)), global_batch=10, lanes=1, seed=0)
+    assert len({sample.key for sample in loader.batch(0).samples}) == 10
+    # A second try finds nothing new, and neither does a plain run.
+    run(small_recipe, str(clips), str(output), retry_quarantine="")
+    run(small_recipe, str(clips), str(output))
+    assert digests(output) == now
+
+
+@pytest.mark.ray
+def test_too_many_refused_clips_stop_the_run(
+    clips_folder: Path, small_recipe: Recipe, ray_session: None, tmp_path: Path
+) -> None:
+    strict = override(small_recipe, ["data.max_quarantine_share=0.2"])
+    with pytest.raises(RunError, match=r"of 12 clips are refused \(unreadable 2, too_few_frames 1\), more than"):
+        run(strict, str(clips_folder), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out/dataset.json").read_text())["complete"] is False
+    # Allowing more finishes what is there.
+    assert run(small_recipe, str(clips_folder), str(tmp_path / "out"))["samples"] == 9
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_on_s3(dataset: Path, clips_folder: Path, small_recipe: Recipe, s3_endpoint: str) -> None:
+    manifest = [
+        {"clip_id": path.stem.replace(" ", "-"), "uri": path.name, "caption": path.stem}
+        for path in sorted(clips_folder.glob("film ?.mp4"))
+    ]
+    for row in manifest[:5]:
+        storage.write_bytes(f"s3://cinemo-test/clips/{row['uri']}", (clips_folder / row["uri"]).read_bytes())
+    text = "".join(json.dumps(row) + "\n" for row in [*manifest[:5], {"clip_id": "x", "uri": "x.mp4", "caption": ""}])
+    storage.write_bytes("s3://cinemo-test/clips/m.jsonl", text.encode())
+    summary = run(small_recipe, "s3://cinemo-test/clips/m.jsonl", "s3://cinemo-test/made")
+    assert (summary["samples"], summary["reasons"]) == (5, {"missing": 1})
+    remote = LatentLoader(DatasetIndex.load("s3://cinemo-test/made"), global_batch=5, lanes=1, seed=0).batch(0)
+    local = LatentLoader(DatasetIndex.load(str(dataset)), global_batch=9, lanes=1, seed=0).batch(0)
+    expected = {sample.clip_id: sample.latents_FCHW for sample in local.samples}
+    for sample in remote.samples:
+        np.testing.assert_array_equal(sample.latents_FCHW, expected[sample.clip_id])
+
+
+def test_plan_measures_and_writes(clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
+    plan = plan_only(small_recipe, str(clips_folder), str(tmp_path))
+    assert json.loads((tmp_path / "plan.json").read_text()) == plan
+    assert (plan["clips"], plan["shards"], plan["measured_clips"], plan["expected_samples"]) == (12, 3, 12, 9)
+    assert plan["expected_quarantine_share"] == 0.25
+    assert plan["refused_in_sample"] == {"unreadable": 2, "too_few_frames": 1}
+    assert all(seconds > 0 for seconds in plan["seconds_per_clip"].values())
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_plan_of_the_sizes_that_come(dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
+    real = sum((dataset / f"shards/shard-{k:06d}.tar").stat().st_size for k in range(3))
+    assert plan_only(small_recipe, str(clips_folder), str(tmp_path))["bytes"] == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--manifest", "nowhere.csv", "--output", "out"], "nowhere.csv: no such file"),
+        (["--manifest", ".", "--output", "out"], "no videos there"),
+        (["--manifest", "m.csv", "--output", "out", "--set", "data.sise=1"], "unknown key 'data.sise'"),
+        (["--output", "out"], "required: --manifest"),
+    ],
+)
+def test_command_refuses_in_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main = runpy.run_path(str(ROOT / "pipelines/precompute.py"))["main"]
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main, arguments)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())
