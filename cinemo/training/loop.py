@@ -9,7 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -64,36 +65,36 @@ def train(
         RunError: the loss is not finite (the step is named), or the data ended early.
     """
     settings = recipe.train
-    ready = prefetch(_prepare(batches, recipe, pin=engine.device.type == "cuda"))
     window = _Window(engine, settings.global_batch)
     engine.method.train()
-    for step in range(start_step, settings.max_steps):
-        asked = time.perf_counter()
-        got = next(ready, None)
-        if got is None or got[0] != step:
-            raise RunError(f"data: expected the batch of step {step}, got {'none' if got is None else got[0]}")
-        window.waited += time.perf_counter() - asked
-        lr = engine.lr
-        losses = []
-        for micro in got[1]:
-            loss = engine.loss(*on_device(micro, text, engine.device, engine.dtype))
-            engine.step(loss)
-            losses.append(loss.detach().float())
-        window.losses.append(torch.stack(losses).mean())
+    with closing(prefetch(_prepare(batches, recipe, pin=engine.device.type == "cuda"))) as ready:
+        for step in range(start_step, settings.max_steps):
+            asked = time.perf_counter()
+            got = next(ready, None)
+            if got is None or got[0] != step:
+                raise RunError(f"data: expected the batch of step {step}, got {'none' if got is None else got[0]}")
+            window.waited += time.perf_counter() - asked
+            lr = engine.lr
+            losses = []
+            for micro in got[1]:
+                loss = engine.loss(*on_device(micro, text, engine.device, engine.dtype))
+                engine.step(loss)
+                losses.append(loss.detach().float())
+            window.losses.append(torch.stack(losses).mean())
 
-        done, last = step + 1, step + 1 == settings.max_steps
-        checkpoint = last or done % settings.checkpoint_every == 0
-        sheet = last or (settings.sample_every > 0 and done % settings.sample_every == 0)
-        if checkpoint or sheet or done % settings.log_every == 0:
-            on_report(window.close(done, lr))
-        if checkpoint:
-            on_checkpoint(done)
-        if sheet:
-            engine.method.eval()
-            on_sheet(done)
-            engine.method.train()
-        if checkpoint or sheet:
-            window.restart()
+            done, last = step + 1, step + 1 == settings.max_steps
+            checkpoint = last or done % settings.checkpoint_every == 0
+            sheet = last or (settings.sample_every > 0 and done % settings.sample_every == 0)
+            if checkpoint or sheet or done % settings.log_every == 0:
+                on_report(window.close(done, lr))
+            if checkpoint:
+                on_checkpoint(done)
+            if sheet:
+                engine.method.eval()
+                on_sheet(done)
+                engine.method.train()
+            if checkpoint or sheet:
+                window.restart()
 
 
 class _Window:
@@ -124,7 +125,7 @@ class _Window:
         return report
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
     """The same items in the same order, made by a thread up to ``depth`` ahead; its exceptions are raised here."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()

@@ -122,7 +122,6 @@ def _train(recipe: Recipe, dataset: str, start: int = 0, made: Engine | None = N
 def test_it_overfits_a_small_set(small: Recipe, dataset: str) -> None:
     reports = _train(_changed(small, max_steps=60, log_every=6, lr=4e-3, micro_batch=4), dataset)
     assert [report.step for report in reports] == list(range(6, 61, 6))
-    print([round(r.loss, 3) for r in reports])
     assert reports[0].loss > 0.5  # a fresh network answers nothing of the noise, whose variance is 1
     assert np.mean([report.loss for report in reports[-3:]]) < 0.6 * reports[0].loss
     assert all(report.samples_per_second > 0 and 0 <= report.data_wait <= 1 for report in reports)
@@ -202,7 +201,7 @@ def test_prefetch_keeps_order_raises_and_stops() -> None:
 
     ready = prefetch(endless(), depth=2)
     assert next(ready) == 0
-    ready.close()  # type: ignore[attr-defined]
+    ready.close()
     deadline = time.monotonic() + 5
     while any(thread.name == "prefetch" for thread in threading.enumerate()):
         assert time.monotonic() < deadline, "the thread outlives its reader"
