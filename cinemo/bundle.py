@@ -213,7 +213,7 @@ def _copy_component(location: str, target: Path) -> None:
     source = resolve(location)
     if not source.is_dir():
         raise InputError(f"encoder {location}: is a file; expected a directory in diffusers layout")
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_COPIED), copy_function=shutil.copyfile)
     if any(source.rglob("*.bin")) and not any(target.rglob("*.safetensors")):
         raise InputError(f"encoder {location}: has pickled weights only; convert them to .safetensors first")
 

@@ -25,6 +25,7 @@ from PIL import Image
 from cinemo import storage, tracking
 from cinemo.animate import AnimateRequest, animate, load_image, save_animation
 from cinemo.bundle import load_bundle, read_card
+from cinemo.config import MOTION_BUCKETS
 from cinemo.data.manifest import read_manifest
 from cinemo.data.shards import DatasetIndex
 from cinemo.evaluation.figures import contact_sheet
@@ -38,7 +39,7 @@ from cinemo.types import ClipError, InputError, RunError
 
 IMAGES = 3
 SAMPLES = 200  # about what a dataset of the demo holds: views per clip follow from it
-_QUANTILES = (0.05, 0.5, 0.95)
+_QUANTILES = (0.05, 0.95)
 _READY_SECONDS, _JOB_SECONDS = 240.0, 240.0
 # Kinds of rendered clips (object, pan, flow) whose first frames are animated; their seed is not that of the clips.
 _UNSEEN_SEED, _UNSEEN = 1000, (0, 1, 3)
@@ -126,14 +127,14 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
 
 
 def motion_buckets(index: DatasetIndex) -> list[int]:
-    """Three different buckets for little, usual and much motion, as the dataset has it."""
+    """Three different buckets at equal distances: little, medium and much motion as the dataset has it."""
     histogram = index.ssim_histogram
     shares = np.cumsum(histogram) / histogram.sum()
     middles = [(int(np.searchsorted(shares, 1 - share)) + 0.5) / len(histogram) for share in _QUANTILES]
-    low, middle, high = (motion_bucket(ssim, index.info["bucket_edges"]) for ssim in middles)
-    low = min(low, 17)
-    middle = min(max(middle, low + 1), 18)
-    return [low, middle, max(high, middle + 1)]
+    low, high = (motion_bucket(ssim, index.info["bucket_edges"]) for ssim in middles)
+    low = min(low, MOTION_BUCKETS - 3)
+    high = max(high, low + 2)
+    return [low, (low + high) // 2, high]
 
 
 def _render(directory: Path, settings: DemoSettings) -> None:
@@ -216,7 +217,7 @@ def _serve(words: Sequence[str], port: int, picture: _Picture, bucket: int, targ
         while video["status"] in ("queued", "in_progress"):
             if time.monotonic() - asked > _JOB_SECONDS:
                 raise RunError(f"serve: job {video['id']} took longer than {_JOB_SECONDS:.0f} s; see {log}")
-            time.sleep(0.5)
+            time.sleep(1)
             video = client.get(f"/v1/videos/{video['id']}").raise_for_status().json()
             print(f"   {video['id']}: {video['status']}, {video['progress']} %", flush=True)
         if video["status"] != "completed":
@@ -228,9 +229,9 @@ def _serve(words: Sequence[str], port: int, picture: _Picture, bucket: int, targ
     if code:
         raise RunError(f"serve: ended with exit code {code} after SIGINT; see {log}")
     (target / "video.mp4").write_bytes(content)
-    told = {name: video[name] for name in ("id", "status", "prompt", "motion_bucket", "size", "seconds", "seed")}
-    times = {"server ready after": f"{ready:.0f} s", "video after": f"{took:.1f} s"}
-    storage.write_json(str(target / "video.json"), told | times)
+    told = {name: video[name] for name in ("prompt", "motion_bucket", "seed", "size", "seconds", "id")}
+    times = {"server ready after": f"{ready:.0f} s", "video ready after": f"{took:.1f} s"}
+    (target / "video.json").write_text(json.dumps(told | times, indent=2) + "\n")
 
 
 def _wait_ready(client: httpx.Client, process: subprocess.Popen[str], log: Path) -> None:

@@ -34,15 +34,18 @@ h2 { font-size: 21px; margin: 52px 0 6px; padding-top: 20px; border-top: 1px sol
 p { margin: 6px 0 14px; max-width: 72ch; }
 .lead, .note, figcaption, dt { color: var(--muted); }
 .note, figcaption { font-size: 14px; }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 24px 0 0; }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; margin: 24px 0 0; }
 dl div { background: var(--wash); border-radius: 8px; padding: 12px 16px; }
-dt { font-size: 13px; } dd { margin: 2px 0 0; font-size: 22px; font-weight: 600; overflow-wrap: anywhere; }
+dt { font-size: 13px; } dd { margin: 2px 0 0; font-size: 20px; font-weight: 600; white-space: nowrap; }
 figure { margin: 0; } figure img { width: 100%; height: auto; display: block; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 28px; margin-top: 16px; }
 table { border-collapse: collapse; width: 100%; font-size: 15px; margin-top: 12px; }
 th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-size: 13px; font-weight: 600; color: var(--muted); } td.number { font-variant-numeric: tabular-nums; }
-.samples td { width: 24%; padding: 6px 12px 6px 0; border: 0; } .samples th { border: 0; }
+.samples { table-layout: fixed; border-spacing: 0; }
+.samples td, .samples th { padding: 6px 8px; border: 0; }
+.samples td:first-child, .samples th:first-child { padding-left: 0; }
+.samples td:last-child, .samples th:last-child { padding-right: 0; }
 video, .samples img { width: 100%; display: block; border-radius: 6px; background: var(--line); }
 code { font: 13.5px/1.5 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace; background: var(--wash);
   padding: 2px 5px; border-radius: 4px; overflow-wrap: anywhere; }
@@ -157,17 +160,18 @@ def _dataset_part(dataset: DatasetIndex, histogram: bool = True) -> list[str]:
     info = dataset.info
     height, width = info["size"]
     text = f"{info['samples']} samples of {info['frames']} frames at {width}×{height}; {info['quarantined']} refused."
-    parts = [_section("Data", text)]
-    if histogram:
-        parts.append(_pair((motion_histogram(dataset), "Motion buckets of the samples, from their stored SSIM.")))
     refused: dict[tuple[str, str], list[str]] = {}
     for shard in dataset.shards:
         for refusal in read_ledger(dataset.uri, shard):
             refused.setdefault((refusal.stage, refusal.reason), []).append(refusal.detail)
+    table = ""
     if refused:
         rows = [[*key, str(len(details)), html.escape(details[0])] for key, details in sorted(refused.items())]
-        parts.append(_table(["stage", "reason", "clips", "for example"], rows))
-    return parts
+        table = _table(["stage", "reason", "clips", "for example"], rows)
+    if not histogram:
+        return [_section("Data", text), table]
+    chart = _chart(motion_histogram(dataset), "Motion buckets of the samples, from their stored SSIM.")
+    return [_section("Data", text), f'<div class="pair">{chart}<div>{table}</div></div>']
 
 
 def _sample_table(samples: Sequence[Sample]) -> str:
@@ -199,12 +203,13 @@ def _figures(values: Mapping[str, str]) -> str:
 
 
 def _pair(*charts: tuple[Figure, str]) -> str:
-    cells = (
-        f'<figure><img src="{data_uri(figure_png(figure), "image/png")}" alt="{html.escape(caption)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for figure, caption in charts
-    )
-    return f'<div class="pair">{"".join(cells)}</div>'
+    return f'<div class="pair">{"".join(_chart(*chart) for chart in charts)}</div>'
+
+
+def _chart(figure: Figure, caption: str) -> str:
+    text = html.escape(caption)
+    image = f'<img src="{data_uri(figure_png(figure), "image/png")}" alt="{text}">'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def _picture(image: Image.Image) -> str:

@@ -7,9 +7,11 @@ Both share the state directory (one machine); jobs survive a restart of either. 
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ from cinemo.serving.jobs import JobStore
 from cinemo.serving.runner import JobRunner
 from cinemo.types import InputError
 
+_NAME = "cinemo"
 _READY_TIMEOUT = 3.0
+_MAX_CPUS = 8.0
 
 
 class Animator:
@@ -70,17 +74,24 @@ class Ingress:
             return False
 
 
-def application(bundle: str, state: str, max_queued: int, gpus: float = 0, limits: Limits | None = None) -> Any:
-    """The Serve application of a bundle; ``state`` is the absolute path of the job store."""
+def application(
+    bundle: str, state: str, max_queued: int, cpus: float = 1, gpus: float = 0, limits: Limits | None = None
+) -> Any:
+    """The Serve application of a bundle.
+
+    Args:
+        state: absolute path of the job store.
+        cpus, gpus: of the model's replica; Ray gives it as many threads as CPUs.
+    """
     animator = serve.deployment(
         Animator,
         name="animator",
-        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         max_ongoing_requests=8,
         graceful_shutdown_timeout_s=10,
     )
     ingress = serve.deployment(
-        serve.ingress()(Ingress), name="http", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256
+        serve.ingress()(Ingress), name="http", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=256
     )
     return ingress.bind(animator.bind(bundle, state, max_queued), bundle, state, max_queued, limits or Limits())
 
@@ -92,24 +103,38 @@ def serve_forever(bundle: str, host: str, port: int, state: str, max_queued: int
         InputError: no whole bundle there, the state directory cannot be written, or the port is taken.
     """
     card = read_card(bundle)
-    storage.check_writable(state)
     _check_port(host, port)
+    storage.check_writable(state)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _interrupt)
     try:
-        connect()
-        serve.start(http_options={"host": host, "port": port})
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-        serve.run(application(storage.absolute(bundle), str(Path(state).absolute()), max_queued, gpus), name="cinemo")
-        print(f"{card.recipe.name} ({card.digest[:12]}) at http://{host}:{port}/v1/videos", flush=True)
-        threading.Event().wait()
+        with ExitStack() as leaving:
+            connect()
+            leaving.callback(ray.shutdown)
+            serve.start(http_options={"host": host, "port": port})
+            # The application alone: on a shared cluster others may use Serve too.
+            leaving.callback(serve.delete, _NAME)
+            leaving.callback(_ignore_interrupts)
+            cpus, gpus = _resources()
+            app = application(storage.absolute(bundle), str(Path(state).absolute()), max_queued, cpus, gpus)
+            serve.run(app, name=_NAME)
+            print(f"{card.recipe.name} ({card.digest[:12]}) at http://{host}:{port}/v1/videos", flush=True)
+            threading.Event().wait()
     except KeyboardInterrupt:
-        print("stopping; unfinished jobs go on at the next start", flush=True)
-    finally:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, signal.SIG_IGN)
-        serve.shutdown()
-        ray.shutdown()
+        print("stopped; unfinished jobs go on at the next start", flush=True)
+
+
+def _resources() -> tuple[float, float]:
+    """CPUs and GPUs of the model's replica: one GPU where there is one, else what one node has (at most 8 CPUs)."""
+    if ray.cluster_resources().get("GPU", 0):
+        return 1, 1
+    return min(_MAX_CPUS, max(node["Resources"].get("CPU", 1) for node in ray.nodes())), 0
+
+
+def _ignore_interrupts() -> None:
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def _interrupt(*_: Any) -> None:

@@ -54,10 +54,10 @@ class Server:
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while True:
             assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline, "not ready after 120 s"
+            assert time.monotonic() < deadline, "not ready after 240 s"
             try:
                 if self.client.get("/readyz").status_code == 200:
                     return
@@ -126,7 +126,7 @@ def test_bad_input_has_the_error_body(server: Server) -> None:
 
 def test_a_taken_port_is_one_line(server: Server, bundle: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "pipelines/serve.py", "--bundle", str(bundle), "--port", str(server.port)],
+        [sys.executable, "pipelines/serve.py", "--bundle", str(bundle), "--port", str(server.port), "--state", str(server.state)],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
