@@ -124,6 +124,14 @@ class Dataset:
         if not storage.exists(place) or storage.read_bytes(place) != table:
             storage.write_bytes(place, table)
         self._store({**summary, "complete": True})
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what a killed process was still writing (a local file only; objects appear whole)."""
+        for directory in (self.uri, storage.join(self.uri, "shards"), storage.join(self.uri, "quarantine")):
+            for name in [] if storage.is_remote(directory) else storage.names(directory):
+                if name.startswith(".") and name.endswith(".partial"):
+                    storage.remove(storage.join(directory, name))
 
     def _store(self, values: dict[str, Any]) -> None:
         data = self.recipe.data

@@ -38,7 +38,6 @@ _WORKER_ENVIRONMENT = {
 }
 _SHARED_MEMORY = Path("/dev/shm")
 _OBJECT_STORE_LIMIT = 2 << 30
-_STARTS = 3
 # Decoded frames of one task: small enough that a few tasks in flight fit any object store.
 _TASK_BYTES = 64 << 20
 _TASK_CLIPS = 16
@@ -68,21 +67,14 @@ def connect(cpus: int = 1) -> None:
     memory = _OBJECT_STORE_LIMIT
     if _SHARED_MEMORY.is_dir():
         memory = min(memory, shutil.disk_usage(_SHARED_MEMORY).free // 2)
-    for attempt in range(1, _STARTS + 1):
-        try:
-            ray.init(
-                address="local",  # never a cluster that happens to run on this machine
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=bool(os.environ.get("CINEMO_DEBUG")),
-                object_store_memory=memory,
-            )
-            return
-        except Exception as error:
-            # Ray gives its own processes 30 seconds to come up, which a busy machine can miss.
-            ray.shutdown()
-            if "timed out during startup" not in str(error) or attempt == _STARTS:
-                raise
+    ray.init(
+        address="local",  # never a cluster that happens to run on this machine
+        num_cpus=max(cpus, os.cpu_count() or 1),
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=bool(os.environ.get("CINEMO_DEBUG")),
+        object_store_memory=memory,
+    )
 
 
 def run(
