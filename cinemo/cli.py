@@ -19,12 +19,19 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default there is; "None" would say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser(description: str | None, recipe: bool = True) -> argparse.ArgumentParser:
     """An argument parser that shows every default, with ``--recipe`` and ``--set`` unless switched off."""
     epilog = None
     if recipe:
         epilog = "recipe keys for --set: " + ", ".join(keys())
-    made = _Parser(description=description, epilog=epilog, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = _Parser(description=description, epilog=epilog, formatter_class=_Help)
     if recipe:
         names = ", ".join(RECIPES)
         made.add_argument("--recipe", default="cinemo-tiny", metavar="NAME|FILE", help=f"{names}, or a .json file")

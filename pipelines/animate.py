@@ -1,4 +1,4 @@
-"""Animate an image: one picture and a prompt in, one mp4 out. Defaults marked * come from the bundle's recipe."""
+"""Animate an image: one picture and a prompt in, one mp4 out."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from cinemo.animate import AnimateRequest, animate, load_image, save_animation, 
 from cinemo.bundle import load_bundle
 from cinemo.types import InputError
 
+_RECIPE = "(default: what the bundle's recipe says)"
+
 
 def parser() -> argparse.ArgumentParser:
     made = cli.parser(__doc__, recipe=False)
     made.add_argument("--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://")
     made.add_argument("--image", required=True, metavar="FILE", help="the picture, any size; also s3://")
     made.add_argument("--prompt", required=True, help="what happens")
-    made.add_argument("--output", required=True, metavar="FILE.mp4")
+    made.add_argument("--output", required=True, metavar="FILE.mp4", help="where to write; also s3://")
     made.add_argument("--negative-prompt", default="", help="what should not be seen")
     motion = made.add_mutually_exclusive_group()
-    motion.add_argument("--motion-bucket", type=int, metavar="0..19", help="larger = more motion; *")
+    motion.add_argument("--motion-bucket", type=int, metavar="0..19", help=f"larger = more motion {_RECIPE}")
     motion.add_argument("--motion-strength", type=float, metavar="0..1", help="the same as a share")
-    made.add_argument("--steps", type=int, help="DDIM steps; *")
-    made.add_argument("--guidance-scale", type=float, help="classifier-free guidance, 1 = off; *")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--no-dct-init", action="store_true", help="plain noise instead of DCTInit; * where absent")
+    made.add_argument("--steps", type=int, help=f"DDIM steps {_RECIPE}")
+    made.add_argument("--guidance-scale", type=float, help=f"classifier-free guidance, 1 = off {_RECIPE}")
+    made.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
+    made.add_argument("--no-dct-init", action="store_true", help="plain noise instead of DCTInit")
     made.add_argument("--save-latents", metavar="F.npz", help="also write latents (C,F,h,w float32) and settings")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     return made
 
 

@@ -18,9 +18,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", required=True, metavar="URI", help="dataset written by pipelines/precompute.py")
     parser.add_argument("--output", required=True, metavar="DIR", help="where the three files go, local or s3://")
     parser.add_argument("--limit", type=int, default=4, metavar="N", help="samples; each costs six videos")
-    parser.add_argument("--steps", type=int, help="DDIM steps; the bundle's recipe decides where absent")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="DDIM steps (default: what the bundle's recipe says)")
+    parser.add_argument("--seed", type=int, default=0, help="of the generated videos")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     arguments = parser.parse_args(argv)
     metrics = evaluate(
         arguments.bundle,

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 = every interface")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     parser.add_argument("--state", default=".cinemo/serve", metavar="DIR", help="local directory for jobs and videos")
     parser.add_argument("--max-queued", type=int, default=64, help="jobs that may wait before requests are refused")
     arguments = parser.parse_args(argv)

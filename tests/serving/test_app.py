@@ -126,7 +126,10 @@ def test_bad_input_has_the_error_body(server: Server) -> None:
 
 def test_a_taken_port_is_one_line(server: Server, bundle: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "pipelines/serve.py", "--bundle", str(bundle), "--port", str(server.port), "--state", str(server.state)],
+        [
+            sys.executable, "pipelines/serve.py", "--bundle", str(bundle), "--port", str(server.port),
+            "--state", str(server.state),
+        ],
         cwd=ROOT, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 2
