@@ -1,17 +1,21 @@
-"""A complete bundle of random networks that samples in well under a second: what tests run on."""
+"""A complete bundle of random networks that samples in well under a second, and a dataset of noise: for tests."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from cinemo import storage
 from cinemo.bundle import save_bundle
 from cinemo.config import DataConfig, EncodersConfig, ModelConfig, Recipe, SampleConfig
+from cinemo.data.shards import commit, index_bytes
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.types import LatentSample, Refusal
 
 SIZE, FRAMES, WIDTH = (32, 48), 6, 32
 
@@ -87,3 +91,26 @@ def tiny_bundle(directory: Path) -> Path:
     recipe = tiny_recipe(directory / "encoders")
     save_bundle(directory / "bundle", recipe, random_unet(recipe), {"made": "by a test"})
     return directory / "bundle"
+
+
+def write_dataset(directory: Path, shape: tuple[int, ...], sizes: tuple[int, ...] = (3, 0, 4)) -> Path:
+    """Shards of random latents with SSIM 0.33, 0.43, ...; the first also refuses a clip."""
+    rng = np.random.default_rng(0)
+    records, number = [], 0
+    for shard, size in enumerate(sizes):
+        samples = []
+        for _ in range(size):
+            latents = rng.normal(size=shape).astype(np.float16)
+            key = f"clip-{number}"
+            samples.append(LatentSample(key, key, "a.mp4", f"caption {number}", latents, 0.33 + 0.1 * number, 24, 3, 0))
+            number += 1
+        refusals = [Refusal("bad", "b.mp4", "open", "unreadable", "not <a> video")] if shard == 0 else []
+        records.append(commit(str(directory), shard, samples, refusals, "f" * 16))
+    (directory / "index.parquet").write_bytes(index_bytes(records))
+    edges = [round(k / 20, 6) for k in range(1, 20)]
+    info = {
+        "schema": 1, "complete": True, "fingerprint": "f" * 16, "size": list(SIZE), "frames": shape[0],
+        "bucket_edges": edges, "samples": number, "quarantined": 1,
+    }  # fmt: skip
+    storage.write_json(str(directory / "dataset.json"), info)
+    return directory

@@ -105,6 +105,7 @@ def serve_forever(bundle: str, host: str, port: int, state: str, max_queued: int
     card = read_card(bundle)
     _check_port(host, port)
     storage.check_writable(state)
+    JobStore(state)  # made here once: two replicas that both begin it would be in each other's way
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _interrupt)

@@ -7,36 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import FRAMES, SIZE, tiny_bundle
+from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
 
-from cinemo import storage
-from cinemo.data.shards import DatasetIndex, commit, index_bytes
+from cinemo.data.shards import DatasetIndex
 from cinemo.evaluation.evaluate import evaluate, spread_samples
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
-from cinemo.types import InputError, LatentSample, Refusal
-
-
-def write_dataset(directory: Path, shape: tuple[int, ...], sizes: tuple[int, ...] = (3, 0, 4)) -> Path:
-    """Shards of random latents with SSIM 0.33, 0.43, ...; the first also refuses a clip."""
-    rng = np.random.default_rng(0)
-    records, number = [], 0
-    for shard, size in enumerate(sizes):
-        samples = []
-        for _ in range(size):
-            latents = rng.normal(size=shape).astype(np.float16)
-            key = f"clip-{number}"
-            samples.append(LatentSample(key, key, "a.mp4", f"caption {number}", latents, 0.33 + 0.1 * number, 24, 3, 0))
-            number += 1
-        refusals = [Refusal("bad", "b.mp4", "open", "unreadable", "not <a> video")] if shard == 0 else []
-        records.append(commit(str(directory), shard, samples, refusals, "f" * 16))
-    (directory / "index.parquet").write_bytes(index_bytes(records))
-    edges = [round(k / 20, 6) for k in range(1, 20)]
-    info = {
-        "schema": 1, "complete": True, "fingerprint": "f" * 16, "size": list(SIZE), "frames": shape[0],
-        "bucket_edges": edges, "samples": number, "quarantined": 1,
-    }  # fmt: skip
-    storage.write_json(str(directory / "dataset.json"), info)
-    return directory
+from cinemo.types import InputError
 
 
 @pytest.fixture(scope="module")

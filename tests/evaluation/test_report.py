@@ -1,0 +1,47 @@
+"""The demo's page needs no other file, and the buckets it shows are the dataset's own."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import FRAMES, SIZE, write_dataset
+
+from cinemo.data.shards import DatasetIndex
+from cinemo.evaluation.demo import motion_buckets
+from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
+
+SHAPE = (FRAMES, 4, SIZE[0] // 8, SIZE[1] // 8)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
+    return DatasetIndex.load(str(write_dataset(tmp_path_factory.mktemp("dataset"), SHAPE)))
+
+
+def test_motion_buckets_span_the_dataset(index: DatasetIndex, tmp_path: Path) -> None:
+    assert motion_buckets(index) == [1, 7, 13]
+    still = DatasetIndex.load(str(write_dataset(tmp_path / "one", SHAPE, (1,))))
+    assert motion_buckets(still) == [13, 14, 15], "three different ones, whatever the data"
+
+
+def test_the_page_holds_everything_and_escapes_what_users_wrote(index: DatasetIndex, tmp_path: Path) -> None:
+    image = np.zeros((32, 48, 3), np.uint8)
+    samples = [Sample(image, prompt, bucket, b"mp4") for prompt in ("<b>ball</b>", "sky") for bucket in (1, 7)]
+    facts = DemoFacts(
+        dataset=index, losses=[(5, 1.0), (10, 0.5)], samples=samples, sheet=Image.new("RGB", (80, 40)), served=b"mp4",
+        serving={"prompt": "<i>sky</i>"}, seconds={"render": 12.0, "train": 240.0}, bundle="b" * 64,
+        parameters=5_000_000,
+        commands={"train": "python pipelines/train.py --data 'a b'"}, mlflow="mlflow ui",
+    )  # fmt: skip
+    write_demo_report(str(tmp_path / "report.html"), facts)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 5
+    assert "<b>ball" not in page
+    assert "<i>sky" not in page
+    assert "&lt;b&gt;ball" in page
+    assert "4.2 min" in page
+    assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]+)"', page))
