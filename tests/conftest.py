@@ -35,9 +35,10 @@ def real_clips() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One private local Ray, shared by every test of the session that asks for it."""
+def ray_session(s3_endpoint: str) -> Iterator[None]:
+    """One private local Ray, shared by every test of the session that asks for it; its workers know the S3 server."""
     import ray
+
     from cinemo.data.precompute import connect
 
     connect()

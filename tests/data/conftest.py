@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from small_data import film
+from data.small_data import film
 from tiny import save_encoders
 
 from cinemo.config import Recipe, override

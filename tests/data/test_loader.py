@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_data import make_dataset, make_sample
+from data.small_data import make_dataset, make_sample
 
 from cinemo import storage
 from cinemo.data.loader import LatentLoader

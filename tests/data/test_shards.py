@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from small_data import LATENT_SHAPE, make_dataset, make_sample
+from data.small_data import LATENT_SHAPE, make_dataset, make_sample
 
 from cinemo import storage
 from cinemo.data.shards import DatasetIndex, commit, encode_tar, read_ledger, read_sample

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from small_data import film
+from data.small_data import film
 
 from cinemo.config import Recipe, override
 from cinemo.data import stages
