@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 
 from cinemo.training.encoders.frames import BlockPCA, FrameSets, gather, psnr
 from cinemo.training.encoders.text import train_text
-from cinemo.training.encoders.vae import ARCHITECTURE, STAGES, latent_deviation, reconstruct, train_vae
+from cinemo.training.encoders.vae import ARCHITECTURE, LEAF_SHARE, STAGES, latent_deviation, reconstruct, train_vae
 
 SIZE = (64, 96)
+LEAF_IMAGES = 2800
 
 Log = Callable[[str], None]
 
@@ -27,7 +28,7 @@ def make_tiny_encoders(
         The card's path.
     """
     began = time.monotonic()
-    frames = gather(clips, hold_out, SIZE, seed)
+    frames = gather(clips, hold_out, SIZE, seed, leaf_images=LEAF_IMAGES)
     log(f"{len(frames.train_NHWC)} training crops from {len(frames.train_names)} clips and rendered ones")
     vae = train_vae(frames, minutes, seed, output / "checkpoints", log)
     vae.half().save_pretrained(output / "vae")
@@ -106,7 +107,9 @@ def card_text(
             "gives other weights of the same kind.",
             "",
             f"Trained on {len(frames.train_NHWC)} crops of {SIZE[0]}x{SIZE[1]} pixels: about four fifths from these "
-            "clips, the others from rendered clips (`cinemo/media/synthetic.py`). Licences as `CLIPS.md` states them:",
+            "clips, the others from rendered clips (`cinemo/media/synthetic.py`); in the last stage "
+            f"{LEAF_SHARE:.0%} of a batch are {len(frames.leaves_NHWC)} crops of dead-leaves images "
+            "(`cinemo/training/encoders/leaves.py`). Licences as `CLIPS.md` states them:",
             "",
             *map(named, frames.train_names),
             "",

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cinemo.media.synthetic import render_clip
 from cinemo.media.video import probe, read_frames
+from cinemo.training.encoders.leaves import dead_leaves
 from cinemo.types import InputError, keyed_seed
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
@@ -20,11 +21,15 @@ BLOCK = 8
 
 @dataclass(frozen=True)
 class FrameSets:
-    """``train_NHWC``: uint8 crops. ``held_out``: whole frames, uint8 FHWC, of clips that training never sees."""
+    """``train_NHWC``: uint8 crops. ``held_out``: whole frames, uint8 FHWC, of clips that training never sees.
+
+    ``leaves_NHWC``: crops of dead-leaves images, in the colours of the training crops; may be empty.
+    """
 
     train_NHWC: np.ndarray
     held_out: dict[str, np.ndarray]
     train_names: tuple[str, ...]
+    leaves_NHWC: np.ndarray
 
 
 def clip_files(directory: Path, hold_out: Collection[str]) -> tuple[list[Path], list[Path]]:
@@ -51,8 +56,13 @@ def gather(
     frames_per_clip: int = 240,
     crops_per_frame: int = 24,
     rendered_share: float = 0.18,
+    leaf_images: int = 0,
 ) -> FrameSets:
-    """Crops of every training clip at random scales, a share of rendered frames, and the held-out frames."""
+    """Crops of every training clip at random scales, a share of rendered frames, and the held-out frames.
+
+    Args:
+        leaf_images: dead-leaves images to paint, ten crops each.
+    """
     train, held_out = clip_files(clips, hold_out) if clips else ([], [])
     crops: list[np.ndarray] = []
     for path in train:
@@ -65,7 +75,20 @@ def gather(
         clip = render_clip(seed, index, (2 * size[0], 2 * size[1]), frames=4)
         crops += [_crop(frame_HWC, size, rng) for frame_HWC in clip.frames_FHWC]
     evaluated = {path.name: held_out_frames(path, size) for path in held_out}
-    return FrameSets(np.stack(crops), evaluated, tuple(path.name for path in train))
+    train_NHWC = np.stack(crops)
+    return FrameSets(train_NHWC, evaluated, tuple(path.name for path in train), _leaves(train_NHWC, leaf_images, seed))
+
+
+def _leaves(train_NHWC: np.ndarray, images: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(keyed_seed(seed, "crops", "leaves"))
+    size = (train_NHWC.shape[1], train_NHWC.shape[2])
+    palette_NC = train_NHWC[:: max(1, len(train_NHWC) // 400)].reshape(-1, 3)
+    crops = []
+    for _ in range(images):
+        any_colours = rng.integers(0, 256, (500, 3))
+        painted = dead_leaves(rng, palette_NC if rng.random() < 0.7 else any_colours)
+        crops += [_crop(painted, size, rng) for _ in range(10)]
+    return np.stack(crops) if crops else train_NHWC[:0]
 
 
 def held_out_frames(path: Path, size: tuple[int, int], count: int = 24) -> np.ndarray:

@@ -1,8 +1,9 @@
 """Training of the tiny VAE: a diffusers `AutoencoderKL`, 8x down, 16 latent channels, mean squared error.
 
-Three stages share one wall-clock budget. ``core``: everything from quarter resolution inwards, trained in the space of
+Four stages share one wall-clock budget. ``core``: everything from quarter resolution inwards, trained in the space of
 4x4 block coefficients, where a step costs a third. ``fine``: the decoder's last levels on the frozen core. ``joint``:
-everything on pixels. Each stage begins at a closed-form linear codec (`linear_start`).
+everything on pixels. ``broad``: the same with dead leaves mixed in, against learning the few clips by heart. The first
+two begin at a closed-form linear codec (`linear_start`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ ARCHITECTURE: dict[str, Any] = {
     "force_upcast": False,
 }
 # Share of the budget, peak learning rate, batch, crop width (of 96; height stays 64).
-STAGES = {"core": (0.50, 1e-3, 16, 64), "fine": (0.07, 1.5e-3, 8, 64), "joint": (0.43, 6e-4, 8, 96)}
+STAGES = {
+    "core": (0.21, 1e-3, 16, 64),
+    "fine": (0.03, 1.5e-3, 8, 64),
+    "joint": (0.18, 6e-4, 8, 96),
+    "broad": (0.58, 6e-4, 8, 96),
+}
+LEAF_SHARE = 0.42  # of a batch in the broad stage
 KL_WEIGHT = 1e-5
 WARMUP_STEPS = 100
 EMA_HORIZON = 500
@@ -68,7 +75,8 @@ def train_vae(frames: FrameSets, minutes: float, seed: int, checkpoints: Path | 
     _stage("core", vae, core, lambda x: _core_loss(vae, coarse, x), frames, rng, minutes, log, coarse, checkpoints)
     linear_start.write_fine(vae, coarse, sample[::10])
     _stage("fine", vae, fine, lambda x: _fine_loss(vae, x), frames, rng, minutes, log, None, checkpoints)
-    _stage("joint", vae, [vae], lambda x: _joint_loss(vae, x), frames, rng, minutes, log, None, checkpoints)
+    for name in ("joint", "broad"):
+        _stage(name, vae, [vae], lambda x: _joint_loss(vae, x), frames, rng, minutes, log, None, checkpoints)
 
     vae = vae.to(memory_format=torch.contiguous_format).eval()
     deviation = latent_deviation(vae, frames.train_NHWC[:: max(1, len(frames.train_NHWC) // 800)])
@@ -122,7 +130,7 @@ def _stage(
         rate = peak * min(1, (step + 1) / WARMUP_STEPS) * (0.5 + 0.5 * math.cos(math.pi * spent / budget))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = loss_of(_batch(frames.train_NHWC, rng, batch, width))
+        loss = loss_of(_batch(frames, rng, batch, width, LEAF_SHARE if name == "broad" else 0.0))
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -179,20 +187,25 @@ def _kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
 
 
-def _batch(train_NHWC: np.ndarray, rng: np.random.Generator, count: int, width: int) -> Tensor:
-    """Random crops, mirrored, turned, with channels exchanged and contrast changed now and then."""
-    picked = np.sort(rng.integers(0, len(train_NHWC), count))
-    left = int(rng.integers(0, train_NHWC.shape[2] - width + 1))
-    images = _to_unit(torch.from_numpy(train_NHWC[picked, :, left : left + width]))
+def _batch(frames: FrameSets, rng: np.random.Generator, count: int, width: int, leaf_share: float) -> Tensor:
+    """Random crops, mirrored, turned, blended, with channels exchanged and contrast changed now and then."""
+    leaves = int(rng.binomial(count, leaf_share)) if len(frames.leaves_NHWC) else 0
+    pools = ((frames.train_NHWC, count - leaves), (frames.leaves_NHWC, leaves))
+    images_NHWC = np.concatenate([pool[np.sort(rng.integers(0, len(pool), some))] for pool, some in pools if some])
+    left = int(rng.integers(0, images_NHWC.shape[2] - width + 1))
+    images = _to_unit(torch.from_numpy(images_NHWC[:, :, left : left + width]))
     if rng.random() < 0.5:
         images = images.flip(3)
     if rng.random() < 0.3:
         images = images.transpose(2, 3)
-    if rng.random() < 0.3:
+    if rng.random() < 0.4:
         images = images[:, torch.from_numpy(rng.permutation(3))]
-    if rng.random() < 0.3:
-        gain, shift = rng.uniform(0.75, 1.2, (count, 1, 1, 1)), rng.uniform(-0.12, 0.12, (count, 3, 1, 1))
+    if rng.random() < 0.4:
+        gain, shift = rng.uniform(0.7, 1.25, (count, 1, 1, 1)), rng.uniform(-0.15, 0.15, (count, 3, 1, 1))
         images = (images * torch.from_numpy(gain).float() + torch.from_numpy(shift).float()).clamp(-1, 1)
+    if leaf_share and rng.random() < 0.25:
+        weight = torch.from_numpy(rng.uniform(0, 0.5, (count, 1, 1, 1))).float()
+        images = torch.lerp(images, images.roll(1, 0), weight)
     return images.contiguous(memory_format=torch.channels_last)
 
 
