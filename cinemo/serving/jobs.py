@@ -1,6 +1,6 @@
 """The durable job store: what was asked for, how far it is and what came of it, in one SQLite file.
 
-A job moves ``queued -> in_progress -> completed | failed | cancelled``; a queued job may be cancelled or fail at once.
+A job moves ``queued -> in_progress -> completed | failed | cancelled``; a queued one may be cancelled at once.
 Every transition is one transaction that names the state it leaves, so that two processes never both make it. A job that
 was in progress when its runner died is queued again, a bounded number of times.
 """
@@ -167,6 +167,14 @@ class JobStore:
     def fail(self, job_id: str, code: str, message: str) -> bool:
         """in_progress -> failed, with a stable code and one line for a person."""
         return self._finish(job_id, "failed", code, message, None, ("in_progress",))
+
+    def release(self, job_id: str) -> bool:
+        """in_progress -> queued: its runner is being closed in good order, so the attempt does not count."""
+        return self._change(
+            "UPDATE jobs SET status = 'queued', progress = 0, started_at = NULL, attempts = attempts - 1 "
+            "WHERE id = ? AND status = 'in_progress'",
+            (job_id,),
+        )
 
     def cancel(self, job_id: str) -> bool:
         """queued or in_progress -> cancelled; a running job's runner stops at its next step."""

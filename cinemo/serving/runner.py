@@ -42,7 +42,7 @@ class JobRunner:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """Stop at the next sampling step; the running job stays in progress and is queued again at the next start."""
+        """Stop at the next sampling step; the running job goes back to the queue."""
         self._closing.set()
         self._thread.join(timeout=60)
 
@@ -82,7 +82,7 @@ class JobRunner:
             save_animation(self._store.video_path(job.id), animate(self._bundle, request, progress))
             self._store.complete(job.id)
         except _Stop:
-            log.info("%s: stopped", job.id)
+            self._store.release(job.id)  # no effect on a job that was cancelled
         except InputError as error:
             self._store.fail(job.id, "invalid_request", str(error))
         except Exception:

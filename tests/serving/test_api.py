@@ -264,7 +264,9 @@ def test_a_closed_runner_leaves_its_job_to_the_next(
         time.sleep(0.01)
     runner.close()
     assert not runner.alive()
-    assert client.get(f"/v1/videos/{video_id}").json()["status"] == "in_progress"
+    job = store.get(video_id)
+    assert job is not None
+    assert (job.status, job.progress, job.attempts) == ("queued", 0, 0)
     second = JobRunner(store, bundle, poll_seconds=0.01)
     second.start()
     assert wait(client, video_id)["status"] == "completed"

@@ -214,7 +214,7 @@ class AnyInterleaving(stateful.RuleBasedStateMachine):
             self.attempts[job.id] += 1
 
     @stateful.rule(
-        which=st.sampled_from([0, 1]), action=st.sampled_from(["complete", "fail", "cancel"]), data=st.data()
+        which=st.sampled_from([0, 1]), action=st.sampled_from(["complete", "fail", "cancel", "release"]), data=st.data()
     )
     def finish(self, which: int, action: str, data: Any) -> None:
         job_id = self.pick(data)
@@ -225,7 +225,9 @@ class AnyInterleaving(stateful.RuleBasedStateMachine):
         possible = self.status[job_id] in allowed
         assert getattr(self.stores[which], action)(*arguments) == possible
         if possible:
-            self.status[job_id] = {"complete": "completed", "fail": "failed", "cancel": "cancelled"}[action]
+            after = {"complete": "completed", "fail": "failed", "cancel": "cancelled", "release": "queued"}
+            self.status[job_id] = after[action]
+            self.attempts[job_id] -= action == "release"
 
     @stateful.rule(data=st.data())
     def delete(self, data: Any) -> None:
