@@ -1,7 +1,7 @@
 """Dead-leaves images: overlapping opaque shapes whose sizes follow a power law (Lee, Mumford and Huang, 2001).
 
-They share edges, occlusion and scale invariance with photographs and show no scene at all, which an autoencoder trained on
-a handful of videos lacks: without them it won 1.6 dB over block PCA on unseen clips, against 3.1 dB on its own.
+They share edges, occlusion and scale invariance with photographs and show no scene at all, which an autoencoder trained
+on a handful of videos lacks: without them it won 1.6 dB over block PCA on unseen clips, against 3.1 dB on its own.
 """
 
 from __future__ import annotations
