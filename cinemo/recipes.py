@@ -41,8 +41,9 @@ def cinemo_320x512() -> Recipe:
 def cinemo_tiny() -> Recipe:
     """The default: the same method with small networks at 64x96 pixels, for two CPU cores.
 
-    It predicts v (arXiv 2202.00512), our choice: at the noisy end of the schedule an epsilon error of 0.1 is one of 13 in
-    the residuals, which minutes of training leave in every video. ``--set diffusion.prediction=epsilon`` is the paper's.
+    It predicts v (arXiv 2202.00512), our choice: at the noisy end of the schedule an epsilon error of 0.1 is one of 13
+    in the residuals, which minutes of training leave in every video. ``--set diffusion.prediction=epsilon`` is the
+    paper's.
     """
     return Recipe(
         name="cinemo-tiny",

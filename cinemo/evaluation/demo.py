@@ -192,7 +192,8 @@ def _animate_rest(bundle: Path, pictures: Sequence[_Picture], buckets: Sequence[
             path = videos / f"{picture.name}-bucket-{bucket:02d}.mp4"
             if path.exists():
                 continue
-            request = AnimateRequest(load_image(picture.path), picture.prompt, motion_bucket=bucket, seed=seed)
+            image = load_image(picture.path)
+            request = AnimateRequest(image, picture.prompt, motion_bucket=bucket, steps=_STEPS, seed=seed)
             save_animation(path, animate(loaded, request))
             print(f"   {path}", flush=True)
 
@@ -211,7 +212,7 @@ def _serve(words: Sequence[str], port: int, picture: _Picture, bucket: int, targ
         _wait_ready(client, process, log)
         ready = time.monotonic() - begun
         print(f"   ready after {ready:.0f} s", flush=True)
-        form = {"prompt": picture.prompt, "motion_bucket": str(bucket), "seed": "1"}
+        form = {"prompt": picture.prompt, "motion_bucket": str(bucket), "num_inference_steps": str(_STEPS), "seed": "1"}
         answer = client.post("/v1/videos", data=form, files={"input_reference": picture.path.read_bytes()})
         asked = time.monotonic()
         video = answer.raise_for_status().json()
