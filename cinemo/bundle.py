@@ -173,17 +173,22 @@ def read_card(location: str | Path, full: bool = False) -> BundleCard:
 
 
 def load_bundle(
-    location: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, full: bool = False
+    location: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    full: bool = False,
 ) -> ModelBundle:
     """Load a bundle for sampling: the method in evaluation mode and the frozen encoders, on ``device`` in ``dtype``.
 
     Args:
+        device: a GPU where there is one, else the CPU, unless given.
         dtype: float32 on a CPU and bfloat16 elsewhere, unless given.
         full: as `read_card`.
 
     Raises:
         InputError: as `read_card`, or there is no such device.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:

@@ -7,8 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-import torch
-
 from cinemo import cli, storage
 from cinemo.animate import AnimateRequest, animate, load_image, save_animation, save_latents
 from cinemo.bundle import load_bundle
@@ -32,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
     made.add_argument("--no-dct-init", action="store_true", help="plain noise instead of DCTInit")
     made.add_argument("--save-latents", metavar="F.npz", help="also write latents (C,F,h,w float32) and settings")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    made.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     return made
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from cinemo import cli
 from cinemo.evaluation.evaluate import evaluate
 
@@ -20,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, default=4, metavar="N", help="samples; each costs six videos")
     parser.add_argument("--steps", type=int, help="DDIM steps (default: what the bundle's recipe says)")
     parser.add_argument("--seed", type=int, default=0, help="of the generated videos")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     arguments = parser.parse_args(argv)
     metrics = evaluate(
         arguments.bundle,

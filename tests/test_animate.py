@@ -23,7 +23,7 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
-    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("tiny")))
+    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("tiny")), "cpu")
 
 
 def ask(bundle: ModelBundle, **controls: Any) -> np.ndarray:

@@ -28,7 +28,7 @@ def bundle(written: Path, tmp_path: Path) -> Path:
 
 
 def test_round_trip(written: Path) -> None:
-    loaded = load_bundle(written, full=True)
+    loaded = load_bundle(written, "cpu", full=True)
     recipe = tiny_recipe(written.parent / "encoders")
     wanted = random_unet(recipe).state_dict()
     state = loaded.method.unet.state_dict()
@@ -48,7 +48,7 @@ def test_a_bundle_needs_nothing_outside_itself(written: Path, tmp_path: Path) ->
     hidden = written.parent / "encoders"
     hidden.rename(tmp_path / "hidden")
     try:
-        assert load_bundle(moved).text.encode(["a"]).shape == (1, 77, 32)
+        assert load_bundle(moved, "cpu").text.encode(["a"]).shape == (1, 77, 32)
     finally:
         (tmp_path / "hidden").rename(hidden)
 

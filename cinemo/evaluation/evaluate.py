@@ -29,7 +29,7 @@ def evaluate(
     limit: int = 4,
     steps: int | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write ``metrics.json``, ``calibration.json`` and ``report.html`` under ``output``; returns the metrics.

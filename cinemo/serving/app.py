@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import ray
-import torch
 from fastapi import FastAPI
 from ray import serve
 
@@ -39,7 +38,7 @@ class Animator:
     """Loads the bundle once, warms up, and works jobs off in a thread; its methods answer while it computes."""
 
     def __init__(self, bundle: str, state: str, max_queued: int) -> None:
-        loaded = load_bundle(bundle, "cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_bundle(bundle)
         height, width = loaded.recipe.data.size
         animate(loaded, AnimateRequest(np.full((height, width, 3), 128, np.uint8), "warm-up", steps=1))
         self._runner = JobRunner(JobStore(state, max_queued), loaded)

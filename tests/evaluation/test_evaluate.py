@@ -26,7 +26,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path: Path) -> None:
-    metrics = evaluate(str(bundle), str(dataset), str(tmp_path), limit=2, steps=2, say=lambda line: None)
+    metrics = evaluate(str(bundle), str(dataset), str(tmp_path), limit=2, steps=2, device="cpu", say=lambda line: None)
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert [row["clip"] for row in metrics["per_sample"]] == ["clip-0", "clip-6"]
     assert [row["motion_bucket"] for row in metrics["per_sample"]] == [13, 1]

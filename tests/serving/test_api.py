@@ -37,7 +37,7 @@ def location(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(location: Path) -> ModelBundle:
-    return load_bundle(location)
+    return load_bundle(location, "cpu")
 
 
 @pytest.fixture
