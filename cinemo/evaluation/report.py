@@ -101,7 +101,7 @@ def write_demo_report(uri: str, facts: DemoFacts) -> None:
         _section("Samples", "Each image animated at three motion buckets, with the same seed. Larger = more motion."),
         _sample_table(facts.samples),
         f'<p class="note">The same frames side by side:</p>{_picture(facts.sheet)}',
-        _section("Training", "The loss of the noise prediction over the motion residuals, and where the time went."),
+        _section("Training", "The denoising loss over the motion residuals, and where the time went."),
         _pair(
             (
                 loss_curve(*zip(*facts.losses, strict=True)),

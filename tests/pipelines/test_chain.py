@@ -155,7 +155,12 @@ def test_animate_writes_a_video_that_says_how_it_was_made(bundle: Path, clips: P
         ("precompute", ["--output", "{tmp}/o"], "--manifest"),
         ("train", ["--data", "{tmp}/none", "--output", "{tmp}/o"], "none"),
         ("export", ["--checkpoint", "{tmp}/none", "--output", "{tmp}/o"], "none"),
-        ("animate", ["--bundle", "{tmp}/none", "--image", "i", "--prompt", "p", "--output", "{tmp}/o.mp4"], "none"),
+        (
+            "animate",
+            ["--bundle", "{tmp}/none", "--image", "i", "--prompt", "p", "--output", "{tmp}/o.mp4"],
+            "image i: cannot",
+        ),
+        ("evaluate", ["--bundle", "{tmp}/none", "--data", "{tmp}/d", "--output", "{tmp}/e"], "no dataset there"),
         ("serve", ["--bundle", "{tmp}/none"], "none"),
     ],
 )
