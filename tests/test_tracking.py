@@ -38,7 +38,7 @@ def test_a_run_is_stored_and_continued(tmp_path: Path) -> None:
     history = client.get_metric_history(run.run_id, "loss")
     assert sorted(metric.step for metric in history) == list(range(451))
     assert "skipped" not in stored.data.metrics
-    assert stored.data.params["train.lr"] == "0.0005"
+    assert stored.data.params["train.lr"] == str(cinemo_tiny().train.lr)
     assert stored.data.params["data.size"] == "[64, 96]"
     assert stored.data.params["long"] == "x" * 500
     assert stored.data.tags["a"] == "b"

@@ -21,6 +21,7 @@ def test_a_run_and_its_continuation(tmp_path: Path, small: Recipe, monkeypatch: 
     from mlflow.tracking import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    small = small.model_copy(update={"train": small.train.model_copy(update={"max_steps": 200})})
     output, lines = str(tmp_path), []
     assert read_run(output) is None
     first = Progress(small, output, "/data", "digest", lines.append)
