@@ -155,10 +155,11 @@ def networks() -> Iterator[tuple[str, str, str]]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
+        found = ", ".join(path.name for path in videos(scratch / "clips"))
         rows = [*decoding(scratch / "clips"), *scoring(), *shards(scratch), *networks()]
     table = "\n".join(" | ".join(row).join(("| ", " |")) for row in [("what", "value", ""), ("---",) * 3, *rows])
     print(table)
-    (ROOT / "BENCHMARKS.md").write_text(f"{HEADER}\n{table}\n")
+    (ROOT / "BENCHMARKS.md").write_text(f"{HEADER}Videos: {found}.\n\n{table}\n")
 
 
 HEADER = """# Benchmarks
