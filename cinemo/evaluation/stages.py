@@ -76,19 +76,20 @@ class Stages:
             self._remove(products)
         print(f"== {name}", flush=True)
         begun = time.monotonic()
-        done = False
+
+        def note(done: bool) -> None:
+            seconds = round(spent + time.monotonic() - begun, 1)
+            self.seconds[name] = seconds
+            self._stored[name] = {"key": self._key, "done": done, "seconds": seconds, "products": list(products)}
+            self._store()
+
+        note(done=False)  # at once: even one that is killed is known to have begun
         try:
             action()
-            done = True
-        finally:
-            self.seconds[name] = round(spent + time.monotonic() - begun, 1)
-            self._stored[name] = {
-                "key": self._key,
-                "done": done,
-                "seconds": self.seconds[name],
-                "products": list(products),
-            }
-            self._store()
+        except BaseException:
+            note(done=False)
+            raise
+        note(done=True)
         print(f"== {name}: {self.seconds[name]:.0f} s", flush=True)
 
     def note(self, name: str, script: str, *arguments: object) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,20 @@ def test_an_interrupted_stage_keeps_its_products_but_a_changed_one_does_not(tmp_
     stages = Stages(directory, directory)
     stages.run("a", 4, ["a"], lambda: seen.append((directory / "a").exists()))
     assert seen == [True, False]
+
+
+def test_a_killed_stage_is_known_to_have_begun(tmp_path: Path) -> None:
+    directory = tmp_path / "demo"
+    script = (
+        "import os, sys; from pathlib import Path; from cinemo.evaluation.stages import Stages\n"
+        "directory = Path(sys.argv[1]); stages = Stages(directory, directory)\n"
+        "def die():\n    (directory / 'a').write_text('half'); os.kill(os.getpid(), 9)\n"
+        "stages.run('a', 1, ['a'], die)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(directory)]).returncode == -9
+    seen: list[bool] = []
+    Stages(directory, directory).run("a", 1, ["a"], lambda: seen.append((directory / "a").exists()))
+    assert seen == [True]
 
 
 def test_a_directory_of_other_things_is_left_alone(tmp_path: Path) -> None:
