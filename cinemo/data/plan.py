@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cinemo.config import Recipe
-from cinemo.networks.frozen import weights_digest
+from cinemo.networks.frozen import check_vae, weights_digest
 
 # Raise it when the same recipe no longer gives the same sample bytes.
 SAMPLE_VERSION = 1
@@ -81,8 +81,12 @@ def fingerprint(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """A digest of everything that decides a sample's bytes, and what it covers.
 
     Bucket edges are left out: buckets are derived from the stored SSIM when a sample is read.
+
+    Raises:
+        InputError: ``encoders.vae`` is no autoencoder.
     """
     data = recipe.data
+    check_vae(recipe.encoders.vae)
     covers: dict[str, Any] = {
         "sample_version": SAMPLE_VERSION,
         "frames": data.frames,

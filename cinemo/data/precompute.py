@@ -44,7 +44,9 @@ _TASK_CLIPS = 16
 # Equal for decode and score, which Ray Data then runs as one task, and unequal to an encoder's: it would otherwise pull
 # both into the encoder processes.
 _DECODING = {"max_calls": 500}  # and what a decoder leaks ends with its process
-_COMMIT_CPUS = 0.25  # it mostly waits for storage
+# It mostly waits for storage. And on two cores decode and repartition reserve one each: asking for any share, it would
+# get none before the last clip is decoded, and a killed run would have nothing to go on from.
+_COMMIT_CPUS = 0.0
 _PROGRESS_SECONDS = 3.0
 _SECONDS = ("decode_seconds", "score_seconds", "encode_seconds", "commit_seconds")
 
@@ -198,8 +200,8 @@ def _resources(recipe: Recipe) -> tuple[int, dict[str, float]]:
             f"data.encode_gpus is {data.encode_gpus:g} for {data.encode_actors} encoders, the cluster has {gpus:g} "
             "accelerators; --set data.encode_gpus=0 encodes on CPUs"
         )
-    # An encoder takes a core where one is left for decoding.
-    share = 1.0 if cpus > data.encode_actors else 0.0
+    # An encoder takes a core where one is left for decoding and one for repartitioning.
+    share = 1.0 if cpus >= data.encode_actors + 2 else 0.0
     return cpus, {"num_cpus": share, **({"num_gpus": data.encode_gpus} if data.encode_gpus else {})}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cinemo.networks.weights import read_config, resolve, weights_digest
 from cinemo.types import InputError
 
-__all__ = ["TextEncoder", "Vae", "weights_digest"]
+__all__ = ["TextEncoder", "Vae", "check_vae", "weights_digest"]
 
 _ENCODE_CHUNK = 16
 _DECODE_CHUNK = 8
@@ -34,11 +34,7 @@ class Vae:
     def __init__(self, location: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
         import diffusers
 
-        directory = _directory(location)
-        name = read_config(directory, location).get("_class_name")
-        if name not in ("AutoencoderKL", "AutoencoderKLTemporalDecoder"):
-            raise InputError(f"{location}: config.json is of {name}, expected AutoencoderKL[TemporalDecoder]")
-        _require_one(directory, location, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+        directory, name = check_vae(location)
         self.temporal = name == "AutoencoderKLTemporalDecoder"
         # Said in so many words, because the default warns about a library that is not needed.
         self.network: Any = getattr(diffusers, name).from_pretrained(
@@ -88,6 +84,20 @@ class Vae:
                 yield self.network.decode(chunk, num_frames=len(chunk)).sample
             else:
                 yield self.network.decode(chunk).sample
+
+
+def check_vae(location: str) -> tuple[Path, str]:
+    """The local directory and class name of an autoencoder, without loading it.
+
+    Raises:
+        InputError: as `Vae`.
+    """
+    directory = _directory(location)
+    name = read_config(directory, location).get("_class_name")
+    if name not in ("AutoencoderKL", "AutoencoderKLTemporalDecoder"):
+        raise InputError(f"{location}: config.json is of {name}, expected AutoencoderKL[TemporalDecoder]")
+    _require_one(directory, location, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    return directory, name
 
 
 class TextEncoder:

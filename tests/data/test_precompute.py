@@ -146,6 +146,22 @@ def test_killed_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_shards_are_committed_while_later_clips_are_encoded(
+    ray_session: None, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    """On two cores too: a run that is killed after hours must have something to go on from."""
+    row = {"uri": str(clips_folder / "film 0.mp4"), "caption": "a film"}
+    rows = [json.dumps(row | {"clip_id": f"clip-{k}"}) for k in range(24)]
+    (tmp_path / "manifest.jsonl").write_text("\n".join(rows) + "\n")
+    recipe = override(small_recipe, ["data.clips_per_shard=2", "data.views=4", "data.size=[256,384]"])
+    summary = run(recipe, str(tmp_path / "manifest.jsonl"), str(tmp_path / "dataset"))
+    committed = [path.stat().st_mtime for path in tmp_path.glob("dataset/shards/*.json")]
+    assert len(committed) == 12
+    assert max(committed) - min(committed) > 0.4 * summary["stage_seconds"]["encode"]
+
+
+@pytest.mark.ray
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -267,3 +283,12 @@ def test_command_refuses_in_one_line(
     assert message in printed
     assert printed.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_is_no_vae_is_refused_before_anything_is_done(
+    clips_folder: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(InputError, match=r"config\.json is of UNet2DModel, expected AutoencoderKL"):
+        run(override(small_recipe, [f"encoders.vae={tmp_path}"]), str(clips_folder), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
