@@ -78,9 +78,14 @@ def render_clip(
 ) -> SyntheticClip:
     """Clip number ``index``; the same arguments give the same pixels. ``size`` is (height, width)."""
     rng = np.random.default_rng(keyed_seed(seed, "synthetic", index))
-    kind = tuple(PAINTERS)[index % len(PAINTERS)]
+    kind = clip_kind(index)
     frames_FHWC, caption, motion = PAINTERS[kind](rng, size, frames)
     return SyntheticClip(frames_FHWC, caption, {"kind": kind, "fps": fps, **motion})
+
+
+def clip_kind(index: int) -> str:
+    """The kind of clip number ``index``: two of twelve hardly move, so that a set has something to learn."""
+    return _ROUND[index % len(_ROUND)]
 
 
 def render_clips(
@@ -112,7 +117,7 @@ def _object(rng: np.random.Generator, size: tuple[int, int], frames: int) -> tup
     backdrop = _view(canvas, size, 0, 0)
     shape, colour = _pick(rng, SHAPES), _pick(rng, COLOURS)
     direction, speed, velocity = _velocity(rng, height)
-    radius = height * rng.uniform(0.13, 0.24)
+    radius = height * rng.uniform(0.15, 0.30)
     # It leaves on one side and comes back on the other, so that the direction holds for the whole clip.
     period = np.array([width + 2.5 * radius, height + 2.5 * radius])
     start = np.array([width, height]) * rng.uniform(0.25, 0.75, 2)
@@ -198,6 +203,7 @@ PAINTERS: dict[str, Painter] = {
     "flicker": _flicker,
     "still": _still,
 }
+_ROUND = (*PAINTERS, "object", "pan", "zoom", "flow", "object", "pan")
 
 
 # --- what they are painted with ------------------------------------------------------------------------------------

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from cinemo.media.motion import mean_adjacent_ssim
-from cinemo.media.synthetic import DIRECTIONS, PAINTERS, render_clip, render_clips
+from cinemo.media.synthetic import DIRECTIONS, PAINTERS, clip_kind, render_clip, render_clips
 from cinemo.media.video import probe
 
 KINDS = list(PAINTERS)
 
 
 def clip_of(kind: str, nth: int = 0) -> int:
-    return KINDS.index(kind) + nth * len(KINDS)
+    return [index for index in range(120) if clip_kind(index) == kind][nth]
 
 
 @pytest.mark.parametrize("kind", KINDS)
