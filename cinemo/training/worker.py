@@ -30,6 +30,7 @@ from cinemo.data.precompute import connect
 from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import load_unet
 from cinemo.training import checkpoints
 from cinemo.training.batch import TextStates, check_dataset, dataset_digest
@@ -249,9 +250,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: A
     digest = dataset_digest(index)
     # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
     torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
-    method = build_method(
-        recipe, load_unet(recipe.model, recipe.train.init, torch.float32) if recipe.train.init else None
-    )
+    method = build_method(recipe, _base_unet(recipe))
     engine = Engine(method, recipe.train, device)
     text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device, engine.dtype))
 
@@ -304,6 +303,15 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: A
     )
     train(recipe, engine, loader.batches(step), text, step, on_report, on_checkpoint, on_sheet)
     ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived
+
+
+def _base_unet(recipe: Recipe) -> LavieUNet | None:
+    if recipe.train.init is None:
+        return None
+    try:
+        return load_unet(recipe.model, recipe.train.init, torch.float32)
+    except InputError as error:
+        raise InputError(f"train.init: {error}; --set train.init=null trains from scratch") from None
 
 
 @contextmanager

@@ -29,6 +29,7 @@ SMALL = [
     "train.schedule=constant",
     "train.lr=2e-3",
     "train.log_every=1",
+    "train.init=null",
 ]
 
 

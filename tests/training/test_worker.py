@@ -18,11 +18,13 @@ import pytest
 import torch
 
 from cinemo import storage
-from cinemo.config import Recipe, TrainConfig
+from cinemo.config import Recipe, TrainConfig, override
 from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
+from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.weights import save_unet
 from cinemo.training import checkpoints, worker
 from cinemo.training.batch import TextStates, dataset_digest
 from cinemo.training.engine import Engine
@@ -167,6 +169,33 @@ def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
 
     again = worker.run(recipe, dataset, str(output))
     assert again.steps == STEPS
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_interrupt_ends_in_130_and_the_run_goes_on_later(
+    small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    endless = small.model_copy(update={"train": small.train.model_copy(update={"max_steps": 100_000})})
+    jobs.append(Job(endless, dataset, tmp_path / "run", tmp_path / "first.log"))
+    jobs[0].wait_for(lambda: "loss" in jobs[0].log.read_text())
+    jobs[0].process.send_signal(signal.SIGINT)
+    assert jobs[0].process.wait(PATIENCE) == 130, jobs[0].log.read_text()
+    assert "Traceback" not in jobs[0].log.read_text()
+
+
+def test_base_weights_are_where_training_begins(small: Recipe, tmp_path: Path) -> None:
+    unet = LavieUNet(**small.model.model_dump())
+    save_unet(unet.half(), tmp_path)
+    begun = worker._base_unet(override(small, [f"train.init={tmp_path}"]))
+    assert begun is not None
+    assert begun.dtype == torch.float32
+    for name, value in begun.named_parameters():
+        torch.testing.assert_close(value, unet.get_parameter(name).float(), rtol=0, atol=0)
+    wider = override(small, [f"train.init={tmp_path}", "model.block_out_channels=[32,96]"])
+    with pytest.raises(InputError, match=r"train\.init: .*do not fit.*train\.init=null trains from scratch"):
+        worker._base_unet(wider)
 
 
 @pytest.fixture
