@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -49,7 +49,7 @@ class MotionScale:
     """
 
     edges: tuple[float, ...]
-    metric: str = "luma"
+    metric: Literal["luma", "rgb"] = "luma"
     calibration: Mapping[str, Any] | None = None
 
 

@@ -141,6 +141,8 @@ class SampleConfig(Part):
     )
     motion_bucket: int = Field(10, ge=0, lt=MOTION_BUCKETS)
     fps: float = Field(8, gt=0)
+    edit_guidance_scale: float = Field(1.0, ge=1, description="editing: the published code's; the paper says 7.5")
+    edit_dct_tau: int = Field(985, description="editing: the published code's diffusion step of the layout guidance")
 
 
 class Recipe(Part):
