@@ -129,7 +129,7 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
         image_latent_BCHW = bundle.vae.encode(image_BCHW, posterior)
         texts = [request.prompt, request.negative_prompt, request.source_prompt]
         text_BLD, negative_BLD, source_text_BLD = bundle.text.encode(texts).chunk(3)
-        bucket_B = torch.tensor([float(settings["motion_bucket"])], device=device)
+        motion_B = torch.tensor([bundle.motion.motion_id(settings["motion_bucket"])], device=device)
         if source_FCHW is None:
             channels, h, w = image_latent_BCHW.shape[1:]
             shape = (1, channels, recipe.data.frames - 1, h, w)
@@ -138,12 +138,12 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
         else:
             posterior = keyed_generator(request.seed, "source") if recipe.encoders.latent == "sample" else None
             source_BCFHW = bundle.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
-            source = Condition(source_BCFHW[:, :, 0], source_text_BLD, bucket_B)
+            source = Condition(source_BCFHW[:, :, 0], source_text_BLD, motion_B)
             noise_BCFHW = invert_latents(bundle.method, source_BCFHW, source, settings["steps"])
             method = _with_layout(bundle.method, settings["dct_init"], recipe.sample.edit_dct_tau)
         video_BCFHW = sample_latents(
             method,
-            Condition(image_latent_BCHW, text_BLD, bucket_B),
+            Condition(image_latent_BCHW, text_BLD, motion_B),
             negative_BLD,
             noise_BCFHW,
             settings["steps"],
