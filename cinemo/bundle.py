@@ -32,7 +32,7 @@ from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.weights import load_unet, resolve, save_unet
+from cinemo.networks.weights import convert_pickled, load_unet, resolve, save_unet
 from cinemo.types import InputError
 
 RECORD = "bundle.json"
@@ -109,7 +109,7 @@ def save_bundle(
         scale: of the network's motion ids, see `MotionScale`.
 
     Raises:
-        InputError: ``directory`` holds something else than a bundle, or an encoder has no safetensors weights.
+        InputError: ``directory`` holds something else than a bundle, or an encoder's weights cannot be read.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -219,6 +219,11 @@ def load_bundle(
     return ModelBundle(card.recipe, method, vae, decoder, text, card.motion, card.digest, str(location))
 
 
+# Pickled weights of older folders -> what a bundle keeps them as.
+_CONVERTED = {
+    "diffusion_pytorch_model.bin": "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin": "model.safetensors",
+}
 # Field of `EncodersConfig` -> (folder inside the bundle, library that model_index.json names).
 _ENCODERS = {
     "vae": ("vae", "diffusers"),
@@ -233,8 +238,9 @@ def _copy_component(location: str, target: Path) -> None:
     if not source.is_dir():
         raise InputError(f"encoder {location}: is a file; expected a directory in diffusers layout")
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_COPIED), copy_function=shutil.copyfile)
-    if any(source.rglob("*.bin")) and not any(target.rglob("*.safetensors")):
-        raise InputError(f"encoder {location}: has pickled weights only; convert them to .safetensors first")
+    for pickled, converted in _CONVERTED.items():
+        if (source / pickled).is_file() and not any(target.glob("*.safetensors")):
+            convert_pickled(source / pickled, target / converted, f"encoder {location}")
 
 
 def _class_name(folder: Path, field: str) -> str:

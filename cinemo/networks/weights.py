@@ -104,6 +104,23 @@ def save_unet(unet: LavieUNet, directory: Path) -> None:
     storage.write_json(str(directory / "config.json"), unet.config)
 
 
+def convert_pickled(source: Path, target: Path, location: str) -> None:
+    """Write the tensors of a ``.bin`` (read without running code) as safetensors, under the same names.
+
+    Raises:
+        InputError: the file cannot be read so, or holds something else than tensors.
+    """
+    from safetensors.torch import save_file
+
+    state = _read(source, location)
+    # A safetensors file holds no shared memory, and no tensor with gaps.
+    save_file(
+        {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()},
+        target,
+        {"format": "pt"},
+    )
+
+
 def _weights_file(location: str) -> Path:
     path = resolve(location)
     if path.is_file():
