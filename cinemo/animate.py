@@ -14,7 +14,7 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,13 @@ from cinemo import storage
 from cinemo.bundle import ModelBundle, MotionScale
 from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.diffusion.ddim import ddim_invert, ddim_sample
-from cinemo.diffusion.guidance import guided
+from cinemo.diffusion.guidance import Predict, guided
+from cinemo.diffusion.multistep import multistep_sample
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket, strength_to_bucket
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames, write_video
 from cinemo.methods.cinemo import CinemoMethod
+from cinemo.networks.lavie_unet import DeepFeatures
 from cinemo.types import Animation, ClipError, Condition, InputError, LatentBatch, keyed_generator
 
 Progress = Callable[[int, int], None]
@@ -57,6 +59,7 @@ class AnimateRequest:
         motion_bucket: 0..19, larger = more motion. ``motion_strength``: the same as a share 0..1; give at most one.
         steps: DDIM steps, 1..999. ``guidance_scale``: 1 (off) .. 50. ``seed``: 0 .. 2^63 - 1.
         dct_init: put the image's layout into the initial noise (DCTInit).
+        solver, guidance_interval, reuse_features: less work per video, see `cinemo.config.SampleConfig`.
         source: frames of a video to take the motion from, (F, H, W, 3) uint8 of any size, as many as the recipe has.
             Defaults then are the recipe's for editing, and the bucket is the one measured on these frames.
         source_prompt: what is seen in ``source``.
@@ -74,6 +77,9 @@ class AnimateRequest:
     guidance_scale: float | None = None
     seed: int = 0
     dct_init: bool | None = None
+    solver: str | None = None
+    guidance_interval: tuple[float, float] | None = None
+    reuse_features: int | None = None
     source: np.ndarray | None = None
     source_prompt: str = ""
 
@@ -90,6 +96,13 @@ class AnimateRequest:
         _in_range("steps", self.steps, 1, MAX_STEPS, int)
         _in_range("guidance_scale", self.guidance_scale, 1, MAX_GUIDANCE, float)
         _in_range("seed", self.seed, 0, 2**63 - 1, int)
+        _in_range("reuse_features", self.reuse_features, 1, MAX_STEPS, int)
+        if self.solver not in (None, "ddim", "multistep"):
+            raise InputError(f"solver is {self.solver!r}, expected ddim or multistep")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            _in_range("guidance_interval", low, 0, high, float)
+            _in_range("guidance_interval", high, low, 1, float)
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """Every control with its value, the recipe's defaults filled in."""
@@ -106,6 +119,9 @@ class AnimateRequest:
             "guidance_scale": float(self.guidance_scale or usual_scale),
             "seed": self.seed,
             "dct_init": sample.dct_init if self.dct_init is None else self.dct_init,
+            "solver": self.solver or sample.solver,
+            "guidance_interval": list(self.guidance_interval or sample.guidance_interval),
+            "reuse_features": self.reuse_features or sample.reuse_features,
         }
 
 
@@ -134,13 +150,13 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
             channels, h, w = image_latent_BCHW.shape[1:]
             shape = (1, channels, recipe.data.frames - 1, h, w)
             noise_BCFHW = torch.randn(shape, generator=keyed_generator(request.seed, "noise")).to(device)
-            method = _with_layout(bundle.method, settings["dct_init"], recipe.sample.dct_tau)
+            method = _sampling(bundle.method, settings, recipe.sample.dct_tau)
         else:
             posterior = keyed_generator(request.seed, "source") if recipe.encoders.latent == "sample" else None
             source_BCFHW = bundle.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
             source = Condition(source_BCFHW[:, :, 0], source_text_BLD, motion_B)
             noise_BCFHW = invert_latents(bundle.method, source_BCFHW, source, settings["steps"])
-            method = _with_layout(bundle.method, settings["dct_init"], recipe.sample.edit_dct_tau)
+            method = _sampling(bundle.method, settings, recipe.sample.edit_dct_tau)
         video_BCFHW = sample_latents(
             method,
             Condition(image_latent_BCHW, text_BLD, motion_B),
@@ -181,11 +197,29 @@ def sample_latents(
         noise_BCFHW: N(0, 1) for frames 2..F, float32: the sampler's arithmetic runs in its dtype.
         negative_text_BLD: text states of the unconditional branch; not needed where ``guidance_scale`` is 1.
     """
-    start_BCFHW = method.start(condition, noise_BCFHW)
-    denoise = guided(method.predict, condition, negative_text_BLD, guidance_scale)
+    sample, train_steps = method.sample, method.schedule.train_steps
+    predict = _reusing(method, sample.reuse_features) if sample.reuse_features > 1 else method.predict
+    low, high = (round(share * (train_steps - 1)) for share in sample.guidance_interval)
+    denoise = guided(predict, condition, negative_text_BLD, guidance_scale, (low, high))
+    solve = ddim_sample if sample.solver == "ddim" else multistep_sample
     report = None if progress is None else lambda i, total, _: progress(i + 1, total)
-    residual_BCFHW = ddim_sample(denoise, start_BCFHW, method.schedule, steps, callback=report)
+    start_BCFHW = method.start(condition, noise_BCFHW)
+    residual_BCFHW = solve(denoise, start_BCFHW, method.schedule, steps, callback=report)
     return method.finish(residual_BCFHW, condition)
+
+
+def _reusing(method: CinemoMethod, every: int) -> Predict:
+    """``method.predict`` with its inner features computed at every ``every``-th call, or where the batch changes."""
+    deep, calls, size = DeepFeatures(), 0, 0
+
+    def predict(x: Tensor, t: int, condition: Condition) -> Tensor:
+        nonlocal calls, size
+        if calls % every == 0 or len(x) != size:
+            deep.kept, calls, size = None, 0, len(x)
+        calls += 1
+        return method.predict(x, t, condition, deep)
+
+    return predict
 
 
 def invert_latents(method: CinemoMethod, video_BCFHW: Tensor, condition: Condition, steps: int) -> Tensor:
@@ -284,10 +318,11 @@ def save_latents(path: str | Path, animation: Animation) -> None:
     storage.write_bytes(str(path), buffer.getvalue())
 
 
-def _with_layout(method: CinemoMethod, dct_init: bool, tau: int) -> CinemoMethod:
-    """The same networks with DCTInit on or off, at step ``tau``."""
-    sample = method.sample.model_copy(update={"dct_init": dct_init, "dct_tau": tau})
-    return CinemoMethod(method.unet, method.schedule, sample)
+def _sampling(method: CinemoMethod, settings: Mapping[str, Any], tau: int) -> CinemoMethod:
+    """The same networks with the settings of one request, and DCTInit at step ``tau``."""
+    wanted = {name: settings[name] for name in ("dct_init", "solver", "reuse_features")}
+    wanted |= {"guidance_interval": tuple(settings["guidance_interval"]), "dct_tau": tau}
+    return CinemoMethod(method.unet, method.schedule, method.sample.model_copy(update=wanted))
 
 
 def _prepare_source(source_FHWC: np.ndarray, recipe: Recipe) -> Tensor:

@@ -31,6 +31,12 @@ def parser() -> argparse.ArgumentParser:
     motion.add_argument("--motion-strength", type=float, metavar="0..1", help="the same as a share")
     made.add_argument("--steps", type=int, help=f"DDIM steps {_RECIPE}")
     made.add_argument("--guidance-scale", type=float, help=f"classifier-free guidance, 1 = off {_RECIPE}")
+    made.add_argument("--solver", choices=("ddim", "multistep"), help=f"multistep needs about 20 steps {_RECIPE}")
+    made.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help=f"share 0..1 of the noise range where guidance acts; outside a step costs half {_RECIPE}",
+    )  # fmt: skip
+    made.add_argument("--reuse-features", type=int, metavar="N", help=f"inner layers at every Nth step only {_RECIPE}")
     made.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
     made.add_argument("--no-dct-init", action="store_true", help="plain noise instead of DCTInit")
     made.add_argument("--source-video", metavar="FILE", help="take the motion from this video; also s3://")
@@ -58,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         guidance_scale=arguments.guidance_scale,
         seed=arguments.seed,
         dct_init=False if arguments.no_dct_init else None,
+        solver=arguments.solver,
+        guidance_interval=tuple(arguments.guidance_interval) if arguments.guidance_interval else None,
+        reuse_features=arguments.reuse_features,
         source=source,
         source_prompt=arguments.source_prompt,
     )

@@ -57,6 +57,7 @@ def test_equal_requests_give_equal_frames_whatever_the_global_seed(bundle: Model
     [
         {"seed": 4}, {"prompt": "snow"}, {"negative_prompt": "blur"}, {"motion_bucket": 19}, {"steps": 5},
         {"guidance_scale": 5.0}, {"guidance_scale": 1.0}, {"dct_init": False}, {"image": PICTURE[::-1]},
+        {"solver": "multistep"}, {"guidance_interval": (0.3, 0.7)}, {"reuse_features": 2},
     ],
     ids=lambda control: next(iter(control)),
 )  # fmt: skip

@@ -48,7 +48,7 @@ class _OtherScale(nn.Module):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def forward(self, sample: Tensor, t: Tensor, text: Tensor, ids: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, t: Tensor, text: Tensor, ids: Tensor, deep: object = None) -> Tensor:
         return self.unet(sample, t, text, (20 * (1 - ids / 100) - 0.5).clamp(0, 19))
 
 
