@@ -37,11 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     means = [sum(column) / len(column) for column in zip(*probe.ssim, strict=True)]
     print("motion id " + "".join(f"{number:7.0f}" for number in probe.ids))
     print("mean SSIM " + "".join(f"{mean:7.3f}" for mean in means))
-    for scale, correlation, error in (
-        (MORE_MOTION, probe.more_motion, probe.error_more_motion),
-        (STILLER, probe.stiller, probe.error_stiller),
+    for scale, correlation, change, error in (
+        (MORE_MOTION, probe.more_motion, probe.change_more_motion, probe.error_more_motion),
+        (STILLER, probe.stiller, probe.change_stiller, probe.error_stiller),
     ):
-        print(f"{scale + ':':40} rank correlation {correlation:+.2f}, SSIM off by {error:.3f}")
+        print(f"{scale + ':':40} rank {correlation:+.2f}, SSIM changes by {change:+.2f}, off by {error:.2f}")
     print(f"it follows: {probe.verdict or 'neither clearly; give more images or steps'}")
     print(f"the bundle says: {bundle.motion.scale}")
     if arguments.output:

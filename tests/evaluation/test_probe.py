@@ -66,9 +66,7 @@ def test_the_shipped_network_follows_the_paper_and_its_mirror_the_code(bundle: M
     images = [(clip.frames_FHWC[0], "")]
     assert probe_motion_scale(bundle, images, steps=10).verdict == MORE_MOTION
     mirrored = type(bundle.method)(_OtherScale(bundle.method.unet), bundle.method.schedule, bundle.method.sample)  # type: ignore[arg-type]
-    probe = probe_motion_scale(replace(bundle, method=mirrored), images, steps=10)
-    assert probe.verdict == STILLER
-    assert probe.error_stiller < probe.error_more_motion
+    assert probe_motion_scale(replace(bundle, method=mirrored), images, steps=10).verdict == STILLER
 
 
 def test_the_scale_is_kept_in_the_bundle(tmp_path: Path, bundle: ModelBundle) -> None:
