@@ -2,6 +2,9 @@
 
 Order (arXiv 2407.15642, sections 3.2-3.3): prepare the image to the recipe's size, encode it, take noise, put the
 image's layout into it (DCTInit), DDIM with classifier-free guidance over the residuals, add the first frame, decode.
+
+With a source video (section 4.4: motion transfer and video editing) the noise is that of its motion residuals, found
+by DDIM inversion; the image is then its edited first frame, or another picture that shall move like it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import io
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +26,17 @@ from torch import Tensor
 
 import cinemo
 from cinemo import storage
-from cinemo.bundle import ModelBundle
+from cinemo.bundle import ModelBundle, MotionScale
 from cinemo.config import MOTION_BUCKETS, Recipe
-from cinemo.diffusion.ddim import ddim_sample
-from cinemo.diffusion.guidance import guided
-from cinemo.media.motion import strength_to_bucket
+from cinemo.diffusion.ddim import ddim_invert, ddim_sample
+from cinemo.diffusion.guidance import Predict, guided
+from cinemo.diffusion.multistep import multistep_sample
+from cinemo.media.motion import mean_adjacent_ssim, motion_bucket, strength_to_bucket
 from cinemo.media.transforms import prepare_image
-from cinemo.media.video import write_video
+from cinemo.media.video import probe, read_frames, write_video
 from cinemo.methods.cinemo import CinemoMethod
-from cinemo.types import Animation, Condition, InputError, keyed_generator
+from cinemo.networks.lavie_unet import DeepFeatures
+from cinemo.types import Animation, ClipError, Condition, InputError, LatentBatch, keyed_generator
 
 Progress = Callable[[int, int], None]
 """Called as ``progress(done, steps)`` after each sampling step; an exception it raises stops the sampling."""
@@ -54,6 +59,10 @@ class AnimateRequest:
         motion_bucket: 0..19, larger = more motion. ``motion_strength``: the same as a share 0..1; give at most one.
         steps: DDIM steps, 1..999. ``guidance_scale``: 1 (off) .. 50. ``seed``: 0 .. 2^63 - 1.
         dct_init: put the image's layout into the initial noise (DCTInit).
+        solver, guidance_interval, reuse_features: less work per video, see `cinemo.config.SampleConfig`.
+        source: frames of a video to take the motion from, (F, H, W, 3) uint8 of any size, as many as the recipe has.
+            Defaults then are the recipe's for editing, and the bucket is the one measured on these frames.
+        source_prompt: what is seen in ``source``.
 
     Raises:
         InputError: a value out of range.
@@ -68,10 +77,18 @@ class AnimateRequest:
     guidance_scale: float | None = None
     seed: int = 0
     dct_init: bool | None = None
+    solver: str | None = None
+    guidance_interval: tuple[float, float] | None = None
+    reuse_features: int | None = None
+    source: np.ndarray | None = None
+    source_prompt: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt"):
+        for name in ("prompt", "negative_prompt", "source_prompt"):
             check_text(name, getattr(self, name))
+        if self.source is not None and (self.source.ndim != 4 or self.source.dtype != np.uint8):
+            got = f"{self.source.shape} {self.source.dtype}"
+            raise InputError(f"source: got {got}, expected uint8 frames (F, H, W, 3)")
         if self.motion_bucket is not None and self.motion_strength is not None:
             raise InputError("motion_bucket and motion_strength: both given, expected at most one of them")
         _in_range("motion_bucket", self.motion_bucket, 0, MOTION_BUCKETS - 1, int)
@@ -79,6 +96,13 @@ class AnimateRequest:
         _in_range("steps", self.steps, 1, MAX_STEPS, int)
         _in_range("guidance_scale", self.guidance_scale, 1, MAX_GUIDANCE, float)
         _in_range("seed", self.seed, 0, 2**63 - 1, int)
+        _in_range("reuse_features", self.reuse_features, 1, MAX_STEPS, int)
+        if self.solver not in (None, "ddim", "multistep"):
+            raise InputError(f"solver is {self.solver!r}, expected ddim or multistep")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            _in_range("guidance_interval", low, 0, high, float)
+            _in_range("guidance_interval", high, low, 1, float)
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """Every control with its value, the recipe's defaults filled in."""
@@ -86,14 +110,18 @@ class AnimateRequest:
         bucket = sample.motion_bucket if self.motion_bucket is None else self.motion_bucket
         if self.motion_strength is not None:
             bucket = strength_to_bucket(self.motion_strength)
+        usual_scale = sample.guidance_scale if self.source is None else sample.edit_guidance_scale
         return {
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "motion_bucket": bucket,
             "steps": self.steps or sample.steps,
-            "guidance_scale": float(self.guidance_scale or sample.guidance_scale),
+            "guidance_scale": float(self.guidance_scale or usual_scale),
             "seed": self.seed,
             "dct_init": sample.dct_init if self.dct_init is None else self.dct_init,
+            "solver": self.solver or sample.solver,
+            "guidance_interval": list(self.guidance_interval or sample.guidance_interval),
+            "reuse_features": self.reuse_features or sample.reuse_features,
         }
 
 
@@ -109,18 +137,29 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
     image = request.image.convert("RGB") if isinstance(request.image, Image.Image) else request.image
     pixels = np.ascontiguousarray(image)
     image_BCHW = prepare_image(pixels, (height, width))[None]
+    source_FCHW = None if request.source is None else _prepare_source(request.source, recipe)
+    if source_FCHW is not None and request.motion_bucket is None and request.motion_strength is None:
+        settings["motion_bucket"] = _measured_bucket(source_FCHW, bundle.motion)
     posterior = keyed_generator(request.seed, "image") if recipe.encoders.latent == "sample" else None
     with torch.inference_mode():
         image_latent_BCHW = bundle.vae.encode(image_BCHW, posterior)
-        text_BLD, negative_BLD = bundle.text.encode([request.prompt, request.negative_prompt]).chunk(2)
-        bucket_B = torch.tensor([float(settings["motion_bucket"])], device=device)
-        channels, h, w = image_latent_BCHW.shape[1:]
-        noise_BCFHW = torch.randn(
-            1, channels, recipe.data.frames - 1, h, w, generator=keyed_generator(request.seed, "noise")
-        ).to(device)
+        texts = [request.prompt, request.negative_prompt, request.source_prompt]
+        text_BLD, negative_BLD, source_text_BLD = bundle.text.encode(texts).chunk(3)
+        motion_B = torch.tensor([bundle.motion.motion_id(settings["motion_bucket"])], device=device)
+        if source_FCHW is None:
+            channels, h, w = image_latent_BCHW.shape[1:]
+            shape = (1, channels, recipe.data.frames - 1, h, w)
+            noise_BCFHW = torch.randn(shape, generator=keyed_generator(request.seed, "noise")).to(device)
+            method = _sampling(bundle.method, settings, recipe.sample.dct_tau)
+        else:
+            posterior = keyed_generator(request.seed, "source") if recipe.encoders.latent == "sample" else None
+            source_BCFHW = bundle.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
+            source = Condition(source_BCFHW[:, :, 0], source_text_BLD, motion_B)
+            noise_BCFHW = invert_latents(bundle.method, source_BCFHW, source, settings["steps"])
+            method = _sampling(bundle.method, settings, recipe.sample.edit_dct_tau)
         video_BCFHW = sample_latents(
-            _with_dct_init(bundle.method, settings["dct_init"]),
-            Condition(image_latent_BCHW, text_BLD, bucket_B),
+            method,
+            Condition(image_latent_BCHW, text_BLD, motion_B),
             negative_BLD,
             noise_BCFHW,
             settings["steps"],
@@ -128,6 +167,9 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
             progress,
         )
         frames_FHWC = bundle.decoder.decode(video_BCFHW[0].transpose(0, 1))
+    if request.source is not None:
+        digest = hashlib.sha256(np.ascontiguousarray(request.source).data).hexdigest()
+        settings |= {"source_prompt": request.source_prompt, "source_sha256": digest}
     settings |= {
         "recipe": recipe.name,
         "bundle": bundle.digest,
@@ -155,11 +197,41 @@ def sample_latents(
         noise_BCFHW: N(0, 1) for frames 2..F, float32: the sampler's arithmetic runs in its dtype.
         negative_text_BLD: text states of the unconditional branch; not needed where ``guidance_scale`` is 1.
     """
-    start_BCFHW = method.start(condition, noise_BCFHW)
-    denoise = guided(method.predict, condition, negative_text_BLD, guidance_scale)
+    sample, train_steps = method.sample, method.schedule.train_steps
+    predict = _reusing(method, sample.reuse_features) if sample.reuse_features > 1 else method.predict
+    low, high = (round(share * (train_steps - 1)) for share in sample.guidance_interval)
+    denoise = guided(predict, condition, negative_text_BLD, guidance_scale, (low, high))
+    solve = ddim_sample if sample.solver == "ddim" else multistep_sample
     report = None if progress is None else lambda i, total, _: progress(i + 1, total)
-    residual_BCFHW = ddim_sample(denoise, start_BCFHW, method.schedule, steps, callback=report)
+    start_BCFHW = method.start(condition, noise_BCFHW)
+    residual_BCFHW = solve(denoise, start_BCFHW, method.schedule, steps, callback=report)
     return method.finish(residual_BCFHW, condition)
+
+
+def _reusing(method: CinemoMethod, every: int) -> Predict:
+    """``method.predict`` with its inner features computed at every ``every``-th call, or where the batch changes."""
+    deep, calls, size = DeepFeatures(), 0, 0
+
+    def predict(x: Tensor, t: int, condition: Condition) -> Tensor:
+        nonlocal calls, size
+        if calls % every == 0 or len(x) != size:
+            deep.kept, calls, size = None, 0, len(x)
+        calls += 1
+        return method.predict(x, t, condition, deep)
+
+    return predict
+
+
+def invert_latents(method: CinemoMethod, video_BCFHW: Tensor, condition: Condition, steps: int) -> Tensor:
+    """Video latents -> the noise (B, C, F-1, h, w) that `sample_latents` turns back into their residuals.
+
+    DDIM inversion without guidance (the published editing code).
+
+    Args:
+        condition: the video's own first frame, its prompt and bucket.
+    """
+    residual_BCFHW = method.target(LatentBatch(video_BCFHW, condition))
+    return ddim_invert(lambda x, t: method.predict(x, t, condition), residual_BCFHW, method.schedule, steps)
 
 
 def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -202,6 +274,29 @@ def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.n
         raise InputError(f"{name}: is damaged ({error})") from None
 
 
+def load_source(uri: str, recipe: Recipe, interval: int = 1) -> np.ndarray:
+    """The first frames of a video for `AnimateRequest.source`: every ``interval``-th, as many as the recipe has.
+
+    Raises:
+        InputError: missing, no video, or too short.
+    """
+    if interval < 1:
+        raise InputError(f"source interval is {interval}, expected at least 1")
+    indices = range(0, recipe.data.frames * interval, interval)
+    try:
+        with storage.local_copy(uri) as path:
+            frames = probe(path).frames
+            if frames <= indices[-1]:
+                raise InputError(
+                    f"source {uri}: {frames} frames, recipe {recipe.name} needs {indices[-1] + 1} (interval {interval})"
+                )
+            return read_frames(path, indices)
+    except FileNotFoundError:
+        raise InputError(f"source {uri}: no such file") from None
+    except ClipError as error:
+        raise InputError(f"source {uri}: {error}") from None
+
+
 def save_animation(path: str | Path, animation: Animation) -> None:
     """Write an mp4 (local or s3://) whose metadata hold the settings: each by its name, all as JSON in ``comment``."""
     metadata = {key: _text(value) for key, value in animation.settings.items()}
@@ -223,9 +318,23 @@ def save_latents(path: str | Path, animation: Animation) -> None:
     storage.write_bytes(str(path), buffer.getvalue())
 
 
-def _with_dct_init(method: CinemoMethod, dct_init: bool) -> CinemoMethod:
-    """The same network with DCTInit on or off."""
-    return CinemoMethod(method.unet, method.schedule, method.sample.model_copy(update={"dct_init": dct_init}))
+def _sampling(method: CinemoMethod, settings: Mapping[str, Any], tau: int) -> CinemoMethod:
+    """The same networks with the settings of one request, and DCTInit at step ``tau``."""
+    wanted = {name: settings[name] for name in ("dct_init", "solver", "reuse_features")}
+    wanted |= {"guidance_interval": tuple(settings["guidance_interval"]), "dct_tau": tau}
+    return CinemoMethod(method.unet, method.schedule, method.sample.model_copy(update=wanted))
+
+
+def _prepare_source(source_FHWC: np.ndarray, recipe: Recipe) -> Tensor:
+    """(F, C, H, W), -1..1."""
+    if len(source_FHWC) != recipe.data.frames:
+        raise InputError(f"source: got {len(source_FHWC)} frames, recipe {recipe.name} takes {recipe.data.frames}")
+    return torch.stack([prepare_image(frame_HWC, recipe.data.size) for frame_HWC in source_FHWC])
+
+
+def _measured_bucket(frames_FCHW: Tensor, scale: MotionScale) -> int:
+    frames_FHWC = ((frames_FCHW / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return motion_bucket(mean_adjacent_ssim(frames_FHWC, scale.metric), scale.edges)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

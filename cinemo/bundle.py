@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,11 +32,13 @@ from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.weights import load_unet, resolve, save_unet
+from cinemo.networks.weights import convert_pickled, load_unet, resolve, save_unet
 from cinemo.types import InputError
 
 RECORD = "bundle.json"
-DIRECTION = "larger = more motion"
+# What the network's motion id means. The paper's scale, and the one that the published code used at times.
+MORE_MOTION = "bucket 0..19, larger = more motion"
+STILLER = "100 x SSIM, larger = stiller"
 # Pickled or duplicate weights that published folders carry beside the safetensors file.
 _NOT_COPIED = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.fp16.*", "*.non_ema.*", ".*")
 
@@ -45,12 +47,21 @@ _NOT_COPIED = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.fp16.*", "*.
 class MotionScale:
     """What a motion bucket means: 19 ascending SSIM edges between 20 buckets, larger bucket = more motion.
 
+    ``scale``: what the network calls it, `MORE_MOTION` or `STILLER`. Users always speak in buckets.
     ``calibration``: measured motion per bucket (see `cinemo.evaluation.calibration`), where somebody measured it.
     """
 
     edges: tuple[float, ...]
-    metric: str = "luma"
+    metric: Literal["luma", "rgb"] = "luma"
     calibration: Mapping[str, Any] | None = None
+    scale: str = MORE_MOTION
+
+    def motion_id(self, bucket: int) -> float:
+        """The number that the network takes for a bucket 0..19: itself, or 100 x the middle of its SSIM interval."""
+        if self.scale == MORE_MOTION:
+            return float(bucket)
+        bounds = (0.0, *self.edges, 1.0)
+        return 50 * (bounds[-2 - bucket] + bounds[-1 - bucket])
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,9 @@ class ModelBundle:
         return next(self.method.parameters()).device
 
 
-def save_bundle(directory: Path, recipe: Recipe, unet: LavieUNet, provenance: Mapping[str, Any]) -> str:
+def save_bundle(
+    directory: Path, recipe: Recipe, unet: LavieUNet, provenance: Mapping[str, Any], scale: str = MORE_MOTION
+) -> str:
     """Write a bundle and return its digest. A reader never sees half of one: it is staged beside and renamed.
 
     Args:
@@ -93,9 +106,10 @@ def save_bundle(directory: Path, recipe: Recipe, unet: LavieUNet, provenance: Ma
         recipe: the recipe of the run; its encoder locations say where the frozen networks are copied from.
         unet: the weights to keep, as float32.
         provenance: JSON values that say where they came from (checkpoint, step, dataset fingerprint, ...).
+        scale: of the network's motion ids, see `MotionScale`.
 
     Raises:
-        InputError: ``directory`` holds something else than a bundle, or an encoder has no safetensors weights.
+        InputError: ``directory`` holds something else than a bundle, or an encoder's weights cannot be read.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -122,7 +136,7 @@ def save_bundle(directory: Path, recipe: Recipe, unet: LavieUNet, provenance: Ma
         _write_json(staged / "model_index.json", index)
         inside = recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update=places)})
         (staged / "recipe.json").write_text(inside.to_json())
-        _write_json(staged / "motion.json", _motion_json(recipe.data))
+        _write_json(staged / "motion.json", _motion_json(recipe.data, scale))
         files = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(staged)}
         digest = _digest(files)
         record = {"cinemo": cinemo.__version__, "digest": digest, "files": files, "provenance": dict(provenance)}
@@ -164,11 +178,11 @@ def read_card(location: str | Path, full: bool = False) -> BundleCard:
             raise InputError(f"bundle {location}: {name} is damaged (sha256 differs); export or fetch the bundle again")
     recipe = parse_recipe(json.loads((root / "recipe.json").read_bytes()), f"bundle {location}: recipe.json")
     motion = json.loads((root / "motion.json").read_bytes())
-    if motion["direction"] != DIRECTION:
+    if motion.get("scale") not in (MORE_MOTION, STILLER):
         raise InputError(
-            f"bundle {location}: motion.json says {motion['direction']!r}, this version knows {DIRECTION!r} only"
+            f"bundle {location}: motion.json says {motion.get('scale')!r}, expected {MORE_MOTION!r} or {STILLER!r}"
         )
-    scale = MotionScale(tuple(motion["bucket_edges"]), motion["metric"], motion["calibration"])
+    scale = MotionScale(tuple(motion["bucket_edges"]), motion["metric"], motion["calibration"], motion["scale"])
     return BundleCard(recipe, scale, record["digest"], record["provenance"])
 
 
@@ -205,6 +219,11 @@ def load_bundle(
     return ModelBundle(card.recipe, method, vae, decoder, text, card.motion, card.digest, str(location))
 
 
+# Pickled weights of older folders -> what a bundle keeps them as.
+_CONVERTED = {
+    "diffusion_pytorch_model.bin": "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin": "model.safetensors",
+}
 # Field of `EncodersConfig` -> (folder inside the bundle, library that model_index.json names).
 _ENCODERS = {
     "vae": ("vae", "diffusers"),
@@ -219,8 +238,9 @@ def _copy_component(location: str, target: Path) -> None:
     if not source.is_dir():
         raise InputError(f"encoder {location}: is a file; expected a directory in diffusers layout")
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_COPIED), copy_function=shutil.copyfile)
-    if any(source.rglob("*.bin")) and not any(target.rglob("*.safetensors")):
-        raise InputError(f"encoder {location}: has pickled weights only; convert them to .safetensors first")
+    for pickled, converted in _CONVERTED.items():
+        if (source / pickled).is_file() and not any(target.glob("*.safetensors")):
+            convert_pickled(source / pickled, target / converted, f"encoder {location}")
 
 
 def _class_name(folder: Path, field: str) -> str:
@@ -249,9 +269,9 @@ def _scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
     }
 
 
-def _motion_json(data: DataConfig) -> dict[str, Any]:
+def _motion_json(data: DataConfig, scale: str) -> dict[str, Any]:
     return {
-        "direction": DIRECTION,
+        "scale": scale,
         "buckets": MOTION_BUCKETS,
         "metric": data.ssim,
         "bucket_edges": list(data.bucket_edges),

@@ -141,6 +141,18 @@ class SampleConfig(Part):
     )
     motion_bucket: int = Field(10, ge=0, lt=MOTION_BUCKETS)
     fps: float = Field(8, gt=0)
+    solver: Literal["ddim", "multistep"] = Field("ddim", description="multistep: DPM-Solver++, for about 20 steps")
+    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="share of the noise range with guidance")
+    reuse_features: int = Field(1, ge=1, description="run the inner layers at every Nth step only (DeepCache)")
+    edit_guidance_scale: float = Field(1.0, ge=1, description="editing: the published code's; the paper says 7.5")
+    edit_dct_tau: int = Field(985, description="editing: the published code's diffusion step of the layout guidance")
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleConfig:
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval is {self.guidance_interval}, expected 0 <= low <= high <= 1")
+        return self
 
 
 class Recipe(Part):

@@ -1,4 +1,8 @@
-"""Animate an image: one picture and a prompt in, one mp4 out."""
+"""Animate an image: one picture and a prompt in, one mp4 out.
+
+With --source-video the motion comes from a video: give its edited first frame as --image to edit it, or any other
+picture to make it move likewise.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ import time
 from collections.abc import Sequence
 
 from cinemo import cli, storage
-from cinemo.animate import AnimateRequest, animate, load_image, save_animation, save_latents
-from cinemo.bundle import load_bundle
+from cinemo.animate import AnimateRequest, animate, load_image, load_source, save_animation, save_latents
+from cinemo.bundle import load_bundle, read_card
 from cinemo.types import InputError
 
 _RECIPE = "(default: what the bundle's recipe says)"
@@ -27,8 +31,17 @@ def parser() -> argparse.ArgumentParser:
     motion.add_argument("--motion-strength", type=float, metavar="0..1", help="the same as a share")
     made.add_argument("--steps", type=int, help=f"DDIM steps {_RECIPE}")
     made.add_argument("--guidance-scale", type=float, help=f"classifier-free guidance, 1 = off {_RECIPE}")
+    made.add_argument("--solver", choices=("ddim", "multistep"), help=f"multistep needs about 20 steps {_RECIPE}")
+    made.add_argument(
+        "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help=f"share 0..1 of the noise range where guidance acts; outside a step costs half {_RECIPE}",
+    )  # fmt: skip
+    made.add_argument("--reuse-features", type=int, metavar="N", help=f"inner layers at every Nth step only {_RECIPE}")
     made.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
     made.add_argument("--no-dct-init", action="store_true", help="plain noise instead of DCTInit")
+    made.add_argument("--source-video", metavar="FILE", help="take the motion from this video; also s3://")
+    made.add_argument("--source-prompt", default="", help="what is seen in --source-video")
+    made.add_argument("--source-interval", type=int, default=1, metavar="N", help="use every Nth of its frames")
     made.add_argument("--save-latents", metavar="F.npz", help="also write latents (C,F,h,w float32) and settings")
     made.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     return made
@@ -38,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     if not arguments.output.endswith(".mp4"):
         raise InputError(f"--output {arguments.output}: expected a name that ends in .mp4")
+    source = None
+    if arguments.source_video:
+        source = load_source(arguments.source_video, read_card(arguments.bundle).recipe, arguments.source_interval)
     request = AnimateRequest(
         image=load_image(arguments.image),
         prompt=arguments.prompt,
@@ -48,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         guidance_scale=arguments.guidance_scale,
         seed=arguments.seed,
         dct_init=False if arguments.no_dct_init else None,
+        solver=arguments.solver,
+        guidance_interval=tuple(arguments.guidance_interval) if arguments.guidance_interval else None,
+        reuse_features=arguments.reuse_features,
+        source=source,
+        source_prompt=arguments.source_prompt,
     )
     storage.check_writable(arguments.output.rpartition("/")[0] or ".")
     bundle = load_bundle(arguments.bundle, arguments.device)

@@ -15,15 +15,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     source.add_argument("--from-cinemo", metavar="DIR", help="folder of published Cinemo weights, made into a bundle")
     source.add_argument("--from-lavie", metavar="FILE", help="published LaVie weights, made into a train.init folder")
+    parser.add_argument(
+        "--motion-scale",
+        choices=("more", "stiller"),
+        default="more",
+        help="of --from-cinemo's motion ids: 0..19, larger = more motion, or 100 x SSIM, larger = stiller; "
+        "pipelines/probe_motion.py tells",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result")
     arguments = parser.parse_args(argv)
 
+    from cinemo.bundle import MORE_MOTION, STILLER
     from cinemo.training import export  # late: --help and bad flags need no torch
 
     if arguments.checkpoint:
         made = export.from_checkpoint(arguments.checkpoint, arguments.output)
     elif arguments.from_cinemo:
-        made = export.from_cinemo(arguments.from_cinemo, arguments.output)
+        scale = {"more": MORE_MOTION, "stiller": STILLER}[arguments.motion_scale]
+        made = export.from_cinemo(arguments.from_cinemo, arguments.output, scale)
     else:
         made = export.from_lavie(arguments.from_lavie, arguments.output)
     print(f"{arguments.output}: {made}")

@@ -13,9 +13,18 @@ import torch
 from PIL import Image
 from tiny import FRAMES, SIZE, tiny_bundle
 
-from cinemo.animate import AnimateRequest, animate, load_image, sample_latents, save_animation, save_latents
+from cinemo.animate import (
+    AnimateRequest,
+    animate,
+    load_image,
+    load_source,
+    sample_latents,
+    save_animation,
+    save_latents,
+)
 from cinemo.bundle import ModelBundle, load_bundle
-from cinemo.media.video import probe, read_frames, read_metadata
+from cinemo.media.transforms import prepare_image
+from cinemo.media.video import probe, read_frames, read_metadata, write_video
 from cinemo.types import Condition, InputError, keyed_generator
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -48,6 +57,7 @@ def test_equal_requests_give_equal_frames_whatever_the_global_seed(bundle: Model
     [
         {"seed": 4}, {"prompt": "snow"}, {"negative_prompt": "blur"}, {"motion_bucket": 19}, {"steps": 5},
         {"guidance_scale": 5.0}, {"guidance_scale": 1.0}, {"dct_init": False}, {"image": PICTURE[::-1]},
+        {"solver": "multistep"}, {"guidance_interval": (0.3, 0.7)}, {"reuse_features": 2},
     ],
     ids=lambda control: next(iter(control)),
 )  # fmt: skip
@@ -63,8 +73,6 @@ def test_the_negative_prompt_does_nothing_without_guidance(bundle: ModelBundle) 
 
 
 def test_the_first_frame_is_the_encoded_and_decoded_input(bundle: ModelBundle) -> None:
-    from cinemo.media.transforms import prepare_image
-
     animation = animate(bundle, AnimateRequest(PICTURE, "waves", seed=3))
     latent = bundle.vae.encode(prepare_image(PICTURE, SIZE)[None], keyed_generator(3, "image"))
     torch.testing.assert_close(animation.latents_CFHW[:, 0], latent[0], rtol=0, atol=0)
@@ -238,3 +246,52 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded() -> None:
     huge += zlib.crc32(huge[12:29]).to_bytes(4, "big") + header[33:]
     with pytest.raises(InputError, match="megapixels"):
         load_image(huge)
+
+
+def moving_video() -> np.ndarray:
+    """A bright square that walks over dark noise, (F, H, W, 3)."""
+    frames = np.repeat(PICTURE[None] // 16, FRAMES, axis=0)
+    for k in range(FRAMES):
+        frames[k, 10:30, 5 + 6 * k : 25 + 6 * k] = 230
+    return frames
+
+
+def test_a_video_inverted_and_sampled_again_comes_back(bundle: ModelBundle) -> None:
+    """The law behind editing: with its own first frame and prompt, the inverted noise is the video."""
+    frames = moving_video()
+    own = {"image": frames[0], "prompt": "a square", "source": frames, "source_prompt": "a square", "dct_init": False}
+    latents = bundle.vae.encode(torch.stack([prepare_image(frame, SIZE) for frame in frames]))
+    again = animate(bundle, AnimateRequest(**own, steps=200)).latents_CFHW.transpose(0, 1)
+    drawn = animate(bundle, AnimateRequest(frames[0], "a square", dct_init=False, steps=200)).latents_CFHW
+    error, usual = (again - latents).square().mean(), (drawn.transpose(0, 1) - latents).square().mean()
+    assert error < 0.1 * usual, (error, usual)
+
+
+def test_editing_uses_its_own_defaults_and_the_measured_bucket(bundle: ModelBundle) -> None:
+    still = np.repeat(PICTURE[None], FRAMES, axis=0)
+    moving = np.random.default_rng(1).integers(0, 256, (FRAMES, 50, 70, 3), dtype=np.uint8)
+    for source, bucket in ((still, 0), (moving, 19)):
+        settings = animate(bundle, AnimateRequest(PICTURE, "snow", source=source, source_prompt="rain")).settings
+        assert settings["motion_bucket"] == bucket
+        assert settings["guidance_scale"] == bundle.recipe.sample.edit_guidance_scale
+        assert settings["source_prompt"] == "rain"
+        assert len(settings["source_sha256"]) == 64
+    assert (
+        animate(bundle, AnimateRequest(PICTURE, "snow", source=still, motion_bucket=4)).settings["motion_bucket"] == 4
+    )
+    with pytest.raises(InputError, match="source: got 3 frames, recipe random-32x48 takes 6"):
+        animate(bundle, AnimateRequest(PICTURE, "snow", source=still[:3]))
+
+
+def test_a_source_video_is_read_as_asked(bundle: ModelBundle, tmp_path: Path) -> None:
+    frames = np.repeat(moving_video(), 3, axis=0)[:, :48, :64]
+    write_video(tmp_path / "source.mp4", np.ascontiguousarray(frames), 8)
+    every_third = load_source(str(tmp_path / "source.mp4"), bundle.recipe, 3)
+    assert every_third.shape == (FRAMES, 48, 64, 3)
+    assert np.abs(every_third.astype(int) - frames[::3]).mean() < 6
+    with pytest.raises(InputError, match=r"18 frames, recipe random-32x48 needs 21 \(interval 4\)"):
+        load_source(str(tmp_path / "source.mp4"), bundle.recipe, 4)
+    (tmp_path / "text.mp4").write_text("no video")
+    for name in ("text.mp4", "none.mp4"):
+        with pytest.raises(InputError, match=f"source .*{name}"):
+            load_source(str(tmp_path / name), bundle.recipe)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from safetensors.torch import load_file
 from tiny import random_unet, tiny_bundle, tiny_recipe
 
 from cinemo import storage
@@ -144,8 +145,24 @@ def test_pickled_weights_are_not_taken_into_a_bundle(written: Path, tmp_path: Pa
     save_bundle(tmp_path / "good", recipe, random_unet(recipe), {})
     assert not list((tmp_path / "good").rglob("*.bin"))
     (vae / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InputError, match="pickled"):
+    with pytest.raises(InputError, match=r"encoder .*vae: not a readable weights file"):
         save_bundle(tmp_path / "bad", recipe, random_unet(recipe), {})
+    assert not (tmp_path / "bad").exists()
+
+
+def test_pickled_weights_are_kept_as_safetensors(written: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(Path(shutil.copytree(written.parent / "encoders", tmp_path / "encoders")))
+    wanted = load_bundle(written, "cpu")
+    for folder, name in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        path = tmp_path / "encoders" / folder / f"{name}.safetensors"
+        pickled = "pytorch_model.bin" if name == "model" else f"{name}.bin"
+        torch.save(load_file(path), path.with_name(pickled))
+        path.unlink()
+    save_bundle(tmp_path / "bundle", recipe, random_unet(recipe), {})
+    loaded = load_bundle(tmp_path / "bundle", "cpu", full=True)
+    for got, expected in ((loaded.vae.network, wanted.vae.network), (loaded.text.network, wanted.text.network)):
+        state = got.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in expected.state_dict().items())
 
 
 @pytest.mark.s3

@@ -35,7 +35,7 @@ ONLY_IN = {
     "decord": ["media.video"],
     "av": ["media.video"],
     "webdataset": ["data.shards", "data.loader"],
-    "diffusers": ["networks.frozen", "networks.weights", "training.export", "training.encoders"],
+    "diffusers": ["diffusion.multistep", "networks.frozen", "networks.weights", "training.export", "training.encoders"],
     "transformers": ["networks.frozen", "networks.weights", "training.export", "training.encoders"],
     "tokenizers": ["training.encoders"],
     "fastapi": ["serving"],

@@ -13,11 +13,21 @@ from cinemo.types import Condition, InputError
 Predict = Callable[[Tensor, int, Condition], Tensor]
 
 
-def guided(predict: Predict, condition: Condition, negative_text_BLD: Tensor | None, scale: float) -> Denoise:
+def guided(
+    predict: Predict,
+    condition: Condition,
+    negative_text_BLD: Tensor | None,
+    scale: float,
+    interval: tuple[int, int] | None = None,
+) -> Denoise:
     """``e = e_u + scale (e_c - e_u)``, both branches in one batch ordered [unconditional, conditional].
 
     Only the text is dropped: image and motion are the same in both branches. With ``scale <= 1`` there is a single
     conditional pass and ``negative_text_BLD`` is not used.
+
+    Args:
+        interval: first and last diffusion step with guidance (arXiv 2404.07724); outside there is a single conditional
+            pass. None: guidance at every step.
     """
     if scale <= 1:
         return lambda x, t: predict(x, t, condition)
@@ -32,6 +42,8 @@ def guided(predict: Predict, condition: Condition, negative_text_BLD: Tensor | N
     )
 
     def denoise(x: Tensor, t: int) -> Tensor:
+        if interval is not None and not interval[0] <= t <= interval[1]:
+            return predict(x, t, condition)
         unconditional, conditional = predict(torch.cat([x, x]), t, both).to(x.dtype).chunk(2)
         return unconditional + scale * (conditional - unconditional)
 

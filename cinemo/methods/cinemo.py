@@ -14,7 +14,7 @@ from cinemo.config import SampleConfig
 from cinemo.diffusion.dct import dct_init
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.methods.base import diffusion_loss
-from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet
 from cinemo.types import Condition, InputError, LatentBatch
 
 
@@ -64,13 +64,16 @@ class CinemoMethod(nn.Module):
         z_1 = condition.image_BCHW[:, :, None].to(noise.device, noise.dtype)
         return dct_init(z_1, noise, alpha_bar_tau, self.sample.dct_keep, self.sample.dct_mode)
 
-    def predict(self, x_t: Tensor, t: Tensor | int, condition: Condition) -> Tensor:
-        """The network sees X_t = cat([z_1, z_1 + M_t]) along frames; its answer for z_1 itself is dropped (line 9)."""
+    def predict(self, x_t: Tensor, t: Tensor | int, condition: Condition, deep: DeepFeatures | None = None) -> Tensor:
+        """The network sees X_t = cat([z_1, z_1 + M_t]) along frames; its answer for z_1 itself is dropped (line 9).
+
+        ``deep``: inner features of a nearby step, see `cinemo.networks.lavie_unet.DeepFeatures`.
+        """
         condition = condition.to(x_t.device)
         dtype = self.unet.dtype
         z_1 = condition.image_BCHW[:, :, None].to(x_t.dtype)
         frames = torch.cat([z_1, z_1 + x_t], dim=2).to(dtype)
-        output: Tensor = self.unet(frames, t, condition.text_BLD.to(dtype), condition.motion_bucket_B)
+        output: Tensor = self.unet(frames, t, condition.text_BLD.to(dtype), condition.motion_bucket_B, deep)
         return output[:, :, 1:]
 
     def finish(self, x_0: Tensor, condition: Condition) -> Tensor:

@@ -41,6 +41,21 @@ _ONLY: dict[str, Any] = {
 }
 
 
+class DeepFeatures:
+    """What the inner layers made in one call, for calls at nearby steps to use again (DeepCache, arXiv 2312.00858).
+
+    A call that finds ``kept`` None runs everything and fills it; later ones run the outermost ``depth`` layers alone.
+
+    Args:
+        depth: 1: the input convolution and the last layer; 2: also the first layer and the last but one; and so on,
+            inside the outermost level.
+    """
+
+    def __init__(self, depth: int = 1) -> None:
+        self.depth = depth
+        self.kept: Tensor | None = None
+
+
 class LavieUNet(nn.Module):
     """Epsilon (or v) prediction for N frames.
 
@@ -141,7 +156,12 @@ class LavieUNet(nn.Module):
         return self.conv_in.weight.dtype
 
     def forward(
-        self, sample: Tensor, timestep: Tensor | float, text_states: Tensor, motion_ids: Tensor | None = None
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        text_states: Tensor,
+        motion_ids: Tensor | None = None,
+        deep: DeepFeatures | None = None,
     ) -> Tensor:
         """Predict for ``sample`` (B, C, N, h, w).
 
@@ -149,6 +169,7 @@ class LavieUNet(nn.Module):
             timestep: a number, or a tensor of shape () or (B,).
             text_states: (B, L, D), shared by all frames of an item; no mask.
             motion_ids: (B,) any real values; None leaves the motion input out, which is LaVie.
+            deep: features to use again, or to fill, of a call with the same batch and frames.
 
         Returns:
             (B, out_channels, N, h, w).
@@ -167,6 +188,15 @@ class LavieUNet(nn.Module):
         x = sample.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
         x = self.conv_in(x)
         skips = [x]
+        if deep is not None and deep.kept is not None:
+            for modules in list(cast(Stage, self.down_blocks[0]).layers())[: deep.depth - 1]:
+                x = layer(x, *modules)
+                skips.append(x)
+            x = deep.kept
+            for modules in list(cast(Stage, self.up_blocks[-1]).layers())[-deep.depth :]:
+                x = layer(torch.cat([x, skips.pop()], dim=1), *modules)
+            return self._output(x, batch, frames)
+
         for stage in cast(Iterable[Stage], self.down_blocks):
             for modules in stage.layers():
                 x = layer(x, *modules)
@@ -180,10 +210,14 @@ class LavieUNet(nn.Module):
 
         for stage in cast(Iterable[Stage], self.up_blocks):
             for modules in stage.layers():
+                if deep is not None and len(skips) == deep.depth:
+                    deep.kept = x
                 x = layer(torch.cat([x, skips.pop()], dim=1), *modules)
             for upsample in stage.upsamplers:
                 x = upsample(x, skips[-1].shape[2:])
+        return self._output(x, batch, frames)
 
+    def _output(self, x: Tensor, batch: int, frames: int) -> Tensor:
         x = F.silu(self.conv_norm_out(join_frames(x, batch)))
         out: Tensor = self.conv_out(part_frames(x, frames))
         return out.reshape(batch, frames, *out.shape[1:]).transpose(1, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -97,11 +98,32 @@ def load_unet(
 
 def save_unet(unet: LavieUNet, directory: Path) -> None:
     """Write ``config.json`` and the weights in diffusers layout; equal weights give equal bytes."""
-    from safetensors.torch import save
+    from safetensors.torch import save_file
 
     state = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
-    storage.write_bytes(str(directory / WEIGHTS_NAME), save(state, metadata={"format": "pt"}))
+    directory.mkdir(parents=True, exist_ok=True)
+    # Straight from the tensors' memory to the disk: the weights are never there twice.
+    partial = directory / f".{WEIGHTS_NAME}.partial"
+    save_file(state, partial, {"format": "pt"})
+    os.replace(partial, directory / WEIGHTS_NAME)
     storage.write_json(str(directory / "config.json"), unet.config)
+
+
+def convert_pickled(source: Path, target: Path, location: str) -> None:
+    """Write the tensors of a ``.bin`` (read without running code) as safetensors, under the same names.
+
+    Raises:
+        InputError: the file cannot be read so, or holds something else than tensors.
+    """
+    from safetensors.torch import save_file
+
+    state = _read(source, location)
+    # A safetensors file holds no shared memory, and no tensor with gaps.
+    save_file(
+        {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()},
+        target,
+        {"format": "pt"},
+    )
 
 
 def _weights_file(location: str) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cinemo
 from cinemo import storage
-from cinemo.bundle import save_bundle
+from cinemo.bundle import MORE_MOTION, save_bundle
 from cinemo.config import Recipe, parse_recipe
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import load_unet, resolve, save_unet, weights_digest
@@ -70,9 +70,12 @@ def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
     return unet
 
 
-def from_cinemo(folder: str, output: str) -> str:
+def from_cinemo(folder: str, output: str, scale: str = MORE_MOTION) -> str:
     """Write the bundle of the published Cinemo weights: a folder with unet, vae, [vae_temporal_decoder], text_encoder
     and tokenizer, each in diffusers layout.
+
+    Args:
+        scale: of its motion ids (`cinemo.bundle.MotionScale`); ``pipelines/probe_motion.py`` measures which it is.
 
     Raises:
         InputError: a part is missing, or the weights do not fit the published network.
@@ -90,8 +93,8 @@ def from_cinemo(folder: str, output: str) -> str:
     recipe = recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update=places)})
     unet = load_unet(recipe.model, str(root / "unet"), torch.float32)
     provenance = {"source": "published Cinemo weights", "unet": weights_digest(str(root / "unet"))}
-    digest = save_bundle(target, recipe, unet, provenance)
-    return f"bundle {digest[:12]} of published weights ({recipe.name})"
+    digest = save_bundle(target, recipe, unet, provenance, scale)
+    return f"bundle {digest[:12]} of published weights ({recipe.name}), motion ids taken as {scale}"
 
 
 def from_lavie(file: str, output: str) -> str:

@@ -46,3 +46,12 @@ def test_scale_one_is_a_single_conditional_pass() -> None:
 def test_guidance_needs_a_negative_prompt() -> None:
     with pytest.raises(InputError, match="negative"):
         guided(predict, CONDITION, None, 7.5)
+
+
+def test_outside_its_interval_guidance_is_a_single_conditional_pass() -> None:
+    x = torch.randn(2, 4, 3, 3, 3)
+    denoise = guided(predict, CONDITION, NEGATIVE, 7.5, (200, 600))
+    for t in (100, 700):
+        assert torch.equal(denoise(x, t), predict(x, t, CONDITION))
+    for t in (200, 600):
+        assert torch.equal(denoise(x, t), guided(predict, CONDITION, NEGATIVE, 7.5)(x, t))

@@ -76,7 +76,7 @@ class Recorder(nn.Module):
         super().__init__()
         self.answer, self.dtype = answer, torch.float32
 
-    def forward(self, sample: Tensor, t: Tensor, text: Tensor, motion: Tensor) -> Tensor:
+    def forward(self, sample: Tensor, t: Tensor, text: Tensor, motion: Tensor, deep: object = None) -> Tensor:
         self.seen = sample, t, text, motion
         return self.answer
 

@@ -8,7 +8,7 @@ from goldens import FLOAT32, FLOAT64, Golden, Tally, fill_golden, golden_files
 from torch import Tensor, nn
 
 from cinemo.config import ModelConfig
-from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet
 from cinemo.types import InputError
 
 SMALL = {
@@ -319,3 +319,25 @@ def test_unsupported_configurations_are_refused(config: dict, message: str) -> N
 
 def test_published_extras_are_accepted() -> None:
     LavieUNet(**SMALL, sample_size=64, center_input_sample=False, act_fn="silu", addition_embed_type="motion_ids")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@torch.no_grad()
+def test_deep_features_of_the_same_call_change_nothing_and_spare_the_inner_layers(depth: int) -> None:
+    torch.manual_seed(0)
+    unet = LavieUNet(**SMALL)
+    inputs = torch.randn(2, 4, 3, 8, 8), 5, torch.randn(2, 7, 12), torch.tensor([1.0, 9.0])
+    deep, runs = DeepFeatures(depth), 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    unet.mid_block.resnets[0].register_forward_hook(count)
+    plain = unet(*inputs)
+    torch.testing.assert_close(unet(*inputs, deep), plain, rtol=0, atol=0)
+    torch.testing.assert_close(unet(*inputs, deep), plain, rtol=0, atol=1e-6)
+    assert runs == 2
+    moved = unet(inputs[0] + 0.1, *inputs[1:], deep)
+    assert runs == 2
+    assert not torch.allclose(moved, plain)
