@@ -101,8 +101,8 @@ class AnimateRequest:
             raise InputError(f"solver is {self.solver!r}, expected ddim or multistep")
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
-            _in_range("guidance_interval", low, 0, high, float)
-            _in_range("guidance_interval", high, low, 1, float)
+            if not 0 <= low <= high <= 1:
+                raise InputError(f"guidance_interval is {low}, {high}; expected 0 <= low <= high <= 1")
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
         """Every control with its value, the recipe's defaults filled in."""
@@ -143,8 +143,7 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
     posterior = keyed_generator(request.seed, "image") if recipe.encoders.latent == "sample" else None
     with torch.inference_mode():
         image_latent_BCHW = bundle.vae.encode(image_BCHW, posterior)
-        texts = [request.prompt, request.negative_prompt, request.source_prompt]
-        text_BLD, negative_BLD, source_text_BLD = bundle.text.encode(texts).chunk(3)
+        text_BLD, negative_BLD = bundle.text.encode([request.prompt, request.negative_prompt]).chunk(2)
         motion_B = torch.tensor([bundle.motion.motion_id(settings["motion_bucket"])], device=device)
         if source_FCHW is None:
             channels, h, w = image_latent_BCHW.shape[1:]
@@ -154,7 +153,7 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
         else:
             posterior = keyed_generator(request.seed, "source") if recipe.encoders.latent == "sample" else None
             source_BCFHW = bundle.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
-            source = Condition(source_BCFHW[:, :, 0], source_text_BLD, motion_B)
+            source = Condition(source_BCFHW[:, :, 0], bundle.text.encode([request.source_prompt]), motion_B)
             noise_BCFHW = invert_latents(bundle.method, source_BCFHW, source, settings["steps"])
             method = _sampling(bundle.method, settings, recipe.sample.edit_dct_tau)
         video_BCFHW = sample_latents(

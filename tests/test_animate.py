@@ -172,6 +172,10 @@ def test_latents_are_saved_with_their_settings(bundle: ModelBundle, tmp_path: Pa
         ({"guidance_scale": float("inf")}, "guidance_scale"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"),
         ({"prompt": "x" * 4001}, "prompt"), ({"prompt": None}, "prompt"), ({"prompt": "a\0b"}, "prompt"),
         ({"negative_prompt": "\ud800"}, "negative_prompt"),
+        ({"solver": "euler"}, "solver"), ({"reuse_features": 0}, "reuse_features"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
+        ({"guidance_interval": (0, 1.5)}, "guidance_interval"),
+        ({"source": PICTURE}, "source"), ({"source_prompt": None}, "source_prompt"),
     ],
 )  # fmt: skip
 def test_bad_controls_are_named(controls: dict[str, Any], named: str) -> None:

@@ -85,6 +85,6 @@ class JobRunner:
             self._store.release(job.id)  # no effect on a job that was cancelled
         except InputError as error:
             self._store.fail(job.id, "invalid_request", str(error))
-        except Exception:
+        except Exception:  # whatever it was, it is this job's: the replica goes on with the next one
             log.exception("%s: failed", job.id)
             self._store.fail(job.id, "internal_error", "the server failed to make this video; the fault was logged")
