@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--prompt: given {len(arguments.prompt)} times for {len(arguments.image)} images")
     prompts = [*arguments.prompt, *[""] * (len(arguments.image) - len(arguments.prompt))]
     images = [(load_image(image), prompt) for image, prompt in zip(arguments.image, prompts, strict=True)]
+    if arguments.output:
+        storage.check_writable(arguments.output.rpartition("/")[0] or ".")
     bundle = load_bundle(arguments.bundle, arguments.device)
 
     def progress(done: int, total: int) -> None:
