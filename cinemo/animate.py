@@ -35,6 +35,7 @@ from cinemo.media.motion import mean_adjacent_ssim, motion_bucket, strength_to_b
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames, write_video
 from cinemo.methods.cinemo import CinemoMethod
+from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.lavie_unet import DeepFeatures
 from cinemo.types import Animation, ClipError, Condition, InputError, LatentBatch, keyed_generator
 
@@ -197,8 +198,8 @@ def sample_latents(
         negative_text_BLD: text states of the unconditional branch; not needed where ``guidance_scale`` is 1.
     """
     sample, train_steps = method.sample, method.schedule.train_steps
-    predict = _reusing(method, sample.reuse_features) if sample.reuse_features > 1 else method.predict
     low, high = (round(share * (train_steps - 1)) for share in sample.guidance_interval)
+    predict = _predictor(method, sample.reuse_features)
     denoise = guided(predict, condition, negative_text_BLD, guidance_scale, (low, high))
     solve = ddim_sample if sample.solver == "ddim" else multistep_sample
     report = None if progress is None else lambda i, total, _: progress(i + 1, total)
@@ -207,16 +208,20 @@ def sample_latents(
     return method.finish(residual_BCFHW, condition)
 
 
-def _reusing(method: CinemoMethod, every: int) -> Predict:
-    """``method.predict`` with its inner features computed at every ``every``-th call, or where the batch changes."""
-    deep, calls, size = DeepFeatures(), 0, 0
+def _predictor(method: CinemoMethod, every: int = 1) -> Predict:
+    """``method.predict`` for the steps of one video: what depends on the text alone is computed once for a condition,
+    the network's inner features at every ``every``-th call, or where the batch changes."""
+    texts: dict[int, TextKeysValues] = {}
+    deep, calls, size = DeepFeatures() if every > 1 else None, 0, 0
 
     def predict(x: Tensor, t: int, condition: Condition) -> Tensor:
         nonlocal calls, size
-        if calls % every == 0 or len(x) != size:
+        if id(condition) not in texts:
+            texts[id(condition)] = method.text(condition)
+        if deep is not None and (calls % every == 0 or len(x) != size):
             deep.kept, calls, size = None, 0, len(x)
         calls += 1
-        return method.predict(x, t, condition, deep)
+        return method.predict(x, t, condition, texts[id(condition)], deep)
 
     return predict
 
@@ -230,7 +235,8 @@ def invert_latents(method: CinemoMethod, video_BCFHW: Tensor, condition: Conditi
         condition: the video's own first frame, its prompt and bucket.
     """
     residual_BCFHW = method.target(LatentBatch(video_BCFHW, condition))
-    return ddim_invert(lambda x, t: method.predict(x, t, condition), residual_BCFHW, method.schedule, steps)
+    predict = _predictor(method)
+    return ddim_invert(lambda x, t: predict(x, t, condition), residual_BCFHW, method.schedule, steps)
 
 
 def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -32,6 +32,7 @@ from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import convert_pickled, load_unet, resolve, save_unet
 from cinemo.types import InputError
 
@@ -208,11 +209,15 @@ def load_bundle(
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device}: not usable here ({str(error).splitlines()[0]})") from None
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if device.type == "cpu":
+        keep_freed_memory()
     card = read_card(location, full)
     root = storage.localize(str(location))
     places = card.recipe.encoders
     unet = load_unet(card.recipe.model, str(root / "unet"), dtype)
     method = build_method(card.recipe, unet).to(device).eval().requires_grad_(False)
+    if card.recipe.compile:
+        method.unet.compile(dynamic=False)
     vae = Vae(str(root / places.vae), device, dtype)
     decoder = Vae(str(root / places.vae_decoder), device, dtype) if places.vae_decoder else vae
     text = TextEncoder(str(root / places.text_encoder), str(root / places.tokenizer), device, dtype)

@@ -103,6 +103,9 @@ class TrainConfig(Part):
     prompt_dropout: float = Field(0.5, ge=0, le=1)
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_checkpointing: bool = Field(
+        False, description="a fifth of the activations' memory for a third more time: layers are computed twice"
+    )
     init: str | None = Field(None, description="UNet weights to start from: package:NAME, file, directory or s3://")
     seed: int = 0
     lanes: int = Field(8, ge=1, description="reading lanes of the canonical order; workers must divide it")
@@ -160,6 +163,7 @@ class Recipe(Part):
 
     name: str
     method: Literal["cinemo"] = "cinemo"
+    compile: bool = Field(False, description="torch.compile the network, in training and sampling")
     data: DataConfig = DataConfig()
     encoders: EncodersConfig = EncodersConfig()
     model: ModelConfig = ModelConfig()

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors.torch import load_file
 from tiny import random_unet, tiny_bundle, tiny_recipe
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from cinemo import storage
 from cinemo.bundle import RECORD, load_bundle, read_card, save_bundle
-from cinemo.types import InputError
+from cinemo.types import Condition, InputError
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,40 @@ def test_the_scheduler_is_what_diffusers_would_load(written: Path) -> None:
     assert scheduler.timesteps[:2].tolist() == [981, 961]
     assert float(scheduler.alphas_cumprod[975]) == pytest.approx(6.517e-5, rel=1e-3)
     assert float(scheduler.final_alpha_cumprod) == pytest.approx(0.9999)
+
+
+def test_every_component_is_what_diffusers_and_transformers_load(written: Path) -> None:
+    loaded = load_bundle(written, "cpu")
+    vae = AutoencoderKL.from_pretrained(written, subfolder="vae").eval()
+    text = CLIPTextModel.from_pretrained(written / "text_encoder").eval()
+    tokenizer = CLIPTokenizer.from_pretrained(written / "tokenizer")
+    latents_FCHW = torch.randn(2, vae.config.latent_channels, 4, 4)
+    with torch.no_grad():
+        frames = vae.decode(latents_FCHW / vae.config.scaling_factor).sample
+        ours = torch.from_numpy(loaded.decoder.decode(latents_FCHW)).permute(0, 3, 1, 2)
+        assert float((ours - (frames / 2 + 0.5).clamp(0, 1) * 255).abs().max()) <= 0.5001
+        ids = tokenizer(["a cat"], padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        torch.testing.assert_close(text(ids).last_hidden_state, loaded.text.encode(["a cat"]), rtol=0, atol=1e-5)
+    weights = load_file(written / "unet" / "diffusion_pytorch_model.safetensors")
+    assert weights.keys() == random_unet(loaded.recipe).state_dict().keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU: install g++")
+def test_a_compiled_network_gives_the_same(tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    plain = load_bundle(tiny_bundle(tmp_path / "plain"), "cpu")
+    compiled = load_bundle(tiny_bundle(tmp_path / "compiled", compiled=True), "cpu")
+    condition = Condition(torch.randn(1, 4, 4, 6), plain.text.encode(["a red ball"]), torch.tensor([7.0]))
+    noise_BCFHW = torch.randn(1, 4, 3, 4, 6)
+    with torch.inference_mode():
+        for step in (900, 40):
+            expected, got = (
+                bundle.method.predict(noise_BCFHW, step, condition, bundle.method.text(condition))
+                for bundle in (plain, compiled)
+            )
+            torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # not one for each step
 
 
 def test_the_digest_is_of_the_content_alone(written: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from cinemo.config import SampleConfig
 from cinemo.diffusion.dct import dct_init
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.methods.base import diffusion_loss
+from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet
 from cinemo.types import Condition, InputError, LatentBatch
 
@@ -64,16 +65,30 @@ class CinemoMethod(nn.Module):
         z_1 = condition.image_BCHW[:, :, None].to(noise.device, noise.dtype)
         return dct_init(z_1, noise, alpha_bar_tau, self.sample.dct_keep, self.sample.dct_mode)
 
-    def predict(self, x_t: Tensor, t: Tensor | int, condition: Condition, deep: DeepFeatures | None = None) -> Tensor:
+    def text(self, condition: Condition) -> TextKeysValues:
+        """What `predict` needs of the text, made once for all its steps."""
+        return self.unet.keys_values(condition.text_BLD.to(next(self.unet.parameters()).device, self.unet.dtype))
+
+    def predict(
+        self,
+        x_t: Tensor,
+        t: Tensor | int,
+        condition: Condition,
+        text: TextKeysValues | None = None,
+        deep: DeepFeatures | None = None,
+    ) -> Tensor:
         """The network sees X_t = cat([z_1, z_1 + M_t]) along frames; its answer for z_1 itself is dropped (line 9).
 
-        ``deep``: inner features of a nearby step, see `cinemo.networks.lavie_unet.DeepFeatures`.
+        ``text``: from `text`, where there are many steps. ``deep``: inner features of a nearby step, see
+        `cinemo.networks.lavie_unet.DeepFeatures`.
         """
         condition = condition.to(x_t.device)
         dtype = self.unet.dtype
+        if not isinstance(t, Tensor):  # a compiler would build a number in
+            t = torch.full((), t, device=x_t.device)
         z_1 = condition.image_BCHW[:, :, None].to(x_t.dtype)
         frames = torch.cat([z_1, z_1 + x_t], dim=2).to(dtype)
-        output: Tensor = self.unet(frames, t, condition.text_BLD.to(dtype), condition.motion_bucket_B, deep)
+        output: Tensor = self.unet(frames, t, text or condition.text_BLD.to(dtype), condition.motion_bucket_B, deep)
         return output[:, :, 1:]
 
     def finish(self, x_0: Tensor, condition: Condition) -> Tensor:

@@ -8,24 +8,31 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cinemo.networks.memory import lean, recomputed
+
 ROTARY_DIM = 32
 DISTANCE_BUCKETS = 32
+
+
+# Keys and values (B, L, heads, d) of a text for each attention to it, see `Attention.keys_values`.
+TextKeysValues = Mapping[nn.Module, tuple[Tensor, Tensor]]
 
 
 class TemporalPositions(NamedTuple):
     """What temporal attention needs to know of N frame positions.
 
-    ``cos``, ``sin``: (N, 1, d) for heads of d channels; see `rotate`. ``buckets_NN``: bias row for (query i, key j).
+    ``turns``: (N, 1, 16, 2), cosine and sine for each pair of rotated channels. ``buckets_NN``: the bias row of
+    query i and key j.
     """
 
-    cos: Tensor
-    sin: Tensor
+    turns: Tensor
     buckets_NN: Tensor
 
 
@@ -41,31 +48,46 @@ def distance_bucket(query: int, key: int) -> int:
     return bucket + 16 if key > query else bucket
 
 
-@functools.lru_cache(maxsize=64)
-def temporal_positions(frames: int, head_size: int, device: torch.device, dtype: torch.dtype) -> TemporalPositions:
+def temporal_positions(frames: int, device: torch.device, dtype: torch.dtype) -> TemporalPositions:
     """Tables for ``frames`` positions. Angles are at least float32: in half precision late positions blur."""
+    make = _positions if torch.compiler.is_compiling() else _kept_positions
+    return make(frames, device, dtype)
+
+
+def _positions(frames: int, device: torch.device, dtype: torch.dtype) -> TemporalPositions:
     wide = torch.promote_types(dtype, torch.float32)
+    angles = torch.arange(frames, dtype=wide, device="cpu")[:, None] * rotary_frequencies().to(wide)
+    turns = torch.stack([angles.cos(), angles.sin()], dim=2)[:, None]
+    buckets = [[distance_bucket(i, j) for j in range(frames)] for i in range(frames)]
+    return TemporalPositions(turns.to(device), torch.tensor(buckets, device=device))
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_positions(frames: int, device: torch.device, dtype: torch.dtype) -> TemporalPositions:
     # Kept for later calls, so it must not depend on the mode or default device of the first one.
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        angles = torch.arange(frames, dtype=wide)[:, None] * rotary_frequencies().to(wide)
-        unrotated = torch.zeros(frames, head_size - ROTARY_DIM, dtype=wide)
-        cos = torch.cat([angles.cos().repeat_interleave(2, dim=1), unrotated + 1], dim=1)
-        sin = torch.cat([torch.stack([-angles.sin(), angles.sin()], dim=2).flatten(1), unrotated], dim=1)
-        buckets = torch.tensor([[distance_bucket(i, j) for j in range(frames)] for i in range(frames)])
-        return TemporalPositions(cos[:, None].to(device, dtype), sin[:, None].to(device, dtype), buckets.to(device))
+        return _positions(frames, device, dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate interleaved pairs (x0, x1) of the first 32 channels of (B, N, heads, d): x0 cos - x1 sin, x1 cos + x0 sin.
 
-    The minus is in the ``sin`` table, whose rest is 0 (of ``cos``: 1), so other channels pass unchanged.
+    Where no gradient is asked for, ``x`` itself is changed.
     """
-    partner = x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
-    return torch.addcmul(x * cos, partner, sin)
+    pairs = x[..., :ROTARY_DIM].unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():  # compilers know no complex numbers
+        (x0, x1), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
+        turned = torch.stack([x0 * cos - x1 * sin, x1 * cos + x0 * sin], dim=-1)
+        return torch.cat([turned.flatten(-2).to(x.dtype), x[..., ROTARY_DIM:]], dim=-1)
+    turned = torch.view_as_real(torch.view_as_complex(pairs.to(turns.dtype)) * torch.view_as_complex(turns))
+    if not lean():
+        return torch.cat([turned.flatten(-2).to(x.dtype), x[..., ROTARY_DIM:]], dim=-1)
+    pairs.copy_(turned)
+    return x
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries (B, N, C) to ``context`` (B, L, D), or to themselves."""
+    """Multi-head attention of queries (B, N, C) to a context (B, L, D), or to themselves."""
 
     def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
         super().__init__()
@@ -75,10 +97,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width or width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        context = x if context is None else context
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        return self._mix(q, k, v, None)
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """``keys_values``: of a context, from `keys_values`; None: of ``x``."""
+        q = self.to_q(x).unflatten(-1, (self.heads, -1))
+        return self._mix(q, *(keys_values or self.keys_values(x)), None)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, L, heads, d) of ``context`` (B, L, D)."""
+        k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_k(context), self.to_v(context)))
+        return k, v
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Softmax attention of (B, N, heads, d); logits are scaled by d^-0.5."""
@@ -116,5 +143,7 @@ class TemporalAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.to_q(x), self.to_k(x), self.to_v(x)))
-        cos, sin, buckets_NN = temporal_positions(x.shape[1], q.shape[-1], x.device, q.dtype)
-        return self._mix(rotate(q, cos, sin), rotate(k, cos, sin), v, self.time_rel_pos_bias(buckets_NN))
+        turns, buckets_NN = temporal_positions(x.shape[1], x.device, q.dtype)
+        # A mask of four dimensions: for three, SDPA has no fused kernel.
+        bias = self.time_rel_pos_bias(buckets_NN)[None]
+        return recomputed(lambda q, k, v, bias: self._mix(rotate(q, turns), rotate(k, turns), v, bias), q, k, v, bias)

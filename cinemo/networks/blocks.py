@@ -3,6 +3,10 @@
 Activations are images (B*N, C, h, w), frames of an item one after another, in ``channels_last`` memory. In that layout
 the same bytes also are (B, C, N*h, w) for statistics over all frames and (B*N, h*w, C) for attention, so changing
 between them copies nothing; other layouts give the same numbers.
+
+Memory is what there is to win beside the kernels. Without gradients, activations are changed in place, and a
+transformer goes through them in pieces that stay in the cache (`residual`). With gradients, what a norm or an
+activation function makes for a convolution or matrix product is made again in the backward pass (`recomputed`).
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ from itertools import zip_longest
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cinemo.networks.attention import Attention, TemporalAttention
+from cinemo.networks.attention import Attention, TemporalAttention, TextKeysValues
+from cinemo.networks.memory import add, lean, recomputed, residual, silu
 
 
 def join_frames(x: Tensor, batch: int) -> Tensor:
@@ -55,11 +60,18 @@ class Resnet(nn.Module):
     def forward(self, x: Tensor, activated_embedding_BE: Tensor) -> Tensor:
         batch = len(activated_embedding_BE)
         frames = len(x) // batch
-        h = self.conv1(part_frames(F.silu(self.norm1(join_frames(x, batch))), frames))
-        h = join_frames(h, batch) + self.time_emb_proj(activated_embedding_BE)[:, :, None, None]
-        h = self.conv2(part_frames(F.silu(self.norm2(h)), frames))
-        out: Tensor = self.conv_shortcut(x) + h
-        return out
+
+        def first(x: Tensor) -> Tensor:
+            h: Tensor = self.conv1(part_frames(silu(self.norm1(join_frames(x, batch))), frames))
+            return h
+
+        def second(h: Tensor) -> Tensor:
+            out: Tensor = self.conv2(part_frames(silu(self.norm2(h)), frames))
+            return out
+
+        h = join_frames(recomputed(first, x), batch)
+        h = add(h, self.time_emb_proj(activated_embedding_BE)[:, :, None, None])
+        return add(recomputed(second, h), self.conv_shortcut(x))
 
 
 class Downsample(nn.Module):
@@ -89,9 +101,11 @@ class _GatedGelu(nn.Module):
         super().__init__()
         self.proj = nn.Linear(width, 2 * hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        out: Tensor = value * F.gelu(gate)
+    def forward(self, wide: Tensor) -> Tensor:
+        """Of what ``proj`` made: value * GELU(gate)."""
+        value, gate = wide.chunk(2, dim=-1)
+        gelu = F.gelu(gate)
+        out: Tensor = gelu.mul_(value) if lean() else gelu * value
         return out
 
 
@@ -101,9 +115,11 @@ class FeedForward(nn.Module):
         # The place of the published dropout, which is 0, is kept for the names in the state dict.
         self.net = nn.Sequential(_GatedGelu(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
+    def forward(self, y: Tensor, norm: nn.Module) -> Tensor:
+        """Of ``norm(y)``."""
+        gated, narrow = self.net[0], self.net[2]
+        wide = recomputed(lambda y: gated.get_submodule("proj")(norm(y)), y)
+        return recomputed(lambda wide: narrow(gated(wide)), wide)
 
 
 class TransformerBlock(nn.Module):
@@ -120,17 +136,21 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, y: Tensor, text_BLD: Tensor) -> Tensor:
-        """``y``: (B*N, h*w, C)."""
-        batch, images, cells = len(text_BLD), len(y), y.shape[1]
-        y = y + self.attn1(self.norm1(y))
-        y = y.reshape(batch, -1, y.shape[2])  # the text is the same for all frames of an item
-        y = y + self.attn2(self.norm2(y), text_BLD)
-        y = y.reshape(batch, -1, cells, y.shape[2])
-        along_time = self.attn_temp(self.norm_temp(y.transpose(1, 2)).flatten(0, 1))
-        y = y + along_time.reshape(batch, cells, *y.shape[1::2]).transpose(1, 2)
-        y = y + self.ff(self.norm3(y))
-        return y.reshape(images, cells, -1)
+    def forward(self, y: Tensor, text: Tensor | TextKeysValues) -> Tensor:
+        """``y``: (B*N, h*w, C), overwritten where no gradients are asked for."""
+        keys_values = self.attn2.keys_values(text) if isinstance(text, Tensor) else text[self.attn2]
+        (images, cells, width), batch = y.shape, len(keys_values[0])
+
+        def along_time(y: Tensor) -> Tensor:
+            z: Tensor = self.attn_temp(self.norm_temp(y.transpose(1, 2)).flatten(0, 1))
+            return z.reshape(batch, -1, *z.shape[1:]).transpose(1, 2)
+
+        y = residual(y, 0, lambda y: self.attn1(self.norm1(y)), widest=4)
+        y = y.reshape(batch, -1, width)  # the text is the same for all frames of an item
+        y = residual(y, 1, lambda y: self.attn2(self.norm2(y), keys_values), widest=3)
+        y = residual(y.reshape(batch, -1, cells, width), 2, along_time, widest=4)
+        y = residual(y.reshape(-1, width), 0, lambda y: self.ff(y, self.norm3), widest=8)
+        return y.reshape(images, cells, width)
 
 
 class Transformer(nn.Module):
@@ -143,13 +163,12 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, text_width)])
         self.proj_out = nn.Conv2d(width, width, 1)
 
-    def forward(self, x: Tensor, text_BLD: Tensor) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | TextKeysValues) -> Tensor:
         images, width, rows, columns = x.shape
         y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(images, rows * columns, width)
         for block in self.transformer_blocks:
-            y = block(y, text_BLD)
-        out: Tensor = x + self.proj_out(y.reshape(images, rows, columns, width).permute(0, 3, 1, 2))
-        return out
+            y = block(y, text)
+        return add(self.proj_out(y.reshape(images, rows, columns, width).permute(0, 3, 1, 2)), x)
 
 
 class Stage(nn.Module):

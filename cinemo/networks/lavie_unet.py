@@ -15,17 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cinemo.networks.attention import ROTARY_DIM
+from cinemo.networks.attention import ROTARY_DIM, TextKeysValues
 from cinemo.networks.blocks import (
     Downsample,
     Embedding,
     Resnet,
     Stage,
     Transformer,
+    TransformerBlock,
     Upsample,
     join_frames,
     part_frames,
 )
+from cinemo.networks.memory import silu
 from cinemo.types import InputError
 
 # Entries of published configuration files that this network has no other choice for.
@@ -155,11 +157,16 @@ class LavieUNet(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.conv_in.weight.dtype
 
+    def keys_values(self, text_states: Tensor) -> TextKeysValues:
+        """Keys and values of text states (B, L, D) for every attention to them: made once for all steps of a video."""
+        blocks = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        return {block.attn2: block.attn2.keys_values(text_states) for block in blocks}
+
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor | float,
-        text_states: Tensor,
+        text_states: Tensor | TextKeysValues,
         motion_ids: Tensor | None = None,
         deep: DeepFeatures | None = None,
     ) -> Tensor:
@@ -167,7 +174,7 @@ class LavieUNet(nn.Module):
 
         Args:
             timestep: a number, or a tensor of shape () or (B,).
-            text_states: (B, L, D), shared by all frames of an item; no mask.
+            text_states: (B, L, D), shared by all frames of an item; no mask. Or what `keys_values` made of them.
             motion_ids: (B,) any real values; None leaves the motion input out, which is LaVie.
             deep: features to use again, or to fill, of a call with the same batch and frames.
 
@@ -180,9 +187,17 @@ class LavieUNet(nn.Module):
             embedding = embedding + self.add_embedding(sinusoid(motion_ids, batch, self.motion_width, sample))
         embedding = F.silu(embedding)
 
-        def layer(x: Tensor, resnet: nn.Module, transformer: nn.Module | None) -> Tensor:
-            x = self._run(resnet, x, embedding)
-            return x if transformer is None else self._run(transformer, x, text_states)
+        def layer(modules: tuple[nn.Module, nn.Module | None], x: Tensor, skip: Tensor | None = None) -> Tensor:
+            resnet, transformer = modules
+
+            def run(x: Tensor, skip: Tensor | None) -> Tensor:
+                x = resnet(x if skip is None else torch.cat([x, skip], dim=1), embedding)
+                return x if transformer is None else transformer(x, text_states)
+
+            if not self.gradient_checkpointing or not torch.is_grad_enabled():
+                return run(x, skip)
+            out: Tensor = checkpoint(run, x, skip, use_reentrant=False, preserve_rng_state=False)
+            return out
 
         # (B, C, N, h, w) -> (B*N, C, h, w) with channels innermost, see `cinemo.networks.blocks`.
         x = sample.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)
@@ -190,42 +205,37 @@ class LavieUNet(nn.Module):
         skips = [x]
         if deep is not None and deep.kept is not None:
             for modules in list(cast(Stage, self.down_blocks[0]).layers())[: deep.depth - 1]:
-                x = layer(x, *modules)
+                x = layer(modules, x)
                 skips.append(x)
             x = deep.kept
             for modules in list(cast(Stage, self.up_blocks[-1]).layers())[-deep.depth :]:
-                x = layer(torch.cat([x, skips.pop()], dim=1), *modules)
+                x = layer(modules, x, skips.pop())
             return self._output(x, batch, frames)
 
         for stage in cast(Iterable[Stage], self.down_blocks):
             for modules in stage.layers():
-                x = layer(x, *modules)
+                x = layer(modules, x)
                 skips.append(x)
             for downsample in stage.downsamplers:
                 x = downsample(x)
                 skips.append(x)
 
         for modules in self.mid_block.layers():
-            x = layer(x, *modules)
+            x = layer(modules, x)
 
         for stage in cast(Iterable[Stage], self.up_blocks):
             for modules in stage.layers():
                 if deep is not None and len(skips) == deep.depth:
                     deep.kept = x
-                x = layer(torch.cat([x, skips.pop()], dim=1), *modules)
+                x = layer(modules, x, skips.pop())
             for upsample in stage.upsamplers:
                 x = upsample(x, skips[-1].shape[2:])
         return self._output(x, batch, frames)
 
     def _output(self, x: Tensor, batch: int, frames: int) -> Tensor:
-        x = F.silu(self.conv_norm_out(join_frames(x, batch)))
+        x = silu(self.conv_norm_out(join_frames(x, batch)))
         out: Tensor = self.conv_out(part_frames(x, frames))
         return out.reshape(batch, frames, *out.shape[1:]).transpose(1, 2)
-
-    def _run(self, module: nn.Module, *args: Any) -> Tensor:
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        out: Tensor = checkpoint(module, *args, use_reentrant=False) if recompute else module(*args)
-        return out
 
 
 def sinusoid(values: Tensor | float, batch: int, width: int, like: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ from cinemo.types import InputError
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _NAMES = (WEIGHTS_NAME, "diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 
+_SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
 
 def resolve(location: str) -> Path:
     """The local path of a weights location; s3:// is fetched to the local cache.
@@ -81,7 +83,7 @@ def load_unet(
         InputError: the file has missing, extra or misshapen entries, or cannot be read.
     """
     path = _weights_file(location)
-    state = _read(path, location)
+    state = _read(path, location, dtype)
     with torch.device("meta"):
         unet = LavieUNet(**config.model_dump())
     expected = unet.state_dict()
@@ -91,7 +93,8 @@ def load_unet(
         state |= _fresh_motion(config)
     _compare(state, expected, location)
     if dtype is not None:
-        state = {name: value.to(dtype) for name, value in state.items()}
+        for name in state:
+            state[name] = state[name].to(dtype)
     unet.load_state_dict(state, assign=True)
     return unet
 
@@ -136,12 +139,10 @@ def _weights_file(location: str) -> Path:
     return found[0]
 
 
-def _read(path: Path, location: str) -> dict[str, Tensor]:
+def _read(path: Path, location: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
+            state: Any = _read_safetensors(path, dtype)
         else:
             state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
@@ -152,6 +153,24 @@ def _read(path: Path, location: str) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{location}: expected a table of tensors, by name, at its top or under 'ema'")
     return dict(state)
+
+
+def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors as the file's own pages; where they must be cast, each from a mapping that is closed again, or the
+    file's pages would stay in memory beside the cast ones."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    state = {}
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+        stored = {file.get_slice(name).get_dtype() for name in names}
+    if dtype is None or stored == {_SAFETENSORS_NAMES.get(dtype)}:
+        return dict(load_file(path))
+    for name in names:
+        with safe_open(path, "pt") as file:
+            state[name] = file.get_tensor(name).to(dtype, copy=True)
+    return state
 
 
 def _fresh_motion(config: ModelConfig) -> dict[str, Tensor]:

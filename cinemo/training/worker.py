@@ -31,6 +31,7 @@ from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import load_unet
 from cinemo.training import checkpoints
 from cinemo.training.batch import TextStates, check_dataset, dataset_digest
@@ -251,6 +252,11 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: A
     # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
     torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
     method = build_method(recipe, _base_unet(recipe))
+    method.unet.gradient_checkpointing = recipe.train.gradient_checkpointing
+    if recipe.compile:
+        method.unet.compile(dynamic=False)
+    if device.type == "cpu":
+        keep_freed_memory()
     engine = Engine(method, recipe.train, device)
     text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device, engine.dtype))
 

@@ -1,0 +1,74 @@
+"""Memory of activations: overwritten where nobody asks for gradients, and made again where somebody does."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Values of the widest activation of a piece, see `residual`: per thread on a CPU (8 MB of float32), or on a GPU.
+_CPU_PIECE, _GPU_PIECE = 2**21, 2**28
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def lean() -> bool:
+    """Whether activations may be overwritten: nobody asks for gradients, and no compiler plans the memory instead."""
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``; what it makes on its way is made again for the backward pass instead of kept.
+
+    Args:
+        function: ends with a convolution or matrix product, which is not repeated.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*inputs)
+    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def add(own: Tensor, other: Tensor) -> Tensor:
+    """Their sum, in the memory of ``own`` where that is allowed."""
+    return own.add_(other) if lean() else own + other
+
+
+def silu(own: Tensor) -> Tensor:
+    return F.silu(own, inplace=lean())
+
+
+def residual(y: Tensor, dim: int, branch: Callable[[Tensor], Tensor], widest: int) -> Tensor:
+    """``y + branch(y)`` for a branch that treats the slices of ``y`` along ``dim`` independently.
+
+    Some slices at a time, so that what the branch makes stays small; without gradients in place.
+
+    Args:
+        widest: the branch's activations at one time, as a multiple of its input.
+    """
+    if torch.compiler.is_compiling():
+        return y + branch(y)
+    most = _CPU_PIECE * torch.get_num_threads() if y.device.type == "cpu" else _GPU_PIECE
+    if torch.is_grad_enabled():
+        most *= 4  # each piece adds to the weights' gradients
+    pieces = y.split(max(most * y.shape[dim] // (y.numel() * widest), 1), dim)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled():
+        return torch.cat([piece + branch(piece) for piece in pieces], dim)
+    for piece in pieces:
+        piece += branch(piece)
+    return y
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep up to 2 GB of freed memory for this process (Linux; elsewhere nothing happens).
+
+    By default every activation above 32 MB goes back to the system, which hands it out again page by page, zeroed:
+    on a CPU up to a fifth of the network's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

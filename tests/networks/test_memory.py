@@ -1,0 +1,129 @@
+"""What the blocks do about memory changes no number: against the published order of operations, in every mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peak_memory import PeakMemory
+from published_unet import published_forward
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cinemo.networks import memory
+from cinemo.networks.attention import _kept_positions
+from cinemo.networks.lavie_unet import LavieUNet
+
+SMALL = {
+    "block_out_channels": (64, 96),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 12,
+    "attention_head_dim": 2,
+    "addition_time_embed_dim": 16,
+}
+
+
+@pytest.fixture
+def unet() -> LavieUNet:
+    """Random weights everywhere, the zero-initialised ones too."""
+    torch.manual_seed(0)
+    network = LavieUNet(**SMALL).double()
+    for parameter in network.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+def inputs(batch: int = 2, frames: int = 5, h: int = 6, w: int = 7) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(batch, 4, frames, h, w, dtype=torch.float64, generator=generator)
+    text = torch.randn(batch, 9, 12, dtype=torch.float64, generator=generator)
+    return sample, torch.arange(batch) * 300 + 7, text, torch.arange(batch) * 5.0
+
+
+def gradients(unet: LavieUNet, forward: Callable[..., Tensor]) -> list[Tensor]:
+    """Of all parameters, the sample and the text, after the output."""
+    sample, t, text, motion = inputs()
+    wanted = [*unet.parameters(), sample.requires_grad_(), text.requires_grad_()]
+    out = forward(sample, t, text, motion)
+    return [out.detach(), *torch.autograd.grad((out * torch.linspace(-1, 2, out.shape[-1])).sum(), wanted)]
+
+
+@pytest.mark.parametrize("values", [1, 3000, 2**40])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_output_and_gradients_are_the_published_ones(
+    unet: LavieUNet, monkeypatch: pytest.MonkeyPatch, values: int, checkpointing: bool
+) -> None:
+    monkeypatch.setattr(memory, "_CPU_PIECE", values)
+    expected = gradients(unet, lambda *given: published_forward(unet, *given))
+    unet.gradient_checkpointing = checkpointing
+    for name, ours, theirs in zip(
+        ["output", *(name for name, _ in unet.named_parameters()), "sample", "text"],
+        gradients(unet, unet),
+        expected,
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("values", [1, 3000, 2**40])
+def test_without_gradients_the_output_is_the_same_and_the_inputs_stay(
+    unet: LavieUNet, monkeypatch: pytest.MonkeyPatch, values: int
+) -> None:
+    monkeypatch.setattr(memory, "_CPU_PIECE", values)
+    given = inputs()
+    expected = published_forward(unet, *given)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    with torch.no_grad():
+        for text in (given[2], unet.keys_values(given[2])):
+            for _ in range(2):
+                out = unet(given[0], given[1], text, given[3])
+                torch.testing.assert_close(out, expected, rtol=0, atol=1e-11)
+    for mine, original in zip(given, inputs(), strict=True):
+        assert torch.equal(mine, original)
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
+
+
+def test_bfloat16_is_as_close_to_float32_as_the_published_order(unet: LavieUNet) -> None:
+    sample, t, text, motion = (x.float() if x.is_floating_point() else x for x in inputs())
+    exact = unet.float()(sample, t, text, motion)
+    unet.bfloat16()
+    given = sample.bfloat16(), t, text.bfloat16(), motion
+    theirs = (published_forward(unet, *given).float() - exact).square().mean()
+    for enabled in (True, False):
+        with torch.set_grad_enabled(enabled):
+            ours = (unet(*given).float() - exact).square().mean()
+        assert ours < 1.2 * theirs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["sampling", "training", "gradient checkpointing"])
+def test_activations_of_the_full_network_take_less_than_0_7_of_the_published_ones(
+    mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # the size of a piece follows it
+    ours, published = (peak_activations(forward, mode, dtype) for forward in (LavieUNet.forward, published_forward))
+    assert 0 < ours < 0.7 * published, f"{ours / 1e9:.2f} GB against {published / 1e9:.2f} GB"
+
+
+def peak_activations(forward: Callable[..., Tensor], mode: str, dtype: torch.dtype) -> int:
+    """Bytes at 320x512, 16 frames, batch 1: everything but weights and their gradients."""
+    _kept_positions.cache_clear()  # no table of an earlier mode, and below none of this one
+    with FakeTensorMode():
+        torch.set_default_dtype(dtype)
+        try:
+            unet = LavieUNet(gradient_checkpointing=mode == "gradient checkpointing")
+        finally:
+            torch.set_default_dtype(torch.float32)
+        for parameter in unet.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        sample, text = torch.randn(1, 4, 16, 40, 64, dtype=dtype), torch.randn(1, 77, 768, dtype=dtype)
+        with PeakMemory() as memory_used, torch.set_grad_enabled(mode != "sampling"):
+            out = forward(unet, sample, 500, text, torch.tensor([5.0]))
+            if mode != "sampling":
+                out.float().square().mean().backward()
+        _kept_positions.cache_clear()
+        return memory_used.peak
