@@ -207,8 +207,6 @@ def test_frames_are_ordered_but_symmetric_without_positions(unet: LavieUNet) -> 
         positions = original(*args)
         still = torch.tensor([1.0, 0.0], dtype=torch.float64).expand_as(positions.turns)
         return attention.TemporalPositions(still.contiguous(), positions.buckets_NN * 0)
-            torch.tensor([1.0, 0.0]).double().expand_as(positions.turns).contiguous(), positions.buckets_NN * 0
-        )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "temporal_positions", unordered)
