@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 OUT   ?= demo
 CLIPS ?=
 
-.PHONY: setup demo test check format bench clean
+.PHONY: setup demo test check format bench bench-network clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,9 @@ format: setup
 
 bench: setup
 	$(PY) tests/bench.py
+
+bench-network: setup
+	$(PY) tests/bench_network.py
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

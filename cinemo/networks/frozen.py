@@ -15,8 +15,8 @@ from cinemo.types import InputError
 
 __all__ = ["TextEncoder", "Vae", "check_vae", "weights_digest"]
 
-_ENCODE_CHUNK = 16
-_DECODE_CHUNK = 8
+# Pixels that go through an autoencoder at once: 3 frames of 320x512 take SD's decoder 1.5 GB in float32.
+_CHUNK_PIXELS = 2**19
 # Frames the temporal decoder sees at once; fixed by the published pipeline, results depend on it.
 _TEMPORAL_CHUNK = 14
 
@@ -55,7 +55,7 @@ class Vae:
         """
         moments = [
             self.network.encode(chunk.to(self.network.device, self.network.dtype)).latent_dist
-            for chunk in torch.split(frames_NCHW, _ENCODE_CHUNK)
+            for chunk in torch.split(frames_NCHW, _chunk(*frames_NCHW.shape[2:]))
         ]
         latents = torch.cat([m.mean for m in moments]).float()
         if generator is not None:
@@ -79,11 +79,17 @@ class Vae:
         return result
 
     def _images(self, latents: Tensor) -> Iterator[Tensor]:
-        for chunk in torch.split(latents, _TEMPORAL_CHUNK if self.temporal else _DECODE_CHUNK):
+        height, width = (side * self.downscale for side in latents.shape[2:])
+        for chunk in torch.split(latents, _TEMPORAL_CHUNK if self.temporal else _chunk(height, width)):
             if self.temporal:
                 yield self.network.decode(chunk, num_frames=len(chunk)).sample
             else:
                 yield self.network.decode(chunk).sample
+
+
+def _chunk(height: int, width: int) -> int:
+    """Frames of this size that go through at once."""
+    return max(1, _CHUNK_PIXELS // (height * width))
 
 
 def check_vae(location: str) -> tuple[Path, str]:

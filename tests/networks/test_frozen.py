@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from goldens import golden_files
+from peak_memory import PeakMemory
 from tiny import WIDTH, save_encoders
 
 from cinemo.networks.frozen import TextEncoder, Vae
@@ -47,7 +48,8 @@ def test_encoding_is_scaled_and_frame_by_frame(vae: Vae) -> None:
     assert not latents.is_inference()  # they may be used in training
 
 
-def test_sampling_depends_on_the_generator_alone(vae: Vae) -> None:
+def test_sampling_depends_on_the_generator_alone(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cinemo.networks.frozen._CHUNK_PIXELS", 7 * 16 * 24)
     pixels = frames(20)  # more than one chunk
     first, again, other = (vae.encode(pixels, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
     assert torch.equal(first, again)
@@ -66,6 +68,19 @@ def test_plain_decoding_rounds_to_nearest(vae: Vae) -> None:
         images = vae.network.decode(latents / vae.network.config.scaling_factor).sample
     exact = ((images / 2 + 0.5) * 255).clamp(0, 255).permute(0, 2, 3, 1).numpy()
     assert np.abs(video - exact).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("coder", ["encode", "decode"])
+def test_memory_does_not_grow_with_the_number_of_frames(vae: Vae, monkeypatch: pytest.MonkeyPatch, coder: str) -> None:
+    monkeypatch.setattr("cinemo.networks.frozen._CHUNK_PIXELS", 4 * 16 * 24)
+    peaks, results = [], []
+    for count in (8, 32):
+        given = frames(count) if coder == "encode" else torch.randn(count, vae.latent_channels, 2, 3)
+        with PeakMemory() as memory:
+            results.append(getattr(vae, coder)(given))
+        peaks.append(memory.peak - count * 16 * 24 * 3 * 5)  # the frames themselves, once float and once bytes
+    assert [len(result) for result in results] == [8, 32]
+    assert peaks[1] < 1.1 * peaks[0]
 
 
 def test_temporal_decoding_goes_in_fourteens_and_truncates(encoders: Path) -> None:

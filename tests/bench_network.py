@@ -1,0 +1,176 @@
+"""`make bench-network`: the full-size network against the published order of operations; its part of BENCHMARKS.md.
+
+Both forwards run on the same weights in one process, in turns, on all cores, at 16 frames of 320x512. The first turn
+of each warms the memory up and is not counted. About an hour on two cores, in 24 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench import NETWORK_TITLE, table
+from peak_memory import PeakMemory
+from published_unet import published_forward
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from cinemo.networks.attention import _kept_positions
+from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.memory import keep_freed_memory
+
+ROOT = Path(__file__).resolve().parent.parent
+FORWARDS: dict[str, Callable[..., Tensor]] = {"published": published_forward, "ours": LavieUNet.forward}
+KERNELS = ("convolution", "addmm", "aten::mm", "bmm", "_scaled_dot_product", "gemm", "sdpa", "flash")
+SAMPLING, TRAINING, CHECKPOINTING = "sampling step", "forward + backward", "the same, gradient checkpointing"
+
+
+def network(dtype: torch.dtype, mode: str, device: str = "cpu") -> LavieUNet:
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            unet = LavieUNet(gradient_checkpointing=mode == CHECKPOINTING)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for parameter in unet.parameters():
+        parameter.grad = torch.zeros_like(parameter) if mode != SAMPLING else None
+    return unet
+
+
+def inputs(dtype: torch.dtype, size: tuple[int, int], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with torch.device(device):
+        sample, text = torch.randn(1, 4, 16, *size, dtype=dtype), torch.randn(1, 77, 768, dtype=dtype)
+        return sample, torch.full((1,), 500), text, torch.full((1,), 5.0)
+
+
+def step(forward: Callable[..., Tensor], unet: LavieUNet, mode: str, given: tuple[Tensor, ...]) -> None:
+    with torch.set_grad_enabled(mode != SAMPLING):
+        out = forward(unet, *given)
+        if mode != SAMPLING:
+            out.float().square().mean().backward()
+    if given[0].is_cuda:
+        torch.cuda.synchronize()
+
+
+def kernel_share(work: Callable[[], None], on_gpu: bool) -> float:
+    """The part of the time that is spent inside convolution, matrix and attention kernels."""
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiled:
+        work()
+    spent = {
+        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        for event in profiled.key_averages()
+    }
+    return sum(value for key, value in spent.items() if any(name in key for name in KERNELS)) / sum(spent.values())
+
+
+def peak_speed(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of the best of a large matrix product and a convolution: what this machine reaches at all."""
+    best = 0.0
+    with torch.device(device), torch.no_grad():
+        a, b, out = (torch.randn(2048, 2048, dtype=dtype) for _ in range(3))
+        image = torch.randn(8, 320, 40, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        weight = torch.randn(320, 320, 3, 3, dtype=dtype)
+    works: list[tuple[Callable[[], object], float]] = [
+        (lambda: torch.mm(a, b, out=out), 2 * 2048.0**3),
+        (lambda: torch.nn.functional.conv2d(image, weight, padding=1), 2 * 8 * 2560 * 320 * 320 * 9.0),
+    ]
+    for work, flops in works:
+        for _ in range(5):
+            begun = time.perf_counter()
+            work()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            best = max(best, flops / (time.perf_counter() - begun))
+    return best
+
+
+def measure(dtype: torch.dtype, mode: str, size: tuple[int, int], turns: int, device: str) -> list[tuple[str, ...]]:
+    unet, given = network(dtype, mode, device), inputs(dtype, size, device)
+    seconds: dict[str, list[float]] = {name: [] for name in FORWARDS}
+    for turn in range(turns + 1):
+        for name, forward in FORWARDS.items():
+            begun = time.perf_counter()
+            step(forward, unet, mode, given)
+            if turn:
+                seconds[name].append(time.perf_counter() - begun)
+    share = {n: kernel_share(lambda f=f: step(f, unet, mode, given), device != "cpu") for n, f in FORWARDS.items()}
+    del unet
+    gc.collect()
+    memory, flops = {}, 0
+    for name, forward in FORWARDS.items():
+        memory[name], flops = counted(forward, dtype, mode, size)
+    best = {name: min(values) for name, values in seconds.items()}
+    print(dtype, mode, size, {name: [f"{v:.1f}" for v in values] for name, values in seconds.items()}, flush=True)
+    return [
+        (
+            f"{mode}, {str(dtype).removeprefix('torch.')}, {8 * size[0]}x{8 * size[1]}",
+            f"{best['ours'] / best['published']:.2f}",
+            f"{memory['ours'] / memory['published']:.2f} ({memory['ours'] / 1e9:.1f} GB)",
+            f"{share['ours']:.3f}",
+            f"{share['published']:.3f}",
+            f"{flops / 1e12:.1f}",
+            f"{flops / best['ours'] / peak_speed(dtype, device):.2f}",
+        )
+    ]
+
+
+def counted(forward: Callable[..., Tensor], dtype: torch.dtype, mode: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Peak bytes of activations and FLOPs, without computing. Recomputation does not count as useful FLOPs."""
+    _kept_positions.cache_clear()
+    with FakeTensorMode():
+        unet, given = network(dtype, mode), inputs(dtype, size, "cpu")
+        with PeakMemory() as memory:
+            step(forward, unet, mode, given)
+        unet = network(dtype, SAMPLING)
+        with FlopCounterMode(display=False) as counter:
+            step(published_forward, unet, SAMPLING, given)
+    _kept_positions.cache_clear()
+    return memory.peak, counter.get_total_flops() * (1 if mode == SAMPLING else 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=2, help="counted runs of each; the best counts (default: 2)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    keep_freed_memory()
+    torch.manual_seed(0)
+    full, half = (40, 64), (20, 32)
+    cases = [(SAMPLING, full), (CHECKPOINTING, full), (TRAINING, half)]
+    if arguments.device != "cpu":
+        cases[2] = (TRAINING, full)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for mode, size in cases:
+            rows += measure(dtype, mode, size, arguments.turns, arguments.device)
+    name = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{platform.machine()} CPU"
+    text = NETWORK.format(device=f"{name}, {torch.get_num_threads()} threads") + table(HEAD, rows) + "\n"
+    print(text)
+    path = ROOT / "BENCHMARKS.md"
+    before = path.read_text().split(NETWORK_TITLE)[0].rstrip()
+    path.write_text(f"{before}\n\n{NETWORK_TITLE}\n{text}")
+
+
+HEAD = ("case", "time", "activations", "kernels' share", "of published", "TFLOP", "MFU")
+NETWORK = """
+Made with `make bench-network` on: {device}. Batch 1, 16 frames, against the published code's order of operations
+(`tests/published_unet.py`) on the same weights, in turns: time and activation memory (peak without weights and their
+gradients, counted from shapes) as a ratio to it; the share of the time inside convolution, matrix and attention
+kernels; FLOPs of one step, and those per second as a share of what the best large matrix product or convolution
+reaches here.
+
+"""
+
+
+if __name__ == "__main__":
+    main()
