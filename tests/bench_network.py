@@ -1,18 +1,20 @@
 """`make bench-network`: the full-size network against the published order of operations; its part of BENCHMARKS.md.
 
-Both forwards run on the same weights in one process, in turns, on all cores, at 16 frames of 320x512. The first turn
-of each warms the memory up and is not counted. About an hour on two cores, in 24 GB.
+Both forwards run on the same weights in one process, in turns, on all cores, at 16 frames. About half an hour on two
+cores, in 24 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench import NETWORK_TITLE, table
@@ -60,16 +62,19 @@ def step(forward: Callable[..., Tensor], unet: LavieUNet, mode: str, given: tupl
         torch.cuda.synchronize()
 
 
-def kernel_share(work: Callable[[], None], on_gpu: bool) -> float:
-    """The part of the time that is spent inside convolution, matrix and attention kernels."""
+def profiled(work: Callable[[], None], on_gpu: bool) -> tuple[float, float]:
+    """Seconds, and the part of the kernel or operator time inside convolution, matrix and attention kernels."""
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiled:
+    begun = time.perf_counter()
+    with profile(activities=[activity]) as found:
         work()
+        seconds = time.perf_counter() - begun
     spent = {
         event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        for event in profiled.key_averages()
+        for event in found.key_averages()
     }
-    return sum(value for key, value in spent.items() if any(name in key for name in KERNELS)) / sum(spent.values())
+    kernels = sum(value for key, value in spent.items() if any(name in key for name in KERNELS))
+    return seconds, kernels / sum(spent.values())
 
 
 def peak_speed(dtype: torch.dtype, device: str) -> float:
@@ -93,66 +98,72 @@ def peak_speed(dtype: torch.dtype, device: str) -> float:
     return best
 
 
-def measure(dtype: torch.dtype, mode: str, size: tuple[int, int], turns: int, device: str) -> list[tuple[str, ...]]:
+def measure(dtype: torch.dtype, mode: str, size: tuple[int, int], turns: int, device: str) -> tuple[str, ...]:
+    """A row of the table. The best of ``turns`` runs counts, by time."""
     unet, given = network(dtype, mode, device), inputs(dtype, size, device)
-    seconds: dict[str, list[float]] = {name: [] for name in FORWARDS}
-    for turn in range(turns + 1):
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in FORWARDS}
+    for _ in range(turns):
         for name, forward in FORWARDS.items():
-            begun = time.perf_counter()
-            step(forward, unet, mode, given)
-            if turn:
-                seconds[name].append(time.perf_counter() - begun)
-    share = {n: kernel_share(lambda f=f: step(f, unet, mode, given), device != "cpu") for n, f in FORWARDS.items()}
-    del unet
-    gc.collect()
-    memory, flops = {}, 0
-    for name, forward in FORWARDS.items():
-        memory[name], flops = counted(forward, dtype, mode, size)
-    best = {name: min(values) for name, values in seconds.items()}
-    print(dtype, mode, size, {name: [f"{v:.1f}" for v in values] for name, values in seconds.items()}, flush=True)
-    return [
-        (
-            f"{mode}, {str(dtype).removeprefix('torch.')}, {8 * size[0]}x{8 * size[1]}",
-            f"{best['ours'] / best['published']:.2f}",
-            f"{memory['ours'] / memory['published']:.2f} ({memory['ours'] / 1e9:.1f} GB)",
-            f"{share['ours']:.3f}",
-            f"{share['published']:.3f}",
-            f"{flops / 1e12:.1f}",
-            f"{flops / best['ours'] / peak_speed(dtype, device):.2f}",
-        )
-    ]
+            runs[name].append(profiled(functools.partial(step, forward, unet, mode, given), device != "cpu"))
+    print(dtype, mode, size, runs, flush=True)
+    (seconds, share), (their_seconds, their_share) = min(runs["ours"]), min(runs["published"])
+    memory, their_memory = (counted_memory(FORWARDS[name], dtype, mode, size) for name in ("ours", "published"))
+    flops = counted_flops(mode, size)
+    return (
+        f"{mode}, {str(dtype).removeprefix('torch.')}, {8 * size[0]}x{8 * size[1]}",
+        f"{seconds / their_seconds:.2f} ({seconds:.1f} s)",
+        f"{memory / their_memory:.2f} ({memory / 1e9:.1f} GB)",
+        f"{share:.3f}",
+        f"{their_share:.3f}",
+        f"{flops / 1e12:.1f}",
+        f"{flops / seconds / peak_speed(dtype, device):.2f}",
+    )
 
 
-def counted(forward: Callable[..., Tensor], dtype: torch.dtype, mode: str, size: tuple[int, int]) -> tuple[int, int]:
-    """Peak bytes of activations and FLOPs, without computing. Recomputation does not count as useful FLOPs."""
+def counted_memory(forward: Callable[..., Tensor], dtype: torch.dtype, mode: str, size: tuple[int, int]) -> int:
+    """Peak bytes of activations, without computing."""
     _kept_positions.cache_clear()
     with FakeTensorMode():
         unet, given = network(dtype, mode), inputs(dtype, size, "cpu")
         with PeakMemory() as memory:
             step(forward, unet, mode, given)
-        unet = network(dtype, SAMPLING)
-        with FlopCounterMode(display=False) as counter:
-            step(published_forward, unet, SAMPLING, given)
     _kept_positions.cache_clear()
-    return memory.peak, counter.get_total_flops() * (1 if mode == SAMPLING else 3)
+    return memory.peak
+
+
+def counted_flops(mode: str, size: tuple[int, int]) -> int:
+    """Of one step; the backward pass takes twice the forward pass, and what is recomputed is not useful."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FakeTensorMode():
+        unet, given = network(torch.float32, SAMPLING), inputs(torch.float32, size, "cpu")
+        with FlopCounterMode(display=False, custom_mapping={attention: sdpa_flops}) as counter:
+            step(published_forward, unet, SAMPLING, given)
+    return counter.get_total_flops() * (1 if mode == SAMPLING else 3)
+
+
+def sdpa_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    batch, heads, queries, width = q
+    return 2 * batch * heads * queries * k[2] * (width + v[3])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=2, help="counted runs of each; the best counts (default: 2)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     keep_freed_memory()
     torch.manual_seed(0)
     full, half = (40, 64), (20, 32)
-    cases = [(SAMPLING, full), (CHECKPOINTING, full), (TRAINING, half)]
-    if arguments.device != "cpu":
-        cases[2] = (TRAINING, full)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
-        for mode, size in cases:
-            rows += measure(dtype, mode, size, arguments.turns, arguments.device)
+        unet, given = network(dtype, TRAINING, arguments.device), inputs(dtype, half, arguments.device)
+        for forward in FORWARDS.values():  # the first run of all pays for kernels' set-up and for fresh memory
+            step(forward, unet, TRAINING, given)
+        del unet, given
+        large = half if arguments.device == "cpu" else full  # the published activations take 22 GB at full size
+        for mode, size, turns in ((SAMPLING, full, 2), (TRAINING, large, 2), (CHECKPOINTING, full, 1)):
+            rows.append(measure(dtype, mode, size, turns, arguments.device))
+            gc.collect()
     name = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{platform.machine()} CPU"
     text = NETWORK.format(device=f"{name}, {torch.get_num_threads()} threads") + table(HEAD, rows) + "\n"
     print(text)
