@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,3 +121,37 @@ def test_a_mapped_file_is_saved_as_it_was(state: State, tmp_path: Path) -> None:
     save_file(state, tmp_path / WEIGHTS_NAME)
     save_unet(load_unet(CONFIG, str(tmp_path)), tmp_path)  # onto itself
     assert all(torch.equal(value, state[name]) for name, value in load_file(tmp_path / WEIGHTS_NAME).items())
+
+
+MEASURED = """
+import sys, torch
+from cinemo.config import ModelConfig
+from cinemo.networks.weights import load_unet
+
+def peak():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+config = ModelConfig(block_out_channels=(160, 320, 640, 640))
+torch.zeros(1).half().float()
+before = peak()
+unet = load_unet(config, sys.argv[1], getattr(torch, sys.argv[2]))
+for parameter in unet.parameters():
+    parameter.detach().sum()  # a mapped page counts when it is read
+print((peak() - before) / sum(p.nbytes for p in unet.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc: Linux only")
+@pytest.mark.parametrize(
+    ("stored", "wanted"), [("float32", "float32"), ("float16", "float32"), ("float32", "bfloat16")]
+)
+def test_loading_takes_little_more_than_the_weights(stored: str, wanted: str, tmp_path: Path) -> None:
+    """A quarter of the published network, 0.9 GB in float32."""
+    unet = LavieUNet(**ModelConfig(block_out_channels=(160, 320, 640, 640)).model_dump())
+    state = {name: value.detach().to(getattr(torch, stored)) for name, value in unet.state_dict().items()}
+    save_file(state, tmp_path / WEIGHTS_NAME)
+    del unet, state
+    ratio = float(subprocess.check_output([sys.executable, "-c", MEASURED, str(tmp_path), wanted], text=True))
+    assert 0.9 < ratio < 1.15

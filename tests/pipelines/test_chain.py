@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cinemo.evaluation.metrics import psnr
 from cinemo.media.synthetic import render_clips
+from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames, read_metadata
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,6 +144,58 @@ def test_animate_writes_a_video_that_says_how_it_was_made(bundle: Path, clips: P
     first_run, second_run = np.load(tmp_path / "a.npz")["latents"], np.load(tmp_path / "b.npz")["latents"]
     assert first_run.shape == (16, 16, 8, 12)
     np.testing.assert_array_equal(first_run, second_run)
+
+
+def test_animate_edits_a_video_and_transfers_its_motion(bundle: Path, clips: Path, tmp_path: Path) -> None:
+    """The edited first frame stays; where the source moves most, the edited video does too, and not by chance."""
+    import PIL.Image
+
+    source, other = moving_clips(clips.parent, 2)
+    frames = read_frames(source, range(0, 64, 4))
+    edited = frames[0][..., ::-1]  # red and blue change places
+    PIL.Image.fromarray(edited).save(tmp_path / "edited.png")
+    arguments = ["--bundle", bundle, "--image", tmp_path / "edited.png", "--prompt", "the same in other colours"]
+    arguments += ["--source-video", source, "--source-prompt", "coloured shapes", "--source-interval", "4"]
+    arguments += ["--no-dct-init", "--steps", "20", "--output", tmp_path / "edited.mp4"]
+    command("animate", *arguments)
+    settings = json.loads(read_metadata(tmp_path / "edited.mp4")["comment"])
+    assert settings["source_prompt"] == "coloured shapes"
+    assert settings["guidance_scale"] == 1
+    made = read_frames(tmp_path / "edited.mp4", range(16))
+    assert psnr(made[0], resized(edited)) > 22
+    follows = correlation(change(made), change(np.stack([resized(frame) for frame in frames])))
+    chance = correlation(change(made), change(np.stack([resized(f) for f in read_frames(other, range(0, 64, 4))])))
+    assert follows > 0.5
+    assert follows > chance + 0.2
+
+    message = command("animate", *arguments, "--source-interval", "9", code=2)
+    assert "64 frames, recipe cinemo-tiny needs 136 (interval 9)" in message
+
+
+def moving_clips(directory: Path, count: int) -> list[Path]:
+    """The clips that change most between their first and last frame."""
+    found = {}
+    for path in sorted(directory.glob("*.mp4")):
+        if path.stat().st_size > 6000:
+            first, last = read_frames(path, [0, 60]).astype(float)
+            found[path] = np.abs(first - last).mean()
+    return sorted(found, key=lambda path: -found[path])[:count]
+
+
+def resized(frame: np.ndarray) -> np.ndarray:
+    pixels = prepare_image(np.ascontiguousarray(frame), (64, 96)).permute(1, 2, 0).numpy()
+    return ((pixels + 1) * 127.5).round().astype(np.uint8)
+
+
+def change(frames_FHWC: np.ndarray) -> np.ndarray:
+    """How far each 4x4 cell of each later frame is from the first frame."""
+    luma = frames_FHWC.astype(float).mean(axis=3)
+    cells = luma.reshape(len(luma), 16, 4, 24, 4).mean(axis=(2, 4))
+    return np.abs(cells[1:] - cells[0])
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
 @pytest.mark.parametrize(
