@@ -109,7 +109,13 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Softmax attention of (B, N, heads, d); logits are scaled by d^-0.5."""
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        if bias is not None and bias.requires_grad and bias.device.type == "cpu":
+            # No fused kernel there gives the bias a gradient, and SDPA's own way without one takes twice this.
+            logits = torch.add(bias, q @ k.transpose(-1, -2), alpha=q.shape[-1] ** -0.5)
+            mixed = logits.softmax(dim=-1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         out: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
         return out
 

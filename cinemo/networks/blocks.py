@@ -32,6 +32,15 @@ def part_frames(x: Tensor, frames: int) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(batch * frames, rows // frames, columns, width).permute(0, 3, 1, 2)
 
 
+def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """``conv(x)``, where the weights are the larger side with ``x`` in plain layout: they and their gradient would
+    otherwise be rearranged in every call."""
+    if 9 * conv.out_channels > x.numel() // x.shape[1]:
+        x = x.contiguous()
+    out: Tensor = conv(x)
+    return out
+
+
 class Embedding(nn.Module):
     """Two linear layers that turn a sinusoid into the conditioning vector of all resnets."""
 
@@ -62,12 +71,10 @@ class Resnet(nn.Module):
         frames = len(x) // batch
 
         def first(x: Tensor) -> Tensor:
-            h: Tensor = self.conv1(part_frames(silu(self.norm1(join_frames(x, batch))), frames))
-            return h
+            return convolved(self.conv1, part_frames(silu(self.norm1(join_frames(x, batch))), frames))
 
         def second(h: Tensor) -> Tensor:
-            out: Tensor = self.conv2(part_frames(silu(self.norm2(h)), frames))
-            return out
+            return convolved(self.conv2, part_frames(silu(self.norm2(h)), frames))
 
         h = join_frames(recomputed(first, x), batch)
         h = add(h, self.time_emb_proj(activated_embedding_BE)[:, :, None, None])
@@ -80,8 +87,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x)
-        return out
+        return convolved(self.conv, x)
 
 
 class Upsample(nn.Module):
@@ -92,8 +98,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        out: Tensor = self.conv(F.interpolate(x, size=size, mode="nearest"))
-        return out
+        return convolved(self.conv, F.interpolate(x, size=size, mode="nearest"))
 
 
 class _GatedGelu(nn.Module):

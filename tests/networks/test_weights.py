@@ -132,7 +132,7 @@ def peak():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
-config = ModelConfig(block_out_channels=(160, 320, 640, 640))
+config = ModelConfig(block_out_channels=(256, 512, 512, 512))
 torch.zeros(1).half().float()
 before = peak()
 unet = load_unet(config, sys.argv[1], getattr(torch, sys.argv[2]))
@@ -149,7 +149,7 @@ print((peak() - before) / sum(p.nbytes for p in unet.parameters()))
 )
 def test_loading_takes_little_more_than_the_weights(stored: str, wanted: str, tmp_path: Path) -> None:
     """A quarter of the published network, 0.9 GB in float32."""
-    unet = LavieUNet(**ModelConfig(block_out_channels=(160, 320, 640, 640)).model_dump())
+    unet = LavieUNet(**ModelConfig(block_out_channels=(256, 512, 512, 512)).model_dump())
     state = {name: value.detach().to(getattr(torch, stored)) for name, value in unet.state_dict().items()}
     save_file(state, tmp_path / WEIGHTS_NAME)
     del unet, state
