@@ -56,7 +56,8 @@ def residual(y: Tensor, dim: int, branch: Callable[[Tensor], Tensor], widest: in
         most *= 4  # each piece adds to the weights' gradients
     pieces = y.split(max(most * y.shape[dim] // (y.numel() * widest), 1), dim)  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled():
-        return torch.cat([piece + branch(piece) for piece in pieces], dim)
+        sums = [piece + branch(piece) for piece in pieces]
+        return torch.cat(sums, dim) if len(sums) > 1 else sums[0]
     for piece in pieces:
         piece += branch(piece)
     return y

@@ -14,6 +14,7 @@ from cinemo.bundle import MORE_MOTION, STILLER, ModelBundle, MotionScale, load_b
 from cinemo.evaluation.probe import IDS, judge, probe_motion_scale
 from cinemo.media.motion import UNIFORM_EDGES
 from cinemo.media.synthetic import render_clip
+from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.weights import load_unet
 from cinemo.recipes import cinemo_tiny
 
@@ -48,7 +49,10 @@ class _OtherScale(nn.Module):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def forward(self, sample: Tensor, t: Tensor, text: Tensor, ids: Tensor, deep: object = None) -> Tensor:
+    def keys_values(self, text: Tensor) -> TextKeysValues:
+        return self.unet.keys_values(text)
+
+    def forward(self, sample: Tensor, t: Tensor, text: TextKeysValues, ids: Tensor, deep: object = None) -> Tensor:
         return self.unet(sample, t, text, (20 * (1 - ids / 100) - 0.5).clamp(0, 19))
 
 
