@@ -26,15 +26,19 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parser(description: str | None, recipe: bool = True) -> argparse.ArgumentParser:
-    """An argument parser that shows every default, with ``--recipe`` and ``--set`` unless switched off."""
+def parser(description: str | None, recipe: str | None = "cinemo-tiny") -> argparse.ArgumentParser:
+    """An argument parser that shows every default, with ``--set`` and ``--recipe``, which is ``recipe`` unless given.
+
+    Args:
+        recipe: None leaves both flags out.
+    """
     epilog = None
     if recipe:
         epilog = "recipe keys for --set: " + ", ".join(keys())
     made = _Parser(description=description, epilog=epilog, formatter_class=_Help)
     if recipe:
         names = ", ".join(RECIPES)
-        made.add_argument("--recipe", default="cinemo-tiny", metavar="NAME|FILE", help=f"{names}, or a .json file")
+        made.add_argument("--recipe", default=recipe, metavar="NAME|FILE", help=f"{names}, or a .json file")
         made.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="change a recipe key"
         )

@@ -20,7 +20,7 @@ _RECIPE = "(default: what the bundle's recipe says)"
 
 
 def parser() -> argparse.ArgumentParser:
-    made = cli.parser(__doc__, recipe=False)
+    made = cli.parser(__doc__, recipe=None)
     made.add_argument("--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://")
     made.add_argument("--image", required=True, metavar="FILE", help="the picture, any size; also s3://")
     made.add_argument("--prompt", required=True, help="what happens")

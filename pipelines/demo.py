@@ -13,7 +13,7 @@ from cinemo.evaluation.demo import DemoSettings, run_demo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.parser(__doc__, recipe=False)
+    parser = cli.parser(__doc__, recipe=None)
     parser.add_argument("--output", default="demo", metavar="DIR", help="new, empty, or an earlier demo")
     parser.add_argument("--clips", metavar="DIR", help="a folder of videos to use; absent: clips are rendered")
     parser.add_argument("--count", type=int, default=96, help="clips to render")

@@ -9,7 +9,7 @@ from cinemo.evaluation.evaluate import evaluate
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.parser(__doc__, recipe=False)
+    parser = cli.parser(__doc__, recipe=None)
     parser.add_argument(
         "--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://"
     )

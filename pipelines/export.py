@@ -1,14 +1,18 @@
-"""Make a model bundle from a training checkpoint, or import published weights."""
+"""Make a model bundle from a training checkpoint, or import published weights.
+
+A checkpoint has its own recipe; --recipe and --set say what imported weights are, as far as their folder does not.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from cinemo import cli
+from cinemo.types import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.parser(__doc__, recipe=False)
+    parser = cli.parser(__doc__, recipe="cinemo-320x512")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--checkpoint", metavar="URI", help="a run's --output (its latest checkpoint) or one checkpoint"
@@ -28,13 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cinemo.bundle import MORE_MOTION, STILLER
     from cinemo.training import export  # late: --help and bad flags need no torch
 
+    recipe = cli.recipe_of(arguments)
     if arguments.checkpoint:
+        if arguments.assignments:
+            raise InputError(
+                "--set: a checkpoint has its own recipe; expected --set with --from-cinemo or --from-lavie"
+            )
         made = export.from_checkpoint(arguments.checkpoint, arguments.output)
     elif arguments.from_cinemo:
         scale = {"more": MORE_MOTION, "stiller": STILLER}[arguments.motion_scale]
-        made = export.from_cinemo(arguments.from_cinemo, arguments.output, scale)
+        made = export.from_cinemo(arguments.from_cinemo, arguments.output, recipe, scale)
     else:
-        made = export.from_lavie(arguments.from_lavie, arguments.output)
+        made = export.from_lavie(arguments.from_lavie, arguments.output, recipe)
     print(f"{arguments.output}: {made}")
 
 

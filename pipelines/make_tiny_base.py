@@ -17,7 +17,7 @@ VIEWS = 4
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.parser(__doc__, recipe=False)
+    parser = cli.parser(__doc__, recipe=None)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where unet/ and the stages go")
     parser.add_argument("--count", type=int, default=1600, help="clips to render")
     parser.add_argument("--clips", type=Path, metavar="DIR", help="folder of real videos to use beside them")

@@ -10,7 +10,7 @@ from cinemo.types import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.parser(__doc__, recipe=False)
+    parser = cli.parser(__doc__, recipe=None)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where vae/, text_encoder/ ... go")
     parser.add_argument(
         "--clips", type=Path, metavar="DIR", help="folder of real videos; without it, rendered ones only"

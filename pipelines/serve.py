@@ -8,7 +8,7 @@ from cinemo import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.parser(__doc__, recipe=False)
+    parser = cli.parser(__doc__, recipe=None)
     parser.add_argument(
         "--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://"
     )

@@ -54,6 +54,7 @@ def inputs(dtype: torch.dtype, size: tuple[int, int], device: str) -> tuple[Tens
 
 
 def step(forward: Callable[..., Tensor], unet: LavieUNet, mode: str, given: tuple[Tensor, ...]) -> None:
+    """One step; gradients that are there are added to, as in accumulation."""
     with torch.set_grad_enabled(mode != SAMPLING):
         out = forward(unet, *given)
         if mode != SAMPLING:
@@ -104,6 +105,7 @@ def measure(dtype: torch.dtype, mode: str, size: tuple[int, int], turns: int, de
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in FORWARDS}
     for _ in range(turns):
         for name, forward in FORWARDS.items():
+            unet.zero_grad()  # a step begins without gradients, and nothing is added to them
             runs[name].append(profiled(functools.partial(step, forward, unet, mode, given), device != "cpu"))
     print(dtype, mode, size, runs, flush=True)
     (seconds, share), (their_seconds, their_share) = min(runs["ours"]), min(runs["published"])
@@ -158,6 +160,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         unet, given = network(dtype, TRAINING, arguments.device), inputs(dtype, half, arguments.device)
         for forward in FORWARDS.values():  # the first run of all pays for kernels' set-up and for fresh memory
+            unet.zero_grad()
             step(forward, unet, TRAINING, given)
         del unet, given
         large = half if arguments.device == "cpu" else full  # the published activations take 22 GB at full size
@@ -165,7 +168,7 @@ def main() -> None:
             rows.append(measure(dtype, mode, size, turns, arguments.device))
             gc.collect()
     name = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{platform.machine()} CPU"
-    text = NETWORK.format(device=f"{name}, {torch.get_num_threads()} threads") + table(HEAD, rows) + "\n"
+    text = NETWORK.format(device=f"{name}, threads: {torch.get_num_threads()}") + table(HEAD, rows) + "\n"
     print(text)
     path = ROOT / "BENCHMARKS.md"
     before = path.read_text().split(NETWORK_TITLE)[0].rstrip()

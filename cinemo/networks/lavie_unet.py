@@ -31,7 +31,7 @@ from cinemo.networks.memory import silu
 from cinemo.types import InputError
 
 # Entries of published configuration files that this network has no other choice for.
-_ONLY: dict[str, Any] = {
+ONLY: dict[str, Any] = {
     "center_input_sample": False,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -88,8 +88,8 @@ class LavieUNet(nn.Module):
     ) -> None:
         super().__init__()
         for key, value in published.items():
-            if key != "sample_size" and (key not in _ONLY or value != _ONLY[key]):
-                expected = f"expected {_ONLY[key]!r}" if key in _ONLY else "no such setting"
+            if key != "sample_size" and (key not in ONLY or value != ONLY[key]):
+                expected = f"expected {ONLY[key]!r}" if key in ONLY else "no such setting"
                 raise InputError(f"UNet config: {key} is {value!r}; {expected}: remove it")
         widths, heads, groups = tuple(block_out_channels), attention_head_dim, norm_num_groups
         for width in widths:

@@ -20,7 +20,7 @@ from cinemo import storage
 from cinemo.config import ModelConfig
 from cinemo.networks.attention import rotary_frequencies
 from cinemo.networks.blocks import Embedding
-from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.lavie_unet import ONLY, LavieUNet
 from cinemo.types import InputError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -55,18 +55,32 @@ def weights_digest(location: str) -> str:
     return digest.hexdigest()
 
 
-def read_config(directory: Path, location: str) -> dict[str, Any]:
+def read_config(directory: Path, location: str, name: str = "config.json") -> dict[str, Any]:
     """The ``config.json`` of a network's directory."""
-    path = directory / "config.json"
+    path = directory / name
     if not path.is_file():
-        raise InputError(
-            f"{location}: config.json is missing there; expected a network's directory in diffusers layout"
-        )
+        raise InputError(f"{location}: {name} is missing there; expected a network's directory in diffusers layout")
     try:
         values = json.loads(path.read_text())
     except ValueError as error:
-        raise InputError(f"{location}: config.json is not JSON ({error})") from None
-    return dict(values)
+        raise InputError(f"{location}: {name} is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{location}: {name} holds a {type(values).__name__}, expected an object")
+    return values
+
+
+def published_config(values: Mapping[str, Any], location: str) -> dict[str, Any]:
+    """The entries of a published UNet's ``config.json`` that `ModelConfig` has.
+
+    Others are names of classes, or settings that change no result where the weights fit.
+
+    Raises:
+        InputError: an entry asks for what this network cannot do.
+    """
+    for key, only in ONLY.items():
+        if values.get(key) not in (None, only):
+            raise InputError(f"{location}: config.json has {key} = {values[key]!r}, this network has {only!r} only")
+    return {name: values[name] for name in ModelConfig.model_fields if values.get(name) is not None}
 
 
 def load_unet(

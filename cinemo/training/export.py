@@ -14,8 +14,7 @@ from cinemo import storage
 from cinemo.bundle import MORE_MOTION, save_bundle
 from cinemo.config import Recipe, parse_recipe
 from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.weights import load_unet, resolve, save_unet, weights_digest
-from cinemo.recipes import cinemo_320x512
+from cinemo.networks.weights import load_unet, published_config, read_config, resolve, save_unet, weights_digest
 from cinemo.training import checkpoints
 from cinemo.training.engine import import_deepspeed, state_directory
 from cinemo.types import InputError, keyed_seed
@@ -27,6 +26,7 @@ _PUBLISHED = {
     "text_encoder": "text_encoder",
     "tokenizer": "tokenizer",
 }
+_SCHEDULER = "scheduler_config.json"
 
 
 def from_checkpoint(location: str, output: str) -> str:
@@ -70,15 +70,17 @@ def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
     return unet
 
 
-def from_cinemo(folder: str, output: str, scale: str = MORE_MOTION) -> str:
-    """Write the bundle of the published Cinemo weights: a folder with unet, vae, [vae_temporal_decoder], text_encoder
-    and tokenizer, each in diffusers layout.
+def from_cinemo(folder: str, output: str, recipe: Recipe, scale: str = MORE_MOTION) -> str:
+    """Write the bundle of the published Cinemo weights: a folder with unet, vae, [vae_temporal_decoder], text_encoder,
+    tokenizer and [scheduler], each in diffusers layout.
 
     Args:
+        recipe: what the folder does not say: size, frames, noise levels (the published pipeline sets its own as well),
+            sampling defaults. The network is what ``unet/config.json`` says, where that is there.
         scale: of its motion ids (`cinemo.bundle.MotionScale`); ``pipelines/probe_motion.py`` measures which it is.
 
     Raises:
-        InputError: a part is missing, or the weights do not fit the published network.
+        InputError: a part is missing, or the weights do not fit the network.
     """
     target, root = _target(output), resolve(folder)
     missing = [name for name in ("unet", *_PUBLISHED.values()) if not (root / name).is_dir()]
@@ -88,29 +90,35 @@ def from_cinemo(folder: str, output: str, scale: str = MORE_MOTION) -> str:
             f"{folder}: {', '.join(sorted(set(missing) - optional))} missing; expected a folder with unet, vae, "
             "vae_temporal_decoder, text_encoder and tokenizer"
         )
-    recipe = cinemo_320x512()
     places = {field: None if name in missing else str(root / name) for field, name in _PUBLISHED.items()}
-    recipe = recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update=places)})
+    values = recipe.model_dump(mode="json")
+    values["encoders"] |= places
+    if (root / "unet" / "config.json").is_file():
+        values["model"] |= published_config(read_config(root / "unet", f"{folder}/unet"), f"{folder}/unet")
+    if (root / "scheduler" / _SCHEDULER).is_file():
+        stored = read_config(root / "scheduler", f"{folder}/scheduler", _SCHEDULER)
+        values["diffusion"]["prediction"] = "v" if stored.get("prediction_type") == "v_prediction" else "epsilon"
+    recipe = parse_recipe(values, folder)
     unet = load_unet(recipe.model, str(root / "unet"), torch.float32)
     provenance = {"source": "published Cinemo weights", "unet": weights_digest(str(root / "unet"))}
     digest = save_bundle(target, recipe, unet, provenance, scale)
     return f"bundle {digest[:12]} of published weights ({recipe.name}), motion ids taken as {scale}"
 
 
-def from_lavie(file: str, output: str) -> str:
+def from_lavie(file: str, output: str, recipe: Recipe) -> str:
     """Write LaVie's base weights as a folder to start training from; the motion network they lack starts at zero.
 
     Raises:
-        InputError: not a LaVie checkpoint.
+        InputError: not a LaVie checkpoint of the recipe's network.
     """
     target = _target(output)
     if target.is_dir() and any(target.iterdir()):
         raise InputError(f"{output}: is not empty; choose another --output")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(0, "weights"))
-        unet = load_unet(cinemo_320x512().model, file, torch.float32, motion_optional=True)
+        unet = load_unet(recipe.model, file, torch.float32, motion_optional=True)
     save_unet(unet, target)
-    return f"UNet weights; train with --recipe cinemo-320x512 --set train.init={output}"
+    return f"UNet weights; train with --recipe {recipe.name} --set train.init={output}"
 
 
 def _target(output: str) -> Path:

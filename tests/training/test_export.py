@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cinemo import storage
+from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle
 from cinemo.config import Recipe, TrainConfig
 from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import load_unet, save_unet
+from cinemo.recipes import cinemo_320x512
 from cinemo.training import checkpoints, export
 from cinemo.training.batch import host_batch
 from cinemo.training.engine import Engine
 from cinemo.types import Condition, InputError, LatentBatch
 from tests.training.conftest import moving_samples
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMethod, Recipe]:
@@ -93,33 +100,57 @@ def _published(small: Recipe, root: Path) -> LavieUNet:
     return unet
 
 
-def test_published_cinemo_weights(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "cinemo_320x512", lambda: small)  # the published size does not fit a test
-    unet = _published(small, tmp_path / "published")
-    assert "published weights" in export.from_cinemo(str(tmp_path / "published"), str(tmp_path / "bundle"))
+def test_published_cinemo_weights(small: Recipe, tmp_path: Path) -> None:
+    published = tmp_path / "published"
+    unet = _published(small, published)
+    # As a released folder has them: pickled, without rotary tables, beside a config with entries of its own library.
+    state = {name: value for name, value in unet.state_dict().items() if not name.endswith("rotary_emb.freqs")}
+    (published / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(state, published / "unet" / "diffusion_pytorch_model.bin")
+    stored = json.loads((published / "unet" / "config.json").read_text())
+    stored |= {"_class_name": "UNet3DConditionModel", "mid_block_type": "UNetMidBlock3DCrossAttn", "act_fn": "silu"}
+    (published / "unet" / "config.json").write_text(json.dumps(stored))
+    storage.write_json(str(published / "scheduler" / "scheduler_config.json"), {"prediction_type": "v_prediction"})
+
+    words = ["--from-cinemo", published, "--output", tmp_path / "bundle", "--set", "data.size=[32,32]"]
+    runpy.run_path(str(ROOT / "pipelines/export.py"))["main"]([*map(str, words), "--set", "data.frames=4"])
     bundle = load_bundle(tmp_path / "bundle")
     for name, value in unet.state_dict().items():
         assert torch.equal(bundle.method.unet.state_dict()[name], value)
+    assert bundle.recipe.model == small.model
+    assert (bundle.recipe.data.size, bundle.recipe.diffusion.prediction) == ((32, 32), "v")
     assert bundle.recipe.encoders.vae_decoder == "vae_temporal_decoder"
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    assert animate(bundle, AnimateRequest(image, "a", steps=2)).frames_FHWC.shape == (4, 32, 32, 3)
 
-    shutil.rmtree(tmp_path / "published" / "tokenizer")
+    paper = cinemo_320x512()
+    (published / "unet" / "config.json").write_text(json.dumps(stored | {"flip_sin_to_cos": False}))
+    with pytest.raises(InputError, match=r"unet: config.json has flip_sin_to_cos = False, this network has True only"):
+        export.from_cinemo(str(published), str(tmp_path / "other"), paper)
+    (published / "unet" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"do not fit the recipe's model \(\d+ entries\): missing down_blocks"):
+        export.from_cinemo(str(published), str(tmp_path / "other"), paper)
+    shutil.rmtree(published / "tokenizer")
     with pytest.raises(InputError, match=r"published: tokenizer missing; expected a folder with unet"):
-        export.from_cinemo(str(tmp_path / "published"), str(tmp_path / "other"))
+        export.from_cinemo(str(published), str(tmp_path / "other"), paper)
+    assert not (tmp_path / "other").exists()
 
 
-def test_lavie_weights_become_a_start(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "cinemo_320x512", lambda: small)
+def test_lavie_weights_become_a_start(small: Recipe, tmp_path: Path) -> None:
     torch.manual_seed(1)
     state = build_method(small).unet.state_dict()
     lavie = {name: value for name, value in state.items() if not name.startswith("add_embedding.")}
     torch.save({"ema": lavie}, tmp_path / "lavie_base.pt")
-    line = export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"))
+    line = export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"), small)
     assert "train.init=" in line
     unet = load_unet(small.model, str(tmp_path / "init"))
     assert torch.equal(unet.conv_in.weight, state["conv_in.weight"])
     assert not unet.add_embedding.linear_2.weight.any()
     first = storage.read_bytes(str(tmp_path / "init" / "diffusion_pytorch_model.safetensors"))
-    export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "again"))
+    export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "again"), small)
     assert storage.read_bytes(str(tmp_path / "again" / "diffusion_pytorch_model.safetensors")) == first
     with pytest.raises(InputError, match="is not empty"):
-        export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"))
+        export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"), small)
+    torch.save({**lavie, "more.weight": torch.zeros(1)}, tmp_path / "strange.pt")
+    with pytest.raises(InputError, match=r"\(1 entries\): extra more.weight"):
+        export.from_lavie(str(tmp_path / "strange.pt"), str(tmp_path / "other"), small)
