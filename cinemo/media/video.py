@@ -229,6 +229,8 @@ def _fetched(uri: str) -> Iterator[Path]:
             yield path
     except FileNotFoundError:
         raise ClipError("open", "missing", f"{uri}: no such file") from None
+    except storage.AccessDenied as error:
+        raise ClipError("open", "denied", str(error)) from None
 
 
 @contextmanager
