@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cinemo.config import DataConfig
-from cinemo.media.video import cover, decode_clip, draw_view, probe, read_frames, read_metadata, write_video
+from cinemo.media.mp4 import read_metadata, write_video
+from cinemo.media.video import cover, decode_clip, draw_view, probe, read_frames
 from cinemo.types import Clip, ClipError, InputError
 
 HEIGHT, WIDTH = 64, 96
