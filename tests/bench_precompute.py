@@ -241,7 +241,7 @@ def shards(scratch: Path) -> tuple[list[Row], float]:
         lambda: [read_sample(data, members, k).latents_FCHW.view(np.uint8).sum() for k in range(256)],
     )
     rows = [
-        ("shard write: tar made and written", f"{raw / pieced:.2f} x raw", "0.90", f"{size:.0f} MB: {raw * 1e3:.0f} ms"),
+        ("shard write: tar made, written", f"{raw / pieced:.2f} x raw", "0.90", f"{size:.0f} MB: {raw * 1e3:.0f} ms"),
         ("shard commit: with sha256 and record", f"{raw / committed:.2f} x raw", "-", f"{committed * 1e3:.0f} ms"),
         ("sha256 of a shard", f"{hashed / raw:.1f} x raw write", "-", f"{size / hashed / 1e3:.1f} GB/s, OpenSSL"),
         ("indexed read from a mapped shard", f"{read_raw / read:.2f} x raw", "0.75", "every byte touched"),
