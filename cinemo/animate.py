@@ -32,8 +32,9 @@ from cinemo.diffusion.ddim import ddim_invert, ddim_sample
 from cinemo.diffusion.guidance import Predict, guided
 from cinemo.diffusion.multistep import multistep_sample
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket, strength_to_bucket
+from cinemo.media.mp4 import write_video
 from cinemo.media.transforms import prepare_image
-from cinemo.media.video import probe, read_frames, write_video
+from cinemo.media.video import probe, read_frames
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.lavie_unet import DeepFeatures

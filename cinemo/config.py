@@ -30,6 +30,8 @@ class DataConfig(Part):
     clips_per_shard: int = Field(256, ge=1)
     seed: int = Field(0, description="seed of every draw in precompute, with clip id and view as the key")
     decoder: Literal["pyav", "decord"] = "pyav"
+    clip_timeout: float = Field(120.0, gt=0, description="seconds a clip may take to decode; it is refused after them")
+    clip_memory: float = Field(4.0, gt=0, description="GiB of address space of the process that decodes")
     ssim: Literal["luma", "rgb"] = Field("luma", description="metric of the motion score; rgb = kornia reference")
     bucket_edges: tuple[float, ...] = Field(
         tuple(round(k / MOTION_BUCKETS, 6) for k in range(1, MOTION_BUCKETS)),

@@ -23,8 +23,9 @@ from cinemo.animate import (
     save_latents,
 )
 from cinemo.bundle import ModelBundle, load_bundle
+from cinemo.media.mp4 import read_metadata, write_video
 from cinemo.media.transforms import prepare_image
-from cinemo.media.video import probe, read_frames, read_metadata, write_video
+from cinemo.media.video import probe, read_frames
 from cinemo.types import Condition, InputError, keyed_generator
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)

@@ -33,7 +33,7 @@ ONLY_IN = {
     "fsspec": ["storage"],
     "boto3": ["storage"],
     "decord": ["media.video"],
-    "av": ["media.video"],
+    "av": ["media.timeline", "media.video", "media.mp4"],
     "webdataset": ["data.shards", "data.loader"],
     "diffusers": ["diffusion.multistep", "networks.frozen", "networks.weights", "training.export", "training.encoders"],
     "transformers": ["networks.frozen", "networks.weights", "training.export", "training.encoders"],

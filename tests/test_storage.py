@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
+import numpy as np
 import pytest
+from faulty_s3 import FAULTS, FaultyS3, faulty_s3
 
 from cinemo import storage
-from cinemo.types import InputError
+from cinemo.config import DataConfig
+from cinemo.media.video import decode_clip
+from cinemo.types import Clip, ClipError, InputError, RunError
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
@@ -103,3 +111,109 @@ def test_a_killed_writer_never_leaves_half_a_file(tmp_path: Path) -> None:
         content = target.read_bytes()
         assert len(content) == 4_000_000
         assert len(set(content)) == 1
+
+
+def test_pieces_are_written_as_one_file(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)  # S3's smallest part: 11 MB are a multipart upload
+    rng = np.random.default_rng(0)
+    pieces = [rng.bytes(int(size)) for size in [0, 1, *rng.integers(0, 9000, 2500)]]
+    uri = storage.join(root, "pieces.bin")
+    storage.write_bytes(uri, pieces)
+    assert len(b"".join(pieces)) > 11e6
+    assert storage.read_bytes(uri) == b"".join(pieces)
+    storage.write_bytes(uri, [])
+    assert storage.read_bytes(uri) == b""
+
+
+@pytest.fixture
+def through(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultyS3]]:
+    """Put a faulty proxy before the S3 server, for this process and those it starts."""
+    with contextlib.ExitStack() as stack:
+
+        def begin(**settings: Any) -> FaultyS3:
+            proxy = stack.enter_context(faulty_s3(s3_endpoint, **settings))
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            storage._s3.cache_clear()
+            return proxy
+
+        yield begin
+        monkeypatch.undo()
+        storage._s3.cache_clear()
+
+
+def _uploads() -> list[Any]:
+    return boto3.client("s3").list_multipart_uploads(Bucket="cinemo-test").get("Uploads") or []
+
+
+@pytest.mark.s3
+def test_faults_on_the_way_lose_nothing(
+    through: Callable[..., FaultyS3], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
+    proxy = through(seed=1, rates=dict.fromkeys(FAULTS, 0.06), delay=0.05)
+    root = "s3://cinemo-test/faults"
+    large = np.random.default_rng(1).bytes(16 << 20)
+    for number in range(20):
+        uri = storage.join(root, "small", f"{number}.json")
+        storage.write_json(uri, number)
+        assert storage.read_json(uri) == number
+        with storage.local_copy(uri) as path:
+            assert path.read_bytes() == f"{number}\n".encode()
+    for number in range(3):
+        storage.write_bytes(storage.join(root, f"{number}.bin"), [large[:7], large[7 + number :]])
+        assert storage.read_bytes(storage.join(root, f"{number}.bin")) == large[:7] + large[7 + number :]
+    assert storage.names(storage.join(root, "small")) == sorted(f"{number}.json" for number in range(20))
+    assert len(storage.names(root)) == 4
+    assert set(proxy.injected) == set(FAULTS), proxy.injected
+    storage.abort_uploads(root)
+    assert not _uploads()
+
+
+@pytest.mark.s3
+def test_unfinished_uploads_are_removed_and_others_left(s3_endpoint: str) -> None:
+    client = boto3.client("s3")
+    for key in ("mine/shards/a.tar", "mine/b", "mine-not/c"):
+        client.create_multipart_upload(Bucket="cinemo-test", Key=key)
+    try:
+        assert storage.abort_uploads("s3://cinemo-test/mine") == 2
+        assert [upload["Key"] for upload in _uploads()] == ["mine-not/c"]
+    finally:
+        storage.abort_uploads("s3://cinemo-test/mine-not")
+    assert storage.abort_uploads("s3://cinemo-test/mine") == 0
+
+
+@pytest.mark.s3
+def test_an_outage_ends_in_one_line_in_bounded_time(
+    through: Callable[..., FaultyS3], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    through(rates={"503": 1.0})
+    monkeypatch.setenv(storage.PATIENCE, "0.1")
+    begun = time.monotonic()
+    with pytest.raises(RunError, match=r"s3://cinemo-test/x: storage has failed for .* run the same command again"):
+        storage.write_bytes("s3://cinemo-test/x", b"x")
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.s3
+def test_what_waiting_does_not_mend_is_bad_input(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"nowhere/out.*bucket does not exist"):
+        storage.check_writable("s3://nowhere/out")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("s3://nowhere/x")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._s3.cache_clear()
+    with pytest.raises(InputError, match="NoCredentials"):
+        storage.write_bytes("s3://cinemo-test/x", b"")
+    storage._s3.cache_clear()
+
+
+@pytest.mark.s3
+def test_a_clip_that_is_denied_is_the_clips_fault(through: Callable[..., FaultyS3]) -> None:
+    through(rates={"403": 1.0})
+    with pytest.raises(storage.AccessDenied, match=r"s3://cinemo-test/x: access denied"):
+        storage.read_bytes("s3://cinemo-test/x")
+    with pytest.raises(ClipError) as refused:
+        decode_clip(Clip("x", "s3://cinemo-test/x.mp4", ""), DataConfig())
+    assert (refused.value.stage, refused.value.reason) == ("open", "denied")

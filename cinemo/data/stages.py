@@ -6,6 +6,7 @@ A row is one view of one clip. A clip that cannot be used keeps its rows, with t
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections import Counter
@@ -19,8 +20,9 @@ import torch
 
 from cinemo.config import DataConfig
 from cinemo.data import shards
+from cinemo.media.guard import Decode, Guard
 from cinemo.media.motion import mean_adjacent_ssim
-from cinemo.media.video import decode_clip
+from cinemo.media.video import decode_views, fetched
 from cinemo.networks.frozen import Vae
 from cinemo.types import Clip, ClipError, LatentSample, Refusal, keyed_generator
 
@@ -63,23 +65,24 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def decode(clips: pa.Table, data: DataConfig) -> pa.Table:
-    """Planned clips -> ``data.views`` rows each, with frames (uint8 ``FHWC``)."""
+def decode(clips: pa.Table, data: DataConfig, decode: Decode = decode_views) -> pa.Table:
+    """Planned clips -> ``data.views`` rows each, with frames (uint8 ``FHWC``), decoded in a process beside this one."""
     use_one_thread()
+    guard = _guard(data, decode)
     rows: list[Row] = []
+    frames_NFHWC = np.empty((clips.num_rows * data.views, data.frames, *data.size, 3), np.uint8)
+    count = 0
     for planned in clips.to_pylist():
         started = time.perf_counter()
         clip = Clip(**{name: planned[name] for name in ("clip_id", "uri", "caption", "start", "end")})
+        views: list[Row] = []
         try:
-            views: list[Row] = [
-                {
-                    "fps": view.fps,
-                    "frame_interval": view.frame_interval,
-                    "start_frame": view.start_frame,
-                    "frames": view.frames_FHWC,
-                }
-                for view in decode_clip(clip, data)
-            ]
+            # Fetched here, so that the time limit is the decoder's and not the storage's.
+            with fetched(clip.uri) as path:
+                for view in guard(path, clip):
+                    frames_NFHWC[count] = view.frames_FHWC
+                    count += 1
+                    views.append({name: getattr(view, name) for name in ("fps", "frame_interval", "start_frame")})
         except ClipError as error:
             views = [_fault(error)] * data.views
         seconds = (time.perf_counter() - started) / data.views
@@ -87,7 +90,16 @@ def decode(clips: pa.Table, data: DataConfig) -> pa.Table:
             {**planned, **view, "view": number, "decode_seconds": seconds, "score_seconds": 0.0, "encode_seconds": 0.0}
             for number, view in enumerate(views)
         ]
-    return _table(rows, DECODED, "frames")
+    valid = np.array([row.get("reason") is None for row in rows], bool)
+    offsets = np.append(0, np.cumsum(valid * frames_NFHWC[:1].nbytes)).astype(np.int64)
+    buffers = [pa.array(valid).buffers()[1], pa.py_buffer(offsets), pa.py_buffer(frames_NFHWC[:count])]
+    frames = pa.Array.from_buffers(pa.large_binary(), len(rows), buffers)  # without a copy
+    return pa.Table.from_pylist(rows, pa.schema(_ROW)).append_column(DECODED.field("frames"), frames)
+
+
+@functools.lru_cache(maxsize=1)
+def _guard(data: DataConfig, decode: Decode) -> Guard:
+    return Guard(data, decode)
 
 
 def score(decoded: pa.Table, data: DataConfig) -> pa.Table:

@@ -21,6 +21,7 @@ _KERNEL = cv2.getGaussianKernel(_WINDOW, _SIGMA, cv2.CV_32F)
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _LUMA = np.array([[0.299, 0.587, 0.114]], np.float32)  # ITU-R BT.601
 _MIDDLE = 128.0
+_CENTRED_LUMA = np.append(_LUMA, [[-_MIDDLE]], 1).astype(np.float32)
 
 
 def mean_adjacent_ssim(frames_FHWC_uint8: np.ndarray, metric: Literal["luma", "rgb"] = "luma") -> float:
@@ -68,30 +69,54 @@ def strength_to_bucket(strength: float) -> int:
     return round(strength * (MOTION_BUCKETS - 1))
 
 
+class _Moments:
+    """What one frame brings to both of its pairs: centred luma, its mean, and the frame's part of the denominators."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.luma, self.mean, self.bright, self.light, self.spread = (np.empty(shape, np.float32) for _ in range(5))
+
+
 def _luma_ssim(frames_FHWC: np.ndarray) -> float:
-    """Each frame is filtered once for its own moments, and once more with its neighbour for their covariance."""
-    before: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    """Each frame is filtered once for its own moments, and once more with its neighbour for their covariance.
+
+    All arithmetic goes into a few buffers that stay in the cache. Numerators and denominators are halved.
+    """
+    shape, edge = frames_FHWC.shape[1:3], _WINDOW // 2
+    now, before = _Moments(shape), _Moments(shape)
+    rgb_HWC = np.empty((*shape, 3), np.float32)
+    a, b = np.empty(shape, np.float32), np.empty(shape, np.float32)
     total = 0.0
-    for frame_HWC in frames_FHWC:
+    for number, frame_HWC in enumerate(frames_FHWC):
+        np.copyto(rgb_HWC, frame_HWC)
         # Centred, because float32 squares of 0..255 would lose the digits that the variances are made of.
-        luma_HW = cv2.transform(frame_HWC.astype(np.float32), _LUMA) - _MIDDLE
-        mean = _blur(luma_HW)
-        variance = _blur(luma_HW * luma_HW) - mean * mean
-        if before is not None:
-            other_HW, other_mean, other_variance = before
-            covariance = _blur(luma_HW * other_HW) - mean * other_mean
-            a, b = mean + _MIDDLE, other_mean + _MIDDLE
-            luminance = (2 * a * b + _C1) / (a * a + b * b + _C1)
-            structure = (2 * covariance + _C2) / (variance + other_variance + _C2)
-            total += float((luminance * structure).mean(dtype=np.float64))
-        before = luma_HW, mean, variance
+        cv2.transform(rgb_HWC, _CENTRED_LUMA, now.luma)
+        _blur(now.luma, now.mean)
+        cv2.add(now.mean, _MIDDLE, now.bright)
+        cv2.multiply(now.bright, now.bright, now.light)
+        cv2.add(now.light, _C1 / 2, now.light)
+        cv2.multiply(now.luma, now.luma, a)
+        _blur(a, now.spread, _C2 / 2)
+        cv2.multiply(now.mean, now.mean, a)
+        cv2.subtract(now.spread, a, now.spread)
+        if number:
+            cv2.multiply(now.luma, before.luma, a)
+            _blur(a, b, _C2 / 2)
+            cv2.multiply(now.mean, before.mean, a)
+            cv2.subtract(b, a, b)  # covariance + C2 / 2
+            cv2.multiply(now.bright, before.bright, a)
+            cv2.add(a, _C1 / 2, a)
+            cv2.multiply(a, b, b)
+            cv2.add(now.light, before.light, a)
+            cv2.divide(b, a, b)
+            cv2.add(now.spread, before.spread, a)
+            cv2.divide(b, a, b)
+            total += 2 * 2 * cv2.mean(b[edge:-edge, edge:-edge])[0]
+        now, before = before, now
     return total / (len(frames_FHWC) - 1)
 
 
-def _blur(image_HW: np.ndarray) -> np.ndarray:
-    edge = _WINDOW // 2
-    blurred_HW: np.ndarray = cv2.sepFilter2D(image_HW, -1, _KERNEL, _KERNEL)
-    return blurred_HW[edge:-edge, edge:-edge]
+def _blur(image_HW: np.ndarray, out_HW: np.ndarray, add: float = 0.0) -> None:
+    cv2.sepFilter2D(image_HW, -1, _KERNEL, _KERNEL, out_HW, delta=add)
 
 
 def _rgb_ssim(frames_FHWC: np.ndarray) -> float:

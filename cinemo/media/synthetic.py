@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from cinemo import storage
-from cinemo.media.video import write_video
+from cinemo.media.mp4 import write_video
 from cinemo.types import keyed_seed
 
 Canvas = np.ndarray  # HWC float32 in 0..1, periodic in both axes

@@ -9,7 +9,7 @@ from data.small_data import film
 from tiny import save_encoders
 
 from cinemo.config import Recipe, override
-from cinemo.media.video import write_video
+from cinemo.media.mp4 import write_video
 from cinemo.recipes import cinemo_tiny
 
 

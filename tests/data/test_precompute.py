@@ -23,7 +23,7 @@ from cinemo.data.estimate import plan_only
 from cinemo.data.loader import LatentLoader
 from cinemo.data.precompute import run
 from cinemo.data.shards import DatasetIndex, read_ledger
-from cinemo.media.video import write_video
+from cinemo.media.mp4 import write_video
 from cinemo.types import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,16 +15,37 @@ from data.small_data import LATENT_SHAPE, make_dataset, make_sample
 
 from cinemo import storage
 from cinemo.data.shards import DatasetIndex, commit, encode_tar, read_ledger, read_sample
-from cinemo.types import InputError, Refusal
+from cinemo.types import InputError, LatentSample, Refusal
+
+
+def tar_bytes(samples: list[LatentSample]) -> bytes:
+    return b"".join(encode_tar(samples)[0])
 
 
 def test_equal_samples_give_equal_bytes() -> None:
     samples = [make_sample(k) for k in range(3)]
-    assert encode_tar(samples) == encode_tar([make_sample(k) for k in range(3)])
+    assert tar_bytes(samples) == tar_bytes([make_sample(k) for k in range(3)])
+
+
+def test_bytes_are_those_of_tarfile_and_numpy() -> None:
+    samples = [make_sample(k) for k in range(3)]
+    file, data = io.BytesIO(), tar_bytes(samples)
+    with tarfile.open(fileobj=io.BytesIO(data)) as ours, tarfile.open(fileobj=file, mode="w") as theirs:
+        theirs.format = tarfile.USTAR_FORMAT
+        for member in ours:
+            content = ours.extractfile(member).read()  # type: ignore[union-attr]
+            if member.name.endswith(".npy"):
+                saved = io.BytesIO()
+                np.save(saved, samples[int(member.name[:9])].latents_FCHW)
+                content = saved.getvalue()
+            info = tarfile.TarInfo(member.name)
+            info.size = len(content)
+            theirs.addfile(info, io.BytesIO(content))
+    assert data == file.getvalue()[: len(data)]
 
 
 def test_tarfile_reads_a_shard() -> None:
-    data, _ = encode_tar([make_sample(k) for k in range(3)])
+    data = tar_bytes([make_sample(k) for k in range(3)])
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert tar.getnames()[:3] == ["000000000-0.json", "000000000-0.latents.npy", "000000001-0.json"]
         assert {(member.mtime, member.uid, member.mode) for member in tar} == {(0, 0, 0o644)}
@@ -46,8 +67,8 @@ def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
 
 
 def test_one_sample_by_its_offsets() -> None:
-    data, members = encode_tar([make_sample(k) for k in range(4)])
-    sample = read_sample(memoryview(data), members, 2)
+    pieces, members = encode_tar([make_sample(k) for k in range(4)])
+    sample = read_sample(memoryview(b"".join(pieces)), members, 2)
     np.testing.assert_array_equal(sample.latents_FCHW, make_sample(2).latents_FCHW)
     assert (sample.key, sample.clip_id, sample.ssim) == ("000000002-0", "clip.2/ü", make_sample(2).ssim)
 

@@ -16,7 +16,8 @@ from cinemo.data.manifest import read_manifest
 from cinemo.data.plan import Plan, make_plan
 from cinemo.data.shards import read_ledger
 from cinemo.media.motion import mean_adjacent_ssim
-from cinemo.media.video import decode_clip, write_video
+from cinemo.media.mp4 import write_video
+from cinemo.media.video import decode_clip
 from cinemo.types import Clip, keyed_generator
 
 

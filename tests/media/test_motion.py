@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 
 from cinemo.media.motion import bucket_to_strength, mean_adjacent_ssim, motion_bucket, strength_to_bucket
+from cinemo.media.video import read_frames
 from cinemo.types import InputError
 
 
@@ -34,6 +36,25 @@ def test_luma_is_skimage_gaussian_ssim(frames_FHWC: np.ndarray) -> None:
         for a, b in pairwise(luma)
     ]
     assert mean_adjacent_ssim(frames_FHWC) == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_luma_is_kornia_on_luma(frames_FHWC: np.ndarray) -> None:
+    from kornia.metrics import ssim
+
+    luma_F1HW = torch.from_numpy(frames_FHWC.astype(np.float64) @ [0.299, 0.587, 0.114])[:, None].float() / 255
+    expected = float(ssim(luma_F1HW[:-1], luma_F1HW[1:], 11, padding="valid").double().mean())
+    assert mean_adjacent_ssim(frames_FHWC) == pytest.approx(expected, abs=1e-4)
+
+
+def test_real_frames_score_as_with_skimage(real_clips: Path) -> None:
+    for name in ("bikes.mp4", "mma_test_mpeg4.avi"):
+        frames_FHWC = read_frames(real_clips / name, range(40, 56, 4), (320, 512))
+        luma = frames_FHWC.astype(np.float64) @ [0.299, 0.587, 0.114]
+        expected = [
+            structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255)
+            for a, b in pairwise(luma)
+        ]
+        assert mean_adjacent_ssim(frames_FHWC) == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_rgb_is_kornia(frames_FHWC: np.ndarray) -> None:

@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cinemo.config import DataConfig
-from cinemo.media.video import cover, decode_clip, draw_view, probe, read_frames, read_metadata, write_video
+from cinemo.media import timeline
+from cinemo.media.mp4 import read_metadata, write_video
+from cinemo.media.video import cover, decode_clip, draw_view, probe, read_frames
 from cinemo.types import Clip, ClipError, InputError
 
 HEIGHT, WIDTH = 64, 96
@@ -34,10 +36,11 @@ def encode(
     options: dict[str, str] | None = None,
     aspect: Fraction | None = None,
     rotation: int | None = None,
+    pix_fmt: str = "yuv420p",
 ) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
-        stream.height, stream.width, stream.pix_fmt = *frames_FHWC.shape[1:3], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = *frames_FHWC.shape[1:3], pix_fmt
         stream.options = {"mbtree": "0", **(options or {})} if codec == "libx264" else options or {}
         if aspect:
             stream.codec_context.sample_aspect_ratio = aspect
@@ -66,17 +69,27 @@ def linear(path: Path, wanted: list[int]) -> dict[int, np.ndarray]:
 
 REAL = [
     "bikes.mp4", "bottle_static.mp4", "car_12fps.mp4", "cogvideo_vp9.webm", "dj_video3_vertical.mp4", "dog.mp4",
-    "flower_vp8.webm", "mma_test_mpeg4.avi", "derived/dog_av1.mp4", "derived/dog_editlist.mp4", "derived/dog_hevc.mp4",
-    "derived/dog_start137.mkv",
+    "flower_vp8.webm", "juggle.mp4", "mma_test_mpeg4.avi", "people_walking_1080p.mp4", "sam2_promo_60fps.mp4",
+    "derived/dog_av1.mp4", "derived/dog_editlist.mp4", "derived/dog_hevc.mp4", "derived/dog_start137.mkv",
+    "derived/people_60fps_dup.mp4",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_files_frame_exact(real_clips: Path, name: str) -> None:
-    wanted = [0, 3, 41, 42, 77, 101]
-    expected = linear(real_clips / name, wanted)
-    for index, frame_HWC in zip(wanted, read_frames(real_clips / name, wanted), strict=True):
-        np.testing.assert_array_equal(frame_HWC, expected[index], err_msg=f"{name} frame {index}")
+    """Several drawn views of every file against a decode of everything, counted."""
+    path = real_clips / name
+    count = probe(path).frames
+    plans = []
+    for plan in range(3):
+        interval, start = draw_view(count, DataConfig(), f"{name} {plan}", 0)
+        # One plan near the beginning, so that every file's first and few of its last frames are among the wanted.
+        start = start if plan else 0
+        plans.append([start + k * interval for k in range(16)])
+    expected = linear(path, [index for plan in plans for index in plan])
+    for plan in plans:
+        for index, frame_HWC in zip(plan, read_frames(path, plan), strict=True):
+            np.testing.assert_array_equal(frame_HWC, expected[index], err_msg=f"{name} frame {index}")
 
 
 @pytest.mark.parametrize(
@@ -84,6 +97,8 @@ def test_real_files_frame_exact(real_clips: Path, name: str) -> None:
     [("bikes.mp4", 250), ("derived/dog_editlist.mp4", 226), ("mma_test_mpeg4.avi", 164), ("flower_vp8.webm", 150)],
 )
 def test_frame_count_is_what_a_decoder_shows(real_clips: Path, name: str, frames: int) -> None:
+    with av.open(str(real_clips / name)) as container:
+        assert sum(1 for _ in container.decode(container.streams.best("video"))) == frames
     assert probe(real_clips / name).frames == frames
 
 
@@ -95,6 +110,8 @@ def test_frame_count_is_what_a_decoder_shows(real_clips: Path, name: str, frames
         ("libvpx", "webm", {"auto-alt-ref": "1", "lag-in-frames": "16", "g": "20", "b": "200k"}),
         ("libx264", "ts", {"g": "12", "bf": "2"}),
         ("mpeg4", "avi", {"bf": "2", "g": "12"}),
+        ("libx264", "mp4", {"x264-params": "keyint=40:bframes=8:b-pyramid=normal:b-adapt=0:ref=6"}),
+        ("libx265", "mp4", {"x265-params": "keyint=12:bframes=3:log-level=none:pools=1"}),
     ],
 )
 def test_written_files_frame_exact(tmp_path: Path, codec: str, suffix: str, options: dict[str, str]) -> None:
@@ -107,6 +124,19 @@ def test_written_files_frame_exact(tmp_path: Path, codec: str, suffix: str, opti
         got = read_frames(path, wanted)
         for index, frame_HWC in zip(wanted, got, strict=True):
             np.testing.assert_array_equal(frame_HWC, everything[index])
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_ten_bits_are_the_same_frames(tmp_path: Path, codec: str) -> None:
+    options = {"libx264": {"bf": "3", "g": "12"}, "libx265": {"x265-params": "keyint=12:log-level=none:pools=1"}}[codec]
+    path = encode(tmp_path / "clip.mp4", noise(40), codec, options=options, pix_fmt="yuv420p10le")
+    everything = linear(path, list(range(40)))
+    wanted = [0, 7, 13, 25, 39]
+    got = read_frames(path, wanted).astype(int)
+    # Colours are rounded and interpolated otherwise than by the reference; other frames differ by far more.
+    errors = np.abs(got[:, None] - np.stack([everything[k] for k in range(40)])).mean((2, 3, 4))
+    assert errors.argmin(1).tolist() == wanted
+    assert errors.min(1).max() < 4
 
 
 def test_variable_frame_rate_counts_frames_not_time(tmp_path: Path) -> None:
@@ -154,6 +184,10 @@ def test_wide_pixels_widen_the_picture(tmp_path: Path) -> None:
     frame_HWC = read_frames(path, [1], (HEIGHT, 2 * WIDTH))[0]
     stretched = cv2.resize(read_frames(path, [1])[0], (2 * WIDTH, HEIGHT), interpolation=cv2.INTER_LINEAR)
     assert np.abs(frame_HWC.astype(int) - stretched).mean() < 5
+    # The same where only the video stream itself says so, and not the container.
+    path.write_bytes(path.read_bytes().replace(b"pasp", b"free"))
+    assert (probe(path).width, probe(path).height) == (2 * WIDTH, HEIGHT)
+    np.testing.assert_array_equal(read_frames(path, [1], (HEIGHT, 2 * WIDTH))[0], frame_HWC)
 
 
 @given(
@@ -217,6 +251,18 @@ def test_views_are_independent_and_seeded() -> None:
     assert draw_view(500, DataConfig(seed=1), "clip", 0) != draw_view(500, DataConfig(seed=2), "clip", 0)
 
 
+def test_a_view_is_the_same_whatever_is_decoded_beside_it(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.mp4", noise(90), options={"g": "20", "bf": "2"})
+    clip, data = Clip("a", str(path), ""), DataConfig(size=(32, 48))
+    eight = decode_clip(clip, data.model_copy(update={"views": 8}))
+    for views in (1, 2, 5):
+        for ours, theirs in zip(decode_clip(clip, data.model_copy(update={"views": views})), eight, strict=False):
+            np.testing.assert_array_equal(ours.frames_FHWC, theirs.frames_FHWC)
+            assert (ours.start_frame, ours.frame_interval) == (theirs.start_frame, theirs.frame_interval)
+    wanted = {view.start_frame + k * view.frame_interval for view in eight for k in range(16)}
+    assert len(wanted) < 8 * 16  # some frames are in several views
+
+
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 def test_decode_clip_gives_the_drawn_frames(tmp_path: Path, decoder: Any) -> None:
     path = encode(tmp_path / "clip.mp4", noise(120), options={"g": "20", "bf": "2"})
@@ -256,6 +302,9 @@ def test_faults_have_a_stage_and_a_reason(tmp_path: Path) -> None:
         "text.mp4": b"not a video\n" * 100,
         "cut.mp4": content[: len(content) // 2],
         "headless.mp4": content[2000:],
+        "huge.y4m": b"YUV4MPEG2 W16000 H16000 F25:1 C420jpeg\nFRAME\n" + bytes(5000),
+        "wide.y4m": b"YUV4MPEG2 W60000 H2 F25:1 C420jpeg\nFRAME\n" + bytes(5000),
+        "strip.y4m": b"YUV4MPEG2 W16000 H1 F25:1 C420jpeg\n" + (b"FRAME\n" + bytes(32000)) * 60,
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -280,6 +329,28 @@ def test_faults_have_a_stage_and_a_reason(tmp_path: Path) -> None:
     assert fault("headless.mp4") == ("open", "unreadable")
     assert fault("sound.mp4") == ("open", "no_video")
     assert fault("cut.mp4") == ("decode", "truncated")
+    assert fault("huge.y4m") == fault("wide.y4m") == ("open", "absurd_dimensions")
+    assert fault("strip.y4m") == ("decode", "absurd_dimensions")  # 1024000x64 would cover 96x64
+
+
+def test_dimensions_that_only_the_stream_admits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The header of a small picture in front of a large one: the decoder refuses, and a closer look says why."""
+    path = encode(tmp_path / "clip.mp4", noise(60, 128, 192))
+    content = path.read_bytes()
+    size = np.array([192, 128], ">u2").tobytes()
+    assert size in content
+    path.write_bytes(content.replace(size, np.array([32, 16], ">u2").tobytes()))
+    assert len(decode_clip(Clip("a", str(path), ""), DataConfig(size=(64, 96)))) == 1
+    monkeypatch.setattr(timeline, "MAX_PIXELS", 100 * 100)
+    with pytest.raises(ClipError, match=r"open: absurd_dimensions: .*192x128 pixels"):
+        decode_clip(Clip("a", str(path), ""), DataConfig(size=(64, 96)))
+
+
+def test_a_wrong_extension_is_no_fault(tmp_path: Path) -> None:
+    path = encode(tmp_path / "clip.mkv", noise(60))
+    right = decode_clip(Clip("a", str(path), ""), DataConfig(size=(64, 96)))
+    wrong = decode_clip(Clip("a", str(path.rename(tmp_path / "clip.avi")), ""), DataConfig(size=(64, 96)))
+    np.testing.assert_array_equal(right[0].frames_FHWC, wrong[0].frames_FHWC)
 
 
 def test_damaged_files_end_in_a_clip_error_or_in_frames(tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from cinemo.evaluation.metrics import psnr
+from cinemo.media.mp4 import read_metadata
 from cinemo.media.synthetic import render_clips
 from cinemo.media.transforms import prepare_image
-from cinemo.media.video import probe, read_frames, read_metadata
+from cinemo.media.video import probe, read_frames
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

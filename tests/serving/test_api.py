@@ -16,7 +16,8 @@ from PIL import Image
 from tiny import FRAMES, SIZE, tiny_bundle
 
 from cinemo.bundle import ModelBundle, load_bundle, read_card
-from cinemo.media.video import probe, read_metadata
+from cinemo.media.mp4 import read_metadata
+from cinemo.media.video import probe
 from cinemo.serving.api import Limits, build_api
 from cinemo.serving.jobs import JobStore
 from cinemo.serving.runner import JobRunner

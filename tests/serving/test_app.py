@@ -21,7 +21,8 @@ from PIL import Image
 from tiny import FRAMES, SIZE, tiny_bundle
 
 from cinemo.bundle import read_card
-from cinemo.media.video import probe, read_metadata
+from cinemo.media.mp4 import read_metadata
+from cinemo.media.video import probe
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,0 +1,186 @@
+"""Decoding in a process of its own: a file that crashes, hangs or bloats the decoder costs one clip, not the job.
+
+A Ray worker that a decoder kills is started again with the same clips, for ever. Notes of who died on what would have
+to be kept for every clip, and could not tell a crash from a machine that was taken away. A child process can: it lives
+as long as its parent and decodes one clip after another into shared memory, for less than a hundredth of the decoding
+time (BENCHMARKS.md). It is a fresh interpreter, never a fork: a Ray worker has threads that a fork would tear.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from cinemo.config import DataConfig
+from cinemo.media.video import decode_views
+from cinemo.types import Clip, ClipError, Frames
+
+Decode = Callable[[Path, Clip, DataConfig, np.ndarray], list[Frames]]
+
+_START_SECONDS = 300.0
+# A child killed from outside (a machine short of memory, an operator) is no verdict on the clip, up to a point.
+_ATTEMPTS = 4
+_PR_SET_PDEATHSIG = 1
+
+
+class Guard:
+    """Calls ``decode`` (a function of a module) in a child process, one clip at a time.
+
+    A crash or a hang is believed only of a fresh child: one that decoded other clips before gets a second chance, so
+    that no clip is refused for what an earlier one broke.
+    """
+
+    def __init__(self, data: DataConfig, decode: Decode = decode_views) -> None:
+        self.data, self.decode = data, decode
+        self.lock = threading.Lock()
+        self.child: _Child | None = None
+
+    def __call__(self, path: Path, clip: Clip) -> list[Frames]:
+        """The views of a clip in a local file; their pixels are overwritten by the next call.
+
+        Raises:
+            ClipError: what ``decode`` raised; or ``decoder_crash``, ``decoder_hang`` (``data.clip_timeout`` seconds),
+                ``out_of_memory`` (``data.clip_memory`` GiB) or ``decoder_error``, each of stage ``decode``.
+        """
+        with self.lock:
+            for attempt in range(_ATTEMPTS):
+                if self.child is None or self.child.process.poll() is not None:
+                    self.child = _Child(self.data, self.decode)
+                fresh, self.child.used = not self.child.used, True
+                begun = time.monotonic()
+                try:
+                    return self.child.ask(path, clip)
+                except ClipError:
+                    raise
+                except BaseException as error:
+                    # Whatever it is, an answer that still came would be taken for that of the next clip.
+                    self.child.end()
+                    self.child = None
+                    if not isinstance(error, _Broken):
+                        raise
+                    if fresh and (error.reason or attempt == _ATTEMPTS - 1):
+                        size = path.stat().st_size if path.is_file() else 0
+                        detail = f"{error} after {time.monotonic() - begun:.0f} s ({size} bytes)"
+                        raise ClipError("decode", error.reason or "decoder_crash", detail) from None
+        raise AssertionError("unreachable: every attempt but the first has a fresh child")
+
+
+class _Broken(Exception):
+    """A child that is of no more use; ``reason`` is empty where something else than the clip may have ended it."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+class _Child:
+    def __init__(self, data: DataConfig, decode: Decode) -> None:
+        self.timeout, self.used = data.clip_timeout, False
+        shape = (data.views, data.frames, *data.size, 3)
+        memory = os.memfd_create("cinemo-frames")
+        ours, theirs = socket.socketpair()
+        try:
+            os.ftruncate(memory, int(np.prod(shape)))
+            self.frames_VFHWC = _mapped(memory, shape)
+            command = "import sys; from cinemo.media.guard import serve; serve(*map(int, sys.argv[1:]))"
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", command, *map(str, (theirs.fileno(), memory, os.getpid()))],
+                pass_fds=(theirs.fileno(), memory),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        finally:
+            theirs.close()
+            os.close(memory)
+        self.connection = Connection(ours.detach())
+        self.end = weakref.finalize(self, _end, self.process, self.connection)
+        self.connection.send((data, decode, shape))
+        if not self.connection.poll(_START_SECONDS) or self._receive() is not True:
+            self.end()
+            raise RuntimeError(f"the decoding process did not start (exit status {self.process.returncode})")
+
+    def ask(self, path: Path, clip: Clip) -> list[Frames]:
+        """The answer; raises `ClipError`, or `_Broken`."""
+        try:
+            self.connection.send((path, clip))
+        except OSError:
+            raise _Broken("", "ended while it waited") from None
+        if not self.connection.poll(self.timeout):
+            raise _Broken("decoder_hang", "no answer")
+        answer = self._receive()
+        if isinstance(answer, ClipError):
+            if answer.reason == "out_of_memory":
+                raise _Broken(answer.reason, answer.detail)
+            raise answer
+        if not isinstance(answer, list):
+            status = self.process.wait()
+            ending = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            raise _Broken("" if status == -signal.SIGKILL else "decoder_crash", ending)
+        return [Frames(frames_FHWC, *view) for frames_FHWC, view in zip(self.frames_VFHWC, answer, strict=True)]
+
+    def _receive(self) -> object:
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            return None
+
+
+def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
+    process.kill()
+    process.wait()
+    connection.close()
+
+
+def _mapped(memory: int, shape: tuple[int, ...]) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(memory, int(np.prod(shape))), np.uint8).reshape(shape)
+
+
+def serve(channel: int, memory: int, parent: int) -> None:
+    """The child's life: clips in, frames into shared memory and what they are out, until the parent is gone."""
+    # The kernel ends it with the parent's thread that started it, also in the middle of a hang. Should that thread end
+    # before the process does, the next clip finds the child dead and starts another.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    cv2.setNumThreads(1)
+    connection = Connection(channel)
+    data, decode, shape = connection.recv()
+    limit = int(data.clip_memory * (1 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    frames_VFHWC = _mapped(memory, shape)
+    answer: object = True
+    while True:
+        connection.send(answer)
+        try:
+            path, clip = connection.recv()
+        except EOFError:
+            return
+        try:
+            views = decode(path, clip, data, frames_VFHWC)
+            answer = [(view.fps, view.frame_interval, view.start_frame) for view in views]
+        except ClipError as error:
+            answer = error
+        except MemoryError as error:
+            answer = ClipError("decode", "out_of_memory", f"more than {data.clip_memory:g} GiB: {error}")
+        except Exception as error:
+            # A library in front of damaged bytes raises what it likes; a bad clip must not end the job.
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            answer = ClipError("decode", "decoder_error", text)
