@@ -13,7 +13,7 @@ from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data import stages
 from cinemo.data.manifest import read_manifest
-from cinemo.data.plan import encoder_dtype, make_plan
+from cinemo.data.plan import PlannedRows, encoder_dtype, make_plan
 from cinemo.types import keyed_seed
 
 SAMPLE_CLIPS = 12
@@ -34,7 +34,7 @@ def plan_only(recipe: Recipe, manifest: str, output: str, limit: int | None = No
     clips = len(plan.clips)
     generator = np.random.default_rng(keyed_seed(data.seed, "estimate"))
     positions = np.sort(generator.choice(clips, min(SAMPLE_CLIPS, clips), replace=False))
-    planned = plan.take(positions, positions // plan.clips_per_shard)
+    planned = PlannedRows(plan, positions, positions // plan.clips_per_shard).slice()
 
     encoder = None
     if not data.encode_gpus or torch.cuda.is_available():
