@@ -322,10 +322,8 @@ def write_if(uri: str, data: bytes, version: str | None) -> str | None:
             return _version(uri)
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-    try:
+    with contextlib.suppress(FileExistsError, FileNotFoundError):  # maybe only the reply was lost, and it was ourselves
         _call(uri, "call_s3", "put_object", Bucket=bucket, Key=key, Body=data, **condition)
-    except (FileExistsError, FileNotFoundError):
-        pass  # or only the reply was lost, and it was ourselves
     try:
         there, now = read_version(uri)
     except FileNotFoundError:

@@ -1,5 +1,5 @@
-"""`make bench-scale`: a manifest of 35,000,000 clips is read, checked and planned, and a run over it that was stopped half
-way is taken up again; its part of BENCHMARKS.md. About six minutes on two cores; needs 10 GB of disk.
+"""`make bench-scale`: 35,000,000 clips are read, checked and planned, and a run over them that was stopped half way is
+taken up again; its part of BENCHMARKS.md. About three minutes on two cores, in 2 GB of disk.
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ def write_manifest(path: Path, clips: int) -> None:
     """Ids of 16 to 20 characters in no order, uris of about 50, captions of about 60, and a typed extra column."""
     rng = np.random.default_rng(0)
     nouns = np.array(
-        "a dog,the old boat,two children,a red car,my neighbour,some waves,a tall crane,the crowd".split(",")
+        [
+            "a dog",
+            "the old boat",
+            "two children",
+            "a red car",
+            "my neighbour",
+            "some waves",
+            "a tall crane",
+            "the crowd",
+        ]
     )
-    verbs = np.array("runs along,drifts towards,plays beside,turns around,waves at,passes slowly over".split(","))
-    places = np.array("a wet road,the harbour at dusk,an empty square,tall green grass,the last bridge".split(","))
+    verbs = np.array(["runs along", "drifts towards", "plays beside", "turns around", "waves at", "passes slowly over"])
+    places = np.array(["a wet road", "the harbour at dusk", "an empty square", "tall green grass", "the last bridge"])
     phrases = pa.array([f"{n} {v} {p}, seen from " for n in nouns for v in verbs for p in places])
     views = pa.array(["above", "a moving train", "far away", "the other side of the river", "below"])
     writer = None

@@ -102,8 +102,8 @@ def _acquire(output: str) -> Lock:
             continue
         if _is_here(holder) or (watched and version != watched):
             raise InputError(
-                f"{output}: another job is at work on it ({_describe(holder)}); wait for it, stop it, or choose another "
-                f"--output (a holder that died is noticed: at once on its own machine, elsewhere in {STALE_SECONDS:g} s)"
+                f"{output}: another job is at work on it ({_describe(holder)}); wait for it, stop it, or choose "
+                f"another --output (a job that died is noticed: at once on its machine, else in {STALE_SECONDS:g} s)"
             )
         if not watched:
             watched, since = str(version), time.monotonic()

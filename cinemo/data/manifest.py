@@ -77,7 +77,7 @@ class Manifest:
     def take(self, positions: np.ndarray) -> pa.Table:
         """The rows at some ascending positions, with the columns of `ROWS`."""
         file = self._file
-        numeric = json.loads((file.schema_arrow.metadata or {}).get(_NUMERIC, b"[]"))
+        numeric = json.loads((file.metadata.metadata or {}).get(_NUMERIC, b"[]"))
         parts = [
             _presented(group.take(places), self.parent, numeric).select(ROWS.names)
             for group, places in self._groups(positions)
@@ -239,7 +239,8 @@ def _convert(path: Path, uri: str, kind: str, sink: Any) -> None:
                     numeric[name] = _NUMBER
                 else:
                     del numeric[name]
-    assert writer is not None
+    if writer is None:
+        raise InputError(f"manifest {uri}: it has no rows")
     writer.add_key_value_metadata({_NUMERIC.decode(): json.dumps(sorted(numeric))})
     writer.close()
 

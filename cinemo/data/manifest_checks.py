@@ -128,7 +128,7 @@ def _numbers(column: pa.Array, kind: str | None) -> np.ndarray:
 
 
 def text_bytes(column: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-    """``(bytes, offsets)`` of a string column without what a slice or a null hides; offsets int64, one more than rows."""
+    """``(bytes, offsets)`` of a string column without what a slice or null hides; one offset more than rows, int64."""
     if column.null_count:
         column = pc.fill_null(column, "")
     wide = "<i8" if pa.types.is_large_string(column.type) else "<i4"
@@ -165,7 +165,7 @@ def _mix(values: np.ndarray) -> np.ndarray:
     values = (values + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    return np.asarray(values ^ (values >> np.uint64(31)))
 
 
 def repeated(hashes: np.ndarray, ids: Callable[[np.ndarray], list[str]], at_once: int = 1000) -> tuple[list[str], int]:

@@ -78,7 +78,7 @@ class PlannedRows:
             yield PlannedRows(self.plan, self.positions[start : start + size], self.shards[start : start + size])
 
     def slice(self, start: int = 0, count: int | None = None) -> pa.Table:
-        """Rows of the manifest, each with its ``shard``, that shard's size (``shard_clips``) and ``position`` in front."""
+        """Rows of the manifest; in front ``shard``, that shard's size (``shard_clips``) and ``position``."""
         stop = len(self) if count is None else start + count
         positions, shards = self.positions[start:stop], self.shards[start:stop]
         sizes = np.searchsorted(self.shards, shards, "right") - np.searchsorted(self.shards, shards, "left")
