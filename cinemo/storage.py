@@ -218,6 +218,11 @@ def _put(uri: str, data: _Pieces) -> None:
         raise InputError(f"{uri}: {_brief(error)}; create the bucket or choose another one") from None
 
 
+def put_requests(size: int) -> int:
+    """Requests that write an object of so many bytes."""
+    return 1 if size < 2 * _PART_BYTES else 2 + -(-size // _PART_BYTES)
+
+
 def abort_uploads(uri: str) -> int:
     """Remove what unfinished multipart uploads under a directory ``uri`` hold; returns how many there were.
 

@@ -165,6 +165,6 @@ def test_whoever_lost_the_lock_stops(output: str) -> None:
         pretend(output)
         while held.lost is None:
             time.sleep(0.02)
-        with pytest.raises(RunError, match="has lost its lock .host far-away"):
+        with pytest.raises(RunError, match=r"has lost its lock .host far-away"):
             held.check()
     assert json.dumps(content(output)["host"]) == '"far-away"'

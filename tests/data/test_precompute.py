@@ -19,7 +19,6 @@ from data.small_data import film
 
 from cinemo import cli, storage
 from cinemo.config import Recipe, override
-from cinemo.data.estimate import plan_only
 from cinemo.data.loader import LatentLoader
 from cinemo.data.precompute import run
 from cinemo.data.shards import DatasetIndex, read_ledger
@@ -72,6 +71,17 @@ def test_layout_and_totals(dataset: Path, clips_folder: Path) -> None:
     assert next(line for line in lines if line["clip_id"] == "film-5b")["detail"] == (
         "3 frames, recipe needs 6 (interval 1)"
     )
+
+
+@pytest.mark.ray
+def test_the_sizes_are_those_of_the_plan(
+    dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    from cinemo.data.estimate import plan_only
+
+    real = sum((dataset / f"shards/shard-{k:06d}.tar").stat().st_size for k in range(3))
+    plan = plan_only(small_recipe, str(clips_folder), str(tmp_path))
+    assert plan["figures"]["bytes"]["value"] == pytest.approx(real, rel=0.1)
 
 
 @pytest.mark.ray
@@ -261,21 +271,6 @@ def test_on_s3(dataset: Path, clips_folder: Path, small_recipe: Recipe, s3_endpo
         np.testing.assert_array_equal(sample.latents_FCHW, expected[sample.clip_id])
 
 
-def test_plan_measures_and_writes(clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
-    plan = plan_only(small_recipe, str(clips_folder), str(tmp_path))
-    assert json.loads((tmp_path / "plan.json").read_text()) == plan
-    assert (plan["clips"], plan["shards"], plan["measured_clips"], plan["expected_samples"]) == (12, 3, 12, 9)
-    assert plan["expected_quarantine_share"] == 0.25
-    assert plan["refused_in_sample"] == {"unreadable": 2, "too_few_frames": 1}
-    assert all(seconds > 0 for seconds in plan["seconds_per_clip"].values())
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-
-
-def test_plan_of_the_sizes_that_come(dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
-    real = sum((dataset / f"shards/shard-{k:06d}.tar").stat().st_size for k in range(3))
-    assert plan_only(small_recipe, str(clips_folder), str(tmp_path))["bytes"] == pytest.approx(real, rel=0.1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -283,6 +278,8 @@ def test_plan_of_the_sizes_that_come(dataset: Path, clips_folder: Path, small_re
         (["--manifest", ".", "--output", "out"], "no videos there"),
         (["--manifest", "m.csv", "--output", "out", "--set", "data.sise=1"], "unknown key 'data.sise'"),
         (["--output", "out"], "required: --manifest"),
+        (["--manifest", ".", "--output", "out", "--prices", "p.json"], "--prices belongs to --plan"),
+        (["--manifest", ".", "--output", "out", "--plan", "--prices", "p.json"], "prices p.json: no such file"),
     ],
 )
 def test_command_refuses_in_one_line(
