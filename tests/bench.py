@@ -207,6 +207,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(" | ".join(row).join(("| ", " |")) for row in [head, ("---",) * len(head), *rows])
 
 
+def replace_section(title: str, text: str) -> None:
+    """Write one part of BENCHMARKS.md, up to the next title; a new one goes to the end."""
+    path = ROOT / "BENCHMARKS.md"
+    before, _, rest = path.read_text().partition(title)
+    _, following, after = rest.partition("\n## ")
+    path.write_text(f"{before.rstrip()}\n\n{title}\n{text}{following}{after}")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
@@ -230,6 +238,7 @@ decoding is an in-process, one-thread linear decode of the same span and its key
 for shards, writing and reading the same bytes raw.
 """
 NETWORK_TITLE = "## The network at full size"
+SCALE_TITLE = "## 35 million clips"
 SAMPLING = """## Doing less per video
 
 The tiny base bundle, three unseen pictures at bucket 7, guidance 2, the same noise: network passes per video (a guided

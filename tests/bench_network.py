@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import NETWORK_TITLE, table
+from bench import NETWORK_TITLE, replace_section, table
 from peak_memory import PeakMemory
 from published_unet import published_forward
 from torch import Tensor
@@ -167,9 +167,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if arguments.device != "cpu" else f"{platform.machine()} CPU"
     text = NETWORK.format(device=f"{name}, {torch.get_num_threads()} threads") + table(HEAD, rows) + "\n"
     print(text)
-    path = ROOT / "BENCHMARKS.md"
-    before = path.read_text().split(NETWORK_TITLE)[0].rstrip()
-    path.write_text(f"{before}\n\n{NETWORK_TITLE}\n{text}")
+    replace_section(NETWORK_TITLE, text)
 
 
 HEAD = ("case", "time", "activations", "kernels' share", "of published", "TFLOP", "MFU")

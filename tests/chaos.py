@@ -71,10 +71,9 @@ def make_clips(directory: Path, count: int) -> None:
 
 def run_and_kill(command: Sequence[str], output: Path, kill: Kill | None) -> tuple[int, bool]:
     """The command's exit code, and whether the victim was there to be killed. Nothing of it is left running."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CINEMO_DEBUG": "1"}
+    with log_of(output).open("wb") as log:
+        process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
     killed, family = False, list[psutil.Process]()
     try:
         begun, before = time.monotonic(), written(output)
@@ -95,6 +94,11 @@ def run_and_kill(command: Sequence[str], output: Path, kill: Kill | None) -> tup
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def log_of(output: Path) -> Path:
+    """What the last command printed."""
+    return output.with_name(output.name + ".log")
 
 
 def due(begun: float, delay: float) -> bool:
@@ -123,13 +127,13 @@ def strike(process: subprocess.Popen[bytes], family: Sequence[psutil.Process], v
     if victim == "driver":
         process.kill()
         return True
-    marks = {"worker": "ray::", "raylet": "raylet/raylet", "gcs": "gcs_server", "everything": ""}
+    # Not those of Ray's own processes on which a node depends (ray::DashboardAgent, ray::RuntimeEnvAgent).
+    marks = {"worker": "ray::Map", "raylet": "raylet/raylet", "gcs": "gcs_server", "everything": ""}
     found = [member for member in family if marks[victim] in command_line(member)]
     if victim == "everything":
         process.kill()
     if victim == "worker":
-        busy = [member for member in found if "IDLE" not in command_line(member)] or found
-        found = [busy[time.monotonic_ns() % len(busy)]] if busy else []
+        found = found[-1:]
     for member in found:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
@@ -148,7 +152,8 @@ def disturb(command: Sequence[str], output: Path, kills: Sequence[Kill]) -> Iter
         code, killed = run_and_kill(command, output, kill)
         yield f"{kill} -> {'exit ' + str(code) if killed else 'too late, exit ' + str(code)}"
         if killed and kill.victim == "worker" and code != 0:
-            raise AssertionError(f"{kill}: the command ended with {code}; Ray should have made a new worker")
+            log = log_of(output).read_text(errors="replace")[-6000:]
+            raise AssertionError(f"{kill}: the command ended with {code}; Ray should have made a new worker\n{log}")
     for _ in range(3):
         code, _ = run_and_kill(command, output, None)
         yield f"undisturbed -> exit {code}"
