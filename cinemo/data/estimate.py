@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cinemo import storage
-from cinemo.config import Recipe
+from cinemo.config import DataConfig, Recipe
 from cinemo.data import stages
 from cinemo.data.journal import SEGMENT
 from cinemo.data.lock import HEARTBEAT_SECONDS
@@ -114,11 +114,18 @@ def _measure(recipe: Recipe, plan: Plan, positions: np.ndarray) -> tuple[list[di
         size = sum(_sample_bytes(row["shape"]) for row in rows) if encoder and not reasons else None
         sample.append({**clip, "refused": bool(reasons), "reason": reasons[0] if reasons else None, "bytes": size})
     cores = os.cpu_count() or 1
-    encoders = _peak_memory() * data.encode_actors if encoder else 0
-    processes = float(cores * decoding_memory + encoders)
+    encoding_memory = _peak_memory() * encoders(data, cores) if encoder else 0
+    processes = float(cores * decoding_memory + encoding_memory)
     shard = 2 * plan.clips_per_shard * max((clip["bytes"] or 0 for clip in sample), default=0)
     full = processes + OBJECT_STORE_BYTES + shard
     return sample, {"value": full, "low": processes, "high": full}
+
+
+def encoders(data: DataConfig, cores: int) -> int:
+    """Encoder processes on this machine: as many as the recipe says, or as there is room for."""
+    if data.encode_actors:
+        return data.encode_actors
+    return max(1, int(torch.cuda.device_count() / data.encode_gpus)) if data.encode_gpus else cores
 
 
 class Known:
@@ -127,6 +134,7 @@ class Known:
     def __init__(self, recipe: Recipe, plan: Plan, output: str, clips_per_accelerator_second: float | None) -> None:
         self.data, self.plan, self.cores = recipe.data, plan, os.cpu_count() or 1
         self.on_accelerator = recipe.data.encode_gpus > 0
+        self.encoders = encoders(recipe.data, self.cores)
         self.given_speed = None
         if self.on_accelerator and not torch.cuda.is_available():
             self.given_speed = clips_per_accelerator_second
@@ -157,11 +165,11 @@ class Known:
                 figures["clips_per_second_per_accelerator"] = 1 / encoding
                 figures["accelerator_hours"] = clips * encoding / 3600
                 figures["cores_per_accelerator"] = decoding / encoding
-                rate = min(rate, data.encode_gpus * data.encode_actors / encoding)
+                rate = min(rate, data.encode_gpus * self.encoders / encoding)
             else:  # decoders and encoders share the cores
                 figures["encode_clips_per_second_per_core"] = 1 / encoding
                 figures["core_hours"] += clips * encoding / 3600
-                rate = min(self.cores / (decoding + encoding), data.encode_actors / encoding)
+                rate = min(self.cores / (decoding + encoding), self.encoders / encoding)
         figures["clips_per_second_here"] = rate
         figures["hours_here"] = clips / rate / 3600
         if sizes:
@@ -188,7 +196,7 @@ class Known:
         if encoding is None:
             return slow
         if self.on_accelerator:
-            ready = self.data.encode_gpus * self.data.encode_actors / encoding
+            ready = self.data.encode_gpus * self.encoders / encoding
             return "encode" if ready < self.cores / (spent["decode"] + spent["score"]) else slow
         return "encode" if encoding > spent[slow] else slow
 

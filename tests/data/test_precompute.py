@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import chaos
 import numpy as np
 import pytest
 from data.small_data import film
@@ -130,28 +131,22 @@ def test_lost_records_and_half_written_shards_are_made_again(
 def test_killed_run_goes_on_to_the_same_bytes(
     dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
 ) -> None:
-    recipe = tmp_path / "recipe.json"
+    """`make chaos` does this for longer, at moments that are drawn."""
+    recipe, output = tmp_path / "recipe.json", tmp_path / "killed"
     recipe.write_text(small_recipe.to_json())
-    output = tmp_path / "killed"
     command = [
         sys.executable, str(ROOT / "pipelines/precompute.py"), "--recipe", str(recipe), "--manifest", str(clips_folder),
         "--output", str(output),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(output.glob("shards/*.json")) and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert (output / "dataset.json").exists()
-    if process.returncode == -signal.SIGKILL:
-        assert json.loads((output / "dataset.json").read_text())["complete"] is False
-        with pytest.raises(InputError, match="not complete"):
-            DatasetIndex.load(str(output))
-    run(small_recipe, str(clips_folder), str(output))
+    code, killed = chaos.run_and_kill(command, output, chaos.Kill("everything", True, 0.0))
+    assert killed
+    assert code == -signal.SIGKILL
+    assert json.loads((output / "dataset.json").read_text())["complete"] is False
+    assert (output / ".lock.json").exists()
+    with pytest.raises(InputError, match="not complete"):
+        DatasetIndex.load(str(output))
+    events = list(chaos.disturb(command, output, [chaos.Kill("raylet", True, 0.0), chaos.Kill("worker", True, 0.0)]))
+    assert events[-1] == "undisturbed -> exit 0"
     assert digests(output) == digests(dataset)
 
 
