@@ -30,13 +30,13 @@ from cinemo.media.video import write_video
 from cinemo.recipes import cinemo_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-VICTIMS = ("worker", "raylet", "gcs", "driver", "everything")
-PATIENCE = 300.0  # seconds for one command; one that takes longer hangs
+FATAL = ("raylet", "gcs", "driver", "everything")
+PATIENCE = 600.0  # seconds for one command; one that takes longer hangs
 
 
 @dataclass(frozen=True)
 class Kill:
-    """``victim`` dies ``delay`` seconds after the start, or after the next change in the output (``at_write``)."""
+    """``victim`` dies ``delay`` seconds after the last kill (or the start), or after the next change in the output."""
 
     victim: str
     at_write: bool
@@ -44,11 +44,6 @@ class Kill:
 
     def __str__(self) -> str:
         return f"{self.victim} {'at a write +' if self.at_write else 'after '}{self.delay:.3f} s"
-
-
-def draw(rng: random.Random, victims: Sequence[str] = VICTIMS) -> Kill:
-    at_write = rng.random() < 0.5
-    return Kill(rng.choice(victims), at_write, rng.uniform(0, 0.05) if at_write else rng.uniform(0, 25))
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -69,24 +64,27 @@ def make_clips(directory: Path, count: int) -> None:
             write_video(path, film(str(number), 20 + number % 9), 25)
 
 
-def run_and_kill(command: Sequence[str], output: Path, kill: Kill | None) -> tuple[int, bool]:
-    """The command's exit code, and whether the victim was there to be killed. Nothing of it is left running."""
+def run_and_kill(command: Sequence[str], output: Path, kills: Sequence[Kill] = ()) -> tuple[int, int]:
+    """The command's exit code, and how many of the kills came in time, one after the other. Nothing is left running."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CINEMO_DEBUG": "1"}
     with log_of(output).open("wb") as log:
         process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
-    killed, family = False, list[psutil.Process]()
+    done, family = 0, list[psutil.Process]()
+    begun = since = time.monotonic()
+    before = written(output)
     try:
-        begun, before = time.monotonic(), written(output)
         while process.poll() is None and time.monotonic() - begun < PATIENCE:
-            if kill and not killed and (written(output) != before if kill.at_write else due(begun, kill.delay)):
+            kill = kills[done] if done < len(kills) else None
+            if kill and (written(output) != before if kill.at_write else time.monotonic() - since > kill.delay):
                 if kill.at_write:
                     time.sleep(kill.delay)
                 family = descendants(process.pid)
-                killed = strike(process, family, kill.victim)
-            time.sleep(0.002 if kill and kill.at_write and not killed else 0.05)
+                if strike(process, family, kill.victim):
+                    done, since, before = done + 1, time.monotonic(), written(output)
+            time.sleep(0.002 if kill and kill.at_write else 0.05)
         if process.poll() is None:
-            raise TimeoutError(f"the command hangs after {PATIENCE:g} s ({kill})")
-        return process.returncode, killed
+            raise TimeoutError(f"the command hangs after {PATIENCE:g} s and {done} of {list(map(str, kills))}")
+        return process.returncode, done
     finally:
         for member in [*family, *descendants(process.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -99,10 +97,6 @@ def run_and_kill(command: Sequence[str], output: Path, kill: Kill | None) -> tup
 def log_of(output: Path) -> Path:
     """What the last command printed."""
     return output.with_name(output.name + ".log")
-
-
-def due(begun: float, delay: float) -> bool:
-    return time.monotonic() - begun > delay
 
 
 def written(output: Path) -> set[str]:
@@ -146,26 +140,33 @@ def command_line(process: psutil.Process) -> str:
     return ""
 
 
-def disturb(command: Sequence[str], output: Path, kills: Sequence[Kill]) -> Iterator[str]:
-    """Start the command until it is through, with a kill each time as long as there are any; yields what happened."""
-    for kill in kills:
-        code, killed = run_and_kill(command, output, kill)
-        yield f"{kill} -> {'exit ' + str(code) if killed else 'too late, exit ' + str(code)}"
-        if killed and kill.victim == "worker" and code != 0:
-            log = log_of(output).read_text(errors="replace")[-6000:]
-            raise AssertionError(f"{kill}: the command ended with {code}; Ray should have made a new worker\n{log}")
-    for _ in range(3):
-        code, _ = run_and_kill(command, output, None)
-        yield f"undisturbed -> exit {code}"
+def disturb(command: Sequence[str], output: Path, lives: Sequence[Sequence[Kill]]) -> Iterator[str]:
+    """Start the command again and again until it is through, with the kills of each life; yields what happened."""
+    for kills in [*lives, [], [], []]:
+        code, done = run_and_kill(command, output, kills)
+        yield f"{', '.join(map(str, kills[:done])) or 'undisturbed'} -> exit {code}"
         if code == 0:
             return
+        if all(kill.victim == "worker" for kill in kills[:done]):
+            log = log_of(output).read_text(errors="replace")[-6000:]
+            raise AssertionError(f"the command ended with {code} though nothing but workers was killed\n{log}")
     raise AssertionError("the command does not get through undisturbed any more")
+
+
+def draw(rng: random.Random, lives: int) -> list[list[Kill]]:
+    """Each life of the command ends with a kill that it cannot survive; up to two workers die before."""
+
+    def one(victim: str) -> Kill:
+        at_write = rng.random() < 0.6
+        return Kill(victim, at_write, rng.uniform(0, 0.05) if at_write else rng.uniform(0, 20))
+
+    return [[*(one("worker") for _ in range(rng.randrange(3))), one(rng.choice(FATAL))] for _ in range(lives)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--kills", type=int, default=5, help="kills in a round")
+    parser.add_argument("--lives", type=int, default=5, help="starts of a round's command that end with a kill")
     parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -182,7 +183,7 @@ def main() -> None:
             ]  # fmt: skip
             return [sys.executable, str(ROOT / "pipelines/precompute.py"), *map(str, words)]
 
-        code, _ = run_and_kill(command(directory / "undisturbed"), directory / "undisturbed", None)
+        code, _ = run_and_kill(command(directory / "undisturbed"), directory / "undisturbed")
         expected = digests(directory / "undisturbed")
         assert code == 0, f"the undisturbed run ended with {code}"
         print(f"undisturbed: {len(expected)} files", flush=True)
@@ -191,7 +192,7 @@ def main() -> None:
             rng = random.Random(f"{arguments.seed} {number}")
             output = directory / f"round-{number}"
             print(f"round {number} (seed {arguments.seed})", flush=True)
-            for event in disturb(command(output), output, [draw(rng) for _ in range(arguments.kills)]):
+            for event in disturb(command(output), output, draw(rng, arguments.lives)):
                 print(f"  {event}", flush=True)
             got = digests(output)
             wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))

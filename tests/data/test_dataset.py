@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,7 @@ def test_a_lost_or_foreign_journal_costs_only_time(output: str, small_recipe: Re
     storage.remove_file(storage.join(output, ".progress/segment-000000.parquet"))
     assert opened(output, small_recipe).missing_shards() == list(range(12, SHARDS))
     other = storage.join(output, ".progress/segment-000000.parquet")
-    table = pq.read_table(
-        __import__("io").BytesIO(storage.read_bytes(storage.join(output, ".progress/segment-000001.parquet")))
-    )
+    table = pq.read_table(io.BytesIO(storage.read_bytes(storage.join(output, ".progress/segment-000001.parquet"))))
     storage.write_bytes(other, journal._encoded(table.replace_schema_metadata(), "another dataset"))
     assert opened(output, small_recipe).missing_shards() == list(range(12, SHARDS))
     assert finished(output, small_recipe) == undisturbed
@@ -172,3 +171,15 @@ def test_the_index_does_not_show_how_it_came_together(output: str, small_recipe:
     commit(dataset, range(SHARDS))
     records = [storage.read_json(shards.record_uri(output, number)) for number in range(SHARDS)]
     assert shards.index_table_bytes(dataset.journal.table()) == shards.index_bytes(records[::-1])
+
+
+@pytest.mark.s3
+def test_a_finished_dataset_has_no_unfinished_uploads(s3_endpoint: str, small_recipe: Recipe, tmp_path: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    for place in (tmp_path.name, "beside"):
+        client.create_multipart_upload(Bucket="cinemo-test", Key=f"{place}/shards/shard-000001.tar")
+    finished(f"s3://cinemo-test/{tmp_path.name}", small_recipe)
+    left = client.list_multipart_uploads(Bucket="cinemo-test")["Uploads"]
+    assert [upload["Key"] for upload in left] == ["beside/shards/shard-000001.tar"]
