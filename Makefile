@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 OUT   ?= demo
 CLIPS ?=
 
-.PHONY: setup demo test check format bench bench-network bench-precompute clean
+.PHONY: setup demo test check format bench bench-network bench-precompute bench-scale chaos clean
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,12 @@ bench-network: setup
 
 bench-precompute: setup
 	$(PY) tests/bench_precompute.py
+
+bench-scale: setup
+	$(PY) tests/bench_scale.py
+
+chaos: setup
+	$(PY) tests/chaos.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,6 +8,8 @@ else that goes wrong on the way to S3 (no answer, 5xx, throttling, a connection 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -33,6 +35,7 @@ _PARTS_AT_ONCE = 4
 _WRITEV_BUFFERS = 1024  # IOV_MAX
 # Answers that no patience mends: the wrong region, a name that cannot be.
 _HOPELESS = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "InvalidBucketName", "405"})
+_CONDITION_FAILED = frozenset({"412", "PreconditionFailed", "ConditionalRequestConflict"})
 
 
 class AccessDenied(InputError, PermissionError):
@@ -93,6 +96,8 @@ def _call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
     while True:
         try:
             return getattr(filesystem, method)(*arguments, **options)
+        except FileExistsError:
+            raise  # a condition of `write_if`
         except FileNotFoundError as error:
             # The reply to a finished multipart upload was lost, and it was finished again: the object may be there.
             if _code(error) != "NoSuchUpload":
@@ -103,6 +108,8 @@ def _call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
                 raise AccessDenied(f"{uri}: access denied ({_brief(error)}); check the bucket's policy") from None
             raise InputError(f"{uri}: {_brief(error)}; check AWS_* in the environment") from None
         except (OSError, faults.BotoCoreError, ResponseParserError, aiohttp.ClientError, TimeoutError) as error:
+            if _code(error) in _CONDITION_FAILED:
+                raise FileExistsError(f"{uri}: {_brief(error)}") from None
             if _code(error) in _HOPELESS or isinstance(error, faults.ParamValidationError):
                 raise InputError(f"{uri}: {_brief(error)}; check bucket, region and endpoint") from None
             fault = error
@@ -211,6 +218,11 @@ def _put(uri: str, data: _Pieces) -> None:
         raise InputError(f"{uri}: {_brief(error)}; create the bucket or choose another one") from None
 
 
+def put_requests(size: int) -> int:
+    """Requests that write an object of so many bytes."""
+    return 1 if size < 2 * _PART_BYTES else 2 + -(-size // _PART_BYTES)
+
+
 def abort_uploads(uri: str) -> int:
     """Remove what unfinished multipart uploads under a directory ``uri`` hold; returns how many there were.
 
@@ -268,6 +280,90 @@ def remove(uri: str) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_file(uri: str) -> None:
+    """Remove one file with one request; one that is not there is no error."""
+    if is_remote(uri):
+        _call(uri, "rm_file", uri)
+    else:
+        local_path(uri).unlink(missing_ok=True)
+
+
+def sweep(uri: str, *directories: str) -> None:
+    """Remove what killed processes were still writing under ``uri`` and some directories in it."""
+    abort_uploads(uri)
+    for directory in () if is_remote(uri) else (uri, *(join(uri, name) for name in directories)):
+        for name in names(directory):
+            if name.startswith(".") and name.endswith(".partial"):
+                remove(join(directory, name))
+
+
+def read_version(uri: str) -> tuple[bytes, str]:
+    """Content and version of a small file, for `write_if`. Raises `FileNotFoundError`."""
+    if not is_remote(uri):
+        data = read_bytes(uri)
+        return data, hashlib.sha256(data).hexdigest()
+    while True:
+        before = _call(uri, "info", uri)["ETag"]
+        data = read_bytes(uri)
+        if _call(uri, "info", uri)["ETag"] == before:
+            return data, str(before)
+
+
+def write_if(uri: str, data: bytes, version: str | None) -> str | None:
+    """Write a small file only if it still has ``version`` (None: does not exist). Of several writers one succeeds.
+
+    Local: guarded by a lock on the directory, which holds among the processes of one machine. S3: a conditional PUT.
+
+    Returns:
+        The new version, or None where somebody else was first.
+    """
+    if not is_remote(uri):
+        with _locked_directory(local_path(uri).parent):
+            if _version(uri) != version:
+                return None
+            write_bytes(uri, data)
+            return _version(uri)
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+    with contextlib.suppress(FileExistsError, FileNotFoundError):  # maybe only the reply was lost, and it was ourselves
+        _call(uri, "call_s3", "put_object", Bucket=bucket, Key=key, Body=data, **condition)
+    try:
+        there, now = read_version(uri)
+    except FileNotFoundError:
+        return None
+    return now if there == data else None
+
+
+def remove_if(uri: str, version: str) -> None:
+    """Remove a small file if it still has ``version``."""
+    if is_remote(uri):
+        if _version(uri) == version:
+            remove_file(uri)
+        return
+    with _locked_directory(local_path(uri).parent):
+        if _version(uri) == version:
+            remove_file(uri)
+
+
+def _version(uri: str) -> str | None:
+    try:
+        return read_version(uri)[1]
+    except FileNotFoundError:
+        return None
+
+
+@contextmanager
+def _locked_directory(path: Path) -> Iterator[None]:
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems know no such lock
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def upload(directory: Path, uri: str) -> None:

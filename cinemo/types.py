@@ -87,7 +87,10 @@ class Frames:
 
 @dataclass(frozen=True)
 class LatentSample:
-    """One stored training example. ``latents_FCHW``: float16, already multiplied by the VAE's scaling factor."""
+    """One stored training example.
+
+    ``latents_FCHW``: float16, already multiplied by the VAE's scaling factor. ``extra``: the manifest's own columns.
+    """
 
     key: str
     clip_id: str
@@ -99,6 +102,7 @@ class LatentSample:
     frame_interval: int
     start_frame: int
     view: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ def main() -> None:
 
 TINY_TITLE = "## The tiny recipe's networks, one core"
 NETWORK_TITLE = "## The network at full size"
+SCALE_TITLE = "## 35 million clips"
 SAMPLING_TITLE = "## Doing less per video"
 SAMPLING = """
 The tiny base bundle, three unseen pictures at bucket 7, guidance 2, the same noise: network passes per video (a guided

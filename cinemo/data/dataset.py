@@ -1,31 +1,43 @@
 """A dataset while it is being made: what is already there, what is missing, what may be tried again, how it is closed.
 
-The commit records decide. ``dataset.json`` and ``index.parquet`` are made from them and from the plan.
+The commit records decide. ``dataset.json`` and ``index.parquet`` are made from them and from the plan; the journal and
+the index of a finished dataset save reading them all.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data import shards
-from cinemo.data.plan import Plan, differences, fingerprint
+from cinemo.data.journal import Journal, probe
+from cinemo.data.plan import Plan, PlannedRows, differences, fingerprint
 from cinemo.types import InputError, Refusal
 
 _READERS = 16
+# On s3:// up to so many shards are looked at one by one; of more, the journal is believed.
+_LOOKED_AT = 2000
+# Shards without a record after which no more are looked for. Fewer are in flight; one that is missed is made again.
+_WINDOW = 128
+_LIGHT = ("shard", "samples", "quarantined", "recovered", "bytes", "sha256", "reasons", "latent_shape")
 
 
 @dataclass
 class Dataset:
-    """The state of one output. ``records`` are the commit records by shard; those past the plan's come from retries."""
+    """The state of one output. ``records`` says the most important of each commit record (`_LIGHT`), by shard; those
+    past the plan's come from retries.
+    """
 
     uri: str
     recipe: Recipe
@@ -34,11 +46,12 @@ class Dataset:
     covers: dict[str, Any]
     identity: dict[str, Any]
     stored: dict[str, Any] | None
+    journal: Journal
     records: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, uri: str, recipe: Recipe, plan: Plan) -> Dataset:
-        """Look at an output without changing it.
+        """Look at an output without changing it; `load` then finds what it holds.
 
         Raises:
             InputError: it cannot be written, or belongs to another recipe or manifest.
@@ -57,9 +70,82 @@ class Dataset:
                 raise InputError(f"{uri}: holds another dataset: {'; '.join(different)}; choose another --output")
         else:
             storage.check_writable(uri)
-        dataset = cls(uri, recipe, plan, digest, covers, identity, stored)
-        dataset._read_records()
-        return dataset
+        journal = Journal(uri, f"{digest} {json.dumps(identity, sort_keys=True)}")
+        return cls(uri, recipe, plan, digest, covers, identity, stored, journal)
+
+    def load(self) -> None:
+        """Find the shards that are committed: from the index or the journal, and after them record by record.
+
+        Nothing is listed on s3://. A local directory is: that is cheap, and sees whatever was removed by hand.
+        """
+        for row in self._known().select(_LIGHT).to_pylist():
+            self._note(row)
+        remote = storage.is_remote(self.uri)
+        there = self._looked_up() if remote else self._listed()
+        lost = self.records.keys() - there
+        self.journal.drop(lost)
+        for number in lost:
+            del self.records[number]
+        numbers = self._unknown() if remote else iter(sorted(there - self.records.keys()))
+        for row in probe(numbers, self._row, _WINDOW):
+            self.committed(row)
+
+    def _known(self) -> pa.Table:
+        """Index rows of shards that need no reading."""
+        if self.stored is None:
+            self.journal.remove()  # of a dataset that somebody removed
+        elif self.stored.get("complete"):
+            try:
+                table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, "index.parquet"))))
+            except (FileNotFoundError, pa.ArrowInvalid):
+                return shards.INDEX_SCHEMA.empty_table()
+            if table.schema.equals(shards.INDEX_SCHEMA):
+                self.journal.adopt(table)
+                return table
+        else:
+            return self.journal.read()
+        return shards.INDEX_SCHEMA.empty_table()
+
+    def _listed(self) -> set[int]:
+        """Shards with tar and record in a local directory."""
+        names = set(storage.names(storage.join(self.uri, "shards")))
+        stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return {int(stem.removeprefix("shard-")) for stem in stems if f"{stem}.tar" in names}
+
+    def _looked_up(self) -> set[int]:
+        """Those of the known shards that are there; of very many, all of them."""
+        numbers = list(self.records)
+        if len(numbers) > _LOOKED_AT:
+            return set(numbers)
+        with ThreadPoolExecutor(_READERS) as pool:
+            return {number for number, there in zip(numbers, pool.map(self._is_there, numbers), strict=True) if there}
+
+    def _is_there(self, number: int) -> bool:
+        return all(storage.exists(uri(self.uri, number)) for uri in (shards.record_uri, shards.tar_uri))
+
+    def _unknown(self) -> Iterator[int]:
+        """Shards that may have a record: of the plan, and past it only once the plan is done."""
+        known = set(self.records)
+        yield from (number for number in range(self.plan.shards) if number not in known)
+        if self.stored and self.stored.get("complete"):
+            yield from (number for number in count(self.plan.shards) if number not in known)
+
+    def _row(self, number: int) -> dict[str, Any] | None:
+        try:
+            record = storage.read_json(shards.record_uri(self.uri, number))
+        except FileNotFoundError:
+            return None
+        if record["fingerprint"] != self.fingerprint or not storage.exists(shards.tar_uri(self.uri, number)):
+            return None
+        return shards.index_row(record)
+
+    def committed(self, row: Mapping[str, Any]) -> None:
+        """Take note of a shard that now exists (a `shards.index_row`)."""
+        self.journal.add(row, self.plan.shards)
+        self._note(row)
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        self.records[row["shard"]] = {**{name: row[name] for name in _LIGHT}, "reasons": json.loads(row["reasons"])}
 
     def missing_shards(self) -> list[int]:
         return [shard for shard in range(self.plan.shards) if shard not in self.records]
@@ -77,16 +163,15 @@ class Dataset:
             raise InputError(f"--retry-quarantine {reason}: no clip is refused for that; reasons there: {known}")
         return found
 
-    def rows_to_retry(self, refused: dict[str, tuple[int, str]]) -> pa.Table:
+    def rows_to_retry(self, refused: dict[str, tuple[int, str]]) -> PlannedRows:
         """Planned rows of refused clips, in plan order, for new shards after the last one."""
-        positions: list[int] = []
+        parts = [np.empty(0, np.int64)]
         for shard in sorted({shard for shard, _ in refused.values()}):
-            rows = self.plan.rows([shard])
-            ids = rows["clip_id"].to_pylist()
-            positions += [p for p, clip_id in zip(rows["position"].to_pylist(), ids, strict=True) if clip_id in refused]
+            positions = self.plan.positions([shard])
+            parts.append(positions[[clip_id in refused for clip_id in self.plan.clips.ids(positions)]])
+        positions = np.concatenate(parts)
         first = max(self.records, default=-1) + 1
-        numbers = first + np.arange(len(positions)) // self.plan.clips_per_shard
-        return self.plan.take(np.array(positions, np.int64), numbers)
+        return PlannedRows(self.plan, positions, first + np.arange(len(positions)) // self.plan.clips_per_shard)
 
     def begin(self) -> None:
         """Say that the dataset is not complete. A finished one that only gains shards stays complete."""
@@ -94,19 +179,17 @@ class Dataset:
             self._store({"complete": False})
 
     def summarize(self) -> dict[str, Any]:
-        """Totals over all commit records, those of this run included."""
-        self._read_records()
+        """Totals over all committed shards, those of this run included."""
         records = list(self.records.values())
         reasons: Counter[str] = Counter()
         for record in records:
             reasons.update(record["reasons"])
-            reasons.subtract(Counter(value["reason"] for value in record["retry_of"].values()))
-        shapes = {tuple(record["members"]["array_shape"]) for record in records if record["samples"]}
+        shapes = {tuple(record["latent_shape"]) for record in records if record["samples"]}
         return {
             "clips": self.identity["clips"],
             "samples": sum(record["samples"] for record in records),
             "quarantined": reasons.total(),
-            "reasons": {reason: count for reason, count in sorted(reasons.items()) if count},
+            "reasons": {reason: number for reason, number in sorted(reasons.items()) if number},
             "shards": len(records),
             "bytes": sum(record["bytes"] for record in records),
             "latent_shape": list(shapes.pop()) if shapes else None,
@@ -119,19 +202,13 @@ class Dataset:
             kept = [refusal for _, refusal in self._refusals([shard])]
             if len(kept) != len(shards.read_ledger(self.uri, shard)):
                 shards.write_ledger(self.uri, shard, kept)
-        table = shards.index_bytes(list(self.records.values()))
+        table = shards.index_table_bytes(self.journal.table())
         place = storage.join(self.uri, "index.parquet")
         if not storage.exists(place) or storage.read_bytes(place) != table:
             storage.write_bytes(place, table)
         self._store({**summary, "complete": True})
-        self._sweep()
-
-    def _sweep(self) -> None:
-        """Remove what a killed process was still writing (a local file only; objects appear whole)."""
-        for directory in (self.uri, storage.join(self.uri, "shards"), storage.join(self.uri, "quarantine")):
-            for name in [] if storage.is_remote(directory) else storage.names(directory):
-                if name.startswith(".") and name.endswith(".partial"):
-                    storage.remove(storage.join(directory, name))
+        self.journal.remove()
+        storage.sweep(self.uri, "shards", "quarantine")
 
     def _store(self, values: dict[str, Any]) -> None:
         data = self.recipe.data
@@ -152,30 +229,24 @@ class Dataset:
             storage.write_json(storage.join(self.uri, "dataset.json"), content)
             self.stored = content
 
-    def _read_records(self) -> None:
-        """Read the commit records that are not known yet: one listing, and a small file for each."""
-        directory = storage.join(self.uri, "shards")
-        names = set(storage.names(directory))
-        known = {f"{shards.shard_name(shard)}.json" for shard in self.records}
-        new = sorted(
-            name for name in names - known if name.endswith(".json") and name.removesuffix(".json") + ".tar" in names
-        )
-        with ThreadPoolExecutor(_READERS) as pool:
-            for record in pool.map(lambda name: storage.read_json(storage.join(directory, name)), new):
-                if record["fingerprint"] == self.fingerprint:
-                    self.records[record["shard"]] = record
-
     def _recovered(self) -> dict[str, dict[str, Any]]:
-        return {clip_id: value for record in self.records.values() for clip_id, value in record["retry_of"].items()}
+        """What retries have recovered: clip id -> the shard that refused it, and why."""
+        numbers = sorted(number for number, record in self.records.items() if record["recovered"])
+        with ThreadPoolExecutor(_READERS) as pool:
+            records = pool.map(lambda number: storage.read_json(shards.record_uri(self.uri, number)), numbers)
+            return {clip_id: value for record in records for clip_id, value in record["retry_of"].items()}
 
     def _refusals(self, numbers: Iterable[int] | None = None) -> list[tuple[int, Refusal]]:
         """``(shard, refusal)`` of clips that no retry has recovered."""
         recovered = self._recovered()
         if numbers is None:
-            numbers = sorted(shard for shard, record in self.records.items() if record["quarantined"])
-        return [
-            (shard, refusal)
-            for shard in numbers
-            for refusal in shards.read_ledger(self.uri, shard)
-            if refusal.clip_id not in recovered
-        ]
+            numbers = sorted(number for number, record in self.records.items() if record["quarantined"])
+        chosen = list(numbers)
+        with ThreadPoolExecutor(_READERS) as pool:
+            ledgers = pool.map(lambda number: shards.read_ledger(self.uri, number), chosen)
+            return [
+                (number, refusal)
+                for number, ledger in zip(chosen, ledgers, strict=True)
+                for refusal in ledger
+                if refusal.clip_id not in recovered
+            ]

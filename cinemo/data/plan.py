@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cinemo.config import Recipe
+from cinemo.data.manifest import Manifest
 from cinemo.networks.frozen import check_vae, weights_digest
 
 # Raise it when the same recipe no longer gives the same sample bytes.
@@ -25,10 +25,10 @@ RESIZE = "cover, swscale area with full chroma, centre crop"
 class Plan:
     """Clips in manifest order, cut into shards of ``clips_per_shard``; the last one may be smaller.
 
-    ``clips`` has the manifest's columns. A clip's position is its row and ``position // clips_per_shard`` its shard.
+    A clip's position is its row in the manifest, and ``position // clips_per_shard`` its shard.
     """
 
-    clips: pa.Table
+    clips: Manifest
     clips_per_shard: int
     views: int
 
@@ -36,39 +36,59 @@ class Plan:
     def shards(self) -> int:
         return math.ceil(len(self.clips) / self.clips_per_shard)
 
-    def rows(self, shards: Sequence[int] | np.ndarray) -> pa.Table:
-        """The clips of some shards, in order, with the columns of `take`."""
+    def positions(self, shards: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Of all clips of some shards, in order."""
         slots = np.arange(self.clips_per_shard)
         positions = (np.asarray(shards, np.int64)[:, None] * self.clips_per_shard + slots).ravel()
-        positions = positions[positions < self.clips.num_rows]
-        return self.take(positions, positions // self.clips_per_shard)
+        return positions[positions < len(self.clips)]
 
-    def take(self, positions: np.ndarray, shards: np.ndarray) -> pa.Table:
-        """Clips by position, each with its ``shard``, that shard's size (``shard_clips``) and ``position`` in front."""
-        _, place, sizes = np.unique(shards, return_inverse=True, return_counts=True)
-        rows = self.clips.take(pa.array(positions))
-        rows = rows.add_column(0, "shard", pa.array(shards.astype(np.int32)))
-        rows = rows.add_column(1, "shard_clips", pa.array(sizes[place].astype(np.int32)))
-        return rows.add_column(2, "position", pa.array(positions))
+    def rows(self, shards: Sequence[int] | np.ndarray) -> PlannedRows:
+        """The clips of some shards, in order."""
+        positions = self.positions(shards)
+        return PlannedRows(self, positions, (positions // self.clips_per_shard).astype(np.int32))
 
     def identity(self) -> dict[str, Any]:
         """What must agree for two runs to continue each other: every clip, its place, and the shape of the shards."""
-        lengths, texts = hashlib.sha256(), hashlib.sha256()
-        for batch in self.clips.to_batches(max_chunksize=1 << 16):
-            columns = [pc.fill_null(pc.cast(column, pa.string()), "") for column in batch.columns]
-            joined = pc.binary_join_element_wise(*columns, "\x1f").cast(pa.large_binary())
-            # Lengths as well as text, so that no row can pretend to be two.
-            lengths.update(pc.binary_length(joined).to_numpy(zero_copy_only=False).astype("<i8").tobytes())
-            texts.update(b"".join(joined.to_pylist()))
         return {
-            "clips": self.clips.num_rows,
+            "clips": len(self.clips),
             "clips_per_shard": self.clips_per_shard,
             "shards": self.shards,
-            "manifest": hashlib.sha256(lengths.digest() + texts.digest()).hexdigest(),
+            "manifest": self.clips.digest,
         }
 
 
-def make_plan(clips: pa.Table, recipe: Recipe) -> Plan:
+@dataclass(frozen=True)
+class PlannedRows:
+    """Clips that are still to be done, read from the manifest when a part of them is asked for (12 bytes a clip).
+
+    ``positions`` ascend; ``shards`` has the shard of each, which ascends too.
+    """
+
+    plan: Plan
+    positions: np.ndarray
+    shards: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def waves(self, clips: int) -> Iterator[PlannedRows]:
+        """Parts of about ``clips`` rows, of whole shards."""
+        size = max(1, clips // self.plan.clips_per_shard) * self.plan.clips_per_shard
+        for start in range(0, len(self), size):
+            yield PlannedRows(self.plan, self.positions[start : start + size], self.shards[start : start + size])
+
+    def slice(self, start: int = 0, count: int | None = None) -> pa.Table:
+        """Rows of the manifest; in front ``shard``, that shard's size (``shard_clips``) and ``position``."""
+        stop = len(self) if count is None else start + count
+        positions, shards = self.positions[start:stop], self.shards[start:stop]
+        sizes = np.searchsorted(self.shards, shards, "right") - np.searchsorted(self.shards, shards, "left")
+        rows = self.plan.clips.take(positions)
+        rows = rows.add_column(0, "shard", pa.array(shards, pa.int32()))
+        rows = rows.add_column(1, "shard_clips", pa.array(sizes, pa.int32()))
+        return rows.add_column(2, "position", pa.array(positions, pa.int64()))
+
+
+def make_plan(clips: Manifest, recipe: Recipe) -> Plan:
     return Plan(clips, recipe.data.clips_per_shard, recipe.data.views)
 
 

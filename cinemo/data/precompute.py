@@ -18,15 +18,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import ray
 
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data import stages
 from cinemo.data.dataset import Dataset
+from cinemo.data.lock import hold
 from cinemo.data.manifest import read_manifest
-from cinemo.data.plan import encoder_dtype, make_plan
+from cinemo.data.plan import PlannedRows, encoder_dtype, make_plan
 from cinemo.types import InputError, RunError
 
 _WORKER_ENVIRONMENT = {
@@ -47,6 +47,8 @@ _DECODING = {"max_calls": 500}  # and what a decoder leaks ends with its process
 # It mostly waits for storage. And on two cores decode and repartition reserve one each: asking for any share, it would
 # get none before the last clip is decoded, and a killed run would have nothing to go on from.
 _COMMIT_CPUS = 0.0
+# About so many clips have their planned rows in the object store at a time.
+_WAVE_CLIPS = 1 << 20
 _PROGRESS_SECONDS = 3.0
 _SECONDS = ("decode_seconds", "score_seconds", "encode_seconds", "commit_seconds")
 
@@ -102,26 +104,26 @@ def run(
     started = time.perf_counter()
     plan = make_plan(read_manifest(manifest, limit), recipe)
     dataset = Dataset.open(storage.absolute(output), recipe, plan)
-    missing, retried = dataset.missing_shards(), None
-    if retry_quarantine is None:
-        rows = plan.rows(missing)
-    elif missing:
-        raise InputError(f"{output}: {len(missing)} shards are still to be made; finish it without --retry-quarantine")
-    else:
-        retried = dataset.retryable(retry_quarantine)
-        rows = dataset.rows_to_retry(retried)
     totals: Counter[str] = Counter()
-    if len(rows):
-        dataset.begin()
-        progress = _Progress(len(rows))
-        for shard in _execute(rows, dataset, retried):
-            progress.add(shard)
-            totals.update({name: value for name, value in shard.items() if name == "clips" or name in _SECONDS})
-            if retried is None:
-                _check_share(progress.refused, dataset)
-    summary = dataset.summarize()
-    _check_share(summary["reasons"], dataset)
-    dataset.finish(summary)
+    with hold(dataset.uri) as lock:
+        dataset.load()
+        rows, retried = _rows_to_do(dataset, retry_quarantine)
+        if len(rows):
+            dataset.begin()
+            progress = _Progress(len(rows))
+            for wave in rows.waves(_WAVE_CLIPS):
+                for shard in _execute(wave, dataset, retried):
+                    lock.check()
+                    if shard["index"]:
+                        dataset.committed(json.loads(shard["index"]))
+                    progress.add(shard)
+                    totals.update({name: shard[name] for name in ("clips", *_SECONDS)})
+                    if retried is None:
+                        _check_share(progress.refused, dataset)
+        summary = dataset.summarize()
+        _check_share(summary["reasons"], dataset)
+        lock.check()
+        dataset.finish(summary)
     seconds = time.perf_counter() - started
     return {
         **summary,
@@ -133,8 +135,19 @@ def run(
     }
 
 
+def _rows_to_do(dataset: Dataset, retry: str | None) -> tuple[PlannedRows, dict[str, tuple[int, str]] | None]:
+    """The clips to run over; of a retry also which shards refused them, and why."""
+    missing = dataset.missing_shards()
+    if retry is None:
+        return dataset.plan.rows(missing), None
+    if missing:
+        raise InputError(f"{dataset.uri}: {len(missing)} shards are still to be made; finish it without a retry")
+    retried = dataset.retryable(retry)
+    return dataset.rows_to_retry(retried), retried
+
+
 def _execute(
-    rows: pa.Table, dataset: Dataset, retried: Mapping[str, tuple[int, str]] | None
+    rows: PlannedRows, dataset: Dataset, retried: Mapping[str, tuple[int, str]] | None
 ) -> Iterator[dict[str, Any]]:
     """Run the stages over planned rows; yields the totals of each shard once it is committed."""
     import ray.data

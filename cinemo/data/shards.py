@@ -24,12 +24,15 @@ from cinemo.types import InputError, LatentSample, Refusal
 
 SCHEMA_VERSION = 1
 SSIM_BINS = 1000  # of width 0.001 over 0..1: fine enough to cut motion buckets at quantiles
+# What the JSON of every sample holds; a manifest's extra columns stand beside it.
+SAMPLE_FIELDS = ("clip_id", "uri", "caption", "fps", "frame_interval", "start_frame", "ssim", "view")
+_GROUP = 1000  # index rows of a row group
 _BLOCK = tarfile.BLOCKSIZE
 _NAME = tarfile.LENGTH_NAME
 # A header without name, size and checksum, and the sum of its bytes with blanks for the latter.
 _TEMPLATE = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _TEMPLATE_SUM = sum(_TEMPLATE) - sum(_TEMPLATE[124:136]) - sum(_TEMPLATE[148:156]) + 8 * ord(" ")
-_INDEX_SCHEMA = pa.schema(
+INDEX_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
         ("samples", pa.int32()),
@@ -41,6 +44,8 @@ _INDEX_SCHEMA = pa.schema(
         ("ssim_min", pa.float64()),
         ("ssim_max", pa.float64()),
         ("ssim_histogram", pa.list_(pa.int32())),
+        ("reasons", pa.string()),  # JSON: reason -> clips refused for it, less those that this shard recovered
+        ("latent_shape", pa.list_(pa.int32())),
     ]
 )
 
@@ -117,10 +122,7 @@ def _tar_header(name: str, size: int) -> bytes:
 
 
 def _metadata(sample: LatentSample) -> dict[str, Any]:
-    return {
-        name: getattr(sample, name)
-        for name in ("clip_id", "uri", "caption", "fps", "frame_interval", "start_frame", "ssim", "view")
-    }
+    return {**sample.extra, **{name: getattr(sample, name) for name in SAMPLE_FIELDS}}
 
 
 def read_sample(tar: memoryview, members: Members, index: int) -> LatentSample:
@@ -129,7 +131,8 @@ def read_sample(tar: memoryview, members: Members, index: int) -> LatentSample:
     latents_FCHW = np.frombuffer(tar, "<f2", count, start).reshape(members.array_shape)
     place = members.json_offset[index]
     metadata = json.loads(bytes(tar[place : place + members.json_size[index]]))
-    return LatentSample(key=members.keys[index], latents_FCHW=latents_FCHW, **metadata)
+    known = {name: metadata.pop(name) for name in SAMPLE_FIELDS}
+    return LatentSample(key=members.keys[index], latents_FCHW=latents_FCHW, **known, extra=metadata)
 
 
 def commit(
@@ -193,18 +196,31 @@ def read_ledger(dataset: str, shard: int) -> list[Refusal]:
     return [Refusal(**json.loads(line)) for line in lines]
 
 
+def index_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``index.parquet`` says of a shard."""
+    reasons = Counter(record["reasons"])
+    reasons.subtract(Counter(value["reason"] for value in record["retry_of"].values()))
+    return {
+        **{name: record[name] for name in ("shard", "samples", "quarantined", "bytes", "sha256")},
+        "recovered": len(record["retry_of"]),
+        **{f"ssim_{name}": value for name, value in record["ssim"].items()},
+        "reasons": json.dumps(reasons, sort_keys=True),
+        "latent_shape": record["members"]["array_shape"],
+    }
+
+
 def index_bytes(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """``index.parquet``: one narrow row for each committed shard, ordered by shard."""
-    rows = [
-        {
-            **{name: record[name] for name in ("shard", "samples", "quarantined", "bytes", "sha256")},
-            "recovered": len(record["retry_of"]),
-            **{f"ssim_{name}": value for name, value in record["ssim"].items()},
-        }
-        for record in sorted(records, key=lambda record: record["shard"])
-    ]
+    """``index.parquet`` of some commit records: one narrow row for each shard, ordered by shard."""
+    rows = sorted(map(index_row, records), key=lambda row: row["shard"])
+    return index_table_bytes(pa.Table.from_pylist(rows, INDEX_SCHEMA))
+
+
+def index_table_bytes(table: pa.Table) -> bytes:
+    """``index.parquet`` of index rows in order: the same bytes however the table came together."""
     sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, _INDEX_SCHEMA), sink, compression="zstd")
+    with pq.ParquetWriter(sink, INDEX_SCHEMA, compression="zstd") as writer:
+        for start in range(0, max(1, len(table)), _GROUP):
+            writer.write_table(table.slice(start, _GROUP).combine_chunks())
     return sink.getvalue()
 
 
@@ -256,5 +272,5 @@ class DatasetIndex:
     @property
     def ssim_histogram(self) -> np.ndarray:
         """Samples in each of `SSIM_BINS` equal bins of mean SSIM over 0..1."""
-        histograms = np.asarray(self.table["ssim_histogram"].to_pylist(), np.int64)
-        return np.asarray(histograms.sum(0))
+        histograms = self.table["ssim_histogram"].combine_chunks().flatten().to_numpy()
+        return np.asarray(histograms.reshape(-1, SSIM_BINS).sum(0, dtype=np.int64))

@@ -36,6 +36,7 @@ _CLIP = [
     ("caption", pa.string()),
     ("start", pa.float64()),
     ("end", pa.float64()),
+    ("extra", pa.string()),
 ]
 _FAULT = [("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 _VIEW = [("view", pa.int32()), ("fps", pa.float64()), ("frame_interval", pa.int32()), ("start_frame", pa.int64())]
@@ -51,6 +52,7 @@ COMMITTED = pa.schema(
         ("quarantined", pa.int32()),
         ("bytes", pa.int64()),
         ("reasons", pa.string()),
+        ("index", pa.string()),  # JSON of `shards.index_row`; null where no shard was written
         *_SECONDS,
         ("commit_seconds", pa.float64()),
     ]
@@ -176,19 +178,20 @@ def commit(
             fault = Refusal(row["clip_id"], row["uri"], row["stage"], row["reason"], row["detail"])
             refused.setdefault(row["clip_id"], fault)
     samples = [_sample(row) for row in rows if row["clip_id"] not in refused]
-    size = 0
+    record = None
     if retried is None:
-        size = shards.commit(dataset, shard, samples, list(refused.values()), fingerprint)["bytes"]
+        record = shards.commit(dataset, shard, samples, list(refused.values()), fingerprint)
     elif samples:
         recovered = {sample.clip_id: retried[sample.clip_id] for sample in samples}
-        size = shards.commit(dataset, shard, samples, [], fingerprint, recovered)["bytes"]
+        record = shards.commit(dataset, shard, samples, [], fingerprint, recovered)
     totals = {
         "shard": shard,
         "clips": rows[0]["shard_clips"],
         "samples": len(samples),
         "quarantined": len(refused),
-        "bytes": size,
+        "bytes": record["bytes"] if record else 0,
         "reasons": json.dumps(Counter(refusal.reason for refusal in refused.values())),
+        "index": json.dumps(shards.index_row(record)) if record else None,
         **{name: sum(row[name] for row in rows) for name, _ in _SECONDS},
         "commit_seconds": time.perf_counter() - started,
     }
@@ -199,6 +202,7 @@ def _sample(row: Row) -> LatentSample:
     return LatentSample(
         key=f"{row['position']:09d}-{row['view']}",
         latents_FCHW=np.frombuffer(row["latents"], np.float16).reshape(row["shape"]),
+        extra=json.loads(row["extra"] or "{}"),
         **{
             name: row[name]
             for name in ("clip_id", "uri", "caption", "ssim", "fps", "frame_interval", "start_frame", "view")

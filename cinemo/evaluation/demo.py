@@ -71,7 +71,7 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
         SystemExit: a stage failed, with its exit code.
     """
     begun = time.monotonic()
-    table = read_manifest(settings.clips) if settings.clips else None
+    table = read_manifest(settings.clips).read() if settings.clips else None
     stages = Stages(output, scripts, fresh)
     dataset, run, bundle = output / "dataset", output / "run", output / "bundle"
 

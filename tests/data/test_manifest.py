@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cinemo import storage
-from cinemo.data.manifest import SCHEMA, manifest_from_folder, read_manifest
+from cinemo.data import manifest as manifest_schema
+from cinemo.data import manifest_checks
+from cinemo.data.manifest import manifest_from_folder, manifest_of, read_manifest
 from cinemo.types import InputError
 
 ROWS: list[dict[str, Any]] = [
@@ -34,22 +40,26 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
 def test_all_kinds_read_alike(tmp_path: Path, kind: str) -> None:
-    table = read_manifest(str(write(tmp_path / f"m.{kind}", ROWS)))
-    assert table.schema == SCHEMA
-    assert table.to_pylist() == [{**ROWS[0], "uri": f"{tmp_path}/videos/a.mp4"}, *ROWS[1:]]
-    assert read_manifest(str(tmp_path / f"m.{kind}"), limit=2)["clip_id"].to_pylist() == ["a", "b"]
+    manifest = read_manifest(str(write(tmp_path / f"m.{kind}", ROWS)))
+    table = manifest.read()
+    assert table.schema == manifest_schema.ROWS
+    expected = [{**ROWS[0], "uri": f"{tmp_path}/videos/a.mp4"}, *ROWS[1:]]
+    assert table.to_pylist() == [{**row, "extra": None} for row in expected]
+    assert read_manifest(str(tmp_path / f"m.{kind}"), limit=2).ids(np.arange(2)) == ["a", "b"]
 
 
 def test_optional_columns_may_be_absent(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("caption,clip_id,uri,extra\nx,a,a.mp4,1\n")
-    row = read_manifest(str(tmp_path / "m.csv")).to_pylist()[0]
+    row = read_manifest(str(tmp_path / "m.csv")).read().to_pylist()[0]
+    assert row.pop("extra") == '{"extra": 1}'
     assert row == {"clip_id": "a", "uri": f"{tmp_path}/a.mp4", "caption": "x", "start": None, "end": None}
 
 
 @pytest.mark.s3
 def test_manifest_on_s3(s3_endpoint: str) -> None:
     storage.write_bytes("s3://cinemo-test/lists/m.jsonl", json.dumps(ROWS[0]).encode())
-    assert read_manifest("s3://cinemo-test/lists/m.jsonl")["uri"].to_pylist() == ["s3://cinemo-test/lists/videos/a.mp4"]
+    rows = read_manifest("s3://cinemo-test/lists/m.jsonl").read()
+    assert rows["uri"].to_pylist() == ["s3://cinemo-test/lists/videos/a.mp4"]
 
 
 GOOD = "a,a.mp4,x,,\n"
@@ -76,7 +86,7 @@ GOOD = "a,a.mp4,x,,\n"
         (
             "m.jsonl",
             '{"clip_id": "a", "uri": "u"}\n{"clip_id": "b", "uri": "u", "caption": "c"}\n',
-            "row 1: caption is",
+            "row 1: caption is None, expected a string",
         ),
         ("m.jsonl", '{"clip_id": 5, "uri": "u", "caption": "c"}\n', "row 1: clip_id is 5, expected a string"),
         ("m.jsonl", '["a"]\n', "row 1: a JSON list"),
@@ -111,8 +121,8 @@ def test_folder_of_videos(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a.txt").write_text("  a red\nballoon ")
-    rows = read_manifest(str(tmp_path)).to_pylist()
-    assert rows == manifest_from_folder(tmp_path).to_pylist()
+    rows = read_manifest(str(tmp_path)).read().to_pylist()
+    assert rows == [{**row, "extra": None} for row in manifest_from_folder(tmp_path).to_pylist()]
     assert [row["caption"] for row in rows] == ["a red balloon", "b dog runs", "a b", "a b"]
     assert [row["clip_id"] for row in rows[:3]] == ["a", "b_dog-runs", "sub-a-b"]
     assert len({row["clip_id"] for row in rows}) == 4
@@ -123,3 +133,125 @@ def test_folder_without_videos(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(InputError, match="no videos there"):
         read_manifest(str(tmp_path))
+
+
+EXTRAS: list[dict[str, Any]] = [
+    {"tags": ["x", "ü"], "score": 0.5, "rank": 3, "fps": 24.0, "seen": None, "code": "007", "deep": {"a": [1, None]}},
+    {"tags": [], "score": -1e-3, "rank": None, "fps": 25.0, "seen": None, "code": "", "deep": {"a": None}},
+]
+
+
+def extras(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in read_manifest(str(path)).read()["extra"].to_pylist()]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_extra_columns_keep_their_types(tmp_path: Path, kind: str) -> None:
+    rows = [row | extra for row, extra in zip(ROWS, EXTRAS, strict=False)]
+    expected = [{**extra, "manifest_fps": extra["fps"]} for extra in EXTRAS]  # a sample has an fps of its own
+    for row in expected:
+        del row["fps"]
+    assert extras(write(tmp_path / f"m.{kind}", rows)) == expected
+
+
+def test_extra_columns_of_a_csv_are_numbers_where_all_values_are(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text(
+        "clip_id,uri,caption,n,x,code,word\na,u,c,1,2,007,1\nb,u,c,,-.5e1,2,b\nc,u,c,3,1.5,1,\n"
+    )
+    assert extras(tmp_path / "m.csv") == [
+        {"n": 1, "x": "2", "code": "007", "word": "1"},
+        {"n": None, "x": "-.5e1", "code": "2", "word": "b"},
+        {"n": 3, "x": "1.5", "code": "1", "word": ""},
+    ]
+    (tmp_path / "m.csv").write_text("clip_id,uri,caption,x\na,u,c,2\nb,u,c,-0.5e1\n")
+    assert extras(tmp_path / "m.csv") == [{"x": 2}, {"x": -5.0}]
+
+
+def test_what_json_cannot_hold(tmp_path: Path) -> None:
+    import datetime
+    import decimal
+
+    row = {**ROWS[0], "day": datetime.date(2024, 1, 2), "price": decimal.Decimal("1.50"), "gap": float("nan")}
+    assert extras(write(tmp_path / "m.parquet", [row])) == [{"day": "2024-01-02", "price": "1.50", "gap": None}]
+    with pytest.raises(InputError, match="column blob is binary"):
+        read_manifest(str(write(tmp_path / "m.parquet", [{**ROWS[0], "blob": b"x"}])))
+    with pytest.raises(InputError, match="column manifest_fps is there twice"):
+        read_manifest(str(write(tmp_path / "m.parquet", [{**ROWS[0], "fps": 1, "manifest_fps": 2}])))
+
+
+def test_digest_depends_on_values_not_on_files(tmp_path: Path) -> None:
+    base = [{**row, "uri": f"/{k}.mp4", "caption": "c", "n": k} for k, row in enumerate(ROWS * 1)]
+    digest = read_manifest(str(write(tmp_path / "m.parquet", base))).digest
+    pq.write_table(pa.Table.from_pylist(base), tmp_path / "groups.parquet", row_group_size=1)
+    assert read_manifest(str(tmp_path / "groups.parquet")).digest == digest
+    coded = pa.Table.from_pylist(base)
+    coded = coded.set_column(2, "caption", coded["caption"].dictionary_encode())
+    pq.write_table(coded, tmp_path / "coded.parquet")
+    assert read_manifest(str(tmp_path / "coded.parquet")).digest == digest
+    digests = {digest}
+    for change in (
+        {"clip_id": "x"},
+        {"uri": "/x"},
+        {"caption": ""},
+        {"start": 0.5},
+        {"end": 99.0},
+        {"n": 9},
+        {"n": None},
+    ):
+        digests.add(read_manifest(str(write(tmp_path / "m.parquet", [*base[:-1], {**base[-1], **change}]))).digest)
+    assert len(digests) == 8
+    # Text that moves from one row, or one column, to the next is another manifest.
+    pairs = [("ab", "c", "d"), ("a", "bc", "d"), ("a", "b", "cd")]
+    assert len({manifest_of(table_of(pair)).digest for pair in pairs}) == 3
+
+
+def table_of(captions: tuple[str, ...]) -> pa.Table:
+    rows = [{"clip_id": f"{k}", "uri": "/u", "caption": caption} for k, caption in enumerate(captions)]
+    return pa.Table.from_pylist(rows)
+
+
+def test_rows_at_any_place_across_row_groups(tmp_path: Path) -> None:
+    rows = [{"clip_id": f"c{k}", "uri": f"/{k}", "caption": "x" * k, "n": k} for k in range(50)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "m.parquet", row_group_size=7)
+    manifest = pickle.loads(pickle.dumps(read_manifest(str(tmp_path / "m.parquet"), limit=48)))
+    for places in ([0], [6, 7], [3, 13, 14, 47], list(range(48))):
+        got = manifest.take(np.array(places))
+        assert got["clip_id"].to_pylist() == [f"c{k}" for k in places] == manifest.ids(np.array(places))
+        assert [json.loads(text)["n"] for text in got["extra"].to_pylist()] == places
+    assert len(manifest.read(40)) == 8
+
+
+@settings(deadline=None)
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=60), st.integers(0, 5))
+def test_hashes_are_of_texts_alone(texts: list[str], start: int) -> None:
+    whole = manifest_checks.hash_texts(pa.array(texts))
+    alone = [int(manifest_checks.hash_texts(pa.array([text]))[0]) for text in texts]
+    assert whole.tolist() == alone
+    np.testing.assert_array_equal(manifest_checks.hash_texts(pa.array(texts).slice(start)), whole[start:])
+    assert len(set(alone)) == len(set(texts))
+
+
+def test_ids_of_equal_hash_are_compared() -> None:
+    ids = ["a", "b", "b", "c", "a", "d", "b"]
+
+    def at(rows: np.ndarray) -> list[str]:
+        return [ids[row] for row in rows]
+
+    same = np.zeros(7, np.uint64)
+    for at_once in (1, 2, 100):
+        faults, _ = manifest_checks.repeated(same, at, at_once)
+        assert faults[0] == "row 3: clip_id 'b' is already in row 2"
+    ids = ["a", "b", "c", "d", "e", "f", "g"]
+    assert manifest_checks.repeated(same, at, 2) == ([], 0)
+
+
+def test_a_large_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CINEMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(manifest_schema, "_SMALL", 0)
+    path = write(tmp_path / "m.jsonl", ROWS)
+    manifest = read_manifest(str(path))
+    kept = list((tmp_path / "cache").rglob("*"))
+    assert [p.suffix for p in kept] == ["", ".parquet"]
+    again = read_manifest(str(path))
+    assert (again.digest, again.read()) == (manifest.digest, manifest.read())
+    assert list((tmp_path / "cache").rglob("*")) == kept

@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+import chaos
 import numpy as np
 import pytest
 from data.small_data import film
 
 from cinemo import cli, storage
 from cinemo.config import Recipe, override
-from cinemo.data.estimate import plan_only
 from cinemo.data.loader import LatentLoader
 from cinemo.data.precompute import run
 from cinemo.data.shards import DatasetIndex, read_ledger
@@ -75,6 +75,17 @@ def test_layout_and_totals(dataset: Path, clips_folder: Path) -> None:
 
 
 @pytest.mark.ray
+def test_the_sizes_are_those_of_the_plan(
+    dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    from cinemo.data.estimate import plan_only
+
+    real = sum((dataset / f"shards/shard-{k:06d}.tar").stat().st_size for k in range(3))
+    plan = plan_only(small_recipe, str(clips_folder), str(tmp_path))
+    assert plan["figures"]["bytes"]["value"] == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.ray
 def test_trainer_reads_every_sample(dataset: Path) -> None:
     loader = LatentLoader(DatasetIndex.load(str(dataset)), global_batch=3, lanes=1, seed=0)
     samples = [sample for step in range(3) for sample in loader.batch(step).samples]
@@ -120,28 +131,22 @@ def test_lost_records_and_half_written_shards_are_made_again(
 def test_killed_run_goes_on_to_the_same_bytes(
     dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
 ) -> None:
-    recipe = tmp_path / "recipe.json"
+    """`make chaos` does this for longer, at moments that are drawn."""
+    recipe, output = tmp_path / "recipe.json", tmp_path / "killed"
     recipe.write_text(small_recipe.to_json())
-    output = tmp_path / "killed"
     command = [
         sys.executable, str(ROOT / "pipelines/precompute.py"), "--recipe", str(recipe), "--manifest", str(clips_folder),
         "--output", str(output),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not list(output.glob("shards/*.json")) and time.monotonic() < deadline and process.poll() is None:
-            time.sleep(0.01)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert (output / "dataset.json").exists()
-    if process.returncode == -signal.SIGKILL:
-        assert json.loads((output / "dataset.json").read_text())["complete"] is False
-        with pytest.raises(InputError, match="not complete"):
-            DatasetIndex.load(str(output))
-    run(small_recipe, str(clips_folder), str(output))
+    code, killed = chaos.run_and_kill(command, output, [chaos.Kill("everything", True, 0.0)])
+    assert killed == 1
+    assert code == -signal.SIGKILL
+    assert json.loads((output / "dataset.json").read_text())["complete"] is False
+    assert (output / ".lock.json").exists()
+    with pytest.raises(InputError, match="not complete"):
+        DatasetIndex.load(str(output))
+    worker, raylet = chaos.Kill("worker", True, 0.0), chaos.Kill("raylet", True, 0.0)
+    assert list(chaos.disturb(command, output, [[worker, raylet]]))[-1].endswith("exit 0")
     assert digests(output) == digests(dataset)
 
 
@@ -261,21 +266,6 @@ def test_on_s3(dataset: Path, clips_folder: Path, small_recipe: Recipe, s3_endpo
         np.testing.assert_array_equal(sample.latents_FCHW, expected[sample.clip_id])
 
 
-def test_plan_measures_and_writes(clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
-    plan = plan_only(small_recipe, str(clips_folder), str(tmp_path))
-    assert json.loads((tmp_path / "plan.json").read_text()) == plan
-    assert (plan["clips"], plan["shards"], plan["measured_clips"], plan["expected_samples"]) == (12, 3, 12, 9)
-    assert plan["expected_quarantine_share"] == 0.25
-    assert plan["refused_in_sample"] == {"unreadable": 2, "too_few_frames": 1}
-    assert all(seconds > 0 for seconds in plan["seconds_per_clip"].values())
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-
-
-def test_plan_of_the_sizes_that_come(dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
-    real = sum((dataset / f"shards/shard-{k:06d}.tar").stat().st_size for k in range(3))
-    assert plan_only(small_recipe, str(clips_folder), str(tmp_path))["bytes"] == pytest.approx(real, rel=0.1)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -283,6 +273,8 @@ def test_plan_of_the_sizes_that_come(dataset: Path, clips_folder: Path, small_re
         (["--manifest", ".", "--output", "out"], "no videos there"),
         (["--manifest", "m.csv", "--output", "out", "--set", "data.sise=1"], "unknown key 'data.sise'"),
         (["--output", "out"], "required: --manifest"),
+        (["--manifest", ".", "--output", "out", "--prices", "p.json"], "--prices belongs to --plan"),
+        (["--manifest", ".", "--output", "out", "--plan", "--prices", "p.json"], "prices p.json: no such file"),
     ],
 )
 def test_command_refuses_in_one_line(

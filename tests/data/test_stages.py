@@ -35,7 +35,7 @@ def encoded(rows: pa.Table, recipe: Recipe) -> pa.Table:
 
 def test_every_planned_view_keeps_its_row(clips_folder: Path, small_recipe: Recipe) -> None:
     recipe = override(small_recipe, ["data.views=2"])
-    rows = encoded(planned(clips_folder, recipe).rows([0, 1, 2]), recipe).to_pylist()
+    rows = encoded(planned(clips_folder, recipe).rows([0, 1, 2]).slice(), recipe).to_pylist()
     assert [(row["position"], row["view"]) for row in rows] == [(p, v) for p in range(12) for v in range(2)]
     faults = {row["clip_id"]: (row["stage"], row["reason"]) for row in rows if row["reason"]}
     assert faults == {
@@ -67,7 +67,7 @@ def test_rows_hold_what_the_clip_shows(clips_folder: Path, small_recipe: Recipe)
 
 def test_latents_do_not_depend_on_company(clips_folder: Path, small_recipe: Recipe) -> None:
     plan = planned(clips_folder, small_recipe)
-    together = encoded(plan.rows([0, 1]), small_recipe)["latents"].to_pylist()
+    together = encoded(plan.rows([0, 1]).slice(), small_recipe)["latents"].to_pylist()
     apart = [encoded(plan.rows([0, 1]).slice(k, 1), small_recipe)["latents"].to_pylist()[0] for k in reversed(range(8))]
     assert together == apart[::-1]
 
@@ -86,14 +86,14 @@ def commit(table: pa.Table, output: Path, views: int = 1, **more: Any) -> dict[s
 
 
 def test_commit_counts_and_quarantines(clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
-    table = encoded(planned(clips_folder, small_recipe).rows([0]), small_recipe)
+    table = encoded(planned(clips_folder, small_recipe).rows([0]).slice(), small_recipe)
     totals = commit(table, tmp_path)
     assert (totals["clips"], totals["samples"], totals["quarantined"]) == (4, 3, 1)
     assert [refusal.clip_id for refusal in read_ledger(str(tmp_path), 0)] == ["film-1b"]
 
 
 def test_commit_refuses_a_block_that_is_no_shard(clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
-    table = encoded(planned(clips_folder, small_recipe).rows([0, 1]), small_recipe)
+    table = encoded(planned(clips_folder, small_recipe).rows([0, 1]).slice(), small_recipe)
     for wrong in (table.slice(0, 3), table.slice(1, 4), table.slice(0, 4).take([1, 0, 2, 3])):
         with pytest.raises(AssertionError, match="expected its 4 rows in order"):
             commit(wrong, tmp_path)
@@ -104,7 +104,7 @@ def test_a_clip_with_one_bad_view_is_refused_whole(tmp_path: Path, small_recipe:
     write_video(tmp_path / "clips/a.mp4", film("a", 30), 25)
     write_video(tmp_path / "clips/b.mp4", film("b", 30), 25)
     recipe = override(small_recipe, ["data.views=2"])
-    table = encoded(planned(tmp_path / "clips", recipe).rows([0]), recipe)
+    table = encoded(planned(tmp_path / "clips", recipe).rows([0]).slice(), recipe)
     place = table.schema.get_field_index("reason")
     table = table.set_column(place, "reason", pa.array([None, "not_finite", None, None]))
     totals = commit(table, tmp_path / "out", 2)

@@ -1,0 +1,130 @@
+"""The estimate before a run: what it counts, how sure it is, what it costs, and how it compares in the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cinemo.config import Recipe, override
+from cinemo.data import estimate
+from cinemo.data.estimate import Known, compare, plan_only
+from cinemo.data.manifest import read_manifest
+from cinemo.data.plan import Plan, make_plan
+from cinemo.data.prices import Prices, money, read_prices
+from cinemo.data.wording import plan_lines, summary_lines
+from cinemo.types import InputError
+
+CLIP = {"decode": 0.5, "score": 0.25, "encode": 1.0, "refused": False, "reason": None, "bytes": 1000}
+REFUSED = {**CLIP, "encode": 0.0, "refused": True, "reason": "missing", "bytes": None}
+
+
+@pytest.fixture(scope="module")
+def plan(clips_folder: Path, small_recipe: Recipe) -> Plan:
+    return make_plan(read_manifest(str(clips_folder)), small_recipe)
+
+
+def test_plan_measures_and_writes(clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
+    made = plan_only(small_recipe, str(clips_folder), str(tmp_path), prices=Prices(core_hour=0.04, gb_month=0.02))
+    assert json.loads((tmp_path / "plan.json").read_text()) == made
+    assert (made["clips"], made["shards"], made["measured_clips"]) == (12, 3, 12)
+    assert made["refused_in_sample"] == {"unreadable": 2, "too_few_frames": 1}
+    figures = made["figures"]
+    assert (figures["samples"]["value"], figures["quarantine_share"]["value"]) == (9, 0.25)
+    assert figures["quarantine_share"]["low"] == pytest.approx(0.107, abs=0.01)
+    assert all(value["low"] <= value["value"] <= value["high"] for value in figures.values())
+    assert figures["core_hours"]["low"] < figures["core_hours"]["high"]
+    assert made["costs"].keys() == {"cores", "total", "storage_per_month"}
+    assert made["costs"]["total"]["value"] == pytest.approx(0.04 * figures["core_hours"]["value"])
+    assert figures["put_requests"]["value"] == figures["get_requests"]["value"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    text = "\n".join(plan_lines(made, str(tmp_path)))
+    assert "12 clips -> 3 shards" in text
+    assert "unreadable 2" in text
+    again = plan_only(small_recipe, str(clips_folder), str(tmp_path))["figures"]
+    assert again["quarantine_share"] == figures["quarantine_share"]
+
+
+def test_slow_clips_shorten_the_sample(
+    clips_folder: Path, small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "SAMPLE_SECONDS", 0.0)
+    assert plan_only(small_recipe, str(clips_folder), str(tmp_path))["measured_clips"] == 4
+
+
+def test_decoders_and_encoders_share_the_cores(plan: Plan, small_recipe: Recipe) -> None:
+    known = Known(small_recipe, plan, "/out", None)
+    known.cores = 4
+    figures = known.figures([CLIP, CLIP])
+    assert figures["clips_per_second_per_core"] == pytest.approx(1 / 0.75)
+    assert figures["clips_per_second_here"] == pytest.approx(1.0)  # one encoder, a second a clip
+    assert figures["core_hours"] == pytest.approx(12 * 1.75 / 3600)
+    assert known.bottleneck(figures, CLIP) == "encode"
+    assert known.bottleneck(figures, {**CLIP, "decode": 2.0}) == "decode"
+    assert "accelerator_hours" not in figures
+
+
+def test_an_accelerator_is_given_or_unknown(plan: Plan, small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = override(small_recipe, ["data.encode_gpus=1", "data.encode_actors=2"])
+    unknown = Known(recipe, plan, "/out", None).figures([CLIP])
+    assert "accelerator_hours" not in unknown
+    known = Known(recipe, plan, "/out", 10.0)
+    known.cores = 6
+    figures = known.figures([CLIP])
+    assert figures["accelerator_hours"] == pytest.approx(12 / 10 / 3600)
+    assert figures["cores_per_accelerator"] == pytest.approx(7.5)
+    assert figures["clips_per_second_here"] == pytest.approx(8.0)
+    assert known.bottleneck(figures, CLIP) == "decode"
+    known.cores = 60
+    assert known.bottleneck(known.figures([CLIP]), CLIP) == "encode"
+
+
+def test_requests_to_s3_are_counted(plan: Plan, small_recipe: Recipe) -> None:
+    known = Known(small_recipe, plan, "s3://bucket/out", None)
+    figures = known.figures([CLIP, CLIP])
+    # Three tars and records; journal, index, dataset.json twice; a heartbeat every ten seconds.
+    assert figures["put_requests"] == pytest.approx(3 * 2 + 4, abs=3)
+    large = known.figures([{**CLIP, "bytes": 50 << 20}])["put_requests"]
+    assert large == pytest.approx(figures["put_requests"] + 3 * 8, abs=1)  # four clips a shard, in parts of 32 MiB
+    assert known.figures([REFUSED, CLIP])["put_requests"] > figures["put_requests"] + 2  # ledgers
+
+
+def test_prices_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "prices.json"
+    for content, message in [
+        ("{", "not JSON"),
+        ("[1]", "a JSON list, expected an object with keys out of currency"),
+        ('{"core_hours": 1}', "core_hours: unknown key; known keys: currency, core_hour"),
+        ('{"core_hour": -1}', "core_hour: Input should be greater than or equal to 0 .got -1."),
+        ('{"core_hour": "cheap"}', "core_hour: Input should be a valid number"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(InputError, match=message):
+            read_prices(str(path))
+    path.write_text('{"currency": "EUR", "core_hour": 0.05, "per_1000_put": 0.005}')
+    prices = read_prices(str(path))
+    assert money({"core_hours": 100, "put_requests": 2e6, "bytes": 1e12}, prices) == {
+        "cores": 5.0, "puts": 10.0, "total": 15.0,
+    }  # fmt: skip
+
+
+def test_predicted_against_actual(clips_folder: Path, small_recipe: Recipe, tmp_path: Path) -> None:
+    made = plan_only(small_recipe, str(clips_folder), str(tmp_path))
+    summary: dict[str, Any] = {
+        "clips": 12, "samples": 9, "quarantined": 3, "reasons": {"missing": 3}, "shards": 3, "bytes": 10_000,
+        "done": 12, "seconds": 6.0, "clips_per_second": 2.0, "output": str(tmp_path),
+        "stage_seconds": {"decode": 3.0, "score": 1.0, "encode": 2.0, "commit": 0.1},
+    }  # fmt: skip
+    actual = {row["what"]: row["actual"] for row in compare(made, summary)}
+    assert actual["clips_per_second_per_core"] == 3.0
+    assert actual["core_hours"] == pytest.approx(6 / 3600)
+    assert (actual["samples"], actual["quarantine_share"], actual["clips_per_second_here"]) == (9, 0.25, 2.0)
+    assert {row["what"] for row in compare(made, {**summary, "clips": 5, "done": 0})} == set()
+    text = "\n".join(summary_lines(summary))
+    assert "predicted against actual:" in text
+    assert "refused clips, %: 25" in text
+    (tmp_path / "plan.json").write_text('{"older": 1}')
+    assert "actual:" not in "\n".join(summary_lines(summary))

@@ -1,0 +1,170 @@
+"""One job on one output: whoever comes second is refused, the dead are followed at once, races have one winner."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cinemo import storage
+from cinemo.data import lock
+from cinemo.data.lock import NAME, hold
+from cinemo.types import InputError, RunError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.6)
+    if request.param == "local":
+        return str(tmp_path)
+    request.getfixturevalue("s3_endpoint")
+    return f"s3://cinemo-test/{tmp_path.name}"
+
+
+def content(output: str) -> dict[str, object]:
+    return dict(storage.read_json(storage.join(output, NAME)))
+
+
+def pretend(output: str, **change: object) -> None:
+    """A lock of somebody else."""
+    facts = {"token": "x", "host": "far-away", "pid": 7, "machine": "another boot", "process_started": "1"}
+    facts |= {"since": "2024-01-01T00:00:00Z", "heartbeat": "2024-01-01T00:00:10Z"} | change
+    storage.write_json(storage.join(output, NAME), facts)
+
+
+def test_the_second_is_refused_and_told_by_whom(output: str) -> None:
+    with hold(output) as held:
+        before = content(output)
+        with (
+            pytest.raises(InputError, match=rf"another job is at work .*process {os.getpid()}, since 2.*--output"),
+            hold(output),
+        ):
+            pass
+        time.sleep(0.4)
+        after = content(output)
+        assert after["heartbeat"] > before["heartbeat"]  # type: ignore[operator]
+        assert {**after, "heartbeat": 0} == {**before, "heartbeat": 0}
+        held.check()
+    assert storage.names(output) == []
+
+
+def test_it_is_released_when_the_work_fails(output: str) -> None:
+    with pytest.raises(KeyboardInterrupt), hold(output):
+        raise KeyboardInterrupt
+    assert storage.names(output) == []
+
+
+def test_a_killed_process_of_this_machine_is_followed_at_once(tmp_path: Path) -> None:
+    program = f"import time\nfrom cinemo.data.lock import hold\nwith hold({str(tmp_path)!r}):\n    time.sleep(100)"
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        while not (tmp_path / NAME).exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        with pytest.raises(InputError, match=f"process {process.pid}"), hold(str(tmp_path)):
+            pass
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    begun = time.monotonic()
+    with hold(str(tmp_path)):
+        assert time.monotonic() - begun < 5
+
+
+def test_another_process_under_an_old_number_is_not_the_holder(output: str) -> None:
+    pretend(output, machine=lock._machine(), pid=os.getpid(), process_started="1")
+    with hold(output):
+        assert content(output)["pid"] == os.getpid()
+
+
+def test_a_silent_holder_elsewhere_is_given_up_after_watching(output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pretend(output)
+    begun = time.monotonic()
+    with hold(output) as held:
+        assert time.monotonic() - begun >= 0.6
+        held.check()
+        assert content(output)["host"] != "far-away"
+    assert "host far-away, process 7" in capsys.readouterr().out
+
+
+def test_a_living_holder_elsewhere_is_respected(output: str) -> None:
+    stop = threading.Event()
+
+    def live() -> None:
+        for beat in range(1000):
+            pretend(output, heartbeat=beat)
+            if stop.wait(0.1):
+                return
+
+    pretend(output)
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        with pytest.raises(InputError, match="host far-away"), hold(output):
+            pass
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_one_of_many_wins_a_dead_lock(output: str) -> None:
+    pretend(output, machine=lock._machine(), pid=2**22 + 1)
+    done = threading.Event()
+
+    def contend(_: int) -> bool:
+        try:
+            with hold(output):
+                return done.wait(20)
+        except InputError:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        results = [pool.submit(contend, k) for k in range(8)]
+        while sum(result.done() for result in results) < 7:
+            time.sleep(0.02)
+        done.set()
+        assert sum(result.result() for result in results) == 1
+    assert storage.names(output) == []
+
+
+def _add(path: str, times: int) -> None:
+    for _ in range(times):
+        while True:
+            data, version = storage.read_version(path)
+            if storage.write_if(path, b"%d" % (int(data) + 1), version):
+                break
+
+
+def test_conditional_writes_of_processes_lose_nothing(tmp_path: Path) -> None:
+    path = str(tmp_path / "count")
+    assert storage.write_if(path, b"0", None)
+    assert storage.write_if(path, b"9", None) is None
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_add, args=(path, 25)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert (tmp_path / "count").read_bytes() == b"75"
+
+
+def test_whoever_lost_the_lock_stops(output: str) -> None:
+    with hold(output) as held:
+        pretend(output)
+        while held.lost is None:
+            time.sleep(0.02)
+        with pytest.raises(RunError, match=r"has lost its lock .host far-away"):
+            held.check()
+    assert json.dumps(content(output)["host"]) == '"far-away"'
