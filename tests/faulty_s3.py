@@ -27,8 +27,8 @@ class FaultyS3(ThreadingHTTPServer):
     """Forwards to ``upstream``.
 
     Args:
-        rates: share of requests that meet each of `FAULTS`, or ``403``; ``drop`` closes the connection before the request is
-            forwarded, ``lose_reply`` after it was carried out, ``cut_reply`` in the middle of the answer's body.
+        rates: share of requests that meet each of `FAULTS`, or ``403``; ``drop`` closes the connection before the
+            request is forwarded, ``lose_reply`` after it was carried out, ``cut_reply`` amid the answer's body.
         delay: seconds of a ``slow`` answer.
         bytes_per_second: speed at which request bodies are taken in, all connections together; 0 = no limit.
     """
@@ -86,10 +86,12 @@ class _Handler(BaseHTTPRequestHandler):
         parts = "&".join(part for part in url.query.split("&") if not part.startswith("uploadId"))
         fault = proxy.fault(self.command, f"{url.path}?{parts}")
         if fault == "drop":
-            return self._hang_up()
+            self._hang_up()
+            return
         body = self._body()
         if fault in _CODES:
-            return self._answer(int(fault), {"Content-Type": "application/xml"}, _ERROR.format(_CODES[fault]).encode())
+            self._answer(int(fault), {"Content-Type": "application/xml"}, _ERROR.format(_CODES[fault]).encode())
+            return
         if fault == "slow":
             time.sleep(proxy.delay)
         assert proxy.upstream.hostname
@@ -100,7 +102,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = response.read()
         upstream.close()
         if fault == "lose_reply":
-            return self._hang_up()
+            self._hang_up()
+            return
         kept = {k: v for k, v in response.getheaders() if k.lower() not in _HOP_HEADERS}
         if self.command == "HEAD":
             kept["Content-Length"] = response.getheader("Content-Length") or "0"
