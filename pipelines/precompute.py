@@ -5,6 +5,7 @@ A run that was stopped goes on where it was when the same command is given again
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,8 +33,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_plan(plan_only(recipe, arguments.manifest, arguments.output, arguments.limit), arguments.output)
         return
     from cinemo.data.precompute import run
+    from cinemo.data.tracker import tracked
 
-    print_summary(run(recipe, arguments.manifest, arguments.output, arguments.limit, arguments.retry_quarantine))
+    with tracked(recipe, arguments.output) as tracker:
+        summary = run(
+            recipe, arguments.manifest, arguments.output, arguments.limit, arguments.retry_quarantine, tracker
+        )
+        page = write_report(summary)
+        if tracker:
+            tracker.close(summary, page)
+    print_summary(summary)
+
+
+def write_report(summary: dict[str, Any]) -> str | None:
+    """``report.html`` beside the dataset; a machine that only decodes need not have what draws it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("report.html is left out: matplotlib is not installed (pip install 'cinemo[report]')")
+        return None
+    from cinemo.evaluation.dataset_report import write_dataset_report
+
+    return write_dataset_report(summary["output"], summary)
 
 
 def print_plan(plan: dict[str, Any], output: str) -> None:

@@ -61,7 +61,7 @@ def plan_only(recipe: Recipe, manifest: str, output: str, limit: int | None = No
     }
     limits = {"decode and score": cores / on_core}
     if rates["encode_clips_per_second_per_encoder"]:
-        limits["encode"] = data.encode_actors * rates["encode_clips_per_second_per_encoder"]
+        limits["encode"] = (data.encode_actors or cores) * rates["encode_clips_per_second_per_encoder"]
     bottleneck = min(limits, key=lambda stage: limits[stage])
     latent_bytes = _sample_bytes(used[0]["shape"]) if encoder and used else None
     estimate = {
