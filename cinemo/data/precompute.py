@@ -48,6 +48,8 @@ _DECODING = {"max_calls": 500}
 # It mostly waits for storage. And on two cores decode and repartition reserve one each: asking for any share, it would
 # get none before the last clip is decoded, and a killed run would have nothing to go on from.
 _COMMIT_CPUS = 0.0
+# So many at a time: a slow storage must not be met with ever more processes, each holding a shard.
+_CPUS_PER_COMMIT = 8
 _METER_SECONDS = 2.0
 _SECONDS = ("decode_seconds", "score_seconds", "encode_seconds", "commit_seconds")
 
@@ -186,7 +188,7 @@ def _execute(
         InputError, RunError: what a worker met and a person can mend, such as storage that does not answer.
     """
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
     connect()
     recipe, data = dataset.recipe, dataset.recipe.data
@@ -235,6 +237,7 @@ def _execute(
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=_COMMIT_CPUS,
+            compute=TaskPoolStrategy(size=resources.commits),
         )
     )
     try:
@@ -295,6 +298,7 @@ class Resources:
     decoders: int
     encoders: int
     least_encoders: int
+    commits: int
     decode: dict[str, Any]
     encode: dict[str, Any]
 
@@ -331,6 +335,7 @@ def _resources(recipe: Recipe) -> Resources:
         decoders=max(1, int((have[special] if special else cpus) / data.decode_cpus)),
         encoders=most,
         least_encoders=least,
+        commits=max(2, cpus // _CPUS_PER_COMMIT),
         decode=decode,
         encode={"num_cpus": share, **({"num_gpus": data.encode_gpus} if data.encode_gpus else {})},
     )

@@ -123,7 +123,7 @@ class Progress:
         self._stop = threading.Event()
         self._started = time.perf_counter()
         self._latest: Mapping[str, Mapping[str, float]] = {"clips": {}, "seconds": {}, "reasons": {}}
-        self._history: deque[tuple[float, int, int, dict[str, float]]] = deque([(self._started, 0, 0, {})])
+        self._history: deque[tuple[float, int, int, dict[str, float]]] = deque()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:
@@ -152,8 +152,8 @@ class Progress:
         encoded = max(round(clips.get("encode", 0)), committed)
         decoded = max(round(clips.get("decode", 0)), encoded)
         seconds = {stage: self._latest["seconds"].get(stage, 0.0) for stage in self.capacity}
-        if len(self._history) == 1 and not decoded:
-            self._history[0] = (now, 0, size, seconds)  # the window begins with the first clip, not with the workers
+        if not decoded:
+            self._history.clear()  # the window begins with the first clip, not with the workers
         self._history.append((now, encoded, size, seconds))
         while len(self._history) > 2 and now - self._history[1][0] > _WINDOW_SECONDS:
             self._history.popleft()

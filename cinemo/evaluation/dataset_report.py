@@ -55,7 +55,7 @@ def write_dataset_report(uri: str, summary: Mapping[str, Any]) -> str | None:
     if not summary["done"]:
         found = _RUN.search(before)
         run = json.loads(html.unescape(found[1])) if found else None
-    kept = html.escape(json.dumps(run, sort_keys=True), quote=False)
+    kept = html.escape(json.dumps(run), quote=False)
     body = [
         *_totals(dataset, run),
         *_motion(dataset),
@@ -103,8 +103,8 @@ def _totals(dataset: DatasetIndex, run: Mapping[str, Any] | None) -> list[str]:
         shown["this run"] = f"{run['clips_per_second']:.2f} clips/s"
     height, width = info["size"]
     lead = (
-        f"{info['frames']} frames at {width}×{height} a sample; every sample holds its clip's latents and a raw motion "
-        "score. What a run has to say beyond its numbers is on this page, which needs no other file."
+        f"{info['frames']} frames at {width}×{height} a sample, kept as latents beside caption and raw motion score: "
+        "how much the clips move, which were refused and why, and what the last run cost."
     )
     title = html.escape(dataset.uri.rstrip("/").rsplit("/", 1)[-1])
     return [f"<h1>Dataset {title}</h1>", f'<p class="lead">{html.escape(lead)}</p>', tiles(shown)]
@@ -130,7 +130,7 @@ def _motion(dataset: DatasetIndex) -> list[str]:
         chart(score_histogram(dataset, sets), "Samples by motion score, and where the bucket edges cut."),
         pair((motion_histogram(dataset, UNIFORM_EDGES), f"Uniform edges (the paper's), {used}."), equal_chart),
         *([chart(motion_histogram(dataset), "The edges in use.")] if "in use" in sets else []),
-        f'<p class="note">To use the equal-population edges: {code(f"--set {setting}")}</p>',
+        f'<p class="note">To use the equal-population edges:</p><pre>{html.escape(f"--set {setting}")}</pre>',
     ]
 
 
