@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -247,15 +248,13 @@ def _execute(
         raise _cause(error) from None
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What a worker raised for a person to read, out of Ray's wrapping; else the error as it is."""
-    seen: BaseException | None = error
-    while seen is not None:
-        for found in (seen, getattr(seen, "cause", None)):
-            if isinstance(found, InputError | RunError):
-                return type(found)(str(found).splitlines()[0])
-        seen = seen.__cause__
-    return error
+def _cause(error: Exception) -> Exception:
+    """What a worker raised for a person to read; else the error as it is. Ray keeps it as text only."""
+    found = re.findall(r"^cinemo\.\w+\.(RunError|InputError|AccessDenied): (.+)$", str(error), re.MULTILINE)
+    if not found:
+        return error
+    kind, message = found[-1]
+    return RunError(message) if kind == "RunError" else InputError(message)
 
 
 def _decode_and_score(clips: pa.Table, data: DataConfig, meter: Any) -> pa.Table:
