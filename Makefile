@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 OUT   ?= demo
 CLIPS ?=
 
-.PHONY: setup demo test check format bench bench-network clean
+.PHONY: setup demo test check format bench bench-network bench-precompute clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,9 @@ bench: setup
 
 bench-network: setup
 	$(PY) tests/bench_network.py
+
+bench-precompute: setup
+	$(PY) tests/bench_precompute_graph.py --write
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

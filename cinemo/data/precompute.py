@@ -68,7 +68,8 @@ def connect(cpus: int = 1) -> None:
     for name, value in _WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT})
+        patience = {storage.PATIENCE: os.environ[storage.PATIENCE]} if storage.PATIENCE in os.environ else {}
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | patience})
         return
     memory = _OBJECT_STORE_LIMIT
     if _SHARED_MEMORY.is_dir():
