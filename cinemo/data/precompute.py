@@ -309,6 +309,8 @@ def _resources(recipe: Recipe) -> Resources:
     Raises:
         InputError: the cluster cannot hold them, so that a run would wait for ever.
     """
+    from ray.data import TaskPoolStrategy
+
     data, have = recipe.data, ray.cluster_resources()
     cpus, gpus, special = int(have.get("CPU", 1)), have.get("GPU", 0), data.decode_resource
     wanted = data.encode_gpus * max(1, data.encode_actors)
@@ -328,11 +330,14 @@ def _resources(recipe: Recipe) -> Resources:
     least = most if data.encode_gpus or data.encode_actors else 1
     # An encoder takes a core where one is left for decoding and one for repartitioning.
     share = 1.0 if cpus >= least + 2 else 0.0
-    decode: dict[str, Any] = {**_DECODING, "num_cpus": data.decode_cpus}
+    decoders = max(1, int((have[special] if special else cpus) / data.decode_cpus))
+    # As many decoders as cores, and still one to reserve for repartitioning, which hardly computes.
+    reserved = round(data.decode_cpus * (cpus - 1) / cpus, 3)
+    decode: dict[str, Any] = {**_DECODING, "num_cpus": reserved, "compute": TaskPoolStrategy(size=decoders)}
     if special:
         decode["resources"] = {special: data.decode_cpus}
     return Resources(
-        decoders=max(1, int((have[special] if special else cpus) / data.decode_cpus)),
+        decoders=decoders,
         encoders=most,
         least_encoders=least,
         commits=max(2, cpus // _CPUS_PER_COMMIT),

@@ -21,6 +21,7 @@ from faulty_s3 import FAULTS, FaultyS3
 
 from cinemo import cli, storage
 from cinemo.config import Recipe, override
+from cinemo.data import precompute
 from cinemo.data.estimate import plan_only
 from cinemo.data.loader import LatentLoader
 from cinemo.data.precompute import run
@@ -261,6 +262,30 @@ def test_on_s3(dataset: Path, clips_folder: Path, small_recipe: Recipe, s3_endpo
     expected = {sample.clip_id: sample.latents_FCHW for sample in local.samples}
     for sample in remote.samples:
         np.testing.assert_array_equal(sample.latents_FCHW, expected[sample.clip_id])
+
+
+def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
+    small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resources(have: dict[str, float], *changes: str) -> precompute.Resources:
+        monkeypatch.setattr(precompute.ray, "cluster_resources", lambda: have)
+        return precompute._resources(override(small_recipe, list(changes)))
+
+    cluster = {"CPU": 192.0, "GPU": 8.0, "decode": 128.0}
+    separate = resources(cluster, "data.encode_gpus=1", "data.decode_resource=decode", "data.decode_cpus=2")
+    assert (separate.decoders, separate.encoders, separate.least_encoders) == (64, 8, 8)
+    assert separate.decode["resources"] == {"decode": 2.0}
+    assert separate.encode == {"num_cpus": 1.0, "num_gpus": 1.0}
+    assert resources(cluster, "data.encode_gpus=0.5").encoders == 16
+    assert resources(cluster, "data.encode_gpus=1", "data.encode_actors=3").encoders == 3
+
+    laptop = resources({"CPU": 2.0})
+    assert (laptop.decoders, laptop.least_encoders, laptop.encoders) == (2, 1, 2)
+    assert 2 * laptop.decode["num_cpus"] + laptop.encode["num_cpus"] + 1 <= 2, "a repartition must fit beside them"
+    with pytest.raises(InputError, match="no node of the cluster offers"):
+        resources({"CPU": 2.0}, "data.decode_resource=decode")
+    with pytest.raises(InputError, match="for 1 encoders, the cluster has 0"):
+        resources({"CPU": 2.0}, "data.encode_gpus=1")
 
 
 def objects(prefix: str) -> dict[str, str]:
