@@ -42,6 +42,7 @@ bench-network: setup
 
 bench-precompute: setup
 	$(PY) tests/bench_precompute.py
+	$(PY) tests/bench_precompute_graph.py --write
 
 bench-scale: setup
 	$(PY) tests/bench_scale.py

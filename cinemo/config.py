@@ -39,7 +39,11 @@ class DataConfig(Part):
     )
     max_quarantine_share: float = Field(1.0, ge=0, le=1, description="stop when a larger share of clips is refused")
     encode_batch: int = Field(1, ge=1, description="clips handed to an encoder at a time; each is encoded on its own")
-    encode_actors: int = Field(1, ge=1, description="encoder processes")
+    decode_cpus: float = Field(1.0, gt=0, description="cores that one decoding process reserves")
+    decode_resource: str | None = Field(
+        None, description="Ray resource of the nodes that decode (one unit a core); null: wherever a core is free"
+    )
+    encode_actors: int = Field(0, ge=0, description="encoder processes; 0: one per accelerator, on CPUs as many as pay")
     encode_gpus: float = Field(0.0, ge=0, description="accelerator share of one encoder process")
 
     @model_validator(mode="after")

@@ -5,7 +5,9 @@ A run that was stopped goes on where it was when the same command is given again
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 from cinemo import cli
 from cinemo.data.prices import Prices, read_prices
@@ -41,9 +43,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(*plan_lines(plan, arguments.output), sep="\n")
         return
     from cinemo.data.precompute import run
+    from cinemo.data.tracker import tracked
 
-    summary = run(recipe, arguments.manifest, arguments.output, arguments.limit, arguments.retry_quarantine)
+    with tracked(recipe, arguments.output) as tracker:
+        summary = run(
+            recipe, arguments.manifest, arguments.output, arguments.limit, arguments.retry_quarantine, tracker
+        )
+        page = write_report(summary)
+        if tracker:
+            tracker.close(summary, page)
     print(*summary_lines(summary), sep="\n")
+
+
+def write_report(summary: dict[str, Any]) -> str | None:
+    """``report.html`` beside the dataset; a machine that only decodes need not have what draws it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("report.html is left out: matplotlib is not installed (pip install 'cinemo[report]')")
+        return None
+    from cinemo.evaluation.dataset_report import write_dataset_report
+
+    return write_dataset_report(summary["output"], summary)
 
 
 if __name__ == "__main__":

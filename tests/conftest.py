@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch and Ray are imported anywhere: several test processes share a few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from faulty_s3 import FaultyS3
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,9 +51,23 @@ def ray_session(s3_endpoint: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def s3_endpoint(s3_proxy: FaultyS3) -> str:
     """A real S3 protocol server on loopback with an empty bucket ``cinemo-test``; sets the AWS_* environment."""
+    return s3_proxy.endpoint
+
+
+@pytest.fixture
+def s3_faults(s3_proxy: FaultyS3) -> Iterator[FaultyS3]:
+    """The proxy before that server, which fails as a test asks with `FaultyS3.meet`, for all processes; then mended."""
+    s3_proxy.meet()
+    yield s3_proxy
+    s3_proxy.meet()
+
+
+@pytest.fixture(scope="session")
+def s3_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyS3]:
     import boto3
+    from faulty_s3 import faulty_s3
     from moto.server import ThreadedMotoServer
 
     from cinemo import storage
@@ -57,16 +75,17 @@ def s3_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    endpoint = f"http://{host}:{port}"
     patch = pytest.MonkeyPatch()
-    patch.setenv("AWS_ENDPOINT_URL", endpoint)
     patch.setenv("AWS_ACCESS_KEY_ID", "test")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     patch.setenv("CINEMO_CACHE", str(tmp_path_factory.mktemp("s3-cache")))
-    storage._s3.cache_clear()
-    boto3.client("s3").create_bucket(Bucket="cinemo-test")
-    yield endpoint
+    patch.setenv(storage.PATIENCE, "5")
+    with faulty_s3(f"http://{host}:{port}") as proxy:
+        patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        storage._s3.cache_clear()
+        boto3.client("s3").create_bucket(Bucket="cinemo-test")
+        yield proxy
     storage._s3.cache_clear()
     patch.undo()
     server.stop()

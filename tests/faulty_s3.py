@@ -24,34 +24,40 @@ _HOP_HEADERS = {"connection", "transfer-encoding", "keep-alive", "content-length
 
 
 class FaultyS3(ThreadingHTTPServer):
-    """Forwards to ``upstream``.
-
-    Args:
-        rates: share of requests that meet each of `FAULTS`, or ``403``; ``drop`` closes the connection before the request is
-            forwarded, ``lose_reply`` after it was carried out, ``cut_reply`` in the middle of the answer's body.
-        delay: seconds of a ``slow`` answer.
-        bytes_per_second: speed at which request bodies are taken in, all connections together; 0 = no limit.
-    """
+    """Forwards to ``upstream``, without any fault until `meet` asks for some."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(
-        self,
-        upstream: str,
-        seed: int = 0,
-        rates: Mapping[str, float] | None = None,
-        delay: float = 0.3,
-        bytes_per_second: float = 0,
-    ) -> None:
+    def __init__(self, upstream: str) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.upstream = urlsplit(upstream)
-        self.seed, self.rates, self.delay, self.bytes_per_second = seed, dict(rates or {}), delay, bytes_per_second
-        assert set(self.rates) <= {*FAULTS, *_CODES}, self.rates
-        self.seen: Counter[str] = Counter()
-        self.injected: Counter[str] = Counter()
-        self.requests: list[tuple[str, str]] = []
         self.lock, self.wire = threading.Lock(), threading.Lock()
+        self.meet()
+
+    def meet(
+        self,
+        rates: Mapping[str, float] | None = None,
+        seed: int = 0,
+        delay: float = 0.3,
+        bytes_per_second: float = 0,
+        only: str = "",
+    ) -> None:
+        """What requests meet from now on.
+
+        Args:
+            rates: share of requests that meet each of `FAULTS`, or ``403``; ``drop`` closes the connection before the
+                request is forwarded, ``lose_reply`` after it was carried out, ``cut_reply`` amid the answer's body.
+            delay: seconds of a ``slow`` answer.
+            bytes_per_second: speed at which request bodies are taken in, all connections together; 0 = no limit.
+            only: faults meet requests whose path contains this.
+        """
+        assert set(rates or {}) <= {*FAULTS, *_CODES}, rates
+        with self.lock:
+            self.seed, self.rates, self.delay, self.only = seed, dict(rates or {}), delay, only
+            self.bytes_per_second = bytes_per_second
+            self.seen: Counter[str] = Counter()
+            self.injected: Counter[str] = Counter()
 
     @property
     def endpoint(self) -> str:
@@ -60,11 +66,10 @@ class FaultyS3(ThreadingHTTPServer):
     def fault(self, method: str, path: str) -> str:
         """What this request meets: one of `FAULTS`, or ``""``."""
         with self.lock:
-            self.requests.append((method, path))
             key = f"{method} {path}"
             self.seen[key] += 1
             draw = keyed_seed(self.seed, key, self.seen[key]) / 2**63
-            for name, rate in self.rates.items():
+            for name, rate in self.rates.items() if self.only in path else ():
                 if draw < rate:
                     self.injected[name] += 1
                     return name
@@ -86,10 +91,12 @@ class _Handler(BaseHTTPRequestHandler):
         parts = "&".join(part for part in url.query.split("&") if not part.startswith("uploadId"))
         fault = proxy.fault(self.command, f"{url.path}?{parts}")
         if fault == "drop":
-            return self._hang_up()
+            self._hang_up()
+            return
         body = self._body()
         if fault in _CODES:
-            return self._answer(int(fault), {"Content-Type": "application/xml"}, _ERROR.format(_CODES[fault]).encode())
+            self._answer(int(fault), {"Content-Type": "application/xml"}, _ERROR.format(_CODES[fault]).encode())
+            return
         if fault == "slow":
             time.sleep(proxy.delay)
         assert proxy.upstream.hostname
@@ -100,7 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = response.read()
         upstream.close()
         if fault == "lose_reply":
-            return self._hang_up()
+            self._hang_up()
+            return
         kept = {k: v for k, v in response.getheaders() if k.lower() not in _HOP_HEADERS}
         if self.command == "HEAD":
             kept["Content-Length"] = response.getheader("Content-Length") or "0"
@@ -146,9 +154,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def faulty_s3(upstream: str, **settings: object) -> Iterator[FaultyS3]:
+def faulty_s3(upstream: str) -> Iterator[FaultyS3]:
     """A running `FaultyS3`."""
-    proxy = FaultyS3(upstream, **settings)  # type: ignore[arg-type]
+    proxy = FaultyS3(upstream)
     thread = threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import numpy as np
 import pytest
-from faulty_s3 import FAULTS, FaultyS3, faulty_s3
+from faulty_s3 import FAULTS, FaultyS3
 
 from cinemo import storage
 from cinemo.config import DataConfig
@@ -125,32 +123,14 @@ def test_pieces_are_written_as_one_file(root: str, monkeypatch: pytest.MonkeyPat
     assert storage.read_bytes(uri) == b""
 
 
-@pytest.fixture
-def through(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FaultyS3]]:
-    """Put a faulty proxy before the S3 server, for this process and those it starts."""
-    with contextlib.ExitStack() as stack:
-
-        def begin(**settings: Any) -> FaultyS3:
-            proxy = stack.enter_context(faulty_s3(s3_endpoint, **settings))
-            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-            storage._s3.cache_clear()
-            return proxy
-
-        yield begin
-        monkeypatch.undo()
-        storage._s3.cache_clear()
-
-
 def _uploads() -> list[Any]:
     return boto3.client("s3").list_multipart_uploads(Bucket="cinemo-test").get("Uploads") or []
 
 
 @pytest.mark.s3
-def test_faults_on_the_way_lose_nothing(
-    through: Callable[..., FaultyS3], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_faults_on_the_way_lose_nothing(s3_faults: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
-    proxy = through(seed=1, rates=dict.fromkeys(FAULTS, 0.06), delay=0.05)
+    s3_faults.meet(dict.fromkeys(FAULTS, 0.06), seed=1, delay=0.05)
     root = "s3://cinemo-test/faults"
     large = np.random.default_rng(1).bytes(16 << 20)
     for number in range(20):
@@ -164,8 +144,9 @@ def test_faults_on_the_way_lose_nothing(
         assert storage.read_bytes(storage.join(root, f"{number}.bin")) == large[:7] + large[7 + number :]
     assert storage.names(storage.join(root, "small")) == sorted(f"{number}.json" for number in range(20))
     assert len(storage.names(root)) == 4
-    assert set(proxy.injected) == set(FAULTS), proxy.injected
+    assert set(s3_faults.injected) == set(FAULTS), s3_faults.injected
     storage.abort_uploads(root)
+    s3_faults.meet()
     assert not _uploads()
 
 
@@ -183,10 +164,8 @@ def test_unfinished_uploads_are_removed_and_others_left(s3_endpoint: str) -> Non
 
 
 @pytest.mark.s3
-def test_an_outage_ends_in_one_line_in_bounded_time(
-    through: Callable[..., FaultyS3], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    through(rates={"503": 1.0})
+def test_an_outage_ends_in_one_line_in_bounded_time(s3_faults: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3_faults.meet({"503": 1.0})
     monkeypatch.setenv(storage.PATIENCE, "0.1")
     begun = time.monotonic()
     with pytest.raises(RunError, match=r"s3://cinemo-test/x: storage has failed for .* run the same command again"):
@@ -210,8 +189,8 @@ def test_what_waiting_does_not_mend_is_bad_input(s3_endpoint: str, monkeypatch: 
 
 
 @pytest.mark.s3
-def test_a_clip_that_is_denied_is_the_clips_fault(through: Callable[..., FaultyS3]) -> None:
-    through(rates={"403": 1.0})
+def test_a_clip_that_is_denied_is_the_clips_fault(s3_faults: FaultyS3) -> None:
+    s3_faults.meet({"403": 1.0})
     with pytest.raises(storage.AccessDenied, match=r"s3://cinemo-test/x: access denied"):
         storage.read_bytes("s3://cinemo-test/x")
     with pytest.raises(ClipError) as refused:

@@ -6,27 +6,32 @@ and recipe alone; a run that was killed goes on with the shards that have no com
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from cinemo import storage
-from cinemo.config import Recipe
+from cinemo.config import DataConfig, Recipe
 from cinemo.data import stages
 from cinemo.data.dataset import Dataset
 from cinemo.data.lock import hold
 from cinemo.data.manifest import read_manifest
 from cinemo.data.plan import PlannedRows, encoder_dtype, make_plan
+from cinemo.data.progress import Figures, Meter, Progress, describe
 from cinemo.types import InputError, RunError
 
 _WORKER_ENVIRONMENT = {
@@ -41,15 +46,16 @@ _OBJECT_STORE_LIMIT = 2 << 30
 # Decoded frames of one task: small enough that a few tasks in flight fit any object store.
 _TASK_BYTES = 64 << 20
 _TASK_CLIPS = 16
-# Equal for decode and score, which Ray Data then runs as one task, and unequal to an encoder's: it would otherwise pull
-# both into the encoder processes.
-_DECODING = {"max_calls": 500}  # and what a decoder leaks ends with its process
+# What a decoder leaks ends with its process. And options unlike an encoder's keep Ray Data from decoding inside it.
+_DECODING = {"max_calls": 500}
 # It mostly waits for storage. And on two cores decode and repartition reserve one each: asking for any share, it would
 # get none before the last clip is decoded, and a killed run would have nothing to go on from.
 _COMMIT_CPUS = 0.0
+# So many at a time: a slow storage must not be met with ever more processes, each holding a shard.
+_CPUS_PER_COMMIT = 8
+_METER_SECONDS = 2.0
 # About so many clips have their planned rows in the object store at a time.
 _WAVE_CLIPS = 1 << 20
-_PROGRESS_SECONDS = 3.0
 _SECONDS = ("decode_seconds", "score_seconds", "encode_seconds", "commit_seconds")
 
 
@@ -66,7 +72,8 @@ def connect(cpus: int = 1) -> None:
     for name, value in _WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT})
+        patience = {storage.PATIENCE: os.environ[storage.PATIENCE]} if storage.PATIENCE in os.environ else {}
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | patience})
         return
     memory = _OBJECT_STORE_LIMIT
     if _SHARED_MEMORY.is_dir():
@@ -82,7 +89,12 @@ def connect(cpus: int = 1) -> None:
 
 
 def run(
-    recipe: Recipe, manifest: str, output: str, limit: int | None = None, retry_quarantine: str | None = None
+    recipe: Recipe,
+    manifest: str,
+    output: str,
+    limit: int | None = None,
+    retry_quarantine: str | None = None,
+    listener: Callable[[Figures], None] | None = None,
 ) -> dict[str, Any]:
     """Make a dataset, or finish one that was begun. A finished one is left as it is, byte for byte.
 
@@ -92,10 +104,12 @@ def run(
         limit: use the first clips of the manifest only.
         retry_quarantine: try refused clips of a finished dataset again: those of one reason, or all with ``""``. Those
             that succeed are appended as new shards.
+        listener: told every few seconds how the run is doing.
 
     Returns:
         A summary: clips, samples, quarantined, reasons, shards, bytes of the dataset; and of this run ``done`` (clips),
-        ``seconds``, ``clips_per_second`` and ``stage_seconds`` (summed over processes).
+        ``seconds``, ``clips_per_second``, ``stage_seconds`` (summed over processes) and ``capacity`` (how many
+        processes each of these stages had).
 
     Raises:
         InputError: bad manifest; an output that belongs to another recipe or manifest; nothing to retry.
@@ -105,21 +119,23 @@ def run(
     plan = make_plan(read_manifest(manifest, limit), recipe)
     dataset = Dataset.open(storage.absolute(output), recipe, plan)
     totals: Counter[str] = Counter()
+    capacity: dict[str, float] = {}
     with hold(dataset.uri) as lock:
         dataset.load()
         rows, retried = _rows_to_do(dataset, retry_quarantine)
         if len(rows):
             dataset.begin()
-            progress = _Progress(len(rows))
-            for wave in rows.waves(_WAVE_CLIPS):
-                for shard in _execute(wave, dataset, retried):
-                    lock.check()
-                    if shard["index"]:
-                        dataset.committed(json.loads(shard["index"]))
-                    progress.add(shard)
-                    totals.update({name: shard[name] for name in ("clips", *_SECONDS)})
-                    if retried is None:
-                        _check_share(progress.refused, dataset)
+            with watch(len(rows), dataset, listener) as (progress, meter):
+                capacity = progress.capacity
+                for wave in rows.waves(_WAVE_CLIPS):
+                    for shard in _execute(wave, dataset, retried, meter):
+                        lock.check()
+                        if shard["index"]:
+                            dataset.committed(json.loads(shard["index"]))
+                        progress.add(shard)
+                        totals.update({name: shard[name] for name in ("clips", *_SECONDS)})
+                        if retried is None:
+                            _check_share(progress.refused, dataset)
         summary = dataset.summarize()
         _check_share(summary["reasons"], dataset)
         lock.check()
@@ -132,6 +148,7 @@ def run(
         "seconds": seconds,
         "clips_per_second": totals["clips"] / seconds,
         "stage_seconds": {name.removesuffix("_seconds"): float(totals[name]) for name in _SECONDS},
+        "capacity": capacity,
     }
 
 
@@ -146,41 +163,84 @@ def _rows_to_do(dataset: Dataset, retry: str | None) -> tuple[PlannedRows, dict[
     return dataset.rows_to_retry(retried), retried
 
 
+@contextlib.contextmanager
+def watch(
+    clips: int, dataset: Dataset, listener: Callable[[Figures], None] | None = None
+) -> Iterator[tuple[Progress, Any]]:
+    """The progress of a run, and the handle that its workers report to."""
+    connect()
+    data = dataset.recipe.data
+    resources = _resources(dataset.recipe)
+    meter = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(Meter).remote()
+
+    def read() -> Mapping[str, Mapping[str, float]] | None:
+        try:
+            figures: Mapping[str, Mapping[str, float]] = ray.get(meter.read.remote(), timeout=_METER_SECONDS)
+            return figures
+        except ray.exceptions.RayError:  # being started, or its node went away
+            return None
+
+    try:
+        with Progress(
+            clips,
+            math.ceil(clips / data.clips_per_shard),
+            {"decode": resources.decoders, "encode": resources.encoders},
+            read,
+            listener,
+        ) as progress:
+            yield progress, meter
+    finally:
+        ray.kill(meter)
+
+
 def _execute(
-    rows: PlannedRows, dataset: Dataset, retried: Mapping[str, tuple[int, str]] | None
+    rows: PlannedRows, dataset: Dataset, retried: Mapping[str, tuple[int, str]] | None, meter: Any = None
 ) -> Iterator[dict[str, Any]]:
-    """Run the stages over planned rows; yields the totals of each shard once it is committed."""
+    """Run the stages over planned rows; yields the totals of each shard once it is committed.
+
+    Args:
+        meter: handle of a `Meter` that workers report to.
+
+    Raises:
+        InputError, RunError: what a worker met and a person can mend, such as storage that does not answer.
+    """
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 
     connect()
     recipe, data = dataset.recipe, dataset.recipe.data
-    cpus, encoder = _resources(recipe)
+    resources = _resources(recipe)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
 
     size = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * data.frames * data.size[0] * data.size[1] * 3)))
-    size = min(size, math.ceil(len(rows) / (4 * cpus)))
+    size = min(size, math.ceil(len(rows) / (4 * resources.decoders)))
     blocks = [rows.slice(start, size).combine_chunks() for start in range(0, len(rows), size)]
     vae = recipe.encoders.vae
     graph = (
         ray.data.from_arrow(blocks)
-        .map_batches(stages.decode, fn_kwargs={"data": data}, batch_format="pyarrow", batch_size=None, **_DECODING)
-        .map_batches(stages.score, fn_kwargs={"data": data}, batch_format="pyarrow", batch_size=None, **_DECODING)
         .map_batches(
-            stages.Encoder,
+            _decode_and_score,
+            fn_kwargs={"data": data, "meter": meter},
+            batch_format="pyarrow",
+            batch_size=None,
+            **resources.decode,
+        )
+        .map_batches(
+            _Encoder,
             fn_constructor_kwargs={
                 "data": data,
                 "vae": vae if vae.startswith("package:") else storage.absolute(vae),
                 "latent": recipe.encoders.latent,
                 "dtype": encoder_dtype(recipe),
+                "meter": meter,
             },
-            compute=ActorPoolStrategy(size=data.encode_actors),
+            compute=ActorPoolStrategy(min_size=resources.least_encoders, max_size=resources.encoders),
             batch_format="pyarrow",
             batch_size=data.encode_batch,
-            **encoder,
+            **resources.encode,
         )
         .repartition(target_num_rows_per_block=data.clips_per_shard * data.views, strict=True)
         .map_batches(
@@ -194,28 +254,111 @@ def _execute(
             batch_format="pyarrow",
             batch_size=None,
             num_cpus=_COMMIT_CPUS,
+            compute=TaskPoolStrategy(size=resources.commits),
         )
     )
-    for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from table.to_pylist()
+    try:
+        for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from table.to_pylist()
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from None
 
 
-def _resources(recipe: Recipe) -> tuple[int, dict[str, float]]:
-    """CPUs of the cluster, and what one encoder asks for.
+def _cause(error: Exception) -> Exception:
+    """What a worker raised for a person to read; else the error as it is. Ray keeps it as text only."""
+    found = re.findall(r"^cinemo\.\w+\.(RunError|InputError|AccessDenied): (.+)$", str(error), re.MULTILINE)
+    if not found:
+        return error
+    kind, message = found[-1]
+    return RunError(message) if kind == "RunError" else InputError(message)
+
+
+def _decode_and_score(clips: pa.Table, data: DataConfig, meter: Any) -> pa.Table:
+    rows = stages.score(stages.decode(clips, data), data)
+    _report(meter, "decode", rows, data.views, {"decode": ("decode_seconds", "score_seconds")})
+    return rows
+
+
+class _Encoder(stages.Encoder):
+    """An encoder that reports."""
+
+    def __init__(self, data: DataConfig, vae: str, latent: str, dtype: str, meter: Any) -> None:
+        super().__init__(data, vae, latent, dtype)
+        self.meter = meter
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        rows = super().__call__(decoded)
+        _report(self.meter, "encode", rows, self.data.views, {"encode": ("encode_seconds",)})
+        return rows
+
+
+def _report(meter: Any, stage: str, rows: pa.Table, views: int, seconds: Mapping[str, tuple[str, ...]]) -> None:
+    """Tell the meter, and wait for nothing."""
+    if meter is None:
+        return
+    spent = {name: sum(pc.sum(rows[column]).as_py() or 0.0 for column in columns) for name, columns in seconds.items()}
+    own = [where == "encode" for where in rows["stage"].to_pylist()]
+    reasons = Counter(
+        reason
+        for reason, encoding, view in zip(rows["reason"].to_pylist(), own, rows["view"].to_pylist(), strict=True)
+        if reason and view == 0 and encoding == (stage == "encode")
+    )
+    meter.add.remote(stage, rows.num_rows / views, spent, dict(reasons))
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Who does what on this cluster: processes at a time, and what Ray reserves for each of them."""
+
+    decoders: int
+    encoders: int
+    least_encoders: int
+    commits: int
+    decode: dict[str, Any]
+    encode: dict[str, Any]
+
+
+def _resources(recipe: Recipe) -> Resources:
+    """Decoding takes cores, of the nodes that offer ``data.decode_resource`` where it is set; encoders take theirs.
 
     Raises:
-        InputError: the cluster cannot hold the encoders, so that a run would wait for ever.
+        InputError: the cluster cannot hold them, so that a run would wait for ever.
     """
+    from ray.data import TaskPoolStrategy
+
     data, have = recipe.data, ray.cluster_resources()
-    cpus, gpus = int(have.get("CPU", 1)), have.get("GPU", 0)
-    if data.encode_gpus * data.encode_actors > gpus:
+    cpus, gpus, special = int(have.get("CPU", 1)), have.get("GPU", 0), data.decode_resource
+    wanted = data.encode_gpus * max(1, data.encode_actors)
+    if wanted > gpus:
         raise InputError(
-            f"data.encode_gpus is {data.encode_gpus:g} for {data.encode_actors} encoders, the cluster has {gpus:g} "
-            "accelerators; --set data.encode_gpus=0 encodes on CPUs"
+            f"data.encode_gpus is {data.encode_gpus:g} for {max(1, data.encode_actors)} encoders, the cluster has "
+            f"{gpus:g} accelerators; --set data.encode_gpus=0 encodes on CPUs"
         )
+    if special and not have.get(special):
+        known = ", ".join(sorted(name for name in have if ":" not in name))
+        raise InputError(
+            f"data.decode_resource is {special!r}, which no node of the cluster offers (there: {known}); "
+            "--set data.decode_resource=null decodes wherever a core is free"
+        )
+    # On accelerators all of them work from the beginning; on CPUs Ray adds encoders while decoded clips wait.
+    most = data.encode_actors or (int(gpus / data.encode_gpus) if data.encode_gpus else cpus)
+    least = most if data.encode_gpus or data.encode_actors else 1
     # An encoder takes a core where one is left for decoding and one for repartitioning.
-    share = 1.0 if cpus >= data.encode_actors + 2 else 0.0
-    return cpus, {"num_cpus": share, **({"num_gpus": data.encode_gpus} if data.encode_gpus else {})}
+    share = 1.0 if cpus >= least + 2 else 0.0
+    decoders = max(1, int((have[special] if special else cpus) / data.decode_cpus))
+    # As many decoders as cores, and still one to reserve for repartitioning, which hardly computes.
+    reserved = round(data.decode_cpus * (cpus - 1) / cpus, 3)
+    decode: dict[str, Any] = {**_DECODING, "num_cpus": reserved, "compute": TaskPoolStrategy(size=decoders)}
+    if special:
+        decode["resources"] = {special: data.decode_cpus}
+    return Resources(
+        decoders=decoders,
+        encoders=most,
+        least_encoders=least,
+        commits=max(2, cpus // _CPUS_PER_COMMIT),
+        decode=decode,
+        encode={"num_cpus": share, **({"num_gpus": data.encode_gpus} if data.encode_gpus else {})},
+    )
 
 
 def _check_share(reasons: Mapping[str, int], dataset: Dataset) -> None:
@@ -226,30 +369,3 @@ def _check_share(reasons: Mapping[str, int], dataset: Dataset) -> None:
             f"{refused} of {clips} clips are refused ({describe(reasons)}), more than data.max_quarantine_share = "
             f"{allowed:g} allows; see {storage.join(dataset.uri, 'quarantine')}"
         )
-
-
-def describe(reasons: Mapping[str, int]) -> str:
-    """``missing 3, too_few_frames 1``: the most frequent reason first."""
-    return ", ".join(
-        f"{reason} {count}" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
-    )
-
-
-class _Progress:
-    """A line every few seconds: done, rate, time left, refused."""
-
-    def __init__(self, clips: int) -> None:
-        self.clips, self.done, self.refused = clips, 0, Counter[str]()
-        self.started = self.printed = time.perf_counter()
-
-    def add(self, shard: Mapping[str, Any]) -> None:
-        self.done += shard["clips"]
-        self.refused.update(json.loads(shard["reasons"]))
-        now = time.perf_counter()
-        if now - self.printed < _PROGRESS_SECONDS and self.done < self.clips:
-            return
-        self.printed = now
-        rate = self.done / (now - self.started)
-        left = datetime.timedelta(seconds=round((self.clips - self.done) / rate))
-        refused = f", refused: {describe(self.refused)}" if self.refused else ""
-        print(f"{self.done}/{self.clips} clips, {rate:.2f} clips/s, {left} left{refused}", flush=True)

@@ -55,17 +55,46 @@ def contact_sheet(
     return sheet
 
 
-def motion_histogram(dataset: DatasetIndex) -> Figure:
-    """How many samples fall into each of the 20 motion buckets (larger = more motion)."""
+def motion_histogram(dataset: DatasetIndex, edges: Sequence[float] | None = None) -> Figure:
+    """How many samples fall into each of the 20 motion buckets (larger = more motion); by the dataset's own edges."""
     bins = dataset.ssim_histogram
     middles = (np.arange(len(bins)) + 0.5) / len(bins)
-    buckets = [motion_bucket(float(middle), dataset.info["bucket_edges"]) for middle in middles]
+    buckets = [motion_bucket(float(middle), edges or dataset.info["bucket_edges"]) for middle in middles]
     counts = np.bincount(buckets, weights=bins, minlength=MOTION_BUCKETS)
     figure, axes = _figure(6.2, 3.0)
     axes.bar(range(MOTION_BUCKETS), counts, width=0.8, color=ACCENT)
     axes.set(xlabel="motion bucket (larger = more motion)", ylabel="samples", xticks=range(0, MOTION_BUCKETS, 2))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="x")
+    return figure
+
+
+def score_histogram(dataset: DatasetIndex, edges: dict[str, Sequence[float]]) -> Figure:
+    """Samples by mean SSIM, and above them where each named set of bucket edges cuts."""
+    bins = dataset.ssim_histogram.reshape(-1, 10).sum(1)
+    figure, axes = _figure(12.8, 3.4)
+    axes.bar((np.arange(len(bins)) + 0.5) / len(bins), bins, width=0.9 / len(bins), color=ACCENT)
+    top = max(1, bins.max())
+    for row, (name, values) in enumerate(edges.items()):
+        low, high = top * (1.06 + 0.12 * row), top * (1.14 + 0.12 * row)
+        axes.vlines(values, low, high, color=INK, linewidth=1.2)
+        axes.text(-0.005, (low + high) / 2, name, ha="right", va="center", fontsize=9)
+    axes.set(xlabel="mean SSIM of adjacent frames (1 = nothing moves)", ylabel="samples", xlim=(0, 1), ylim=(0, None))
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= top and tick == round(tick)])
+    axes.grid(visible=False, axis="x")
+    return figure
+
+
+def count_bars(counts: dict[str, int]) -> Figure:
+    """How often each thing happened: one bar each, in order."""
+    figure, axes = _figure(6.2, 0.7 + 0.34 * len(counts))
+    bars = axes.barh(list(counts), list(counts.values()), color=ACCENT, height=0.7)
+    axes.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="clips")
     return figure
 
 

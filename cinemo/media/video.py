@@ -187,7 +187,11 @@ def fetched(uri: str) -> Iterator[Path]:
     """A local file for a clip's uri; nothing there is the clip's fault, not the job's."""
     try:
         with storage.local_copy(uri) as path:
-            yield path
+            try:
+                yield path
+            except ClipError as error:
+                # Equal runs write equal ledgers: a fetched copy has another name every time.
+                raise ClipError(error.stage, error.reason, error.detail.replace(str(path), uri)) from error
     except FileNotFoundError:
         raise ClipError("open", "missing", f"{uri}: no such file") from None
     except storage.AccessDenied as error:

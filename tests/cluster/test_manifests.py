@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -49,3 +50,22 @@ def test_the_cluster_can_hold_the_paper_recipe() -> None:
     )
     train = load_recipe("cinemo-320x512").train
     assert gpus >= train.workers * train.gpus_per_worker
+
+
+@pytest.mark.parametrize("name", ["ray_job.yaml", "cluster/ray_cluster.yaml"])
+def test_decoding_has_nodes_of_its_own(name: str) -> None:
+    """Those that offer the resource the job's recipe asks for: one unit a core, and no accelerator."""
+    assignments = shlex.split(yaml.safe_load(ray_job()["spec"]["runtimeEnvYAML"])["env_vars"]["RECIPE_SET"])
+    wanted = load_recipe("cinemo-320x512", [word for word in assignments if word != "--set"]).data.decode_resource
+    spec = yaml.safe_load((ROOT / name).read_text())["spec"]
+    groups = spec.get("rayClusterSpec", spec)["workerGroupSpecs"]
+    offers = {}
+    for group in groups:
+        found = json.loads(json.loads(group["rayStartParams"].get("resources", '"{}"')))
+        if wanted in found:
+            offers[group["groupName"]] = found[wanted]
+            assert group["minReplicas"] >= 1, "a resource that no node offers yet is refused"
+            (container,) = group["template"]["spec"]["containers"]
+            assert int(container["resources"]["limits"]["cpu"]) == found[wanted]
+            assert "nvidia.com/gpu" not in container["resources"]["limits"]
+    assert offers

@@ -13,13 +13,16 @@ import sys
 import time
 from pathlib import Path
 
+import boto3
 import chaos
 import numpy as np
 import pytest
 from data.small_data import film
+from faulty_s3 import FAULTS, FaultyS3
 
 from cinemo import cli, storage
 from cinemo.config import Recipe, override
+from cinemo.data import precompute
 from cinemo.data.loader import LatentLoader
 from cinemo.data.precompute import run
 from cinemo.data.shards import DatasetIndex, read_ledger
@@ -264,6 +267,97 @@ def test_on_s3(dataset: Path, clips_folder: Path, small_recipe: Recipe, s3_endpo
     expected = {sample.clip_id: sample.latents_FCHW for sample in local.samples}
     for sample in remote.samples:
         np.testing.assert_array_equal(sample.latents_FCHW, expected[sample.clip_id])
+
+
+def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
+    small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def resources(have: dict[str, float], *changes: str) -> precompute.Resources:
+        monkeypatch.setattr(precompute.ray, "cluster_resources", lambda: have)
+        return precompute._resources(override(small_recipe, list(changes)))
+
+    cluster = {"CPU": 192.0, "GPU": 8.0, "decode": 128.0}
+    separate = resources(cluster, "data.encode_gpus=1", "data.decode_resource=decode", "data.decode_cpus=2")
+    assert (separate.decoders, separate.encoders, separate.least_encoders) == (64, 8, 8)
+    assert separate.decode["resources"] == {"decode": 2.0}
+    assert separate.encode == {"num_cpus": 1.0, "num_gpus": 1.0}
+    assert resources(cluster, "data.encode_gpus=0.5").encoders == 16
+    assert resources(cluster, "data.encode_gpus=1", "data.encode_actors=3").encoders == 3
+
+    laptop = resources({"CPU": 2.0})
+    assert (laptop.decoders, laptop.least_encoders, laptop.encoders) == (2, 1, 2)
+    assert 2 * laptop.decode["num_cpus"] + laptop.encode["num_cpus"] + 1 <= 2, "a repartition must fit beside them"
+    with pytest.raises(InputError, match="no node of the cluster offers"):
+        resources({"CPU": 2.0}, "data.decode_resource=decode")
+    with pytest.raises(InputError, match="for 1 encoders, the cluster has 0"):
+        resources({"CPU": 2.0}, "data.encode_gpus=1")
+
+
+def objects(prefix: str) -> dict[str, str]:
+    """sha256 of every object under ``s3://cinemo-test/PREFIX/``."""
+    client = boto3.client("s3")
+    keys = [item["Key"] for item in client.list_objects_v2(Bucket="cinemo-test", Prefix=f"{prefix}/")["Contents"]]
+    return {
+        key.removeprefix(f"{prefix}/"): hashlib.sha256(
+            client.get_object(Bucket="cinemo-test", Key=key)["Body"].read()
+        ).hexdigest()
+        for key in keys
+    }
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+def test_s3_that_fails_gives_the_same_bytes_and_an_outage_blames_no_clip(
+    ray_session: None, clips_folder: Path, small_recipe: Recipe, s3_faults: FaultyS3, tmp_path: Path
+) -> None:
+    paths = sorted(clips_folder.glob("film ?*.mp4"))
+    for path in paths:
+        storage.write_bytes(f"s3://cinemo-test/faulty/{path.name}", path.read_bytes())
+    rows = [{"clip_id": path.stem.replace(" ", "-"), "uri": path.name, "caption": ""} for path in paths]
+    manifest = "s3://cinemo-test/faulty/m.jsonl"
+    storage.write_bytes(manifest, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    run(small_recipe, manifest, str(tmp_path / "quiet"))
+    quiet = digests(tmp_path / "quiet")
+
+    s3_faults.meet({"503": 1.0}, only="film%207.mp4")
+    with pytest.raises(RunError, match=r"s3://cinemo-test/faulty/film 7.mp4: storage has failed for"):
+        run(small_recipe, manifest, "s3://cinemo-test/made-among-faults")
+    assert storage.read_json("s3://cinemo-test/made-among-faults/dataset.json")["complete"] is False
+
+    s3_faults.meet(dict.fromkeys(FAULTS, 0.03), seed=3, delay=0.1)
+    summary = run(small_recipe, manifest, "s3://cinemo-test/made-among-faults")
+    assert summary["reasons"] == {"too_few_frames": 1, "unreadable": 2}
+    assert len(s3_faults.injected) >= 4, s3_faults.injected
+    s3_faults.meet()
+    assert objects("made-among-faults") == quiet
+    assert not boto3.client("s3").list_multipart_uploads(Bucket="cinemo-test").get("Uploads")
+
+
+@pytest.mark.ray
+@pytest.mark.s3
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("output", "code", "message"),
+    [
+        ("s3://nowhere-at-all/out", 2, "bucket does not exist"),
+        ("s3://cinemo-test/dead", 1, "storage has failed for"),
+    ],
+)
+def test_storage_that_is_not_there_ends_in_one_line(
+    clips_folder: Path, s3_endpoint: str, output: str, code: int, message: str
+) -> None:
+    words = ["--manifest", str(clips_folder), "--output", output]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), storage.PATIENCE: "1"}
+    if code == 1:
+        environment["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"  # nobody listens there
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines/precompute.py"), *words],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == code
+    said = [line for line in ended.stderr.splitlines() if "trying again" not in line]
+    assert len(said) == 1
+    assert message in said[0]
 
 
 @pytest.mark.parametrize(
