@@ -83,7 +83,11 @@ class Frames:
 
 @dataclass(frozen=True)
 class LatentSample:
-    """One stored training example. ``latents_FCHW``: float16, already multiplied by the VAE's scaling factor."""
+    """One stored training example. ``latents_FCHW``: float16, already multiplied by the VAE's scaling factor.
+
+    ``fields``: what was asked for beside the latents and is there: float16 arrays ``text_states`` (L, D),
+    ``image_tokens`` (L, D) and ``flow`` (F-1, 2, h, w); ``first_frame`` as the bytes of a JPEG.
+    """
 
     key: str
     clip_id: str
@@ -95,6 +99,7 @@ class LatentSample:
     frame_interval: int
     start_frame: int
     view: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

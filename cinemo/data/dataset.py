@@ -17,7 +17,8 @@ import pyarrow as pa
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data import shards
-from cinemo.data.plan import Plan, differences, fingerprint
+from cinemo.data.identity import differences, fingerprint
+from cinemo.data.plan import Plan
 from cinemo.types import InputError, Refusal
 
 _READERS = 16

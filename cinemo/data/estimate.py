@@ -12,8 +12,9 @@ import torch
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data import stages
+from cinemo.data.identity import encoder_dtype
 from cinemo.data.manifest import read_manifest
-from cinemo.data.plan import encoder_dtype, make_plan
+from cinemo.data.plan import make_plan
 from cinemo.types import keyed_seed
 
 SAMPLE_CLIPS = 12

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ import pyarrow as pa
 import ray
 
 from cinemo import storage
-from cinemo.config import Recipe
-from cinemo.data import stages
+from cinemo.config import EncodersConfig, Recipe
+from cinemo.data import fields, stages
 from cinemo.data.dataset import Dataset
+from cinemo.data.identity import encoder_dtype
 from cinemo.data.manifest import read_manifest
-from cinemo.data.plan import encoder_dtype, make_plan
+from cinemo.data.plan import make_plan
+from cinemo.data.sidecars import FieldStore
 from cinemo.types import InputError, RunError
 
 _WORKER_ENVIRONMENT = {
@@ -41,6 +43,7 @@ _OBJECT_STORE_LIMIT = 2 << 30
 # Decoded frames of one task: small enough that a few tasks in flight fit any object store.
 _TASK_BYTES = 64 << 20
 _TASK_CLIPS = 16
+_TASK_SHARDS = 4
 # Equal for decode and score, which Ray Data then runs as one task, and unequal to an encoder's: it would otherwise pull
 # both into the encoder processes.
 _DECODING = {"max_calls": 500}  # and what a decoder leaks ends with its process
@@ -102,6 +105,7 @@ def run(
     started = time.perf_counter()
     plan = make_plan(read_manifest(manifest, limit), recipe)
     dataset = Dataset.open(storage.absolute(output), recipe, plan)
+    extras = [FieldStore.open(dataset.uri, field, *fields.identity(field, recipe)) for field in recipe.data.fields]
     missing, retried = dataset.missing_shards(), None
     if retry_quarantine is None:
         rows = plan.rows(missing)
@@ -125,6 +129,7 @@ def run(
     seconds = time.perf_counter() - started
     return {
         **summary,
+        "fields": add_fields(dataset, extras),
         "output": dataset.uri,
         "done": totals["clips"],
         "seconds": seconds,
@@ -151,7 +156,6 @@ def _execute(
     size = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * data.frames * data.size[0] * data.size[1] * 3)))
     size = min(size, math.ceil(len(rows) / (4 * cpus)))
     blocks = [rows.slice(start, size).combine_chunks() for start in range(0, len(rows), size)]
-    vae = recipe.encoders.vae
     graph = (
         ray.data.from_arrow(blocks)
         .map_batches(stages.decode, fn_kwargs={"data": data}, batch_format="pyarrow", batch_size=None, **_DECODING)
@@ -160,7 +164,7 @@ def _execute(
             stages.Encoder,
             fn_constructor_kwargs={
                 "data": data,
-                "vae": vae if vae.startswith("package:") else storage.absolute(vae),
+                "vae": _absolute(recipe.encoders).vae,
                 "latent": recipe.encoders.latent,
                 "dtype": encoder_dtype(recipe),
             },
@@ -185,6 +189,93 @@ def _execute(
     )
     for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         yield from table.to_pylist()
+
+
+def add_fields(dataset: Dataset, stores: Sequence[FieldStore]) -> dict[str, dict[str, Any]]:
+    """Write the sidecars that are missing beside committed shards, which stay as they are.
+
+    Returns:
+        By field: its ``fields/FIELD.json``, and of this run ``done`` (samples) and ``seconds``.
+    """
+    todo: dict[int, list[str]] = {}
+    for store in stores:
+        missing = store.missing(dataset.records)
+        for number in missing:
+            todo.setdefault(number, []).append(store.field)
+        if missing:
+            store.begin()
+    total = sum(dataset.records[number]["samples"] for number in todo)
+    done, started = 0, time.perf_counter()
+    printed = started
+    for shard in _execute_fields(sorted(todo.items()), dataset, stores) if todo else ():
+        done += shard["samples"]
+        now = time.perf_counter()
+        if now - printed >= _PROGRESS_SECONDS or done == total:
+            printed = now
+            print(f"fields: {done}/{total} samples, {done / (now - started):.2f} samples/s", flush=True)
+    seconds = time.perf_counter() - started
+    made = {name for wanted in todo.values() for name in wanted}
+    return {
+        store.field: {**store.finish(dataset.records), "done": done if store.field in made else 0, "seconds": seconds}
+        for store in stores
+    }
+
+
+def _execute_fields(
+    todo: Sequence[tuple[int, list[str]]], dataset: Dataset, stores: Sequence[FieldStore]
+) -> Iterator[dict[str, Any]]:
+    """Run the fields' stages; yields the totals of each shard once its sidecars are committed.
+
+    A row is a shard, so no more of them are in memory than there are tasks and free places between the stages.
+    """
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    connect()
+    recipe, data = dataset.recipe, dataset.recipe.data
+    cpus, encoder = _resources(recipe)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    DataContext.get_current().enable_progress_bars = False
+    names = sorted({name for _, wanted in todo for name in wanted})
+    rows = pa.Table.from_pylist([{"shard": shard, "fields": wanted} for shard, wanted in todo], fields.TODO)
+    size = max(1, min(_TASK_SHARDS, len(rows) // (4 * cpus)))
+    blocks = [rows.slice(start, size).combine_chunks() for start in range(0, len(rows), size)]
+    batches: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1}
+    graph = ray.data.from_arrow(blocks).map_batches(
+        fields.read, fn_kwargs={"dataset": dataset.uri, "data": data}, **batches, **_DECODING
+    )
+    if fields.ENCODED & set(names):
+        graph = graph.map_batches(
+            fields.Encoder,
+            fn_constructor_kwargs={
+                "fields": names,
+                "encoders": _absolute(recipe.encoders),
+                "size": data.size,
+                "dtype": encoder_dtype(recipe),
+            },
+            compute=ActorPoolStrategy(size=data.encode_actors),
+            **batches,
+            **encoder,
+        )
+    fingerprints = {store.field: store.fingerprint for store in stores}
+    graph = graph.map_batches(
+        fields.commit,
+        fn_kwargs={"dataset": dataset.uri, "fingerprints": fingerprints},
+        num_cpus=_COMMIT_CPUS,
+        **batches,
+    )
+    for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from table.to_pylist()
+
+
+def _absolute(encoders: EncodersConfig) -> EncodersConfig:
+    """Locations that mean the same in a worker, which has a working directory of its own."""
+    places = {
+        name: place if place.startswith("package:") else storage.absolute(place)
+        for name in ("vae", "text_encoder", "tokenizer", "image_encoder")
+        if (place := getattr(encoders, name)) is not None
+    }
+    return encoders.model_copy(update=places)
 
 
 def _resources(recipe: Recipe) -> tuple[int, dict[str, float]]:

@@ -12,6 +12,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from cinemo.types import InputError, LatentSample, Refusal
 SCHEMA_VERSION = 1
 SSIM_BINS = 1000  # of width 0.001 over 0..1: fine enough to cut motion buckets at quantiles
 _BLOCK = tarfile.BLOCKSIZE
+_READERS = 16
 _INDEX_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
@@ -113,6 +115,22 @@ def read_sample(tar: memoryview, members: Members, index: int) -> LatentSample:
     place = members.json_offset[index]
     metadata = json.loads(bytes(tar[place : place + members.json_size[index]]))
     return LatentSample(key=members.keys[index], latents_FCHW=latents_FCHW, **metadata)
+
+
+def read_metadata(dataset: str, shard: int, members: Members) -> list[dict[str, Any]]:
+    """What ``KEY.json`` says, for all samples of a shard, without reading their latents."""
+    uri = tar_uri(dataset, shard)
+    with ThreadPoolExecutor(_READERS if storage.is_remote(uri) else 1) as pool:
+        texts = pool.map(lambda *place: storage.read_bytes(uri, *place), members.json_offset, members.json_size)
+        return [json.loads(text) for text in texts]
+
+
+def fetch_sample(dataset: str, shard: int, members: Members, index: int) -> LatentSample:
+    """One sample by two ranges of bytes, for whoever needs only a few of a shard."""
+    uri, size = tar_uri(dataset, shard), 2 * int(np.prod(members.array_shape))
+    metadata = json.loads(storage.read_bytes(uri, members.json_offset[index], members.json_size[index]))
+    latents = np.frombuffer(storage.read_bytes(uri, members.array_offset[index], size), "<f2")
+    return LatentSample(key=members.keys[index], latents_FCHW=latents.reshape(members.array_shape), **metadata)
 
 
 def commit(
