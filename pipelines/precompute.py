@@ -13,7 +13,7 @@ from cinemo import cli
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--manifest", required=True, help=".parquet, .csv or .jsonl of clips, or a folder of videos")
+    parser.add_argument("--manifest", help=".parquet, .csv or .jsonl of clips, or a folder of videos")
     parser.add_argument("--output", required=True, metavar="URI", help="directory of the dataset, local or s3://")
     parser.add_argument("--plan", action="store_true", help="only measure a few clips and say what a run will cost")
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N clips only")
@@ -24,8 +24,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="REASON",
         help="try refused clips of a finished dataset again: those of REASON, or all",
     )
+    parser.add_argument("--verify", action="store_true", help="only check a finished dataset (needs no --manifest)")
+    parser.add_argument("--sample", type=int, default=8, metavar="N", help="samples that --verify encodes again")
     arguments = parser.parse_args(argv)
     recipe = cli.recipe_of(arguments)
+    if arguments.verify:
+        from cinemo.data.verify import sentences, verify
+
+        print(*sentences(verify(arguments.output, recipe, arguments.sample)), sep="\n")
+        return
+    if arguments.manifest is None:
+        parser.error("the following arguments are required: --manifest")
     if arguments.plan:
         from cinemo.data.estimate import plan_only
 
@@ -66,6 +75,12 @@ def print_summary(summary: dict[str, Any]) -> None:
         )
     else:
         print("nothing was left to do")
+    for field, made in summary["fields"].items():
+        absent = ", ".join(f"{reason} {count}" for reason, count in made["missing"].items())
+        done = f", {made['done']} of them in this run ({made['seconds']:.1f} s)" if made["done"] else ""
+        print(
+            f"{field}: {made['samples']} samples ({made['bytes'] / 1e6:.1f} MB){done}{absent and f', without {absent}'}"
+        )
     print(f"dataset: {summary['output']}")
 
 

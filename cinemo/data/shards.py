@@ -149,8 +149,6 @@ def commit(
     tar, members = encode_tar(samples)
     storage.write_bytes(tar_uri(dataset, shard), tar)
     write_ledger(dataset, shard, refusals)
-    scores = np.array([sample.ssim for sample in samples], np.float64)
-    histogram = np.histogram(scores.clip(0, 1), SSIM_BINS, (0, 1))[0]
     record = {
         "shard": shard,
         "fingerprint": fingerprint,
@@ -160,17 +158,23 @@ def commit(
         "retry_of": {clip_id: {"shard": number, "reason": why} for clip_id, (number, why) in (retry_of or {}).items()},
         "bytes": len(tar),
         "sha256": hashlib.sha256(tar).hexdigest(),
-        "ssim": {
-            "sum": float(scores.sum()),
-            "min": float(scores.min()) if len(scores) else None,
-            "max": float(scores.max()) if len(scores) else None,
-            "histogram": histogram.tolist(),
-        },
+        "ssim": ssim_statistics([sample.ssim for sample in samples]),
         "members": asdict(members),
     }
     # Compact: a record is one line of a few kilobytes and is read by machines.
     storage.write_bytes(record_uri(dataset, shard), json.dumps(record, sort_keys=True).encode() + b"\n")
     return record
+
+
+def ssim_statistics(scores: Sequence[float]) -> dict[str, Any]:
+    """What a record says of its samples' motion scores."""
+    values = np.array(scores, np.float64)
+    return {
+        "sum": float(values.sum()),
+        "min": float(values.min()) if len(values) else None,
+        "max": float(values.max()) if len(values) else None,
+        "histogram": np.histogram(values.clip(0, 1), SSIM_BINS, (0, 1))[0].tolist(),
+    }
 
 
 def write_ledger(dataset: str, shard: int, refusals: Sequence[Refusal]) -> None:
