@@ -30,12 +30,20 @@ def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(
-    ray_session: None, clips_folder: Path, small_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+def field_recipe(small_recipe: Recipe, image_encoder: Path) -> Recipe:
+    """Two views of a clip, and every field there is."""
+    fields = '["text_states", "first_frame", "image_tokens", "flow"]'
+    changes = ["data.views=2", f"encoders.image_encoder={image_encoder}", f"data.fields={fields}"]
+    return override(small_recipe, changes)
+
+
+@pytest.fixture(scope="session")
+def with_fields(
+    ray_session: None, clips_folder: Path, field_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A dataset of two views of nine films in three shards. Copy it before changing it."""
+    """A dataset of two views of nine films in three shards, with all fields. Copy it before changing it."""
     directory = tmp_path_factory.mktemp("finished") / "dataset"
-    run(override(small_recipe, ["data.views=2"]), str(clips_folder), str(directory))
+    run(field_recipe, str(clips_folder), str(directory))
     return directory
 
 

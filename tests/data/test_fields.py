@@ -10,12 +10,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import webdataset
 from data.small_data import film
 from PIL import Image
 
+from cinemo import storage
 from cinemo.config import Recipe, override
 from cinemo.data import fields, sidecars
 from cinemo.data.loader import LatentLoader
@@ -41,33 +43,15 @@ def stamps(directory: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
-def samples_of(dataset: Path, names: tuple[str, ...] = ALL) -> list[LatentSample]:
+def change_json(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def samples_of(dataset: Path | str, names: tuple[str, ...] = ALL) -> list[LatentSample]:
     index = DatasetIndex.load(str(dataset))
     loader = LatentLoader(index, global_batch=1, lanes=1, seed=0, fields=names)
     sizes = enumerate(index.samples_of_shards.tolist())
     return [loader.sample(position, place) for position, size in sizes for place in range(size)]
-
-
-@pytest.fixture(scope="module")
-def recipe(small_recipe: Recipe, image_encoder: Path) -> Recipe:
-    changes = ["data.views=2", f"encoders.image_encoder={image_encoder}"]
-    return override(small_recipe, [*changes, f"data.fields={json.dumps(ALL)}"])
-
-
-@pytest.fixture(scope="module")
-def with_fields(finished: Path, recipe: Recipe, clips_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished dataset with all fields added, after checking that nothing else was touched."""
-    copy = Path(shutil.copytree(finished, tmp_path_factory.mktemp("with") / "fields"))
-    before, content = stamps(copy / "shards"), digests(copy)
-    summary = run(recipe, str(clips_folder), str(copy))
-    assert summary["done"] == 0
-    assert {name: (made["done"], made["samples"]) for name, made in summary["fields"].items()} == dict.fromkeys(
-        ALL, (18, 18)
-    )
-    assert stamps(copy / "shards") == before
-    now = digests(copy)
-    assert {name for name in content if now[name] != content[name]} == {"dataset.json"}  # which names the recipe
-    return copy
 
 
 @pytest.mark.ray
@@ -89,9 +73,9 @@ def test_layout_and_records(with_fields: Path) -> None:
 
 
 @pytest.mark.ray
-def test_every_field_is_what_its_source_gives(with_fields: Path, recipe: Recipe) -> None:
-    text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer)
-    image = ImageEncoder(str(recipe.encoders.image_encoder))
+def test_every_field_is_what_its_source_gives(with_fields: Path, field_recipe: Recipe) -> None:
+    text = TextEncoder(field_recipe.encoders.text_encoder, field_recipe.encoders.tokenizer)
+    image = ImageEncoder(str(field_recipe.encoders.image_encoder))
     samples = samples_of(with_fields)
     assert len({sample.key for sample in samples}) == 18
     for sample in samples:
@@ -110,95 +94,89 @@ def test_every_field_is_what_its_source_gives(with_fields: Path, recipe: Recipe)
 
 @pytest.mark.ray
 def test_the_same_command_again_touches_nothing_and_plain_ones_keep_the_fields(
-    with_fields: Path, recipe: Recipe, clips_folder: Path
+    with_fields: Path, field_recipe: Recipe, clips_folder: Path
 ) -> None:
     before = stamps(with_fields)
-    assert {made["done"] for made in run(recipe, str(clips_folder), str(with_fields))["fields"].values()} == {0}
+    assert {made["done"] for made in run(field_recipe, str(clips_folder), str(with_fields))["fields"].values()} == {0}
     assert stamps(with_fields) == before
 
 
 @pytest.mark.ray
-def test_with_the_latents_at_once_one_by_one_or_after_a_kill_the_bytes_are_the_same(
-    with_fields: Path, finished: Path, recipe: Recipe, clips_folder: Path, tmp_path: Path
+@pytest.mark.slow
+def test_fields_are_added_and_a_killed_run_goes_on_while_shards_stay_as_they_are(
+    with_fields: Path, field_recipe: Recipe, clips_folder: Path, tmp_path: Path
 ) -> None:
-    at_once = tmp_path / "at once"
-    run(recipe, str(clips_folder), str(at_once))
-    assert digests(at_once) == digests(with_fields)
-
-    killed = Path(shutil.copytree(with_fields, tmp_path / "killed"))
-    for name in ("flow", "text_states"):
-        place = killed / f"fields/{name}.json"
-        place.write_text(json.dumps({**json.loads(place.read_text()), "complete": False}))
-    (killed / "fields/text_states/shard-000000.json").unlink()
-    (killed / "fields/text_states/shard-000000.tar").write_bytes(b"half a sidecar")
-    (killed / "fields/flow/shard-000002.tar").unlink()
-    (killed / "fields/flow/.shard-000002.tar.abc.partial").write_bytes(b"what a killed process leaves")
-    summary = run(recipe, str(clips_folder), str(killed))
-    assert {name for name, made in summary["fields"].items() if made["done"]} == {"flow", "text_states"}
-    assert digests(killed) == digests(with_fields)
-
-    alone = Path(shutil.copytree(finished, tmp_path / "alone"))
-    run(override(recipe, ['data.fields=["first_frame"]']), str(clips_folder), str(alone))
-    run(override(recipe, ['data.fields=["flow","first_frame"]']), str(clips_folder), str(alone))
-    for name in ("first_frame", "flow"):
-        assert digests(alone / f"fields/{name}") == digests(with_fields / f"fields/{name}")
-
-
-@pytest.mark.ray
-def test_sources_that_are_gone_are_counted_and_the_start_of_a_clip_is_kept(
-    ray_session: None, recipe: Recipe, clips_folder: Path, tmp_path: Path
-) -> None:
-    rows = []
-    for number in range(3):
-        shutil.copy(clips_folder / f"film {number}.mp4", tmp_path / f"{number}.mp4")
-        rows.append({"clip_id": f"clip-{number}", "uri": f"{number}.mp4", "caption": "a film", "start": 0.4})
-    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest, output = str(tmp_path / "manifest.jsonl"), tmp_path / "out"
-    run(override(recipe, ["data.fields=[]"]), manifest, str(output))
-    (tmp_path / "1.mp4").unlink()
-    (tmp_path / "2.mp4").write_bytes(b"something else")
-    summary = run(override(recipe, ['data.fields=["first_frame","text_states"]']), manifest, str(output))
-    assert summary["fields"]["first_frame"]["missing"] == {"missing": 2, "unreadable": 2}  # two views each
-    assert (summary["fields"]["first_frame"]["samples"], summary["fields"]["text_states"]["samples"]) == (2, 6)
-    for sample in samples_of(output, ("first_frame", "text_states")):
-        assert sample.start_frame >= 10
-        assert set(sample.fields) == {"text_states", *(["first_frame"] if sample.clip_id == "clip-0" else [])}
-        if "first_frame" in sample.fields:
-            frame = read_frames(clips_folder / "film 0.mp4", [sample.start_frame], (32, 48))[0]
-            assert cv2.PSNR(np.asarray(Image.open(io.BytesIO(sample.fields["first_frame"]))), frame) > 35
-
-
-@pytest.mark.ray
-def test_shards_of_a_retry_get_theirs(with_fields: Path, recipe: Recipe, clips_folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(with_fields, tmp_path / "copy"))
+    shutil.rmtree(copy / "fields/first_frame")  # was never asked for
+    (copy / "fields/first_frame.json").unlink()
+    for name in ("flow", "text_states"):  # a run that was killed in the middle of these
+        change_json(copy / f"fields/{name}.json", complete=False)
+    (copy / "fields/text_states/shard-000000.json").unlink()
+    (copy / "fields/text_states/shard-000000.tar").write_bytes(b"half a sidecar")
+    (copy / "fields/flow/shard-000002.tar").unlink()
+    (copy / "fields/flow/.shard-000002.tar.abc.partial").write_bytes(b"what a killed process leaves")
+    before = stamps(copy / "shards") | stamps(copy / "fields/image_tokens")
+
     broken = clips_folder / "film 1b.mp4"
     content = broken.read_bytes()
     write_video(broken, film("mended", 30), 25)
-    try:
-        run(override(recipe, ["data.fields=[]"]), str(clips_folder), str(copy), retry_quarantine="unreadable")
-        with pytest.raises(InputError, match="field flow is not complete, it covers 3 of 4 shards; run the same"):
-            samples_of(copy, ("flow",))
-        summary = run(recipe, str(clips_folder), str(copy))
+    try:  # and a clip can be used now: its new shard gets sidecars as well
+        summary = run(field_recipe, str(clips_folder), str(copy), retry_quarantine="unreadable")
     finally:
         broken.write_bytes(content)
-    assert {made["done"] for made in summary["fields"].values()} == {2}
-    assert len(samples_of(copy)) == 20
-    assert {
-        name: digest for name, digest in digests(copy / "fields").items() if "shard-000003" not in name and "/" in name
-    } == {name: digest for name, digest in digests(with_fields / "fields").items() if "/" in name}
+    assert {name: made["samples"] for name, made in summary["fields"].items()} == dict.fromkeys(ALL, 20)
+    now = stamps(copy)
+    assert {name: now[name] for name in before} == before
+    expected, there = digests(with_fields), digests(copy)
+    assert expected.pop("quarantine/shard-000000.jsonl")  # that clip was its only one
+    assert {name for name in expected if there[name] != expected[name]} == {
+        "dataset.json", "index.parquet", *(f"fields/{name}.json" for name in ALL)
+    }  # fmt: skip
+    assert {name for name in there if name not in expected} == {
+        f"{place}/shard-000003.{kind}"
+        for place in ("shards", *(f"fields/{name}" for name in ALL))
+        for kind in ("tar", "json")
+    }
+    assert {name for sample in samples_of(copy) for name in sample.fields} == set(ALL)
+
+
+@pytest.mark.ray
+def test_sources_that_are_gone_are_counted(
+    with_fields: Path, field_recipe: Recipe, clips_folder: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(with_fields, tmp_path / "copy"))
+    wanted = ["first_frame", "image_tokens", "text_states"]
+    todo = pa.Table.from_pylist([{"shard": 0, "fields": wanted}], fields.TODO)
+    gone, altered = clips_folder / "film 1.mp4", clips_folder / "film 2.mp4"
+    contents = {path: path.read_bytes() for path in (gone, altered)}
+    gone.unlink()
+    altered.write_bytes(b"something else")
+    try:
+        made = fields.read(todo, str(copy), field_recipe.data)
+    finally:
+        for path, content in contents.items():
+            path.write_bytes(content)
+    encode = fields.Encoder(wanted, field_recipe.encoders, field_recipe.data.size, "float32")
+    fields.commit(encode(made), str(copy), dict.fromkeys(wanted, "f"))
+    for name in wanted:
+        record = json.loads((copy / f"fields/{name}/shard-000000.json").read_text())
+        assert record["missing"] == ({} if name == "text_states" else {"missing": 2, "unreadable": 2})  # two views each
+        assert record["samples"] == (6 if name == "text_states" else 2)
+    ids = {sample.clip_id for sample in samples_of(copy) if "image_tokens" not in sample.fields}
+    assert ids == {"film-1", "film-2"}
 
 
 @pytest.mark.ray
 def test_another_encoder_is_refused_before_anything_is_done(
-    with_fields: Path, recipe: Recipe, clips_folder: Path, encoders: Path
+    with_fields: Path, field_recipe: Recipe, clips_folder: Path, encoders: Path
 ) -> None:
     before = stamps(with_fields)
-    other = override(recipe, [f"encoders.text_encoder={encoders / 'text_encoder'}"])
+    other = override(field_recipe, [f"encoders.text_encoder={encoders / 'text_encoder'}"])
     with pytest.raises(
         InputError, match=r"holds another text_states: text_encoder is '\w+' there and '\w+' here; remove"
     ):
         run(other, str(clips_folder), str(with_fields))
-    nothing = override(recipe, ["encoders.image_encoder=null"])
+    nothing = override(field_recipe, ["encoders.image_encoder=null"])
     with pytest.raises(InputError, match=r"encoders\.image_encoder is not set: expected the directory of a CLIPVision"):
         run(nothing, str(clips_folder), str(with_fields))
     assert stamps(with_fields) == before
@@ -220,13 +198,16 @@ def test_webdataset_reads_a_sidecar_alone_and_beside_its_shard(with_fields: Path
 
 
 @pytest.mark.ray
-def test_the_loader_refuses_what_is_absent_or_damaged(with_fields: Path, finished: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"has no field flow; run the same precompute\.py command with --set data\.fields"
-    ):
-        samples_of(finished, ("flow",))
+def test_the_loader_refuses_what_is_absent_or_damaged(with_fields: Path, tmp_path: Path) -> None:
     assert samples_of(with_fields, ())[0].fields == {}
     copy = Path(shutil.copytree(with_fields, tmp_path / "copy"))
+    (copy / "fields/text_states.json").unlink()
+    advice = r"run the same precompute\.py command with --set data\.fields"
+    with pytest.raises(InputError, match=f"has no field text_states; {advice}"):
+        samples_of(copy, ("text_states",))
+    change_json(copy / "fields/image_tokens.json", shards=2)
+    with pytest.raises(InputError, match=f"image_tokens is not complete, it covers 2 of 3 shards; {advice}"):
+        samples_of(copy, ("image_tokens",))
     tar = copy / "fields/flow/shard-000000.tar"
     content = bytearray(tar.read_bytes())
     content[700] ^= 1
@@ -238,8 +219,17 @@ def test_the_loader_refuses_what_is_absent_or_damaged(with_fields: Path, finishe
         samples_of(copy, ("flow",))
 
 
-def test_a_field_depends_on_its_own_keys_alone(recipe: Recipe, encoders: Path) -> None:
-    before = {name: fields.identity(name, recipe)[0] for name in ALL}
+@pytest.mark.ray
+@pytest.mark.s3
+def test_sidecars_on_s3(with_fields: Path, s3_endpoint: str) -> None:
+    storage.upload(with_fields, "s3://cinemo-test/with-fields")
+    local, remote = samples_of(with_fields, ("flow",)), samples_of("s3://cinemo-test/with-fields", ("flow",))
+    assert [sample.key for sample in remote] == [sample.key for sample in local]
+    np.testing.assert_array_equal(remote[-1].fields["flow"], local[-1].fields["flow"])
+
+
+def test_a_field_depends_on_its_own_keys_alone(field_recipe: Recipe, encoders: Path) -> None:
+    before = {name: fields.identity(name, field_recipe)[0] for name in ALL}
     for change, expected in {
         "data.size=[32,56]": {"first_frame", "image_tokens", "flow"},
         "data.decoder=decord": {"first_frame", "image_tokens", "flow"},
@@ -249,7 +239,7 @@ def test_a_field_depends_on_its_own_keys_alone(recipe: Recipe, encoders: Path) -
         f"encoders.vae={encoders / 'none'}": set(),
         "train.lr=0.5": set(),
     }.items():
-        after = override(recipe, [change])
+        after = override(field_recipe, [change])
         assert {name for name in ALL if fields.identity(name, after)[0] != before[name]} == expected
 
 
