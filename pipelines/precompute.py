@@ -76,11 +76,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     else:
         print("nothing was left to do")
     for field, made in summary["fields"].items():
-        absent = ", ".join(f"{reason} {count}" for reason, count in made["missing"].items())
-        done = f", {made['done']} of them in this run ({made['seconds']:.1f} s)" if made["done"] else ""
-        print(
-            f"{field}: {made['samples']} samples ({made['bytes'] / 1e6:.1f} MB){done}{absent and f', without {absent}'}"
-        )
+        done = f", {made['done']} samples in this run ({made['seconds']:.1f} s)" if made["done"] else ""
+        absent = f", missing: {made['missing']}" if made["missing"] else ""
+        print(f"{field}: {made['samples']} samples ({made['bytes'] / 1e6:.1f} MB){absent}{done}")
     print(f"dataset: {summary['output']}")
 
 

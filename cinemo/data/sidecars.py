@@ -219,8 +219,8 @@ class Sidecar:
                 tar = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         except (FileNotFoundError, ValueError) as error:
             raise RunError(
-                f"{uri}: the sidecar or its record cannot be read ({error}); run precompute.py again with "
-                f"--set data.fields='[\"{field}\"]'"
+                f"{uri}: the sidecar or its record cannot be read ({error}); remove {info_uri(dataset, field)} and run "
+                f"precompute.py again with --set data.fields='[\"{field}\"]'"
             ) from None
         digest = hashlib.sha256(tar).hexdigest()
         for what, found, expected in (

@@ -27,7 +27,7 @@ from cinemo.data.fields import decode_again, identity
 from cinemo.data.identity import differences, encoder_dtype, fingerprint
 from cinemo.data.shards import DatasetIndex, Members, shard_name
 from cinemo.media.motion import mean_adjacent_ssim
-from cinemo.types import ClipError, LatentSample, RunError, keyed_seed
+from cinemo.types import ClipError, InputError, LatentSample, RunError, keyed_seed
 
 CANARY_SAMPLES = 8
 # How far a sample made on another kind of machine may be off. Latents: root mean square of the difference over that of
@@ -35,6 +35,19 @@ CANARY_SAMPLES = 8
 LATENT_TOLERANCE, SSIM_TOLERANCE = 0.01, 1e-4
 # What may lie beside a dataset's two indexes: what a plan and a run report.
 ROOT_FILES = frozenset({"dataset.json", "index.parquet", "plan.json", "report.html", "report.json"})
+_RECORD = {
+    "shard",
+    "fingerprint",
+    "samples",
+    "quarantined",
+    "reasons",
+    "retry_of",
+    "bytes",
+    "sha256",
+    "ssim",
+    "members",
+}
+_SIDECAR = {"shard", "shard_sha256", "fingerprint", "samples", "missing", "bytes", "sha256", "members"}
 _THREADS = 4  # each holds one shard in memory
 _PROGRESS_SECONDS = 3.0
 _SHOWN = 3
@@ -74,15 +87,17 @@ def verify(uri: str, recipe: Recipe, samples: int = CANARY_SAMPLES) -> dict[str,
         What was checked: ``shards``, ``sidecars``, ``samples``, ``bytes``, ``seconds``, ``fields``, ``canary``.
 
     Raises:
-        InputError: there is no finished dataset.
+        InputError: there is no finished dataset, or ``samples`` is negative.
         RunError: something is not as it should be; its line names the first faults.
     """
+    if samples < 0:
+        raise InputError(f"--sample is {samples}, expected 0 or more")
     index = DatasetIndex.load(storage.absolute(uri))
     fields = _fields(index)
     started = printed = time.perf_counter()
     checked: list[_Checked] = []
     with ThreadPoolExecutor(_THREADS) as pool:
-        for shard in pool.map(lambda number: _check_shard(index, number, fields), index.shards):
+        for shard in pool.map(lambda number: _check(index, number, fields), index.shards):
             checked.append(shard)
             now = time.perf_counter()
             if now - printed >= _PROGRESS_SECONDS:
@@ -200,13 +215,21 @@ def _fields(index: DatasetIndex) -> dict[str, dict[str, Any]]:
     }
 
 
-def _check_shard(index: DatasetIndex, number: int, fields: Mapping[str, Any]) -> _Checked:
-    """One shard and its sidecars: bytes against records, records against members."""
+def _check(index: DatasetIndex, number: int, fields: Mapping[str, Any]) -> _Checked:
     checked = _Checked(number)
+    try:
+        _check_shard(checked, index, number, fields)
+    except (ValueError, LookupError, TypeError) as error:
+        checked.faults.append(f"{_shard(number)}: its files hold nonsense ({type(error).__name__}: {error})")
+    return checked
+
+
+def _check_shard(checked: _Checked, index: DatasetIndex, number: int, fields: Mapping[str, Any]) -> None:
+    """One shard and its sidecars: bytes against records, records against members."""
     name = _shard(number)
-    record, tar = _read(checked, index.uri, name)
+    record, tar = _read(checked, index.uri, name, _RECORD)
     if record is None:
-        return checked
+        return
     checked.record = {key: value for key, value in record.items() if key != "members"}
     if (record["shard"], record["fingerprint"]) != (number, index.info["fingerprint"]):
         checked.faults.append(f"{name}.json: shard {record['shard']} of another fingerprint or number")
@@ -217,7 +240,7 @@ def _check_shard(index: DatasetIndex, number: int, fields: Mapping[str, Any]) ->
         _check_samples(checked, name, record, tar)
     for extra, info in fields.items():
         name = f"fields/{extra}/{shard_name(number)}"
-        beside, tar = _read(checked, index.uri, name)
+        beside, tar = _read(checked, index.uri, name, _SIDECAR)
         if beside is None:
             continue
         checked.beside[extra] = {key: value for key, value in beside.items() if key != "members"}
@@ -230,15 +253,17 @@ def _check_shard(index: DatasetIndex, number: int, fields: Mapping[str, Any]) ->
         expected = {f"{key}.{extension}": place for key, place in zip(members["keys"], places, strict=True)}
         if tar is not None and _members(tar) != expected:
             checked.faults.append(f"{name}.tar: its members are not those of its record")
-    return checked
 
 
-def _read(checked: _Checked, dataset: str, name: str) -> tuple[dict[str, Any] | None, bytes | None]:
+def _read(checked: _Checked, dataset: str, name: str, entries: set[str]) -> tuple[dict[str, Any] | None, bytes | None]:
     """A record and the tar that it describes; what is missing or altered is noted, and then None."""
     uri = storage.join(dataset, name)
     record, tar = None, None
     try:
-        record = storage.read_json(f"{uri}.json")
+        record = dict(storage.read_json(f"{uri}.json"))
+        if absent := sorted(entries - record.keys()):
+            checked.faults.append(f"{name}.json: lacks {', '.join(absent)}")
+            return None, None
         tar = storage.read_bytes(f"{uri}.tar")
     except (FileNotFoundError, ValueError):
         what = f"{name}.json" if record is None else f"{name}.tar"

@@ -114,6 +114,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "fields/flow/shard-000001.json").write_text("{"),
         r"1 fault: fields/flow/shard-000001\.json: is not JSON",
     ),
+    "record without an entry": (
+        lambda d: change_json(d / "shards/shard-000001.json", lambda r: r.pop("sha256")),
+        r"shards/shard-000001\.json: lacks sha256",
+    ),
+    "record with nonsense": (
+        lambda d: change_json(d / "shards/shard-000001.json", lambda r: r["members"].pop("array_shape")),
+        r"1 fault: shards/shard-000001: its files hold nonsense",
+    ),
     "stray shard": (
         lambda d: shutil.copy(d / "shards/shard-000000.tar", d / "shards/shard-000009.tar"),
         r"1 fault: shards/shard-000009\.tar: belongs to no committed shard",
