@@ -99,16 +99,17 @@ class LatentLoader:
             raise RunError(
                 f"{uri}: the shard or its record cannot be read ({error}); run precompute.py again"
             ) from None
-        if position not in self._verified:
+        fresh = position not in self._verified
+        if fresh:
             digest = hashlib.sha256(tar).hexdigest()
             if digest != record["sha256"]:
                 raise RunError(
                     f"{uri}: sha256 is {digest[:12]}..., its record says {record['sha256'][:12]}...; "
                     f"remove {shards.record_uri(self.index.uri, number)} and run precompute.py again"
                 )
-            self._verified.add(position)
+        beside = [Sidecar.open(self.index.uri, field, number, record["sha256"], fresh) for field in self.fields]
+        self._verified.add(position)
         if len(self._open) >= self._limit:
             self._open.popitem(last=False)
-        beside = [Sidecar.open(self.index.uri, field, number, record["sha256"]) for field in self.fields]
         self._open[position] = tar, Members(**record["members"]), beside
         return self._open[position]

@@ -206,8 +206,12 @@ class Sidecar:
     places: dict[str, tuple[int, int]]  # key -> offset and size
 
     @classmethod
-    def open(cls, dataset: str, field: str, shard: int, shard_sha256: str) -> Sidecar:
+    def open(cls, dataset: str, field: str, shard: int, shard_sha256: str, check: bool = True) -> Sidecar:
         """Map a sidecar (from s3:// through the cache) and compare it with its record.
+
+        Args:
+            shard_sha256: of the shard that it must belong to.
+            check: whether to read all of it for its sha256.
 
         Raises:
             RunError: it is missing, its bytes are not those of its record, or it was made for another shard.
@@ -222,7 +226,7 @@ class Sidecar:
                 f"{uri}: the sidecar or its record cannot be read ({error}); remove {info_uri(dataset, field)} and run "
                 f"precompute.py again with --set data.fields='[\"{field}\"]'"
             ) from None
-        digest = hashlib.sha256(tar).hexdigest()
+        digest = hashlib.sha256(tar).hexdigest() if check else record["sha256"]
         for what, found, expected in (
             ("sha256", digest, record["sha256"]),
             ("shard", shard_sha256, record["shard_sha256"]),
