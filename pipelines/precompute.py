@@ -76,7 +76,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     else:
         print("nothing was left to do")
     for field, made in summary["fields"].items():
-        done = f", {made['done']} samples in this run ({made['seconds']:.1f} s)" if made["done"] else ""
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made["stage_seconds"].items())
+        done = f"; this run: {made['done']} in {made['seconds']:.1f} s ({stages})" if made["done"] else ""
         absent = f", missing: {made['missing']}" if made["missing"] else ""
         print(f"{field}: {made['samples']} samples ({made['bytes'] / 1e6:.1f} MB){absent}{done}")
     print(f"dataset: {summary['output']}")

@@ -195,7 +195,8 @@ def add_fields(dataset: Dataset, stores: Sequence[FieldStore]) -> dict[str, dict
     """Write the sidecars that are missing beside committed shards, which stay as they are.
 
     Returns:
-        By field: its ``fields/FIELD.json``, and of this run ``done`` (samples) and ``seconds``.
+        By field: its ``fields/FIELD.json``, and of this run ``done`` (samples), ``seconds`` and ``stage_seconds`` (summed
+        over processes and fields).
     """
     todo: dict[int, list[str]] = {}
     for store in stores:
@@ -205,18 +206,20 @@ def add_fields(dataset: Dataset, stores: Sequence[FieldStore]) -> dict[str, dict
         if missing:
             store.begin()
     total = sum(dataset.records[number]["samples"] for number in todo)
-    done, started = 0, time.perf_counter()
+    done, started, stage_seconds = 0, time.perf_counter(), {"decode": 0.0, "encode": 0.0}
     printed = started
     for shard in _execute_fields(sorted(todo.items()), dataset, stores) if todo else ():
         done += shard["samples"]
+        for stage in stage_seconds:
+            stage_seconds[stage] += shard[f"{stage}_seconds"]
         now = time.perf_counter()
         if now - printed >= _PROGRESS_SECONDS or done == total:
             printed = now
             print(f"fields: {done}/{total} samples, {done / (now - started):.2f} samples/s", flush=True)
-    seconds = time.perf_counter() - started
+    this_run = {"seconds": time.perf_counter() - started, "stage_seconds": stage_seconds}
     made = {name for wanted in todo.values() for name in wanted}
     return {
-        store.field: {**store.finish(dataset.records), "done": done if store.field in made else 0, "seconds": seconds}
+        store.field: {**store.finish(dataset.records), "done": done if store.field in made else 0, **this_run}
         for store in stores
     }
 
