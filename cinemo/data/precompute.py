@@ -195,8 +195,8 @@ def add_fields(dataset: Dataset, stores: Sequence[FieldStore]) -> dict[str, dict
     """Write the sidecars that are missing beside committed shards, which stay as they are.
 
     Returns:
-        By field: its ``fields/FIELD.json``, and of this run ``done`` (samples), ``seconds`` and ``stage_seconds`` (summed
-        over processes and fields).
+        By field: its ``fields/FIELD.json``, and of this run ``done`` (samples), ``seconds`` and ``stage_seconds``
+        (summed over processes and fields).
     """
     todo: dict[int, list[str]] = {}
     for store in stores:
