@@ -33,6 +33,9 @@ class DataConfig(Part):
     clip_timeout: float = Field(120.0, gt=0, description="seconds a clip may take to decode; it is refused after them")
     clip_memory: float = Field(4.0, gt=0, description="GiB of address space of the process that decodes")
     ssim: Literal["luma", "rgb"] = Field("luma", description="metric of the motion score; rgb = kornia reference")
+    fields: tuple[Literal["text_states", "first_frame", "image_tokens", "flow"], ...] = Field(
+        (), description="what is stored beside the latents, in tars of its own; may be added to a finished dataset"
+    )
     bucket_edges: tuple[float, ...] = Field(
         tuple(round(k / MOTION_BUCKETS, 6) for k in range(1, MOTION_BUCKETS)),
         description="19 ascending SSIM values between buckets; the default is uniform (Cinemo section 3.2)",
@@ -55,6 +58,8 @@ class DataConfig(Part):
             raise ValueError(f"size is {self.size}, expected multiples of 8 (the VAE halves it three times)")
         if len(self.bucket_edges) != MOTION_BUCKETS - 1 or sorted(set(self.bucket_edges)) != list(self.bucket_edges):
             raise ValueError(f"bucket_edges has {len(self.bucket_edges)} values, expected 19 strictly ascending ones")
+        if len(set(self.fields)) != len(self.fields):
+            raise ValueError(f"fields is {self.fields}, expected each once")
         return self
 
 
@@ -65,6 +70,7 @@ class EncodersConfig(Part):
     vae_decoder: str | None = Field(None, description="another VAE for decoding, e.g. SVD's temporal decoder")
     text_encoder: str = "package:tiny/text_encoder"
     tokenizer: str = "package:tiny/tokenizer"
+    image_encoder: str | None = Field(None, description="CLIP's image model, for the field image_tokens")
     latent: Literal["sample", "mode"] = Field("sample", description="published code draws a sample of the posterior")
 
 

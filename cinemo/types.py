@@ -90,6 +90,8 @@ class LatentSample:
     """One stored training example.
 
     ``latents_FCHW``: float16, already multiplied by the VAE's scaling factor. ``extra``: the manifest's own columns.
+    ``fields``: what was asked for beside the latents and is there: float16 arrays ``text_states`` (L, D),
+    ``image_tokens`` (L, D) and ``flow`` (F-1, 2, h, w); ``first_frame`` as the bytes of a JPEG.
     """
 
     key: str
@@ -103,6 +105,7 @@ class LatentSample:
     start_frame: int
     view: int = 0
     extra: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from cinemo.data.prices import Prices, read_prices
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--manifest", required=True, help=".parquet, .csv or .jsonl of clips, or a folder of videos")
+    parser.add_argument("--manifest", help=".parquet, .csv or .jsonl of clips, or a folder of videos")
     parser.add_argument("--output", required=True, metavar="URI", help="directory of the dataset, local or s3://")
     parser.add_argument("--plan", action="store_true", help="only measure a few clips and say what a run will cost")
     parser.add_argument(
@@ -29,10 +29,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="REASON",
         help="try refused clips of a finished dataset again: those of REASON, or all",
     )
+    parser.add_argument("--verify", action="store_true", help="only check a finished dataset (needs no --manifest)")
+    parser.add_argument("--sample", type=int, default=8, metavar="N", help="samples that --verify encodes again")
     arguments = parser.parse_args(argv)
     if arguments.prices and not arguments.plan:
         parser.error("--prices belongs to --plan")
     recipe = cli.recipe_of(arguments)
+    if arguments.verify:
+        from cinemo.data.verify import sentences, verify
+
+        print(*sentences(verify(arguments.output, recipe, arguments.sample)), sep="\n")
+        return
+    if arguments.manifest is None:
+        parser.error("the following arguments are required: --manifest")
     from cinemo.data.wording import plan_lines, summary_lines
 
     if arguments.plan:

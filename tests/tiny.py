@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from cinemo import storage
 from cinemo.bundle import save_bundle
@@ -59,6 +59,15 @@ def save_encoders(directory: Path) -> None:
     )  # fmt: skip
     CLIPTextModel(text).save_pretrained(directory / "text_encoder")
     save_tokenizer(directory / "tokenizer")
+
+
+def save_image_encoder(directory: Path) -> None:
+    """A random CLIP image model of 32x32 pixels in patches of 8."""
+    torch.manual_seed(2)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    CLIPVisionModel(config).save_pretrained(directory)
 
 
 def save_tokenizer(directory: Path) -> None:

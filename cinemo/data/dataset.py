@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data import shards
+from cinemo.data.identity import differences, fingerprint
 from cinemo.data.journal import Journal, probe
-from cinemo.data.plan import Plan, PlannedRows, differences, fingerprint
+from cinemo.data.plan import Plan, PlannedRows
 from cinemo.types import InputError, Refusal
 
 _READERS = 16

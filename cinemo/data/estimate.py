@@ -21,10 +21,11 @@ import torch
 from cinemo import storage
 from cinemo.config import DataConfig, Recipe
 from cinemo.data import stages
+from cinemo.data.identity import encoder_dtype
 from cinemo.data.journal import SEGMENT
 from cinemo.data.lock import HEARTBEAT_SECONDS
 from cinemo.data.manifest import read_manifest
-from cinemo.data.plan import Plan, PlannedRows, encoder_dtype, make_plan
+from cinemo.data.plan import Plan, PlannedRows, make_plan
 from cinemo.data.prices import Prices, money
 from cinemo.types import keyed_seed
 

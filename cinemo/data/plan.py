@@ -1,11 +1,9 @@
-"""Which clip goes into which shard, and what the bytes of a sample depend on. Both are settled before anything runs."""
+"""Which clip goes into which shard, settled before anything runs."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +12,6 @@ import pyarrow as pa
 
 from cinemo.config import Recipe
 from cinemo.data.manifest import Manifest
-from cinemo.networks.frozen import check_vae, weights_digest
-
-# Raise it when the same recipe no longer gives the same sample bytes.
-SAMPLE_VERSION = 2  # 2: swscale into planes, up to one level brighter or darker than version 1
-RESIZE = "cover, swscale area with full chroma, centre crop"
 
 
 @dataclass(frozen=True)
@@ -90,44 +83,3 @@ class PlannedRows:
 
 def make_plan(clips: Manifest, recipe: Recipe) -> Plan:
     return Plan(clips, recipe.data.clips_per_shard, recipe.data.views)
-
-
-def encoder_dtype(recipe: Recipe) -> str:
-    """The published code encodes in half precision on its GPU; CPUs have no fast half."""
-    return "float16" if recipe.data.encode_gpus > 0 else "float32"
-
-
-def fingerprint(recipe: Recipe) -> tuple[str, dict[str, Any]]:
-    """A digest of everything that decides a sample's bytes, and what it covers.
-
-    Bucket edges are left out: buckets are derived from the stored SSIM when a sample is read.
-
-    Raises:
-        InputError: ``encoders.vae`` is no autoencoder.
-    """
-    data = recipe.data
-    check_vae(recipe.encoders.vae)
-    covers: dict[str, Any] = {
-        "sample_version": SAMPLE_VERSION,
-        "frames": data.frames,
-        "size": list(data.size),
-        "frame_interval": list(data.frame_interval),
-        "views": data.views,
-        "seed": data.seed,
-        "decoder": data.decoder,
-        "resize": RESIZE,
-        "ssim": data.ssim,
-        "vae": weights_digest(recipe.encoders.vae),
-        "latent": recipe.encoders.latent,
-        "dtype": encoder_dtype(recipe),
-    }
-    return hashlib.sha256(json.dumps(covers, sort_keys=True).encode()).hexdigest(), covers
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """One ``name: there, here`` entry for each field that differs."""
-    return [
-        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-    ]

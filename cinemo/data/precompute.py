@@ -15,7 +15,7 @@ import re
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ import pyarrow.compute as pc
 import ray
 
 from cinemo import storage
-from cinemo.config import DataConfig, Recipe
-from cinemo.data import stages
+from cinemo.config import DataConfig, EncodersConfig, Recipe
+from cinemo.data import fields, stages
 from cinemo.data.dataset import Dataset
+from cinemo.data.identity import encoder_dtype
 from cinemo.data.lock import hold
 from cinemo.data.manifest import read_manifest
-from cinemo.data.plan import PlannedRows, encoder_dtype, make_plan
+from cinemo.data.plan import PlannedRows, make_plan
 from cinemo.data.progress import Figures, Meter, Progress, describe
+from cinemo.data.sidecars import FieldStore
 from cinemo.types import InputError, RunError
 
 _WORKER_ENVIRONMENT = {
@@ -48,6 +50,8 @@ _TASK_BYTES = 64 << 20
 _TASK_CLIPS = 16
 # What a decoder leaks ends with its process. And options unlike an encoder's keep Ray Data from decoding inside it.
 _DECODING = {"max_calls": 500}
+_TASK_SHARDS = 4  # of a field
+_PROGRESS_SECONDS = 3.0
 # It mostly waits for storage. And on two cores decode and repartition reserve one each: asking for any share, it would
 # get none before the last clip is decoded, and a killed run would have nothing to go on from.
 _COMMIT_CPUS = 0.0
@@ -118,6 +122,7 @@ def run(
     started = time.perf_counter()
     plan = make_plan(read_manifest(manifest, limit), recipe)
     dataset = Dataset.open(storage.absolute(output), recipe, plan)
+    extras = [FieldStore.open(dataset.uri, field, *fields.identity(field, recipe)) for field in recipe.data.fields]
     totals: Counter[str] = Counter()
     capacity: dict[str, float] = {}
     with hold(dataset.uri) as lock:
@@ -140,9 +145,11 @@ def run(
         _check_share(summary["reasons"], dataset)
         lock.check()
         dataset.finish(summary)
-    seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        made = add_fields(dataset, extras)
     return {
         **summary,
+        "fields": made,
         "output": dataset.uri,
         "done": totals["clips"],
         "seconds": seconds,
@@ -218,7 +225,6 @@ def _execute(
     size = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * data.frames * data.size[0] * data.size[1] * 3)))
     size = min(size, math.ceil(len(rows) / (4 * resources.decoders)))
     blocks = [rows.slice(start, size).combine_chunks() for start in range(0, len(rows), size)]
-    vae = recipe.encoders.vae
     graph = (
         ray.data.from_arrow(blocks)
         .map_batches(
@@ -232,7 +238,7 @@ def _execute(
             _Encoder,
             fn_constructor_kwargs={
                 "data": data,
-                "vae": vae if vae.startswith("package:") else storage.absolute(vae),
+                "vae": _absolute(recipe.encoders).vae,
                 "latent": recipe.encoders.latent,
                 "dtype": encoder_dtype(recipe),
                 "meter": meter,
@@ -304,6 +310,96 @@ def _report(meter: Any, stage: str, rows: pa.Table, views: int, seconds: Mapping
         if reason and view == 0 and encoding == (stage == "encode")
     )
     meter.add.remote(stage, rows.num_rows / views, spent, dict(reasons))
+
+
+def add_fields(dataset: Dataset, stores: Sequence[FieldStore]) -> dict[str, dict[str, Any]]:
+    """Write the sidecars that are missing beside committed shards, which stay as they are.
+
+    Returns:
+        By field: its ``fields/FIELD.json``, and of this run ``done`` (samples), ``seconds`` and ``stage_seconds``
+        (summed over processes and fields).
+    """
+    todo: dict[int, list[str]] = {}
+    for store in stores:
+        missing = store.missing(dataset.records)
+        for number in missing:
+            todo.setdefault(number, []).append(store.field)
+        if missing:
+            store.begin()
+    total = sum(dataset.records[number]["samples"] for number in todo)
+    done, started, stage_seconds = 0, time.perf_counter(), {"decode": 0.0, "encode": 0.0}
+    printed = started
+    for shard in _execute_fields(sorted(todo.items()), dataset, stores) if todo else ():
+        done += shard["samples"]
+        for stage in stage_seconds:
+            stage_seconds[stage] += shard[f"{stage}_seconds"]
+        now = time.perf_counter()
+        if now - printed >= _PROGRESS_SECONDS or done == total:
+            printed = now
+            print(f"fields: {done}/{total} samples, {done / (now - started):.2f} samples/s", flush=True)
+    this_run = {"seconds": time.perf_counter() - started, "stage_seconds": stage_seconds}
+    made = {name for wanted in todo.values() for name in wanted}
+    return {
+        store.field: {**store.finish(dataset.records), "done": done if store.field in made else 0, **this_run}
+        for store in stores
+    }
+
+
+def _execute_fields(
+    todo: Sequence[tuple[int, list[str]]], dataset: Dataset, stores: Sequence[FieldStore]
+) -> Iterator[dict[str, Any]]:
+    """Run the fields' stages; yields the totals of each shard once its sidecars are committed.
+
+    A row is a shard, so no more of them are in memory than there are tasks and free places between the stages.
+    """
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    connect()
+    recipe, data = dataset.recipe, dataset.recipe.data
+    resources = _resources(recipe)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    DataContext.get_current().enable_progress_bars = False
+    names = sorted({name for _, wanted in todo for name in wanted})
+    rows = pa.Table.from_pylist([{"shard": shard, "fields": wanted} for shard, wanted in todo], fields.TODO)
+    size = max(1, min(_TASK_SHARDS, len(rows) // (4 * resources.decoders)))
+    blocks = [rows.slice(start, size).combine_chunks() for start in range(0, len(rows), size)]
+    batches: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1}
+    graph = ray.data.from_arrow(blocks).map_batches(
+        fields.read, fn_kwargs={"dataset": dataset.uri, "data": data}, **batches, **resources.decode
+    )
+    if fields.ENCODED & set(names):
+        graph = graph.map_batches(
+            fields.Encoder,
+            fn_constructor_kwargs={
+                "fields": names,
+                "encoders": _absolute(recipe.encoders),
+                "size": data.size,
+                "dtype": encoder_dtype(recipe),
+            },
+            compute=ActorPoolStrategy(min_size=resources.least_encoders, max_size=resources.encoders),
+            **batches,
+            **resources.encode,
+        )
+    fingerprints = {store.field: store.fingerprint for store in stores}
+    graph = graph.map_batches(
+        fields.commit,
+        fn_kwargs={"dataset": dataset.uri, "fingerprints": fingerprints},
+        num_cpus=_COMMIT_CPUS,
+        **batches,
+    )
+    for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from table.to_pylist()
+
+
+def _absolute(encoders: EncodersConfig) -> EncodersConfig:
+    """Locations that mean the same in a worker, which has a working directory of its own."""
+    places = {
+        name: place if place.startswith("package:") else storage.absolute(place)
+        for name in ("vae", "text_encoder", "tokenizer", "image_encoder")
+        if (place := getattr(encoders, name)) is not None
+    }
+    return encoders.model_copy(update=places)
 
 
 @dataclass(frozen=True)

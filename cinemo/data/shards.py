@@ -12,6 +12,7 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ SSIM_BINS = 1000  # of width 0.001 over 0..1: fine enough to cut motion buckets 
 SAMPLE_FIELDS = ("clip_id", "uri", "caption", "fps", "frame_interval", "start_frame", "ssim", "view")
 _GROUP = 1000  # index rows of a row group
 _BLOCK = tarfile.BLOCKSIZE
+_READERS = 16
 _NAME = tarfile.LENGTH_NAME
 # A header without name, size and checksum, and the sum of its bytes with blanks for the latter.
 _TEMPLATE = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
@@ -131,8 +133,28 @@ def read_sample(tar: memoryview, members: Members, index: int) -> LatentSample:
     latents_FCHW = np.frombuffer(tar, "<f2", count, start).reshape(members.array_shape)
     place = members.json_offset[index]
     metadata = json.loads(bytes(tar[place : place + members.json_size[index]]))
+    return _sample(members.keys[index], latents_FCHW, metadata)
+
+
+def _sample(key: str, latents_FCHW: np.ndarray, metadata: dict[str, Any]) -> LatentSample:
     known = {name: metadata.pop(name) for name in SAMPLE_FIELDS}
-    return LatentSample(key=members.keys[index], latents_FCHW=latents_FCHW, **known, extra=metadata)
+    return LatentSample(key=key, latents_FCHW=latents_FCHW, **known, extra=metadata)
+
+
+def read_metadata(dataset: str, shard: int, members: Members) -> list[dict[str, Any]]:
+    """What ``KEY.json`` says, for all samples of a shard, without reading their latents."""
+    uri = tar_uri(dataset, shard)
+    with ThreadPoolExecutor(_READERS if storage.is_remote(uri) else 1) as pool:
+        texts = pool.map(lambda *place: storage.read_bytes(uri, *place), members.json_offset, members.json_size)
+        return [json.loads(text) for text in texts]
+
+
+def fetch_sample(dataset: str, shard: int, members: Members, index: int) -> LatentSample:
+    """One sample by two ranges of bytes, for whoever needs only a few of a shard."""
+    uri, size = tar_uri(dataset, shard), 2 * int(np.prod(members.array_shape))
+    metadata = json.loads(storage.read_bytes(uri, members.json_offset[index], members.json_size[index]))
+    latents = np.frombuffer(storage.read_bytes(uri, members.array_offset[index], size), "<f2")
+    return _sample(members.keys[index], latents.reshape(members.array_shape), metadata)
 
 
 def commit(
@@ -154,8 +176,6 @@ def commit(
     for piece in tar:
         digest.update(piece)
     write_ledger(dataset, shard, refusals)
-    scores = np.array([sample.ssim for sample in samples], np.float64)
-    histogram = np.histogram(scores.clip(0, 1), SSIM_BINS, (0, 1))[0]
     record = {
         "shard": shard,
         "fingerprint": fingerprint,
@@ -165,17 +185,23 @@ def commit(
         "retry_of": {clip_id: {"shard": number, "reason": why} for clip_id, (number, why) in (retry_of or {}).items()},
         "bytes": sum(map(len, tar)),
         "sha256": digest.hexdigest(),
-        "ssim": {
-            "sum": float(scores.sum()),
-            "min": float(scores.min()) if len(scores) else None,
-            "max": float(scores.max()) if len(scores) else None,
-            "histogram": histogram.tolist(),
-        },
+        "ssim": ssim_statistics([sample.ssim for sample in samples]),
         "members": asdict(members),
     }
     # Compact: a record is one line of a few kilobytes and is read by machines.
     storage.write_bytes(record_uri(dataset, shard), json.dumps(record, sort_keys=True).encode() + b"\n")
     return record
+
+
+def ssim_statistics(scores: Sequence[float]) -> dict[str, Any]:
+    """What a record says of its samples' motion scores."""
+    values = np.array(scores, np.float64)
+    return {
+        "sum": float(values.sum()),
+        "min": float(values.min()) if len(values) else None,
+        "max": float(values.max()) if len(values) else None,
+        "histogram": np.histogram(values.clip(0, 1), SSIM_BINS, (0, 1))[0].tolist(),
+    }
 
 
 def write_ledger(dataset: str, shard: int, refusals: Sequence[Refusal]) -> None:

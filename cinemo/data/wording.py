@@ -63,6 +63,11 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         )
     else:
         lines.append("nothing was left to do")
+    for field, made in summary["fields"].items():
+        absent = f", missing: {_counts(made['missing'])}" if made["missing"] else ""
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made["stage_seconds"].items())
+        done = f"; this run: {made['done']} in {made['seconds']:.1f} s ({stages})" if made["done"] else ""
+        lines.append(f"{field}: {made['samples']} samples ({made['bytes'] / 1e6:.1f} MB){absent}{done}")
     plan = read_plan(summary["output"])
     if plan and (rows := compare(plan, summary)):
         lines.append("predicted against actual:")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -40,6 +40,14 @@ def mean_adjacent_ssim(frames_FHWC_uint8: np.ndarray, metric: Literal["luma", "r
             f"frames are {frames.shape}, expected at least 2 frames of at least {_WINDOW}x{_WINDOW} pixels"
         )
     return _rgb_ssim(frames) if metric == "rgb" else _luma_ssim(frames)
+
+
+def ssim_parameters(metric: Literal["luma", "rgb"]) -> dict[str, Any]:
+    """What decides the score of given frames, by name: part of a dataset's fingerprint."""
+    shared = {"metric": metric, "window": _WINDOW, "sigma": _SIGMA, "stabilizers": [_C1, _C2]}
+    if metric == "rgb":
+        return {**shared, "luma": None, "border": "reflect"}
+    return {**shared, "luma": [round(float(weight), 6) for weight in _LUMA[0]], "border": "left out"}
 
 
 def motion_bucket(ssim: float, edges: Sequence[float] | None = None) -> int:

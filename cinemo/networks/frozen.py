@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from cinemo.networks.weights import read_config, resolve, weights_digest
+from cinemo.networks.weights import read_config, resolve
 from cinemo.types import InputError
 
-__all__ = ["TextEncoder", "Vae", "check_vae", "weights_digest"]
+_VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
+# Of Stable Diffusion's autoencoder, whose own config.json is older than the entry.
+_SCALING_FACTOR = 0.18215
+# What a library notes about itself in a config.json; nothing is computed from it.
+_NOTES = frozenset({"_diffusers_version", "_name_or_path", "architectures", "transformers_version"})
 
 # Pixels that go through an autoencoder at once: 3 frames of 320x512 take SD's decoder 1.5 GB in float32.
 _CHUNK_PIXELS = 2**19
@@ -102,8 +110,33 @@ def check_vae(location: str) -> tuple[Path, str]:
     name = read_config(directory, location).get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderKLTemporalDecoder"):
         raise InputError(f"{location}: config.json is of {name}, expected AutoencoderKL[TemporalDecoder]")
-    _require_one(directory, location, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    _require_one(directory, location, *_VAE_FILES)
     return directory, name
+
+
+def vae_scaling(location: str) -> tuple[float, float]:
+    """Scaling and shift factor of an autoencoder's latents, without loading it."""
+    config = read_config(_directory(location), location)
+    return float(config.get("scaling_factor", _SCALING_FACTOR)), float(config.get("shift_factor") or 0.0)
+
+
+def network_digest(location: str) -> str:
+    """sha256 (hex) over what decides a frozen network's output: its weights file and its configuration.
+
+    Left out are files that are not read (a README, the same weights in another format) and the names and versions that
+    libraries note in ``config.json``.
+
+    Raises:
+        InputError: there is no network.
+    """
+    directory = _directory(location)
+    config = {name: value for name, value in read_config(directory, location).items() if name not in _NOTES}
+    names = (*_VAE_FILES, *_CLIP_FILES)
+    _require_one(directory, location, *names)
+    weights = next(path for name in names if (path := directory / name).is_file())
+    with weights.open("rb") as stream:
+        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256(f"{json.dumps(config, sort_keys=True)}\n{content}".encode()).hexdigest()
 
 
 class TextEncoder:
@@ -127,7 +160,7 @@ class TextEncoder:
         disable_progress_bar()
         directory, words = _directory(location), _directory(tokenizer)
         config = read_config(directory, location)
-        _require_one(directory, location, "model.safetensors", "pytorch_model.bin")
+        _require_one(directory, location, *_CLIP_FILES)
         _require_one(words, tokenizer, "tokenizer.json", "vocab.json")
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(words)
         self.network: Any = CLIPTextModel.from_pretrained(directory, dtype=dtype)
@@ -145,6 +178,63 @@ class TextEncoder:
         )
         states: Tensor = self.network(tokens.input_ids.to(self.network.device)).last_hidden_state
         return states
+
+
+class ImageEncoder:
+    """CLIP's image model (transformers' ``CLIPVisionModel``).
+
+    Args:
+        location: directory of the image model (``config.json``, weights).
+
+    Raises:
+        InputError: something is missing in the directory, or it is another network.
+    """
+
+    # What decides its input; part of the fingerprint of stored image tokens.
+    PREPROCESSING = "whole picture to the model's square, PIL bicubic, CLIP mean and deviation"
+    MEAN = (0.48145466, 0.4578275, 0.40821073)
+    DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, location: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        from transformers import CLIPVisionModel
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        self.network: Any = CLIPVisionModel.from_pretrained(check_image_encoder(location), dtype=dtype)
+        self.network.to(device).eval().requires_grad_(False)
+        self.side = int(self.network.config.image_size)
+
+    def prepare(self, image_HWC: np.ndarray) -> Tensor:
+        """A picture (uint8 RGB) as the model takes it: (3, side, side), float32.
+
+        `CLIPImageProcessor` with a square size and no crop: a wide frame is squeezed, not cut, as DynamiCrafter's
+        weights saw it, so that tokens speak of all that the latents show.
+        """
+        resized = Image.fromarray(image_HWC).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        pixels_HWC = np.asarray(resized, np.float32) / np.float32(255)
+        normal_HWC = (pixels_HWC - np.array(self.MEAN, np.float32)) / np.array(self.DEVIATION, np.float32)
+        return torch.from_numpy(np.ascontiguousarray(normal_HWC.transpose(2, 0, 1)))
+
+    @torch.no_grad()
+    def encode(self, images_BHWC: Sequence[np.ndarray]) -> Tensor:
+        """Last hidden states (B, L, D), L the class token and then every patch: before the last norm and projection."""
+        pixels_BCHW = torch.stack([self.prepare(image) for image in images_BHWC])
+        states: Tensor = self.network(pixels_BCHW.to(self.network.device, self.network.dtype)).last_hidden_state
+        return states
+
+
+def check_image_encoder(location: str) -> Path:
+    """The local directory of an image encoder, without loading it.
+
+    Raises:
+        InputError: as `ImageEncoder`.
+    """
+    directory = _directory(location)
+    kind = read_config(directory, location).get("model_type")
+    if kind not in ("clip_vision_model", "clip"):
+        raise InputError(f"{location}: config.json is of model_type {kind}, expected clip_vision_model")
+    _require_one(directory, location, *_CLIP_FILES)
+    return directory
 
 
 def _directory(location: str) -> Path:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 from data.small_data import film
-from tiny import save_encoders
+from tiny import save_encoders, save_image_encoder
 
 from cinemo.config import Recipe, override
+from cinemo.data.precompute import run
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import cinemo_tiny
 
@@ -17,6 +18,32 @@ from cinemo.recipes import cinemo_tiny
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("encoders")
     save_encoders(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP image model of 32x32 pixels: 17 tokens of width 32."""
+    directory = tmp_path_factory.mktemp("image_encoder")
+    save_image_encoder(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def field_recipe(small_recipe: Recipe, image_encoder: Path) -> Recipe:
+    """Two views of a clip, and every field there is."""
+    fields = '["text_states", "first_frame", "image_tokens", "flow"]'
+    changes = ["data.views=2", f"encoders.image_encoder={image_encoder}", f"data.fields={fields}"]
+    return override(small_recipe, changes)
+
+
+@pytest.fixture(scope="session")
+def with_fields(
+    ray_session: None, clips_folder: Path, field_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A dataset of two views of nine films in three shards, with all fields. Copy it before changing it."""
+    directory = tmp_path_factory.mktemp("finished") / "dataset"
+    run(field_recipe, str(clips_folder), str(directory))
     return directory
 
 

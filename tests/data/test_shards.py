@@ -14,7 +14,16 @@ import webdataset
 from data.small_data import LATENT_SHAPE, make_dataset, make_sample
 
 from cinemo import storage
-from cinemo.data.shards import DatasetIndex, commit, encode_tar, read_ledger, read_sample
+from cinemo.data.shards import (
+    DatasetIndex,
+    Members,
+    commit,
+    encode_tar,
+    fetch_sample,
+    read_ledger,
+    read_metadata,
+    read_sample,
+)
 from cinemo.types import InputError, LatentSample, Refusal
 
 
@@ -71,6 +80,17 @@ def test_one_sample_by_its_offsets() -> None:
     sample = read_sample(memoryview(b"".join(pieces)), members, 2)
     np.testing.assert_array_equal(sample.latents_FCHW, make_sample(2).latents_FCHW)
     assert (sample.key, sample.clip_id, sample.ssim) == ("000000002-0", "clip.2/ü", make_sample(2).ssim)
+
+
+def test_parts_of_a_shard_on_storage(tmp_path: Path) -> None:
+    record = commit(str(tmp_path), 0, [make_sample(k) for k in range(4)], [], "f")
+    members = Members(**record["members"])
+    assert [entry["caption"] for entry in read_metadata(str(tmp_path), 0, members)] == [
+        f"caption {k}" for k in range(4)
+    ]
+    sample = fetch_sample(str(tmp_path), 0, members, 3)
+    np.testing.assert_array_equal(sample.latents_FCHW, make_sample(3).latents_FCHW)
+    assert (sample.key, sample.start_frame, sample.fields) == ("000000003-0", 3, {})
 
 
 def test_samples_of_unequal_shape_are_a_bug() -> None:

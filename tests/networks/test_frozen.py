@@ -9,9 +9,9 @@ import pytest
 import torch
 from goldens import golden_files
 from peak_memory import PeakMemory
-from tiny import WIDTH, save_encoders
+from tiny import WIDTH, save_encoders, save_image_encoder
 
-from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.frozen import ImageEncoder, TextEncoder, Vae, network_digest, vae_scaling
 from cinemo.types import InputError
 
 
@@ -152,3 +152,57 @@ def test_golden_vae_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None
         assert shapes == {name: shape for name, (shape, _) in json.loads(path.read_text()).items()}, path.name
     with capsys.disabled():
         print(f"\ngolden vae schemas: {len(files)} files")
+
+
+def test_image_tokens_are_those_of_transformers(tmp_path: Path) -> None:
+    """Preparation and network, against the library's own; a wide picture is squeezed into the square."""
+    from transformers import CLIPVisionModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    save_image_encoder(tmp_path)
+    encoder = ImageEncoder(str(tmp_path))
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (height, width, 3), np.uint8) for height, width in ((40, 96), (64, 24))]
+    processor = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
+    pixels = torch.cat([processor(image, return_tensors="pt").pixel_values for image in images])
+    torch.testing.assert_close(torch.stack([encoder.prepare(image) for image in images]), pixels, rtol=0, atol=1e-6)
+    tokens = encoder.encode(images)
+    assert tokens.shape == (2, 1 + 16, WIDTH)
+    network = CLIPVisionModel.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(tokens, network(pixels).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_no_image_encoder_is_refused(encoders: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.json is of model_type clip_text_model, expected clip_vision_model"):
+        ImageEncoder(str(encoders / "text_encoder"))
+    save_image_encoder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors \(or pytorch_model\.bin\) is missing there"):
+        ImageEncoder(str(tmp_path))
+
+
+def test_scaling_is_known_without_loading(encoders: Path, tmp_path: Path) -> None:
+    for name in ("vae", "temporal"):
+        copy = Path(shutil.copytree(encoders / name, tmp_path / name))
+        config = json.loads((copy / "config.json").read_text())
+        for values in (config, config | {"scaling_factor": 0.5, "shift_factor": 0.25}):
+            values = {key: value for key, value in values.items() if name == "vae" or key != "shift_factor"}
+            (copy / "config.json").write_text(json.dumps(values))
+            loaded = Vae(str(copy))
+            assert vae_scaling(str(copy)) == (loaded.scale, loaded.shift)
+        del config["scaling_factor"]  # as in Stable Diffusion 1's own folder
+        (copy / "config.json").write_text(json.dumps(config))
+        assert vae_scaling(str(copy))[0] == Vae(str(copy)).scale == 0.18215
+
+
+def test_a_network_is_its_weights_and_its_configuration(encoders: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(encoders / "text_encoder", tmp_path / "text"))
+    digest = network_digest(str(encoders / "text_encoder"))
+    (copy / "README.md").write_text("read by nobody")
+    (copy / "pytorch_model.bin").write_bytes(b"not loaded, safetensors come first")
+    assert network_digest(str(copy)) == digest
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))
+    assert network_digest(str(copy)) != digest
+    with pytest.raises(InputError, match=r"config\.json is missing there"):
+        network_digest(str(tmp_path))
