@@ -78,7 +78,7 @@ def strength_to_bucket(strength: float) -> int:
 
 
 class _Moments:
-    """What one frame brings to both of its pairs: centred luma, its mean, and the frame's part of the denominators."""
+    """What one frame brings to both of its pairs: centred luma, its mean, the luma's mean, its square, variance."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.luma, self.mean, self.bright, self.light, self.spread = (np.empty(shape, np.float32) for _ in range(5))
@@ -87,7 +87,7 @@ class _Moments:
 def _luma_ssim(frames_FHWC: np.ndarray) -> float:
     """Each frame is filtered once for its own moments, and once more with its neighbour for their covariance.
 
-    All arithmetic goes into a few buffers that stay in the cache. Numerators and denominators are halved.
+    All arithmetic goes into a few buffers, because making arrays takes as long as filling them.
     """
     shape, edge = frames_FHWC.shape[1:3], _WINDOW // 2
     now, before = _Moments(shape), _Moments(shape)
@@ -99,26 +99,25 @@ def _luma_ssim(frames_FHWC: np.ndarray) -> float:
         # Centred, because float32 squares of 0..255 would lose the digits that the variances are made of.
         cv2.transform(rgb_HWC, _CENTRED_LUMA, now.luma)
         _blur(now.luma, now.mean)
-        cv2.add(now.mean, _MIDDLE, now.bright)
+        np.add(now.mean, _MIDDLE, out=now.bright)
         cv2.multiply(now.bright, now.bright, now.light)
-        cv2.add(now.light, _C1 / 2, now.light)
         cv2.multiply(now.luma, now.luma, a)
         _blur(a, now.spread, _C2 / 2)
         cv2.multiply(now.mean, now.mean, a)
-        cv2.subtract(now.spread, a, now.spread)
+        cv2.subtract(now.spread, a, now.spread)  # variance + C2 / 2
         if number:
             cv2.multiply(now.luma, before.luma, a)
             _blur(a, b, _C2 / 2)
             cv2.multiply(now.mean, before.mean, a)
             cv2.subtract(b, a, b)  # covariance + C2 / 2
             cv2.multiply(now.bright, before.bright, a)
-            cv2.add(a, _C1 / 2, a)
-            cv2.multiply(a, b, b)
-            cv2.add(now.light, before.light, a)
+            np.add(a, _C1 / 2, out=a)
+            cv2.multiply(a, b, b)  # a quarter of the numerator
+            cv2.addWeighted(now.light, 1, before.light, 1, _C1, a)
             cv2.divide(b, a, b)
             cv2.add(now.spread, before.spread, a)
             cv2.divide(b, a, b)
-            total += 2 * 2 * cv2.mean(b[edge:-edge, edge:-edge])[0]
+            total += 4 * cv2.mean(b[edge:-edge, edge:-edge])[0]
         now, before = before, now
     return total / (len(frames_FHWC) - 1)
 
