@@ -64,8 +64,9 @@ def write_manifest(path: Path, clips: int) -> None:
         captions = pc.binary_join_element_wise(
             phrases.take(pa.array(rng.integers(0, len(phrases), len(numbers)))),
             views.take(pa.array(rng.integers(0, len(views), len(numbers)))),
-            pc.cast(pa.array(numbers), pa.string()),
             ", second ",
+            pc.cast(pa.array(numbers), pa.string()),
+            "",
         )
         starts = np.round(rng.uniform(0, 5, len(numbers)), 2)
         table = pa.table(

@@ -66,8 +66,15 @@ def plan_only(
     again = [
         known.figures([sample[k] for k in chosen]) for chosen in rng.integers(0, len(sample), (_RESAMPLES, len(sample)))
     ]
-    ranged = {name: _range(value, [other[name] for other in again if name in other]) for name, value in figures.items()}
+    ranged = {}
+    for name, value in figures.items():
+        ranged[name] = _range(value, [other[name] for other in again if name in other])
     ranged["quarantine_share"] |= {"low": low, "high": high}
+    for name in {"samples", "bytes"} & ranged.keys():  # as sure as the share of clips that give any
+        kept = 1 - figures["quarantine_share"] or 1.0
+        whole = ranged[name]["value"] / kept
+        ranged[name]["low"] = min(ranged[name]["low"], whole * (1 - high))
+        ranged[name]["high"] = max(ranged[name]["high"], whole * (1 - low))
     ranged["memory_per_node_bytes"] = memory
     spent = {stage: float(np.mean([clip[stage] for clip in sample])) for stage in _STAGES}
     measured = "encode_seconds_per_clip" in figures and not known.given_speed
@@ -82,7 +89,8 @@ def plan_only(
         "cores_here": known.cores,
         "bottleneck": known.bottleneck(figures, spent),
         "ranges": f"5th to 95th percentile of {_RESAMPLES} resamples of the measured clips; "
-        "quarantine_share: 90% Wilson interval; memory: without and with a full object store and a shard in commit",
+        "refused clips, and with them samples and bytes: 90% Wilson interval; "
+        "memory: without and with a full object store and a shard in commit",
         "figures": ranged,
     }
     if prices:

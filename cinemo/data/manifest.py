@@ -56,7 +56,7 @@ class Manifest:
     """A checked manifest. It can be sent to another process, which opens the file itself.
 
     ``source`` is a Parquet file (a path, or its bytes where it is small), ``parent`` is what relative uris count from,
-    ``digest`` depends on every value of the first ``rows`` rows, and not on the kind of file.
+    ``digest`` depends on every value of the first ``rows`` rows and on the types of extra columns.
     """
 
     source: Path | bytes
@@ -115,7 +115,7 @@ def read_manifest(uri: str, limit: int | None = None) -> Manifest:
     """Check a manifest, or list a folder of videos (`manifest_from_folder`).
 
     A Parquet file is used where it lies; other kinds are converted once, and a large one is kept in the cache
-    directory, about as large as it was. Needs about 16 bytes of memory a row.
+    directory, up to as large as it was. Needs about 16 bytes of memory a row.
 
     Args:
         uri: ``.parquet``, ``.csv`` or ``.jsonl`` (local or s3://), or a local directory. Columns ``clip_id``, ``uri``

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from data.small_data import film
 
 from cinemo.config import Recipe, override
-from cinemo.data import stages
+from cinemo.data import shards, stages
 from cinemo.data.manifest import read_manifest
 from cinemo.data.plan import Plan, make_plan
 from cinemo.data.shards import read_ledger
@@ -110,3 +112,19 @@ def test_a_clip_with_one_bad_view_is_refused_whole(tmp_path: Path, small_recipe:
     totals = commit(table, tmp_path / "out", 2)
     assert (totals["samples"], totals["quarantined"]) == (2, 1)
     assert [refusal.clip_id for refusal in read_ledger(str(tmp_path / "out"), 0)] == ["a"]
+
+
+def test_columns_of_the_manifest_stay_with_the_sample(tmp_path: Path, small_recipe: Recipe) -> None:
+    write_video(tmp_path / "a.mp4", film("a", 30), 25)
+    row = {"clip_id": "a", "uri": "a.mp4", "caption": "c", "licence": "CC0", "tags": ["x", "ü"], "fps": 24}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    plan = make_plan(read_manifest(str(tmp_path / "m.jsonl")), small_recipe)
+    commit(encoded(plan.rows([0]).slice(), small_recipe), tmp_path / "out")
+    with tarfile.open(tmp_path / "out/shards/shard-000000.tar") as tar:
+        metadata = json.loads(tar.extractfile("000000000-0.json").read())  # type: ignore[union-attr]
+    assert (metadata["licence"], metadata["tags"], metadata["manifest_fps"]) == ("CC0", ["x", "ü"], 24)
+    assert metadata["fps"] == 25.0
+    record = json.loads((tmp_path / "out/shards/shard-000000.json").read_text())
+    content = memoryview((tmp_path / "out/shards/shard-000000.tar").read_bytes())
+    sample = shards.read_sample(content, shards.Members(**record["members"]), 0)
+    assert sample.extra == {"licence": "CC0", "tags": ["x", "ü"], "manifest_fps": 24}
