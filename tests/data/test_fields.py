@@ -24,9 +24,9 @@ from cinemo.data.loader import LatentLoader
 from cinemo.data.precompute import run
 from cinemo.data.shards import DatasetIndex
 from cinemo.media.flow import dense_flow
-from cinemo.media.video import read_frames, write_video
+from cinemo.media.video import decode_clip, read_frames, write_video
 from cinemo.networks.frozen import ImageEncoder, TextEncoder
-from cinemo.types import InputError, LatentSample, RunError
+from cinemo.types import Clip, InputError, LatentSample, RunError
 
 ALL = ("text_states", "first_frame", "image_tokens", "flow")
 
@@ -226,6 +226,17 @@ def test_sidecars_on_s3(with_fields: Path, s3_endpoint: str) -> None:
     local, remote = samples_of(with_fields, ("flow",)), samples_of("s3://cinemo-test/with-fields", ("flow",))
     assert [sample.key for sample in remote] == [sample.key for sample in local]
     np.testing.assert_array_equal(remote[-1].fields["flow"], local[-1].fields["flow"])
+
+
+@pytest.mark.parametrize("name", ["mma_test_mpeg4.avi", "flower_vp8.webm", "bikes.mp4"])
+def test_frames_decoded_again_are_the_very_frames(real_clips: Path, field_recipe: Recipe, name: str) -> None:
+    (path,) = real_clips.rglob(name)
+    views = decode_clip(Clip("clip", str(path), "", start=0.3), field_recipe.data)
+    stored = [{"uri": str(path), "start_frame": v.start_frame, "frame_interval": v.frame_interval} for v in views]
+    for view, again_FHWC in zip(views, fields.decode_again(stored, field_recipe.data, 6), strict=True):
+        np.testing.assert_array_equal(again_FHWC, view.frames_FHWC)
+    first_HWC = fields.decode_again(stored[1:], field_recipe.data, 1)[0][0]
+    np.testing.assert_array_equal(first_HWC, views[1].frames_FHWC[0])
 
 
 def test_a_field_depends_on_its_own_keys_alone(field_recipe: Recipe, encoders: Path) -> None:
