@@ -190,7 +190,7 @@ def _execute(
         InputError, RunError: what a worker met and a person can mend, such as storage that does not answer.
     """
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy, DataContext
 
     connect()
     recipe, data = dataset.recipe, dataset.recipe.data
@@ -228,8 +228,8 @@ def _execute(
             **resources.encode,
         )
         .map_batches(
-            stages.commit,
-            fn_kwargs={
+            _Committer,
+            fn_constructor_kwargs={
                 "dataset": dataset.uri,
                 "fingerprint": dataset.fingerprint,
                 "views": data.views,
@@ -239,7 +239,7 @@ def _execute(
             # Exactly one shard: blocks arrive in order, and none crosses the boundary of a shard.
             batch_size=data.clips_per_shard * data.views,
             num_cpus=_COMMIT_CPUS,
-            compute=TaskPoolStrategy(size=resources.commits),
+            compute=ActorPoolStrategy(min_size=1, max_size=resources.commits),
         )
     )
     try:
@@ -284,6 +284,18 @@ class _Encoder(stages.Encoder):
         rows = super().__call__(decoded)
         _report(self.meter, "encode", rows, self.data.views, {"encode": ("encode_seconds",)})
         return rows
+
+
+class _Committer:
+    """`stages.commit` in a process that stays: a task comes so rarely that Ray would start one, and import torch, for
+    every shard.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def __call__(self, encoded: pa.Table) -> pa.Table:
+        return stages.commit(encoded, **self.settings)
 
 
 def _report(meter: Any, stage: str, rows: pa.Table, views: int, seconds: Mapping[str, tuple[str, ...]]) -> None:
