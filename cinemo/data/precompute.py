@@ -52,8 +52,8 @@ _TASK_CLIPS = 16
 _DECODING = {"max_calls": 500}
 _TASK_SHARDS = 4  # of a field
 _PROGRESS_SECONDS = 3.0
-# It mostly waits for storage. And on two cores decode and repartition reserve one each: asking for any share, it would
-# get none before the last clip is decoded, and a killed run would have nothing to go on from.
+# It mostly waits for storage. And decoding reserves all cores there are: asking for any share, a commit would get none
+# before the last clip is decoded, and a killed run would have nothing to go on from.
 _COMMIT_CPUS = 0.0
 # So many at a time: a slow storage must not be met with ever more processes, each holding a shard.
 _CPUS_PER_COMMIT = 8
@@ -212,7 +212,7 @@ def _execute(
         InputError, RunError: what a worker met and a person can mend, such as storage that does not answer.
     """
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy, DataContext
 
     connect()
     recipe, data = dataset.recipe, dataset.recipe.data
@@ -224,7 +224,7 @@ def _execute(
 
     size = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * data.frames * data.size[0] * data.size[1] * 3)))
     size = min(size, math.ceil(len(rows) / (4 * resources.decoders)))
-    blocks = [rows.slice(start, size).combine_chunks() for start in range(0, len(rows), size)]
+    blocks = [rows.slice(start, count).combine_chunks() for start, count in _pieces(len(rows), data, size)]
     graph = (
         ray.data.from_arrow(blocks)
         .map_batches(
@@ -248,19 +248,19 @@ def _execute(
             batch_size=data.encode_batch,
             **resources.encode,
         )
-        .repartition(target_num_rows_per_block=data.clips_per_shard * data.views, strict=True)
         .map_batches(
-            stages.commit,
-            fn_kwargs={
+            _Committer,
+            fn_constructor_kwargs={
                 "dataset": dataset.uri,
                 "fingerprint": dataset.fingerprint,
                 "views": data.views,
                 "retried": retried,
             },
             batch_format="pyarrow",
-            batch_size=None,
+            # Exactly one shard: blocks arrive in order, and none crosses the boundary of a shard.
+            batch_size=data.clips_per_shard * data.views,
             num_cpus=_COMMIT_CPUS,
-            compute=TaskPoolStrategy(size=resources.commits),
+            compute=ActorPoolStrategy(min_size=1, max_size=resources.commits),
         )
     )
     try:
@@ -268,6 +268,15 @@ def _execute(
             yield from table.to_pylist()
     except ray.exceptions.RayError as error:
         raise _cause(error) from None
+
+
+def _pieces(clips: int, data: DataConfig, size: int) -> Iterator[tuple[int, int]]:
+    """``(first, count)`` of blocks of about ``size`` rows that do not cross shards, which come one after the other."""
+    shard = data.clips_per_shard
+    piece = math.ceil(shard / math.ceil(shard / size))
+    for start in range(0, clips, shard):
+        end = min(start + shard, clips)
+        yield from ((first, min(piece, end - first)) for first in range(start, end, piece))
 
 
 def _cause(error: Exception) -> Exception:
@@ -296,6 +305,18 @@ class _Encoder(stages.Encoder):
         rows = super().__call__(decoded)
         _report(self.meter, "encode", rows, self.data.views, {"encode": ("encode_seconds",)})
         return rows
+
+
+class _Committer:
+    """`stages.commit` in a process that stays: a task comes so rarely that Ray would start one, and import torch, for
+    every shard.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def __call__(self, encoded: pa.Table) -> pa.Table:
+        return stages.commit(encoded, **self.settings)
 
 
 def _report(meter: Any, stage: str, rows: pa.Table, views: int, seconds: Mapping[str, tuple[str, ...]]) -> None:
@@ -439,12 +460,14 @@ def _resources(recipe: Recipe) -> Resources:
     # On accelerators all of them work from the beginning; on CPUs Ray adds encoders while decoded clips wait.
     most = data.encode_actors or (int(gpus / data.encode_gpus) if data.encode_gpus else cpus)
     least = most if data.encode_gpus or data.encode_actors else 1
-    # An encoder takes a core where one is left for decoding and one for repartitioning.
+    # An encoder takes a core where one is left for decoding.
     share = 1.0 if cpus >= least + 2 else 0.0
     decoders = max(1, int((have[special] if special else cpus) / data.decode_cpus))
-    # As many decoders as cores, and still one to reserve for repartitioning, which hardly computes.
-    reserved = round(data.decode_cpus * (cpus - 1) / cpus, 3)
-    decode: dict[str, Any] = {**_DECODING, "num_cpus": reserved, "compute": TaskPoolStrategy(size=decoders)}
+    decode: dict[str, Any] = {
+        **_DECODING,
+        "num_cpus": data.decode_cpus,
+        "compute": TaskPoolStrategy(size=decoders),
+    }
     if special:
         decode["resources"] = {special: data.decode_cpus}
     return Resources(

@@ -286,7 +286,7 @@ def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
 
     laptop = resources({"CPU": 2.0})
     assert (laptop.decoders, laptop.least_encoders, laptop.encoders) == (2, 1, 2)
-    assert 2 * laptop.decode["num_cpus"] + laptop.encode["num_cpus"] + 1 <= 2, "a repartition must fit beside them"
+    assert 2 * laptop.decode["num_cpus"] + laptop.encode["num_cpus"] <= 2, "an encoder must fit beside them"
     with pytest.raises(InputError, match="no node of the cluster offers"):
         resources({"CPU": 2.0}, "data.decode_resource=decode")
     with pytest.raises(InputError, match="for 1 encoders, the cluster has 0"):
