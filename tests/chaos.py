@@ -26,7 +26,7 @@ import psutil
 from data.small_data import film
 
 from cinemo.config import override
-from cinemo.media.video import write_video
+from cinemo.media.mp4 import write_video
 from cinemo.recipes import cinemo_tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,8 @@ from cinemo.data.loader import LatentLoader
 from cinemo.data.precompute import run
 from cinemo.data.shards import DatasetIndex
 from cinemo.media.flow import dense_flow
-from cinemo.media.video import decode_clip, read_frames, write_video
+from cinemo.media.mp4 import write_video
+from cinemo.media.video import decode_clip, read_frames
 from cinemo.networks.frozen import ImageEncoder, TextEncoder
 from cinemo.types import Clip, InputError, LatentSample, RunError
 

@@ -18,7 +18,7 @@ from cinemo.data import shards
 from cinemo.evaluation import dataset_report
 from cinemo.evaluation.dataset_report import equal_population_edges, write_dataset_report
 from cinemo.media.motion import motion_bucket
-from cinemo.media.video import write_video
+from cinemo.media.mp4 import write_video
 from cinemo.recipes import cinemo_tiny
 from cinemo.types import LatentSample, Refusal
 
