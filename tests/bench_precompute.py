@@ -291,7 +291,7 @@ open AV1, shows the right frames of all others, and is slower.
 
 {rest}
 
-What is left: decoding itself takes nine tenths of the time of a clip and cannot be skipped where every frame is
+What is left: decoding itself takes most of the time of a clip and cannot be skipped where every frame is
 referred to (VP8, VP9, AV1, Baseline H.264). A small picture that is enlarged (320x240 AVI) pays for SSIM and scaling at
 320x512 whatever its decoder costs. sha256 is bound by the core's SHA instructions; it is paid once a shard, a
 thousandth of what decoding the shard took.
