@@ -262,7 +262,9 @@ def main() -> None:
     text = TEXT.format(
         plans=PLANS,
         strategies=table(("x linear decode", "clips", "derived", "target"), strategies),
-        files=table(("file", "", "linear decode", "whole", "4 views", "decord", "decord: wrong frames"), files),
+        files=table(
+            ("file", "", "linear decode", "whole", "4 views", "decord (decode, resize)", "decord: wrong frames"), files
+        ),
         rest=table(("what", "value", "target", ""), rows),
     )
     fill(TITLE, text)
@@ -285,11 +287,11 @@ decoding.
 {files}
 
 PyAV is the default because it is exact on all of these and the fastest. decord (`--set data.decoder=decord`) cannot
-open AV1 and is slower everywhere.
+open AV1, shows the right frames of all others, and is slower.
 
 {rest}
 
-What is left: decoding itself takes nine tenths of the time of a clip and cannot be skipped where every frame is
+What is left: decoding itself takes most of the time of a clip and cannot be skipped where every frame is
 referred to (VP8, VP9, AV1, Baseline H.264). A small picture that is enlarged (320x240 AVI) pays for SSIM and scaling at
 320x512 whatever its decoder costs. sha256 is bound by the core's SHA instructions; it is paid once a shard, a
 thousandth of what decoding the shard took.
