@@ -67,7 +67,7 @@ def _s3() -> Any:
         config_kwargs={
             "retries": {"total_max_attempts": 5, "mode": "standard"},
             "connect_timeout": 5,
-            "read_timeout": 30,
+            "read_timeout": 60,
         },
         use_listings_cache=False,
         default_cache_type="none",

@@ -131,8 +131,8 @@ def measure(name: str, recipe: Recipe, sources: list[Path], clips: int) -> tuple
     )
 
 
-def slow_writer(seconds: float, store_mb: int = 80, bytes_per_second: float = 20_000) -> dict[str, Any]:
-    """Commit through an S3 server that takes in 20 kB/s: what waits in memory, early and late, in a small store.
+def slow_writer(seconds: float, store_mb: int = 80, bytes_per_second: float = 60_000) -> dict[str, Any]:
+    """Commit through an S3 server that takes in 60 kB/s: what waits in memory, early and late, in a small store.
 
     Ends this process.
     """
@@ -246,7 +246,7 @@ is the last column. Cores taken by other processes meanwhile are taken off the b
 """
 
 SLOW = """
-Under a slow writer (an S3 server that takes in 20 kB/s, an object store of 80 MB, {seconds} s; {committed} clips were
+Under a slow writer (an S3 server that takes in 60 kB/s, an object store of 80 MB, {seconds} s; {committed} clips were
 committed): clips decoded ahead of the last commit {ahead_early} in the second quarter, {ahead_late} in the second half;
 object store {store_mb_early:.0f} and {store_mb_late:.0f} MB, spilled {spilled_mb_late:.0f} MB; private memory of all
 processes {private_mb_early:.0f} and {private_mb_late:.0f} MB.

@@ -57,6 +57,7 @@ _PROGRESS_SECONDS = 3.0
 _COMMIT_CPUS = 0.0
 # So many at a time: a slow storage must not be met with ever more processes, each holding a shard.
 _CPUS_PER_COMMIT = 8
+_FEW_CPUS = 4
 _METER_SECONDS = 2.0
 # About so many clips have their planned rows in the object store at a time.
 _WAVE_CLIPS = 1 << 20
@@ -457,9 +458,10 @@ def _resources(recipe: Recipe) -> Resources:
             f"data.decode_resource is {special!r}, which no node of the cluster offers (there: {known}); "
             "--set data.decode_resource=null decodes wherever a core is free"
         )
-    # On accelerators all of them work from the beginning; on CPUs Ray adds encoders while decoded clips wait.
+    # On accelerators, and on few cores, all work from the beginning; on many cores Ray adds encoders while clips wait.
+    # On few it would stop and start them again and again, each time for seconds of imports.
     most = data.encode_actors or (int(gpus / data.encode_gpus) if data.encode_gpus else cpus)
-    least = most if data.encode_gpus or data.encode_actors else 1
+    least = most if data.encode_gpus or data.encode_actors or cpus <= _FEW_CPUS else 1
     # An encoder takes a core where one is left for decoding.
     share = 1.0 if cpus >= least + 2 else 0.0
     decoders = max(1, int((have[special] if special else cpus) / data.decode_cpus))

@@ -285,7 +285,7 @@ def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
     assert resources(cluster, "data.encode_gpus=1", "data.encode_actors=3").encoders == 3
 
     laptop = resources({"CPU": 2.0})
-    assert (laptop.decoders, laptop.least_encoders, laptop.encoders) == (2, 1, 2)
+    assert (laptop.decoders, laptop.least_encoders, laptop.encoders) == (2, 2, 2)
     assert 2 * laptop.decode["num_cpus"] + laptop.encode["num_cpus"] <= 2, "an encoder must fit beside them"
     with pytest.raises(InputError, match="no node of the cluster offers"):
         resources({"CPU": 2.0}, "data.decode_resource=decode")
