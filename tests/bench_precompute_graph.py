@@ -23,7 +23,7 @@ from bench import table
 
 from cinemo import storage
 from cinemo.config import Recipe, override
-from cinemo.data import precompute, stages
+from cinemo.data import cluster, precompute, stages
 from cinemo.data.dataset import Dataset
 from cinemo.data.manifest import read_manifest
 from cinemo.data.plan import encoder_dtype, make_plan
@@ -177,7 +177,7 @@ def slow_writer(seconds: float, store_mb: int = 80, bytes_per_second: float = 60
                     }
                 )
 
-        with precompute.watch(20_000, dataset, listen) as (progress, meter):
+        with cluster.watch(20_000, dataset.recipe, listen) as (progress, meter):
             for shard in precompute._execute(dataset.plan.rows(dataset.missing_shards()), dataset, None, meter):
                 progress.add(shard)
                 if begun and time.perf_counter() - begun > seconds:
@@ -212,7 +212,7 @@ def main() -> None:
         print(json.dumps(slow_writer(arguments.slow_writer)), flush=True)
         os._exit(0)
     recipe = override(cinemo_tiny(), ["data.clips_per_shard=16"])
-    precompute.connect()
+    cluster.connect()
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         real = sorted(path for path in arguments.videos.glob("*.*") if path.suffix in VIDEOS)

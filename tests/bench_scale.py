@@ -233,8 +233,9 @@ def main() -> None:
 
 HEAD = ("what", "time", "CPU time", "memory at most", "target", "")
 SCALE = """
-Made with `make bench-scale`: {clips} clips, 256 a shard, {cores} cores. Memory is the peak of a process of its own; the time
-is that of a machine with other work on it. A stopped run has done half of the shards; its journal covers whole thousands, and 360 records lie beyond it.
+Made with `make bench-scale`: {clips} clips, 256 a shard, {cores} cores. Memory is the peak of a process of its own; the
+time is that of a machine with other work on it. A stopped run has done half of the shards; its journal covers whole
+thousands, and 360 records lie beyond it.
 
 """
 

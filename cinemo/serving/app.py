@@ -23,7 +23,7 @@ from ray import serve
 from cinemo import storage
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle, read_card
-from cinemo.data.precompute import connect
+from cinemo.data.cluster import connect
 from cinemo.serving.api import Limits, build_api
 from cinemo.serving.jobs import JobStore
 from cinemo.serving.runner import JobRunner

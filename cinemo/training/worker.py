@@ -25,8 +25,8 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from cinemo import storage
 from cinemo.config import Recipe, parse_recipe
+from cinemo.data.cluster import connect
 from cinemo.data.loader import LatentLoader
-from cinemo.data.precompute import connect
 from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder, Vae

@@ -22,7 +22,7 @@ from faulty_s3 import FAULTS, FaultyS3
 
 from cinemo import cli, storage
 from cinemo.config import Recipe, override
-from cinemo.data import precompute
+from cinemo.data import cluster
 from cinemo.data.loader import LatentLoader
 from cinemo.data.precompute import run
 from cinemo.data.shards import DatasetIndex, read_ledger
@@ -272,17 +272,17 @@ def test_on_s3(dataset: Path, clips_folder: Path, small_recipe: Recipe, s3_endpo
 def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
     small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def resources(have: dict[str, float], *changes: str) -> precompute.Resources:
-        monkeypatch.setattr(precompute.ray, "cluster_resources", lambda: have)
-        return precompute._resources(override(small_recipe, list(changes)))
+    def resources(have: dict[str, float], *changes: str) -> cluster.Resources:
+        monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: have)
+        return cluster.resources(override(small_recipe, list(changes)))
 
-    cluster = {"CPU": 192.0, "GPU": 8.0, "decode": 128.0}
-    separate = resources(cluster, "data.encode_gpus=1", "data.decode_resource=decode", "data.decode_cpus=2")
+    nodes = {"CPU": 192.0, "GPU": 8.0, "decode": 128.0}
+    separate = resources(nodes, "data.encode_gpus=1", "data.decode_resource=decode", "data.decode_cpus=2")
     assert (separate.decoders, separate.encoders, separate.least_encoders) == (64, 8, 8)
     assert separate.decode["resources"] == {"decode": 2.0}
     assert separate.encode == {"num_cpus": 1.0, "num_gpus": 1.0}
-    assert resources(cluster, "data.encode_gpus=0.5").encoders == 16
-    assert resources(cluster, "data.encode_gpus=1", "data.encode_actors=3").encoders == 3
+    assert resources(nodes, "data.encode_gpus=0.5").encoders == 16
+    assert resources(nodes, "data.encode_gpus=1", "data.encode_actors=3").encoders == 3
 
     laptop = resources({"CPU": 2.0})
     assert (laptop.decoders, laptop.least_encoders, laptop.encoders) == (2, 2, 2)
