@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import os
 import random
 import signal
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from data.small_data import film
+from data.small_data import digests, film
 
 from cinemo.config import override
 from cinemo.media.mp4 import write_video
@@ -44,14 +43,6 @@ class Kill:
 
     def __str__(self) -> str:
         return f"{self.victim} {'at a write +' if self.at_write else 'after '}{self.delay:.3f} s"
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 def make_clips(directory: Path, count: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,19 @@ from cinemo.data.shards import DatasetIndex
 from cinemo.types import LatentSample, Refusal, keyed_seed
 
 LATENT_SHAPE = (6, 4, 4, 6)
+
+
+def digests(dataset: Path) -> dict[str, str]:
+    """sha256 of every file of a dataset; without the report for people, which tells how long a run took."""
+    return {
+        str(path.relative_to(dataset)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(dataset.rglob("*"))
+        if path.is_file() and path.relative_to(dataset) != Path("report.html")
+    }
+
+
+def stamps(directory: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
 def film(name: str, frames: int, height: int = 48, width: int = 64) -> np.ndarray:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 import webdataset
-from data.small_data import film
+from data.small_data import digests, film, stamps
 from PIL import Image
 
 from cinemo import storage
@@ -30,18 +30,6 @@ from cinemo.networks.frozen import ImageEncoder, TextEncoder
 from cinemo.types import Clip, InputError, LatentSample, RunError
 
 ALL = ("text_states", "first_frame", "image_tokens", "flow")
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
-def stamps(directory: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
 def change_json(path: Path, **values: object) -> None:

@@ -17,7 +17,7 @@ import boto3
 import chaos
 import numpy as np
 import pytest
-from data.small_data import film
+from data.small_data import digests, film, stamps
 from faulty_s3 import FAULTS, FaultyS3
 
 from cinemo import cli, storage
@@ -30,18 +30,6 @@ from cinemo.media.mp4 import write_video
 from cinemo.types import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def digests(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
-def stamps(directory: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
