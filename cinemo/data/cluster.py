@@ -173,7 +173,20 @@ def report(meter: Any, stage: str, rows: pa.Table, views: int, seconds: Mapping[
     meter.add.remote(stage, rows.num_rows / views, spent, dict(reasons))
 
 
-def cause(error: Exception) -> Exception:
+def results(graph: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a Ray Data graph as they are made.
+
+    Raises:
+        InputError, RunError: what a worker met and a person can mend, such as storage that does not answer.
+    """
+    try:
+        for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from table.to_pylist()
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from None
+
+
+def _cause(error: Exception) -> Exception:
     """What a worker raised for a person to read; else the error as it is. Ray keeps it as text only."""
     found = re.findall(r"^cinemo\.\w+\.(RunError|InputError|AccessDenied): (.+)$", str(error), re.MULTILINE)
     if not found:

@@ -1,7 +1,7 @@
-"""The Ray Data graph that turns a manifest into a dataset, and the connection to Ray that it runs on.
+"""The Ray Data graph that turns a manifest into a dataset, and the one that adds fields to its shards.
 
-One planned shard is one block. Its rows stay in planned order through every stage, so a shard's bytes depend on plan
-and recipe alone; a run that was killed goes on with the shards that have no commit record.
+Rows stay in planned order through every stage, and what is committed together is one planned shard: so its bytes depend
+on plan and recipe alone. A run that was killed goes on with the shards that have no commit record.
 """
 
 from __future__ import annotations
@@ -179,11 +179,7 @@ def _execute(
             compute=ActorPoolStrategy(min_size=1, max_size=resources.commits),
         )
     )
-    try:
-        for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from table.to_pylist()
-    except ray.exceptions.RayError as error:
-        raise cluster.cause(error) from None
+    yield from cluster.results(graph)
 
 
 def _pieces(clips: int, data: DataConfig, size: int) -> Iterator[tuple[int, int]]:
@@ -302,8 +298,7 @@ def _execute_fields(
         num_cpus=cluster.COMMIT_CPUS,
         **batches,
     )
-    for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield from table.to_pylist()
+    yield from cluster.results(graph)
 
 
 def _absolute(encoders: EncodersConfig) -> EncodersConfig:
