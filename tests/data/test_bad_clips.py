@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -29,14 +30,14 @@ def test_crashes_and_hangs_end_in_quarantine(
     (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tests = str(Path(__file__).resolve().parents[1])
 
-    def decode(clips: pa.Table, data: DataConfig) -> pa.Table:
+    def decode_and_score(clips: pa.Table, data: DataConfig, meter: Any) -> pa.Table:
         if tests not in sys.path:  # in a Ray worker
             sys.path.append(tests)
         from media import broken_decoders
 
-        return stages.decode(clips, data, broken_decoders.decode)
+        return stages.score(stages.decode(clips, data, broken_decoders.decode), data)
 
-    monkeypatch.setattr(stages, "decode", decode)
+    monkeypatch.setattr(precompute, "_decode_and_score", decode_and_score)
     recipe = override(small_recipe, ["data.clip_timeout=5", "data.clips_per_shard=3"])
     begun = time.monotonic()
     summary = precompute.run(recipe, str(tmp_path / "manifest.jsonl"), str(tmp_path / "out"))
