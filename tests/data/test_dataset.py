@@ -192,4 +192,5 @@ def test_a_finished_dataset_has_no_unfinished_uploads(s3_endpoint: str, small_re
         client.create_multipart_upload(Bucket="cinemo-test", Key=f"{place}/shards/shard-000001.tar")
     finished(f"s3://cinemo-test/{tmp_path.name}", small_recipe)
     left = client.list_multipart_uploads(Bucket="cinemo-test")["Uploads"]
+    storage.abort_uploads("s3://cinemo-test/beside")
     assert [upload["Key"] for upload in left] == ["beside/shards/shard-000001.tar"]

@@ -55,7 +55,7 @@ def test_slow_clips_shorten_the_sample(
 
 
 def test_decoders_and_encoders_share_the_cores(plan: Plan, small_recipe: Recipe) -> None:
-    known = Known(small_recipe, plan, "/out", None)
+    known = Known(override(small_recipe, ["data.encode_actors=1"]), plan, "/out", None)
     known.cores = 4
     figures = known.figures([CLIP, CLIP])
     assert figures["clips_per_second_per_core"] == pytest.approx(1 / 0.75)
@@ -115,7 +115,7 @@ def test_predicted_against_actual(clips_folder: Path, small_recipe: Recipe, tmp_
     made = plan_only(small_recipe, str(clips_folder), str(tmp_path))
     summary: dict[str, Any] = {
         "clips": 12, "samples": 9, "quarantined": 3, "reasons": {"missing": 3}, "shards": 3, "bytes": 10_000,
-        "done": 12, "seconds": 6.0, "clips_per_second": 2.0, "output": str(tmp_path),
+        "done": 12, "seconds": 6.0, "clips_per_second": 2.0, "output": str(tmp_path), "fields": {},
         "stage_seconds": {"decode": 3.0, "score": 1.0, "encode": 2.0, "commit": 0.1},
     }  # fmt: skip
     actual = {row["what"]: row["actual"] for row in compare(made, summary)}
