@@ -316,15 +316,26 @@ def _fitter(stream: Any, size: Size | None) -> Callable[..., np.ndarray]:
             raise ClipError(
                 "decode", "absurd_dimensions", f"{width}x{height} pixels become {scaled_width}x{scaled_height} to cover"
             )
-        # In planes, because swscale has vector code for that and not for interleaved RGB: 2.4 times as fast.
-        gbr = reformatter.reformat(frame, scaled_width, scaled_height, format="gbrp", interpolation=_SCALING, threads=1)
-        green, blue, red = (
-            np.frombuffer(memoryview(plane), np.uint8).reshape(scaled_height, plane.line_size)[
-                top : top + rows, left : left + columns
-            ]
-            for plane in gbr.planes
-        )
-        rgb_HWC: np.ndarray = cv2.merge([red, green, blue], None if turns else out_HWC)
+        box = slice(top, top + rows), slice(left, left + columns)
+        if (scaled_width, scaled_height) == (frame.width, frame.height):
+            # Without scaling, swscale leaves the last columns of planes unwritten where the width is no multiple of 16.
+            rgb = reformatter.reformat(frame, format="rgb24", interpolation=_SCALING, threads=1)
+            plane = rgb.planes[0]
+            lines = np.frombuffer(memoryview(plane), np.uint8).reshape(scaled_height, plane.line_size)
+            cut_HWC = lines[:, : 3 * scaled_width].reshape(scaled_height, scaled_width, 3)[box]
+            rgb_HWC = np.ascontiguousarray(cut_HWC)
+            if out_HWC is not None and not turns:
+                out_HWC[:] = rgb_HWC
+        else:
+            # In planes, because swscale has vector code for that and not for interleaved RGB: 2.4 times as fast.
+            gbr = reformatter.reformat(
+                frame, scaled_width, scaled_height, format="gbrp", interpolation=_SCALING, threads=1
+            )
+            green, blue, red = (
+                np.frombuffer(memoryview(plane), np.uint8).reshape(scaled_height, plane.line_size)[box]
+                for plane in gbr.planes
+            )
+            rgb_HWC = cv2.merge([red, green, blue], None if turns else out_HWC)
         if turns:
             rgb_HWC = np.rot90(rgb_HWC, turns)
             if out_HWC is not None:
