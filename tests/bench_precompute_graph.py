@@ -25,8 +25,9 @@ from cinemo import storage
 from cinemo.config import Recipe, override
 from cinemo.data import cluster, precompute, stages
 from cinemo.data.dataset import Dataset
+from cinemo.data.identity import encoder_dtype
 from cinemo.data.manifest import read_manifest
-from cinemo.data.plan import encoder_dtype, make_plan
+from cinemo.data.plan import make_plan
 from cinemo.media.synthetic import render_clips
 from cinemo.recipes import cinemo_tiny
 
@@ -44,7 +45,7 @@ def manifest(sources: list[Path], clips: int, directory: Path) -> str:
 def alone(recipe: Recipe, dataset: Dataset, clips: int) -> dict[str, float]:
     """CPU seconds of one clip in each stage, one after the other in this process."""
     data = recipe.data
-    rows = dataset.plan.rows(range(clips // data.clips_per_shard))
+    rows = dataset.plan.rows(range(clips // data.clips_per_shard)).slice()
     encoder = stages.Encoder(data, recipe.encoders.vae, recipe.encoders.latent, encoder_dtype(recipe))
     encoder(stages.score(stages.decode(rows.slice(0, 2), data), data))  # the first clip pays for set-up
     marks = [time.process_time()]
