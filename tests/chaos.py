@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import random
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 import psutil
 from data.small_data import digests, film
 
+from cinemo import storage
 from cinemo.config import override
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import cinemo_tiny
@@ -55,8 +57,12 @@ def make_clips(directory: Path, count: int) -> None:
             write_video(path, film(str(number), 20 + number % 9), 25)
 
 
-def run_and_kill(command: Sequence[str], output: Path, kills: Sequence[Kill] = ()) -> tuple[int, int]:
-    """The command's exit code, and how many of the kills came in time, one after the other. Nothing is left running."""
+def run_and_kill(command: Sequence[str], output: Path | str, kills: Sequence[Kill] = ()) -> tuple[int, int]:
+    """The command's exit code, and how many of the kills came in time, one after the other. Nothing is left running.
+
+    Args:
+        output: what the command writes, looked at for kills at a write; a string is a URI.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CINEMO_DEBUG": "1"}
     with log_of(output).open("wb") as log:
         process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=log, stderr=log)
@@ -85,18 +91,23 @@ def run_and_kill(command: Sequence[str], output: Path, kills: Sequence[Kill] = (
         process.wait()
 
 
-def log_of(output: Path) -> Path:
-    """What the last command printed."""
-    return output.with_name(output.name + ".log")
+def log_of(output: Path | str) -> Path:
+    """What the last command printed: beside a local output, else in the working directory for temporary files."""
+    if isinstance(output, Path):
+        return output.with_name(output.name + ".log")
+    return Path(tempfile.gettempdir()) / f"chaos-{os.getpid()}-{output.rsplit('/', 1)[-1]}.log"
 
 
-def written(output: Path) -> set[str]:
-    return {entry for name in ("shards", "quarantine") for entry in names(output / name)}  # of files being written too
+def written(output: Path | str) -> set[str]:
+    """Names under the output; locally those of files that are being written too."""
+    return {entry for name in ("shards", "quarantine") for entry in names(output, name)}
 
 
-def names(directory: Path) -> list[str]:
+def names(output: Path | str, name: str) -> list[str]:
+    if isinstance(output, str):
+        return storage.names(storage.join(output, name))
     try:
-        return os.listdir(directory)
+        return os.listdir(output / name)  # 500 times a second: nothing slower
     except FileNotFoundError:
         return []
 
@@ -131,7 +142,7 @@ def command_line(process: psutil.Process) -> str:
     return ""
 
 
-def disturb(command: Sequence[str], output: Path, lives: Sequence[Sequence[Kill]]) -> Iterator[str]:
+def disturb(command: Sequence[str], output: Path | str, lives: Sequence[Sequence[Kill]]) -> Iterator[str]:
     """Start the command again and again until it is through, with the kills of each life; yields what happened."""
     for kills in [*lives, [], [], []]:
         code, done = run_and_kill(command, output, kills)
@@ -154,38 +165,73 @@ def draw(rng: random.Random, lives: int) -> list[list[Kill]]:
     return [[*(one("worker") for _ in range(rng.randrange(3))), one(rng.choice(FATAL))] for _ in range(lives)]
 
 
+@contextlib.contextmanager
+def s3_server() -> Iterator[str]:
+    """The URI of an empty bucket on a server in this process; sets the AWS_* environment."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
+    os.environ["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    boto3.client("s3").create_bucket(Bucket="chaos")
+    yield "s3://chaos"
+    server.stop()
+
+
+def digests_of(output: Path | str) -> dict[str, str]:
+    if isinstance(output, Path):
+        return digests(output)
+    found = [uri.removeprefix(output.removeprefix("s3://") + "/") for uri in storage._s3().find(output)]
+    return {
+        name: hashlib.sha256(storage.read_bytes(storage.join(output, name))).hexdigest()
+        for name in found
+        if name != "report.html"
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--lives", type=int, default=5, help="starts of a round's command that end with a kill")
     parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--s3", action="store_true", help="outputs on s3:// instead of a local disk")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        bucket = stack.enter_context(s3_server()) if arguments.s3 else None
         directory = Path(scratch)
         make_clips(directory / "clips", arguments.clips)
         recipe = override(cinemo_tiny(), ["data.frames=6", "data.size=[64,96]", "data.frame_interval=[1,3]"])
         recipe = override(recipe, ["data.clips_per_shard=4", "data.views=2"])
         (directory / "recipe.json").write_text(recipe.to_json())
 
-        def command(output: Path) -> list[str]:
+        def place(name: str) -> Path | str:
+            return f"{bucket}/{name}" if bucket else directory / name
+
+        def command(output: Path | str) -> list[str]:
             words = [
                 "--recipe", directory / "recipe.json", "--manifest", directory / "clips", "--output", output
             ]  # fmt: skip
             return [sys.executable, str(ROOT / "pipelines/precompute.py"), *map(str, words)]
 
-        code, _ = run_and_kill(command(directory / "undisturbed"), directory / "undisturbed")
-        expected = digests(directory / "undisturbed")
+        # Undisturbed is a local run: what lies on s3:// must be the same bytes.
+        undisturbed = directory / "undisturbed"
+        code, _ = run_and_kill(command(undisturbed), undisturbed)
+        expected = digests(undisturbed)
         assert code == 0, f"the undisturbed run ended with {code}"
         print(f"undisturbed: {len(expected)} files", flush=True)
         failed = 0
         for number in range(arguments.rounds):
             rng = random.Random(f"{arguments.seed} {number}")
-            output = directory / f"round-{number}"
+            output = place(f"round-{number}")
             print(f"round {number} (seed {arguments.seed})", flush=True)
             for event in disturb(command(output), output, draw(rng, arguments.lives)):
                 print(f"  {event}", flush=True)
-            got = digests(output)
+            got = digests_of(output)
             wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
             failed += bool(wrong)
             print(f"  {'DIFFERENT: ' + ', '.join(wrong) if wrong else f'equal: {len(got)} files'}", flush=True)

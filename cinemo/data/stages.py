@@ -24,6 +24,7 @@ from cinemo.media.guard import Decode, Guard
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.video import decode_views, fetched
 from cinemo.networks.frozen import Vae
+from cinemo.networks.memory import keep_freed_memory
 from cinemo.types import Clip, ClipError, LatentSample, Refusal, keyed_generator
 
 # A planned clip (`Plan.rows`), once for each view, and what the stages add to it.
@@ -126,8 +127,11 @@ class Encoder:
 
     def __init__(self, data: DataConfig, vae: str, latent: str, dtype: str) -> None:
         use_one_thread()
+        device = "cuda" if data.encode_gpus > 0 else "cpu"
+        if device == "cpu":
+            keep_freed_memory()
         self.data, self.latent = data, latent
-        self.vae = Vae(vae, "cuda" if data.encode_gpus > 0 else "cpu", getattr(torch, dtype))
+        self.vae = Vae(vae, device, getattr(torch, dtype))
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
         rows = []
