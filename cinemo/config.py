@@ -113,7 +113,21 @@ class TrainConfig(Part):
     weight_decay: float = Field(0.0, description="0 is the paper's Adam; above 0 it is AdamW")
     grad_clip: float = Field(1.0, ge=0, description="0 switches clipping off")
     prompt_dropout: float = Field(0.5, ge=0, le=1)
+    image_dropout: float = Field(0.0, ge=0, le=1, description="share of samples whose given frame is zero")
+    motion_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without a motion embedding")
+    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weights (arXiv 2303.09556); null: none")
+    noise_offset: float = Field(0.0, ge=0, description="share of noise that is one value a channel")
+    trainable: Literal["all", "temporal", "lora"] = Field("all", description="what learns: all is the paper's")
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: float | None = Field(None, gt=0, description="null: as lora_rank, so that the update is not scaled")
+    lora_layers: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"), description="linear layers by the end of their names"
+    )
+    ema_decay: float = Field(0.0, ge=0, lt=1, description="of averaged weights, which are then exported; 0: none")
     zero_stage: Literal[0, 1, 2, 3] = 2
+    offload: Literal["none", "optimizer", "all"] = Field(
+        "none", description="what waits in host memory: the optimizer (ZeRO 1-3), the weights too (ZeRO 3)"
+    )
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = Field(
         False, description="a fifth of the activations' memory for a third more time: layers are computed twice"
@@ -121,6 +135,11 @@ class TrainConfig(Part):
     init: str | None = Field(None, description="UNet weights to start from: package:NAME, file, directory or s3://")
     seed: int = 0
     lanes: int = Field(8, ge=1, description="reading lanes of the canonical order; workers must divide it")
+    on_damaged: Literal["stop", "skip"] = Field("stop", description="a shard that is missing or damaged")
+    cache_gb: float = Field(20.0, gt=0, description="disk that cached shards of an s3:// dataset may take on a node")
+    held_out_shards: int = Field(0, ge=0, description="last shards of the index, for the validation loss alone")
+    validate_every: int = Field(1000, ge=0, description="steps between validation losses; 0: only at the end")
+    canary: int = Field(2, ge=0, description="samples made again and compared before step 0, where sources are there")
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
