@@ -244,8 +244,8 @@ HEAD = (
 TEXT = """
 Made with `make bench-precompute`: `cinemo-tiny`, all stages on the cores of one machine. The bound is what the cores
 would do if they did nothing but the stages' own work: free cores / CPU seconds of a clip, each stage measured alone in
-one process, before and after the graph. The graph's rate is that between its first and last fifth of shards; start-up (Ray's workers import torch)
-is the last column. Cores taken by other processes meanwhile are taken off the bound.
+one process, before and after the graph. The graph's rate is that between its first and last fifth of shards; start-up
+(Ray's workers import torch) is the last column. Cores taken by other processes meanwhile are taken off the bound.
 
 """
 

@@ -28,8 +28,8 @@ class MotionMethod(Protocol):
         """What is diffused, in float32: for Cinemo the residuals (B, C, F-1, h, w)."""
         ...
 
-    def forward(self, batch: LatentBatch, t_B: Tensor, noise: Tensor) -> Tensor:
-        """The scalar training loss; ``noise`` is shaped like `target`."""
+    def forward(self, batch: LatentBatch, t_B: Tensor, noise: Tensor, each: bool = False) -> Tensor:
+        """The scalar training loss, with ``each`` that of every sample (B,); ``noise`` is shaped like `target`."""
         ...
 
     def start(self, condition: Condition, noise: Tensor) -> Tensor:
@@ -46,5 +46,6 @@ class MotionMethod(Protocol):
 
 
 def diffusion_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error in float32, whatever the network's precision (Cinemo, equation 3)."""
-    return F.mse_loss(output.float(), target.to(output.device, torch.float32))
+    """Mean squared error of each sample (B,) in float32, whatever the network's precision (Cinemo, equation 3)."""
+    errors = F.mse_loss(output.float(), target.to(output.device, torch.float32), reduction="none")
+    return errors.flatten(1).mean(1)

@@ -43,8 +43,8 @@ class CinemoMethod(nn.Module):
         video = batch.video_BCFHW.float()
         return video[:, :, 1:] - video[:, :, :1]
 
-    def forward(self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor) -> Tensor:
-        """The loss of one batch (scalar, float32).
+    def forward(self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor, each: bool = False) -> Tensor:
+        """The loss of one batch (scalar, float32), with ``each`` that of every sample (B,).
 
         Args:
             batch: latents of N frames and their condition (lines 2-4).
@@ -55,7 +55,8 @@ class CinemoMethod(nn.Module):
         noise = noise_BCFHW.float()
         motion_t = self.schedule.add_noise(motion, noise, t_B)  # line 8
         output = self.predict(motion_t, t_B, batch.condition)  # line 9
-        return diffusion_loss(output, self.schedule.target(motion, noise, t_B))  # line 10
+        losses_B = diffusion_loss(output, self.schedule.target(motion, noise, t_B))  # line 10
+        return losses_B if each else losses_B.mean()
 
     def start(self, condition: Condition, noise: Tensor) -> Tensor:
         """x_T: the noise, its low frequencies replaced by the image's layout where DCTInit is on (section 3.3)."""

@@ -107,11 +107,11 @@ class Engine:
         return float("nan") if norm is None else float(norm)
 
     def loss(self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor) -> Tensor:
-        """The method's loss of one micro batch, a scalar."""
-        return self._engine(batch, t_B, noise_BCFHW)  # type: ignore[no-any-return]
+        """The method's loss of each sample of a micro batch (B,)."""
+        return self._engine(batch, t_B, noise_BCFHW, each=True)  # type: ignore[no-any-return]
 
     def step(self, loss: Tensor) -> None:
-        """Backward of one micro batch; the last one of a step also moves the weights and the schedule."""
+        """Backward of one micro batch's scalar loss; the last one of a step also moves the weights and the schedule."""
         self._engine.backward(loss)
         self._micro = (self._micro + 1) % self._micros
         if self._micro == 0 and self.train.zero_stage == 0 and self.train.precision == "fp32":

@@ -77,7 +77,7 @@ def train(
             lr = engine.lr
             losses = []
             for micro in got[1]:
-                loss = engine.loss(*on_device(micro, text, engine.device, engine.dtype))
+                loss = engine.loss(*on_device(micro, text, engine.device, engine.dtype)).mean()
                 engine.step(loss)
                 losses.append(loss.detach().float())
             window.losses.append(torch.stack(losses).mean())

@@ -62,7 +62,7 @@ def _run(made: engine.Engine, recipe: Recipe, steps: range) -> tuple[list[float]
             host = host_batch(moving_samples(4)[start : start + 2], step, recipe)
             text = torch.zeros(2, 3, recipe.model.cross_attention_dim, dtype=made.dtype)
             condition = Condition(host.video_BCFHW[:, :, 0], text, host.motion_bucket_B)
-            loss = made.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW)
+            loss = made.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean()
             made.step(loss)
             losses.append(loss.item())
         norms.append(made.grad_norm)
@@ -89,7 +89,7 @@ def test_accumulated_micro_batches_equal_one_batch(small: Recipe) -> None:
     host = host_batch(moving_samples(4), 0, small)
     text = torch.zeros(4, 3, small.model.cross_attention_dim)
     condition = Condition(host.video_BCFHW[:, :, 0], text, host.motion_bucket_B)
-    whole.step(whole.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW))
+    whole.step(whole.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean())
     assert whole.grad_norm == pytest.approx(twice.grad_norm, rel=1e-4)
     assert whole.lr == twice.lr
 

@@ -39,7 +39,7 @@ def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMe
         host = host_batch(moving_samples(4)[start : start + 2], 0, recipe)
         text = torch.zeros(2, 3, recipe.model.cross_attention_dim)
         batch = LatentBatch(host.video_BCFHW, Condition(host.video_BCFHW[:, :, 0], text, host.motion_bucket_B))
-        engine.step(engine.loss(batch, host.t_B, host.noise_BCFHW))
+        engine.step(engine.loss(batch, host.t_B, host.noise_BCFHW).mean())
     directory = output / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
     directory.mkdir(parents=True)
     engine.save(directory, {"step": 1})
