@@ -108,9 +108,11 @@ def plain_rows(block: bytes) -> pa.RecordBatch | None:
     Unusual is: lines that do not begin with ``{``, nested values, extra keys of more than one type, keys that only
     some rows have, numbers that float64 or int64 cannot hold.
     """
-    lines = block.count(b"\n") + (not block.endswith(b"\n"))
+    characters = np.frombuffer(block, np.uint8)
+    begins = np.append(0, np.flatnonzero(characters == ord("\n")) + 1)
+    begins = begins[begins < len(block)]
     # A line that begins with a brace begins a row: no string holds a line end, and values that nest are refused below.
-    if block.count(b"\n{") + block.startswith(b"{") != lines or block.count(b"\r") != block.count(b"\r\n"):
+    if (characters[begins] != ord("{")).any() or (b"\r" in block and block.count(b"\r") != block.count(b"\r\n")):
         return None
     extra = _extra_kinds(block)
     if extra is None:
@@ -125,7 +127,7 @@ def plain_rows(block: bytes) -> pa.RecordBatch | None:
         table.validate(full=True)  # that all text is UTF-8
     except (pa.ArrowException, OverflowError):
         return None
-    if len(table) != lines or any(table[name].null_count for name in REQUIRED):
+    if len(table) != len(begins) or any(table[name].null_count for name in REQUIRED):
         return None
     rows = table.combine_chunks().to_batches()[0]
     if any(_differs(rows[name]) for name in OPTIONAL):
