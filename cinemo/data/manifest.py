@@ -269,7 +269,9 @@ def _convert(path: Path, uri: str, kind: str, sink: Any) -> None:
     numeric: dict[str, str] = {}
     for batch in FORMATS[kind](path, uri):
         if writer is None:
-            writer = pq.ParquetWriter(sink, batch.schema, compression="lz4", use_dictionary=False)
+            writer = pq.ParquetWriter(
+                sink, batch.schema, compression="lz4", use_dictionary=False, write_statistics=False
+            )
             if kind == "csv":
                 numeric = {name: _INTEGER for name in batch.schema.names if name not in SCHEMA.names}
         writer.write_batch(batch, row_group_size=_GROUP_ROWS)
