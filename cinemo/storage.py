@@ -1,4 +1,4 @@
-"""Files on a local disk or on s3://, with one set of functions: atomic writes, ranges, retry, a local cache.
+"""Files on a local disk or on s3://, with one set of functions: atomic writes, ranges, retry.
 
 Credentials and endpoint come from the environment as for every AWS tool (``AWS_ACCESS_KEY_ID``,
 ``AWS_ENDPOINT_URL``, ...). What is not there is a `FileNotFoundError`, what is forbidden an `AccessDenied`. Everything
@@ -320,7 +320,7 @@ def write_if(uri: str, data: bytes, version: str | None) -> str | None:
         The new version, or None where somebody else was first.
     """
     if not is_remote(uri):
-        with _locked_directory(local_path(uri).parent):
+        with locked_directory(local_path(uri).parent):
             if _version(uri) != version:
                 return None
             write_bytes(uri, data)
@@ -342,7 +342,7 @@ def remove_if(uri: str, version: str) -> None:
         if _version(uri) == version:
             remove_file(uri)
         return
-    with _locked_directory(local_path(uri).parent):
+    with locked_directory(local_path(uri).parent):
         if _version(uri) == version:
             remove_file(uri)
 
@@ -355,7 +355,8 @@ def _version(uri: str) -> str | None:
 
 
 @contextmanager
-def _locked_directory(path: Path) -> Iterator[None]:
+def locked_directory(path: Path) -> Iterator[None]:
+    """Hold a local directory, which is created, against the other processes of this machine."""
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -376,44 +377,15 @@ def upload(directory: Path, uri: str) -> None:
             write_bytes(target, path.read_bytes())
 
 
-def cache_directory() -> Path:
-    """Where fetched files are kept: ``$CINEMO_CACHE``, or ``~/.cache/cinemo``."""
-    return Path(os.environ.get("CINEMO_CACHE") or Path.home() / ".cache" / "cinemo")
-
-
-def localize(uri: str) -> Path:
-    """A local path with the content of ``uri`` (a file or a directory); s3:// is fetched once and kept.
-
-    The cache key holds sizes and ETags, so that an object that was replaced is fetched again.
-    Raises `InputError` where nothing is there.
-    """
-    if not is_remote(uri):
-        path = local_path(uri)
-        if not path.exists():
-            raise InputError(f"{uri}: no such file or directory")
-        return path
-    root = uri.removeprefix("s3://").rstrip("/")
+def listing(uri: str) -> dict[str, tuple[int, str | None]]:
+    """Size and ETag of every object under ``uri`` on s3:// (one object, or a directory), by bucket and key."""
     found = _call(uri, "find", uri, detail=True)
-    listing = {key: info for key, info in found.items() if not key.endswith("/")}
-    if not listing:
-        raise InputError(f"{uri}: nothing there (bucket, key or credentials wrong?)")
-    stamp = json.dumps([(key, info["size"], info.get("ETag")) for key, info in sorted(listing.items())])
-    target = cache_directory() / hashlib.sha256((uri + stamp).encode()).hexdigest()[:32] / root.rsplit("/", 1)[-1]
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        staged = Path(scratch) / target.name
-        for key in listing:
-            path = staged / key.removeprefix(root).lstrip("/") if key != root else staged
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _call(f"s3://{key}", "get_file", key, str(path))
-        try:
-            os.replace(staged, target)
-        except OSError:
-            if not target.exists():  # another process may have fetched it meanwhile, which is as good
-                raise
-    return target
+    return {key: (info["size"], info.get("ETag")) for key, info in found.items() if not key.endswith("/")}
+
+
+def fetch(uri: str, path: Path) -> None:
+    """Write the content of a file on s3:// to a local path. Raises `FileNotFoundError`."""
+    _call(uri, "get_file", uri, str(path))
 
 
 @contextmanager
@@ -428,7 +400,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="cinemo-") as scratch:
         path = Path(scratch) / (uri.rstrip("/").rsplit("/", 1)[-1] or "object")
-        _call(uri, "get_file", uri, str(path))
+        fetch(uri, path)
         yield path
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of its own layer or of one before it.
 LAYERS = [
     ["types"],
-    ["config", "storage", "tracking"],
+    ["config", "storage", "cache", "tracking"],
     ["diffusion", "media"],
     ["networks"],
     ["methods"],

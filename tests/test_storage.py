@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from faulty_s3 import FAULTS, FaultyS3
 
-from cinemo import storage
+from cinemo import cache, storage
 from cinemo.config import DataConfig
 from cinemo.media.video import decode_clip
 from cinemo.types import Clip, ClipError, InputError, RunError
@@ -54,25 +54,25 @@ def test_upload_then_localize_gives_the_directory_back(root: str, tmp_path: Path
     (source / "deep" / "two.txt").write_text("2")
     target = storage.join(root, "copy")
     storage.upload(source, target)
-    local = storage.localize(target)
+    local = cache.localize(target)
     assert {p.relative_to(local).as_posix(): p.read_text() for p in local.rglob("*.txt")} == {
         "one.txt": "1",
         "deep/two.txt": "2",
     }
-    assert storage.localize(storage.join(target, "one.txt")).read_text() == "1"
+    assert cache.localize(storage.join(target, "one.txt")).read_text() == "1"
 
 
 def test_a_replaced_object_is_fetched_again(root: str) -> None:
     uri = storage.join(root, "file.txt")
     storage.write_bytes(uri, b"old")
-    assert storage.localize(uri).read_bytes() == b"old"
+    assert cache.localize(uri).read_bytes() == b"old"
     storage.write_bytes(uri, b"new")
-    assert storage.localize(uri).read_bytes() == b"new"
+    assert cache.localize(uri).read_bytes() == b"new"
 
 
 def test_what_is_not_there_is_bad_input(root: str) -> None:
     with pytest.raises(InputError, match=r"nothing there|no such"):
-        storage.localize(storage.join(root, "none"))
+        cache.localize(storage.join(root, "none"))
 
 
 def test_an_unknown_scheme_is_bad_input() -> None:
