@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cinemo import storage
+from cinemo import cache, storage
 from cinemo.data.manifest_checks import Digest, Faults, cast_columns, check_rows, hash_texts, refuse, repeated
 from cinemo.data.manifest_formats import BATCH_ROWS, FORMATS, open_parquet
 from cinemo.data.manifest_json import JSON_COLUMN, REQUIRED
@@ -139,7 +139,7 @@ def read_manifest(uri: str, limit: int | None = None) -> Manifest:
     if kind not in FORMATS:
         raise InputError(f"manifest {uri}: expected a .parquet, .csv or .jsonl file, or a directory of videos")
     parent = uri.rsplit("/", 1)[0] if storage.is_remote(uri) else str(Path(storage.absolute(uri)).parent)
-    path = storage.localize(uri).resolve()
+    path = cache.localize(uri).resolve()
     try:
         source = path if kind == "parquet" and _is_handy(path) else _converted(path, uri, kind)
         return _known(source, uri, parent, limit)
@@ -183,7 +183,7 @@ def _facts(path: Path) -> list[Any]:
 
 def _cached(key: Any, suffix: str) -> Path:
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    return storage.cache_directory() / "manifests" / f"{name}.{suffix}"
+    return cache.cache_directory() / "manifests" / f"{name}.{suffix}"
 
 
 def _checked(source: Path | bytes, uri: str, parent: str, limit: int | None) -> Manifest:

@@ -296,6 +296,11 @@ class DatasetIndex:
         return np.asarray(self.table["samples"], np.int64)
 
     @property
+    def views(self) -> int:
+        """Samples of each clip; they lie side by side in a shard."""
+        return int(self.info.get("recipe", {}).get("data", {}).get("views", 1))
+
+    @property
     def ssim_histogram(self) -> np.ndarray:
         """Samples in each of `SSIM_BINS` equal bins of mean SSIM over 0..1."""
         histograms = self.table["ssim_histogram"].combine_chunks().flatten().to_numpy()

@@ -24,6 +24,7 @@ from cinemo.training.engine import Engine
 from cinemo.types import RunError
 
 T = TypeVar("T")
+Weighted = tuple[HostBatch, Tensor]  # a micro batch and the weights of its samples (B,)
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,11 @@ def train(
             window.waited += time.perf_counter() - asked
             lr = engine.lr
             losses = []
-            for micro in got[1]:
-                loss = engine.loss(*on_device(micro, text, engine.device, engine.dtype)).mean()
+            # Where damaged shards are left out, the mean is over the samples that are there, on all ranks together.
+            share = _share(engine, settings.global_batch, got[1]) if settings.on_damaged == "skip" else 1.0
+            for micro, weights_B in got[1]:
+                losses_B = engine.loss(*on_device(micro, text, engine.device, engine.dtype))
+                loss = (losses_B * weights_B.to(losses_B)).mean() / share
                 engine.step(loss)
                 losses.append(loss.detach().float())
             window.losses.append(torch.stack(losses).mean())
@@ -161,9 +165,16 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
         stopped.set()
 
 
-def _prepare(batches: Iterable[StepBatch], recipe: Recipe, pin: bool) -> Iterator[tuple[int, list[HostBatch]]]:
+def _prepare(batches: Iterable[StepBatch], recipe: Recipe, pin: bool) -> Iterator[tuple[int, list[Weighted]]]:
     size = recipe.train.micro_batch
     for batch in batches:
         parts = [batch.samples[start : start + size] for start in range(0, len(batch.samples), size)]
         micros = [host_batch(part, batch.step, recipe) for part in parts]
-        yield batch.step, [micro.pin() for micro in micros] if pin else micros
+        weights = torch.split(torch.tensor(batch.weights or [1.0] * len(batch.samples)), size)
+        yield batch.step, list(zip([micro.pin() for micro in micros] if pin else micros, weights, strict=True))
+
+
+def _share(engine: Engine, global_batch: int, micros: list[Weighted]) -> Tensor:
+    """How much of the global batch is there. Where nothing is, all weights are 0 and any share will do."""
+    there = torch.cat([weights_B for _, weights_B in micros]).mean().to(engine.device)
+    return engine.mean(there).clamp(min=1 / global_batch)

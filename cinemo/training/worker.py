@@ -23,7 +23,7 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from cinemo import storage
+from cinemo import cache, storage
 from cinemo.config import Recipe, parse_recipe
 from cinemo.data.cluster import connect
 from cinemo.data.loader import LatentLoader
@@ -92,7 +92,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
         print(f"{output}: already finished at step {summary.steps}; raise --max-steps to go on")
         return summary
     storage.check_writable(output)
-    note = LatentLoader(index, global_batch=recipe.train.global_batch, lanes=recipe.train.lanes, seed=0).note
+    note = LatentLoader.of(index, recipe.train).note
     if note:
         print(f"{data}: {note}")
     _join_cluster(recipe)
@@ -307,14 +307,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: A
             post(Sheet(done, uri))
 
     post(Resumed(step, tuple(history)))
-    loader = LatentLoader(
-        index,
-        global_batch=recipe.train.global_batch,
-        lanes=recipe.train.lanes,
-        seed=recipe.train.seed,
-        rank=rank,
-        world=world,
-    )
+    loader = LatentLoader.of(index, recipe.train, rank, world)
     train(recipe, engine, loader.batches(step), text, step, on_report, on_checkpoint, on_sheet)
     ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived
 
@@ -336,4 +329,4 @@ def _checkpoint_directory(start: str | None) -> Iterator[Path | None]:
         with committed.as_directory() as directory:
             yield Path(directory)
     else:
-        yield storage.localize(start) if start else None
+        yield cache.localize(start) if start else None
