@@ -1,4 +1,4 @@
-"""MLflow, and the only place that knows it: one run with parameters, batched metrics, artifacts and an end.
+"""MLflow, and the only place that knows it: a run with all that belongs to it, and the registry of models.
 
 Where runs go: ``$MLFLOW_TRACKING_URI`` if set; else ``mlflow.db`` and ``mlartifacts/`` inside a local output directory;
 else, for an s3:// output, the same two in the current directory. mlflow is imported when a run starts, not before.
@@ -6,20 +6,26 @@ else, for an s3:// output, the same two in the current directory. mlflow is impo
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cinemo import storage
 from cinemo.config import Recipe
+from cinemo.types import InputError
 
 EXPERIMENT = "cinemo"
 _FLUSH_COUNT, _FLUSH_SECONDS = 200, 5.0
 _PARAM_LENGTH, _BATCH = 500, 100  # MLflow servers before 2.8 refuse longer values; 100 parameters per request
+_SQLITE = "sqlite:///"
+_GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # never there, or deleted in the page
+# A dead server is noticed within seconds and a silent one within two minutes; mlflow's own patience is a quarter hour.
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
 
 
 def locate(output: str) -> tuple[str, str | None, str]:
@@ -30,7 +36,7 @@ def locate(output: str) -> tuple[str, str | None, str]:
             return server, None, f"mlflow: {server}, experiment {EXPERIMENT}"
         return server, None, f"mlflow ui --backend-store-uri {server}"
     root = Path.cwd() if storage.is_remote(output) else Path(storage.absolute(output))
-    uri = f"sqlite:///{root / 'mlflow.db'}"
+    uri = f"{_SQLITE}{root / 'mlflow.db'}"
     hint = f"mlflow ui --backend-store-uri {uri}"
     if storage.is_remote(output):
         hint += "  (local: set MLFLOW_TRACKING_URI to track runs with an s3:// output on a server)"
@@ -55,7 +61,9 @@ def flatten(recipe: Recipe) -> dict[str, str]:
 class Run:
     """One MLflow run, started or continued.
 
-    Not thread-safe; metrics are kept and sent in batches (a call per metric is a hundred times dearer).
+    Not thread-safe; metrics are kept and sent in batches (a call per metric is a hundred times dearer). The steps
+    of a metric only ever grow: what a resumed training does again, from its checkpoint on, is there already and is left
+    out.
 
     Args:
         output: output directory of the job (local or s3://), see `locate`.
@@ -72,16 +80,14 @@ class Run:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        from mlflow.tracking import MlflowClient
-
-        for noisy in ("alembic", "mlflow"):  # after the import, which sets its own level
-            logging.getLogger(noisy).setLevel(logging.WARNING)
-
+        for variable, value in _PATIENCE.items():
+            os.environ.setdefault(variable, value)
         self.uri, artifacts, self.hint = locate(output)
         if artifacts and not storage.is_remote(output):
             storage.local_path(output).mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(tracking_uri=self.uri)
+        self._client = _client(self.uri)
         self._metrics: list[Any] = []
+        self._reached: dict[str, int] = {}
         self._flushed = time.monotonic()
         self.run_id = (self._continue(run_id) if run_id else None) or self._start(name, artifacts, params or {})
         for key, value in (tags or {}).items():
@@ -92,8 +98,12 @@ class Run:
 
         try:
             self._client.update_run(run_id, status="RUNNING")
-        except MlflowException:
-            return None
+            known = self._client.get_run(run_id).data.to_proto().metrics  # the latest of each, with its step
+        except MlflowException as error:
+            if error.error_code in _GONE:
+                return None
+            raise
+        self._reached = {metric.key: metric.step for metric in known}
         return run_id
 
     def _start(self, name: str, artifacts: str | None, params: Mapping[str, str]) -> str:
@@ -119,9 +129,17 @@ class Run:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._metrics += [Metric(k, float(v), now, step) for k, v in metrics.items() if math.isfinite(v)]
+        for key, value in metrics.items():
+            if math.isfinite(value) and step > self._reached.get(key, -1):
+                self._metrics.append(Metric(key, float(value), now, step))
+                self._reached[key] = step
         if len(self._metrics) >= _FLUSH_COUNT or time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
+
+    def log_all(self, entries: Iterable[tuple[int, Mapping[str, float]]]) -> None:
+        """`log` for each (step, metrics)."""
+        for step, metrics in entries:
+            self.log(step, metrics)
 
     def flush(self) -> None:
         """Send what was kept."""
@@ -129,6 +147,20 @@ class Run:
             self._client.log_batch(self.run_id, metrics=self._metrics[start : start + 1000])
         self._metrics = []
         self._flushed = time.monotonic()
+
+    def dataset(self, uri: str, digest: str, profile: Mapping[str, Any], context: str = "training") -> None:
+        """Note the dataset that the run reads; the same one twice is noted once.
+
+        Args:
+            digest: of its content, at most 36 characters.
+            profile: anything else worth knowing, JSON values.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        name = uri.rstrip("/").rpartition("/")[2]
+        kind = "s3" if storage.is_remote(uri) else "local"
+        entry = Dataset(name, digest, kind, json.dumps({"uri": uri}), profile=json.dumps(profile, sort_keys=True))
+        self._client.log_inputs(self.run_id, [DatasetInput(entry, [InputTag("mlflow.data.context", context)])])
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Store a file of any kind (figure, video, table) with the run."""
@@ -142,3 +174,60 @@ class Run:
         """Send the rest and end the run: ``FINISHED``, ``FAILED`` or ``KILLED``."""
         self.flush()
         self._client.set_terminated(self.run_id, status)
+
+
+def find_run(uri: str, run_id: str) -> None:
+    """See that a run can be reached.
+
+    Raises:
+        InputError: it cannot.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():  # mlflow would make an empty one
+        raise InputError(f"MLflow {uri}: no such file; expected the database of run {run_id} on this machine")
+    try:
+        _client(uri).get_run(run_id)
+    except MlflowException as error:
+        raise InputError(f"MLflow {uri}: run {run_id} cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def register_bundle(directory: Path, run_id: str, uri: str, name: str, tags: Mapping[str, str] | None = None) -> int:
+    """Store a bundle's files with the run that made them and enter them in the model registry.
+
+    Args:
+        directory: the bundle.
+        uri: where the run is, see `Run.uri`.
+        name: of the registered model; made where there is none.
+
+    Returns:
+        the new version of the model, which ``models:/NAME/VERSION`` (or ``models:/NAME/latest``) names from then on.
+
+    Raises:
+        InputError: the run cannot be reached, or the name is refused.
+    """
+    from mlflow.exceptions import MlflowException
+
+    find_run(uri, run_id)
+    client = _client(uri)
+    try:
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        folder = f"bundle-{(tags or {}).get('step', 'model')}"
+        client.log_artifacts(run_id, str(directory), folder)
+        source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
+        made = client.create_model_version(name, source, run_id, tags=dict(tags or {}))
+    except MlflowException as error:
+        raise InputError(f"MLflow {uri}: model {name!r}: {str(error).splitlines()[0]}") from None
+    return int(made.version)
+
+
+def _client(uri: str) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    for noisy in ("alembic", "mlflow"):  # after the import, which sets its own level
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -26,19 +26,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of --from-cinemo's motion ids: 0..19, larger = more motion, or 100 x SSIM, larger = stiller; "
         "pipelines/probe_motion.py tells",
     )
+    parser.add_argument(
+        "--register", metavar="NAME", help="of a --checkpoint: enter the bundle in MLflow's model registry under NAME"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result")
     arguments = parser.parse_args(argv)
 
     from cinemo.bundle import MORE_MOTION, STILLER
-    from cinemo.training import export  # late: --help and bad flags need no torch
+    from cinemo.training import checkpoints, export  # late: --help and bad flags need no torch
+    from cinemo.training.registry import register, tracked_run
 
+    if arguments.register and not arguments.checkpoint:
+        raise InputError("--register: only a training has an MLflow run; expected --checkpoint URI --register NAME")
     recipe = cli.recipe_of(arguments)
     if arguments.checkpoint:
         if arguments.assignments:
             raise InputError(
                 "--set: a checkpoint has its own recipe; expected --set with --from-cinemo or --from-lavie"
             )
+        if arguments.register:
+            tracked_run(checkpoints.find(arguments.checkpoint).uri)  # before minutes of work
         made = export.from_checkpoint(arguments.checkpoint, arguments.output)
+        if arguments.register:
+            made += f"; {register(arguments.output, arguments.register)}"
     elif arguments.from_cinemo:
         scale = {"more": MORE_MOTION, "stiller": STILLER}[arguments.motion_scale]
         made = export.from_cinemo(arguments.from_cinemo, arguments.output, recipe, scale)

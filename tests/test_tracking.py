@@ -8,6 +8,7 @@ import pytest
 
 from cinemo import tracking
 from cinemo.recipes import cinemo_tiny
+from cinemo.types import InputError
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +51,82 @@ def test_a_run_is_stored_and_continued(tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_gone_is_started_anew(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
     run = tracking.Run(str(tmp_path), "x", run_id="0" * 32)
     assert run.run_id != "0" * 32
     run.finish()
+    MlflowClient(run.uri).delete_run(run.run_id)
+    again = tracking.Run(str(tmp_path), "x", run_id=run.run_id)
+    assert again.run_id != run.run_id
+    again.finish()
+
+
+def test_a_step_is_stored_once_for_each_metric(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    first = tracking.Run(str(tmp_path), "x")
+    first.log(10, {"loss": 1.0})
+    first.log(20, {"loss": 2.0, "val_loss": 5.0})
+    first.log(20, {"loss": 3.0})
+    first.flush()  # and killed
+    again = tracking.Run(str(tmp_path), "x", run_id=first.run_id)
+    for step in (20, 30):
+        again.log(step, {"loss": 9.0, "val_loss": 6.0, "memory": 7.0})
+    again.finish()
+    client = MlflowClient(first.uri)
+
+    def stored(key: str) -> list[tuple[int, float]]:
+        return [(metric.step, metric.value) for metric in client.get_metric_history(first.run_id, key)]
+
+    assert stored("loss") == [(10, 1.0), (20, 2.0), (30, 9.0)]
+    assert stored("val_loss") == [(20, 5.0), (30, 6.0)]
+    assert stored("memory") == [(20, 7.0), (30, 7.0)]
+
+
+def test_a_dataset_is_the_input_of_a_run(tmp_path: Path) -> None:
+    import mlflow.data
+    from mlflow.tracking import MlflowClient
+
+    run = tracking.Run(str(tmp_path), "x")
+    for _ in range(2):  # a continued run says it again
+        run.dataset("s3://bucket/made/", "0123456789abcdef", {"samples": 3})
+    (used,) = MlflowClient(run.uri).get_run(run.run_id).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest, used.dataset.source_type) == ("made", "0123456789abcdef", "s3")
+    assert [(tag.key, tag.value) for tag in used.tags] == [("mlflow.data.context", "training")]
+    assert mlflow.data.get_source(used.dataset).uri == "s3://bucket/made/"  # type: ignore[attr-defined]
+
+
+def test_a_bundle_is_registered(tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    run = tracking.Run(str(tmp_path / "run"), "x")
+    run.finish()
+    bundle = tmp_path / "bundle"
+    (bundle / "unet").mkdir(parents=True)
+    (bundle / "unet" / "weights").write_bytes(b"weights")
+    for step in ("5", "9"):
+        (bundle / "bundle.json").write_text(step)
+        version = tracking.register_bundle(bundle, run.run_id, run.uri, "dog", {"step": step, "digest": "ab"})
+    assert version == 2
+    client = MlflowClient(run.uri, registry_uri=run.uri)
+    made = client.get_model_version("dog", "1")
+    assert (made.run_id, made.tags) == (run.run_id, {"step": "5", "digest": "ab"})
+    for number, step in (("1", "5"), ("2", "9")):
+        source = client.get_model_version_download_uri("dog", number)
+        folder = source.rpartition("/")[2]
+        fetched = Path(client.download_artifacts(run.run_id, folder, str(tmp_path)))
+        assert (fetched / "bundle.json").read_text() == step
+        assert (fetched / "unet" / "weights").read_bytes() == b"weights"
+
+    with pytest.raises(InputError, match="run 000 cannot be read"):
+        tracking.register_bundle(bundle, "000", run.uri, "dog")
+    with pytest.raises(InputError, match="no such file"):
+        tracking.register_bundle(bundle, run.run_id, f"sqlite:///{tmp_path}/elsewhere.db", "dog")
+    assert not (tmp_path / "elsewhere.db").exists()
+    with pytest.raises(InputError, match="model 'a/b'") as caught:
+        tracking.register_bundle(bundle, run.run_id, run.uri, "a/b")
+    assert "\n" not in str(caught.value)
 
 
 def test_where_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

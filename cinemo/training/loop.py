@@ -6,41 +6,23 @@ handed in. Every rank runs the same loop and makes the same calls in the same or
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import TypeVar
-
-import torch
-from torch import Tensor
 
 from cinemo.config import Recipe
 from cinemo.data.loader import StepBatch
 from cinemo.training.batch import HostBatch, TextStates, host_batch, on_device
 from cinemo.training.engine import Engine
+from cinemo.training.metrics import Losses, Report, Window
 from cinemo.types import RunError
 
 T = TypeVar("T")
 Weighted = tuple[HostBatch, Tensor]  # a micro batch and the weights of its samples (B,)
-
-
-@dataclass(frozen=True)
-class Report:
-    """The mean over ranks and over the steps since the last report.
-
-    ``step``: optimiser steps done. ``lr``, ``grad_norm`` (before clipping): of the last step.
-    ``samples_per_second``: of all ranks together. ``data_wait``: share of the time spent waiting for data.
-    """
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float
-    samples_per_second: float
-    data_wait: float
 
 
 def train(
@@ -52,6 +34,8 @@ def train(
     on_report: Callable[[Report], None] = lambda report: None,
     on_checkpoint: Callable[[int], None] = lambda step: None,
     on_sheet: Callable[[int], None] = lambda step: None,
+    validate: Callable[[], Losses] | None = None,
+    sample_seconds: float = math.nan,
 ) -> None:
     """Train from ``start_step`` to ``recipe.train.max_steps``.
 
@@ -61,12 +45,15 @@ def train(
             the device.
         on_checkpoint: called with the number of steps done, every ``checkpoint_every`` steps and at the end.
         on_sheet: the same for sample sheets, every ``sample_every`` steps and at the end.
+        validate: measures the losses on held-out shards, every ``validate_every`` steps and at the end; they become
+            part of that step's report.
+        sample_seconds: see `cinemo.training.metrics.Window`.
 
     Raises:
         RunError: the loss is not finite (the step is named), or the data ended early.
     """
     settings = recipe.train
-    window = _Window(engine, settings.global_batch)
+    window = Window(engine, recipe, sample_seconds)
     engine.method.train()
     with closing(prefetch(_prepare(batches, recipe, pin=engine.device.type == "cuda"))) as ready:
         for step in range(start_step, settings.max_steps):
@@ -76,57 +63,38 @@ def train(
                 raise RunError(f"data: expected the batch of step {step}, got {'none' if got is None else got[0]}")
             window.waited += time.perf_counter() - asked
             lr = engine.lr
-            losses = []
             # Where damaged shards are left out, the mean is over the samples that are there, on all ranks together.
             share = _share(engine, settings.global_batch, got[1]) if settings.on_damaged == "skip" else 1.0
             for micro, weights_B in got[1]:
                 losses_B = engine.loss(*on_device(micro, text, engine.device, engine.dtype))
-                loss = (losses_B * weights_B.to(losses_B)).mean() / share
-                engine.step(loss)
-                losses.append(loss.detach().float())
-            window.losses.append(torch.stack(losses).mean())
+                engine.step((losses_B * weights_B.to(losses_B)).mean() / share)
+                window.add(losses_B, micro, weights_B)
+            window.end_step()
 
-            done, last = step + 1, step + 1 == settings.max_steps
-            checkpoint = last or done % settings.checkpoint_every == 0
-            sheet = last or (settings.sample_every > 0 and done % settings.sample_every == 0)
-            if checkpoint or sheet or done % settings.log_every == 0:
-                on_report(window.close(done, lr))
+            done = step + 1
+            checkpoint = _due(done, settings.checkpoint_every, settings.max_steps)
+            sheet = _due(done, settings.sample_every, settings.max_steps)
+            validation = validate is not None and _due(done, settings.validate_every, settings.max_steps)
+            if checkpoint or sheet or validation or done % settings.log_every == 0:
+                report = window.close(done, lr)
+                if validate is not None and validation:
+                    engine.method.eval()
+                    report = report.validated(validate())
+                    engine.method.train()
+                on_report(report)
             if checkpoint:
                 on_checkpoint(done)
             if sheet:
                 engine.method.eval()
                 on_sheet(done)
                 engine.method.train()
-            if checkpoint or sheet:
+            if checkpoint or sheet or validation:
                 window.restart()
 
 
-class _Window:
-    """What is gathered between two reports, without waiting for the device."""
-
-    def __init__(self, engine: Engine, global_batch: int) -> None:
-        self._engine, self._global_batch = engine, global_batch
-        self.restart()
-
-    def restart(self) -> None:
-        self.losses: list[Tensor] = []
-        self.waited, self._begun = 0.0, time.perf_counter()
-
-    def close(self, done: int, lr: float) -> Report:
-        losses = self._engine.mean(torch.stack(self.losses)).tolist()
-        seconds = time.perf_counter() - self._begun
-        (waited,) = self._engine.mean(torch.tensor([self.waited / seconds], device=self._engine.device)).tolist()
-        for offset, loss in enumerate(losses):
-            if not abs(loss) < float("inf"):
-                step = done - len(losses) + offset + 1
-                raise RunError(
-                    f"step {step}: the loss is {loss}; resume from an earlier checkpoint with a lower train.lr"
-                )
-        mean = sum(losses) / len(losses)
-        speed = len(losses) * self._global_batch / seconds
-        report = Report(done, mean, lr, self._engine.grad_norm, speed, waited)
-        self.restart()
-        return report
+def _due(done: int, every: int, last: int) -> bool:
+    """Whether something that happens every ``every`` steps (0: never) and at the end happens after ``done`` steps."""
+    return done == last or (every > 0 and done % every == 0)
 
 
 def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:

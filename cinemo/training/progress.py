@@ -6,19 +6,23 @@ Knows nothing of Ray: `Progress.handle` takes the events that rank 0 posts.
 from __future__ import annotations
 
 import csv
+import functools
+import hashlib
 import io
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cinemo import storage
 from cinemo.config import Recipe
+from cinemo.data.shards import DatasetIndex
 from cinemo.tracking import Run, flatten
-from cinemo.training.loop import Report
+from cinemo.training.metrics import COLUMNS, Report
 
 RUN_FILE, SUMMARY_FILE, LOSS_FILE = "run.json", "train.json", "loss.csv"
 _CSV_SECONDS = 5.0
@@ -41,10 +45,10 @@ class Saved:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A sample sheet was written."""
+    """Samples of ``step`` were written: a contact sheet and videos."""
 
     step: int
-    uri: str
+    uris: tuple[str, ...]
 
 
 Event = Report | Resumed | Saved | Sheet
@@ -55,8 +59,9 @@ class TrainSummary:
     """How a training ended; ``train.json``.
 
     ``first_loss``, ``last_loss``: means over the first and the last tenth of all reports. ``start_step``: where this
-    invocation took up. ``seconds``: of this invocation, its workers' start-up included. ``samples_per_second``: median
-    of the reports. ``checkpoint``: URI of the latest one.
+    invocation took up. ``seconds``: of this invocation, its workers' start-up included. ``samples_per_second``
+    and ``mfu``: medians of the reports. ``memory_gb``: the most any rank held. ``val_loss``, ``val_loss_t0`` ..: the
+    last ones that were measured. ``checkpoint``: URI of the latest one. None stands for what is not known.
     """
 
     steps: int
@@ -69,6 +74,13 @@ class TrainSummary:
     dataset: str
     mlflow_run: str | None
     mlflow_uri: str | None
+    val_loss: float | None = None
+    val_loss_t0: float | None = None
+    val_loss_t1: float | None = None
+    val_loss_t2: float | None = None
+    val_loss_t3: float | None = None
+    mfu: float | None = None
+    memory_gb: float | None = None
 
 
 class Progress:
@@ -76,26 +88,36 @@ class Progress:
 
     Args:
         output: the run's output directory; its ``run.json`` remembers the MLflow run across invocations.
+        dataset: its URI. ``fingerprint``: of its content, see `cinemo.training.batch.dataset_digest`.
         say: takes the lines for a person.
+        profile: what else there is to know of the dataset, for MLflow (`dataset_profile`).
     """
 
     def __init__(
-        self, recipe: Recipe, output: str, dataset: str, fingerprint: str, say: Callable[[str], None] = print
+        self,
+        recipe: Recipe,
+        output: str,
+        dataset: str,
+        fingerprint: str,
+        say: Callable[[str], None] = print,
+        profile: Mapping[str, Any] | None = None,
     ) -> None:
         self._recipe, self._output, self._say = recipe, output, say
-        self._dataset, self._fingerprint = dataset, fingerprint
+        self._dataset, self._fingerprint, self._profile = dataset, fingerprint, profile or {}
         self._begun = time.monotonic()
         self._record = {"dataset": dataset, "fingerprint": fingerprint, "mlflow_run": None, "mlflow_uri": None}
         self._record |= read_run(output) or {}
         storage.write_json(storage.join(output, RUN_FILE), self._record)
         self._rows: list[Report] = []
         self._start: int | None = None
-        self._csv_written = 0.0
+        self._csv_due = 0.0
         self._run: Run | None = None
 
     def track(self) -> None:
-        """Open the MLflow run (seconds: import and database). A tracking fault never stops a training."""
+        """Open the MLflow run (seconds: import and database) with the recipe and the dataset it reads.
 
+        A tracking fault never stops a training.
+        """
         try:
             self._run = Run(
                 self._output,
@@ -110,15 +132,16 @@ class Progress:
         self._record |= {"mlflow_run": self._run.run_id, "mlflow_uri": self._run.uri}
         storage.write_json(storage.join(self._output, RUN_FILE), self._record)
         self._say(self._run.hint)
+        self._tracked(lambda run: run.text("recipe.json", self._recipe.to_json()))
+        self._tracked(lambda run: run.dataset(self._dataset, self._fingerprint, self._profile))
 
     def handle(self, event: Event) -> None:
         """Take up one event, in the order they were posted."""
         if isinstance(event, Report):
             self._rows.append(event)
             self._say(self._line(event))
-            metrics = {k: v for k, v in asdict(event).items() if k != "step"}
-            self._tracked(lambda run: run.log(event.step, metrics))
-            if time.monotonic() - self._csv_written > _CSV_SECONDS:
+            self._tracked(lambda run: run.log(event.step, event.metrics()))
+            if time.monotonic() > self._csv_due:
                 self._write_csv()
         elif isinstance(event, Resumed):
             if event.step:
@@ -127,15 +150,23 @@ class Progress:
                 self._say("starting again at step 0")
             self._start = event.step if self._start is None else self._start
             self._rows = list(event.history)
+            # What a killed job had not yet sent, or could not; what is there already is left out.
+            self._tracked(lambda run: run.log_all((row.step, row.metrics()) for row in event.history))
         elif isinstance(event, Saved):
             self._write_csv()
         else:
-            self._tracked(lambda run: _store(run, event.uri, "samples"))
+            for uri in event.uris:
+                self._tracked(functools.partial(_store, uri=uri, folder=self._folder(uri)))
 
     def finish(self, checkpoint: str) -> TrainSummary:
         """Write ``loss.csv`` and ``train.json``, end the MLflow run."""
         self._write_csv()
         tenth = max(1, len(self._rows) // 10)
+        mfu = [row.mfu for row in self._rows if math.isfinite(row.mfu)]
+        memory = [row.memory_gb for row in self._rows if math.isfinite(row.memory_gb)]
+        validated = [row for row in self._rows if math.isfinite(row.val_loss)]
+        names = ("val_loss", "val_loss_t0", "val_loss_t1", "val_loss_t2", "val_loss_t3")
+        validation = {name: _known(getattr(validated[-1], name)) for name in names} if validated else {}
         summary = TrainSummary(
             steps=self._rows[-1].step,
             start_step=self._start or 0,
@@ -147,13 +178,15 @@ class Progress:
             dataset=self._dataset,
             mlflow_run=self._record["mlflow_run"],
             mlflow_uri=self._record["mlflow_uri"],
+            mfu=statistics.median(mfu) if mfu else None,
+            memory_gb=round(max(memory), 3) if memory else None,
+            **validation,
         )
         storage.write_json(storage.join(self._output, SUMMARY_FILE), asdict(summary))
 
         def end(run: Run) -> None:
             for name in (LOSS_FILE, SUMMARY_FILE):
                 _store(run, storage.join(self._output, name))
-            run.text("recipe.json", self._recipe.to_json())
             run.finish()
 
         self._tracked(end)
@@ -168,18 +201,29 @@ class Progress:
     def _line(self, report: Report) -> str:
         left = (self._recipe.train.max_steps - report.step) * self._recipe.train.global_batch
         minutes, seconds = divmod(round(left / report.samples_per_second), 60)
+        validation = f"validation {report.val_loss:.4f}  " if math.isfinite(report.val_loss) else ""
+        mfu = f"mfu {report.mfu:.0%}  " if math.isfinite(report.mfu) else ""
         return (
-            f"step {report.step}/{self._recipe.train.max_steps}  loss {report.loss:.4f}  lr {report.lr:.2e}  "
-            f"{report.samples_per_second:.1f} samples/s  data wait {report.data_wait:.0%}  eta {minutes}:{seconds:02d}"
+            f"step {report.step}/{self._recipe.train.max_steps}  loss {report.loss:.4f}  {validation}"
+            f"lr {report.lr:.2e}  {report.samples_per_second:.1f} samples/s  {mfu}data wait {report.data_wait:.0%}  "
+            f"eta {minutes}:{seconds:02d}"
         )
 
     def _write_csv(self) -> None:
+        begun = time.monotonic()
         buffer = io.StringIO(newline="")
         table = csv.writer(buffer, lineterminator="\n")
-        table.writerow(field.name for field in fields(Report))
-        table.writerows([row.step, *(f"{value:.8g}" for value in list(asdict(row).values())[1:])] for row in self._rows)
+        table.writerow(COLUMNS)
+        for row in self._rows:
+            table.writerow([row.step, *("" if value is None else f"{value:.8g}" for value in row.kept()[1:])])
         storage.write_bytes(storage.join(self._output, LOSS_FILE), buffer.getvalue().encode())
-        self._csv_written = time.monotonic()
+        # The whole table each time: what takes longer is done less often.
+        now = time.monotonic()
+        self._csv_due = now + max(_CSV_SECONDS, 20 * (now - begun))
+
+    def _folder(self, uri: str) -> str:
+        """Where an artifact of the output directory lies in the run's artifacts."""
+        return uri.removeprefix(self._output).strip("/").rpartition("/")[0]
 
     def _tracked(self, call: Callable[[Run], None]) -> None:
         if self._run is None:
@@ -194,6 +238,22 @@ class Progress:
         first = (str(error).splitlines() or [""])[0]
         self._say(f"mlflow: {type(error).__name__}: {first} (training goes on; {LOSS_FILE} has the curve)")
         self._run = None
+
+
+def dataset_profile(index: DatasetIndex) -> dict[str, Any]:
+    """What MLflow is told of a dataset beside its place and digest."""
+    rows = hashlib.sha256(storage.read_bytes(storage.join(index.uri, "index.parquet"))).hexdigest()
+    known = ("samples", "quarantined", "size", "frames", "latent_shape", "bucket_edges", "fields")
+    return {
+        "fingerprint": index.info["fingerprint"],
+        "index_sha256": rows,
+        "shards": len(index.shards),
+        **{name: index.info[name] for name in known if name in index.info},
+    }
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _store(run: Run, uri: str, folder: str | None = None) -> None:

@@ -1,13 +1,16 @@
-"""Contact sheets: what the network makes of a few fixed samples, beside the truth, as one PNG.
+"""What the network makes of a few fixed samples: a contact sheet beside the truth, and every animation as an mp4.
 
-Rows: for each sample its own frames (decoded latents), then animations of its first frame at a low and a high motion
-bucket. Columns: frames. The noise is keyed by the sample alone, so that sheets of different steps compare.
+Rows of a sheet: for each sample its own frames (decoded latents), then animations of its first frame at a low and a
+high motion bucket. Columns: frames. The noise is keyed by the sample alone, so that steps compare.
 """
 
 from __future__ import annotations
 
 import io
+import json
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,8 +19,9 @@ from PIL import Image, ImageDraw
 from cinemo import storage
 from cinemo.animate import sample_latents
 from cinemo.config import Recipe
-from cinemo.data.shards import DatasetIndex, Members, read_sample, record_uri, tar_uri
+from cinemo.data.shards import DatasetIndex, Members, fetch_sample, record_uri
 from cinemo.media.motion import motion_bucket
+from cinemo.media.mp4 import write_video
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import Vae
 from cinemo.training.batch import TextStates
@@ -28,15 +32,16 @@ STEPS = 20
 _LABEL, _GAP, _COLUMNS = 13, 2, 8
 
 
-def first_samples(index: DatasetIndex, count: int) -> list[LatentSample]:
-    """The first ``count`` samples of a dataset (of its first shard, where that holds fewer)."""
-    sizes = zip(index.shards, index.samples_of_shards, strict=True)
-    shard = next(number for number, samples in sizes if samples)
+def first_samples(index: DatasetIndex, count: int, held_out_shards: int = 0) -> list[LatentSample]:
+    """The first ``count`` samples of the held-out (last) shards, where there are any, else of the dataset.
+
+    All are of one shard; fewer where it holds fewer.
+    """
+    filled = [(shard, int(size)) for shard, size in zip(index.shards, index.samples_of_shards, strict=True)]
+    held_out = filled[-held_out_shards:] if held_out_shards else []
+    shard = next(number for number, samples in [*held_out, *filled] if samples)
     members = Members(**storage.read_json(record_uri(index.uri, shard))["members"])
-    count = min(count, len(members.keys))
-    size = 2 * int(np.prod(members.array_shape))
-    head = memoryview(storage.read_bytes(tar_uri(index.uri, shard), 0, members.array_offset[count - 1] + size))
-    return [read_sample(head, members, place) for place in range(count)]
+    return [fetch_sample(index.uri, shard, members, place) for place in range(min(count, len(members.keys)))]
 
 
 def sheet_latents(
@@ -68,16 +73,38 @@ def sheet_latents(
     return made
 
 
-def draw_sheet(recipe: Recipe, vae: Vae, samples: Sequence[LatentSample], animated: Sequence[torch.Tensor]) -> bytes:
-    """The PNG of `sheet_latents`' result with the truth above each."""
-    rows: list[tuple[str, np.ndarray]] = []
+def decoded(vae: Vae, samples: Sequence[LatentSample], animated: Sequence[torch.Tensor]) -> list[list[np.ndarray]]:
+    """For each sample its own frames, then those of `sheet_latents`' animations: uint8 (F, H, W, 3)."""
+    made = []
     for sample, video_BCFHW in zip(samples, animated, strict=True):
-        truth_CFHW = torch.from_numpy(np.array(sample.latents_FCHW)).float().transpose(0, 1).to(video_BCFHW.device)
-        bucket = motion_bucket(sample.ssim, recipe.data.bucket_edges)
+        truth_FCHW = torch.from_numpy(np.array(sample.latents_FCHW)).float().to(video_BCFHW.device)
         with torch.no_grad():
-            frames = [vae.decode(latents.transpose(0, 1)) for latents in (truth_CFHW, *video_BCFHW)]
-        rows.append((f"{sample.clip_id}: {sample.caption[:60]} (true, bucket {bucket})", frames[0]))
-        rows += [(f"bucket {bucket}", made) for bucket, made in zip(BUCKETS, frames[1:], strict=True)]
+            made.append([vae.decode(frames) for frames in (truth_FCHW, *video_BCFHW.transpose(1, 2))])
+    return made
+
+
+def write_videos(
+    directory: Path, recipe: Recipe, step: int, samples: Sequence[LatentSample], frames: Sequence[Sequence[np.ndarray]]
+) -> list[str]:
+    """Write each animation of `decoded` as ``image-00-bucket-03.mp4``, what it shows in its metadata; the names."""
+    names = []
+    for number, (sample, (_, *animations)) in enumerate(zip(samples, frames, strict=True)):
+        for bucket, frames_FHWC in zip(BUCKETS, animations, strict=True):
+            names.append(f"image-{number:02d}-bucket-{bucket:02d}.mp4")
+            settings = {"step": step, "sample": sample.key, "prompt": sample.caption, "motion_bucket": bucket}
+            settings |= {"steps": STEPS, "guidance_scale": recipe.sample.guidance_scale, "recipe": recipe.name}
+            metadata = {"comment": json.dumps(settings, sort_keys=True)}
+            write_video(directory / names[-1], frames_FHWC, recipe.sample.fps, metadata)
+    return names
+
+
+def draw_sheet(recipe: Recipe, samples: Sequence[LatentSample], frames: Sequence[Sequence[np.ndarray]]) -> bytes:
+    """The PNG of what `decoded` made."""
+    rows: list[tuple[str, np.ndarray]] = []
+    for sample, (truth, *animations) in zip(samples, frames, strict=True):
+        bucket = motion_bucket(sample.ssim, recipe.data.bucket_edges)
+        rows.append((f"{sample.clip_id}: {sample.caption[:60]} (true, bucket {bucket})", truth))
+        rows += [(f"bucket {bucket}", made) for bucket, made in zip(BUCKETS, animations, strict=True)]
     height, width = recipe.data.size
     chosen = np.linspace(0, recipe.data.frames - 1, min(_COLUMNS, recipe.data.frames)).round().astype(int)
     sheet = Image.new(
@@ -92,3 +119,21 @@ def draw_sheet(recipe: Recipe, vae: Vae, samples: Sequence[LatentSample], animat
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def write_samples(
+    output: str,
+    recipe: Recipe,
+    step: int,
+    vae: Vae,
+    samples: Sequence[LatentSample],
+    animated: Sequence[torch.Tensor],
+) -> tuple[str, ...]:
+    """Store ``samples/step-000100.png`` and the mp4s of ``samples/step-000100/`` under a run's output; their URIs."""
+    frames, name = decoded(vae, samples, animated), f"step-{step:06d}"
+    root = storage.join(output, "samples")
+    with tempfile.TemporaryDirectory(prefix="cinemo-samples-") as scratch:
+        (Path(scratch) / f"{name}.png").write_bytes(draw_sheet(recipe, samples, frames))
+        videos = write_videos(Path(scratch) / name, recipe, step, samples, frames)
+        storage.upload(Path(scratch), root)
+    return storage.join(root, f"{name}.png"), *(storage.join(root, name, video) for video in videos)

@@ -36,9 +36,11 @@ from cinemo.networks.weights import load_unet
 from cinemo.training import checkpoints
 from cinemo.training.batch import TextStates, check_dataset, dataset_digest
 from cinemo.training.checkpoints import CheckpointCard
+from cinemo.training.cost import peak_flops, sample_flops
 from cinemo.training.engine import Engine
-from cinemo.training.loop import Report, train
+from cinemo.training.loop import train
 from cinemo.training.mailbox import Mailbox
+from cinemo.training.metrics import Report
 from cinemo.training.progress import (
     Event,
     Progress,
@@ -46,10 +48,12 @@ from cinemo.training.progress import (
     Saved,
     Sheet,
     TrainSummary,
+    dataset_profile,
     read_run,
     read_summary,
 )
-from cinemo.training.sheets import draw_sheet, first_samples, sheet_latents
+from cinemo.training.sheets import first_samples, sheet_latents, write_samples
+from cinemo.training.validation import Validation
 from cinemo.types import InputError, RunError, keyed_seed
 
 # A checkpoint can be continued only with these unchanged: they decide its tensors, the order of data, or every draw.
@@ -95,8 +99,10 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     note = LatentLoader.of(index, recipe.train).note
     if note:
         print(f"{data}: {note}")
-    _join_cluster(recipe)
-    progress = Progress(recipe, output, data, digest)
+    with ThreadPoolExecutor(1, "flops") as pool:
+        flops = pool.submit(sample_flops, recipe)
+        _join_cluster(recipe)
+    progress = Progress(recipe, output, data, digest, profile=dataset_profile(index))
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
@@ -107,6 +113,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
             "data": data,
             "output": output,
             "start": start.uri if start else None,
+            "flops": flops.result().training,
             "mailbox": mailbox,
         },
         torch_config=TorchConfig(backend="nccl" if train_settings.gpus_per_worker else "gloo"),
@@ -238,13 +245,14 @@ def _worker(config: dict[str, Any]) -> None:
     if ray.get(mailbox.fault.remote()):
         return  # the attempt before this one met what no restart can mend
     try:
-        _train(parse_recipe(config["recipe"], "recipe"), config["data"], config["output"], config["start"], mailbox)
+        recipe = parse_recipe(config["recipe"], "recipe")
+        _train(recipe, config["data"], config["output"], config["start"], config["flops"], mailbox)
     except (InputError, RunError) as error:
         ray.get(mailbox.post_fault.remote(type(error).__name__, str(error)))
         raise
 
 
-def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: Any) -> None:
+def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int, mailbox: Any) -> None:
     torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -269,7 +277,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: A
             state = engine.load(directory)
             if state["dataset"] != digest:
                 raise InputError(f"dataset {data}: changed while training ({state['dataset']} -> {digest})")
-            step, history = state["step"], [Report(*row) for row in state["history"]]
+            step, history = state["step"], [Report.of_kept(row) for row in state["history"]]
 
     def post(event: Event) -> None:
         if rank == 0:
@@ -280,7 +288,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: A
         post(report)
 
     def on_checkpoint(done: int) -> None:
-        state = {"step": done, "dataset": digest, "history": [tuple(vars(row).values()) for row in history]}
+        state = {"step": done, "dataset": digest, "history": [row.kept() for row in history]}
         with tempfile.TemporaryDirectory(prefix="cinemo-checkpoint-") as scratch:
             share = Path(scratch)
             with checkpoints.saving(done, engine.share_bytes, scratch):
@@ -295,20 +303,22 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, mailbox: A
                 )
         post(Saved(done))
 
-    samples = first_samples(index, recipe.train.sample_count)
+    samples = first_samples(index, recipe.train.sample_count, recipe.train.held_out_shards)
 
     def on_sheet(done: int) -> None:
         if rank == 0 or engine.sharded:
             animated = sheet_latents(recipe, method, text, samples, device)
         if rank == 0:
             vae = Vae(recipe.encoders.vae_decoder or recipe.encoders.vae, device, engine.dtype)
-            uri = storage.join(output, "samples", f"step-{done:06d}.png")
-            storage.write_bytes(uri, draw_sheet(recipe, vae, samples, animated))
-            post(Sheet(done, uri))
+            post(Sheet(done, write_samples(output, recipe, done, vae, samples, animated)))
 
     post(Resumed(step, tuple(history)))
     loader = LatentLoader.of(index, recipe.train, rank, world)
-    train(recipe, engine, loader.batches(step), text, step, on_report, on_checkpoint, on_sheet)
+    validate = Validation(recipe, engine, text, index, loader.sample) if recipe.train.held_out_shards else None
+    sample_seconds = flops / peak_flops(device, engine.dtype)
+    train(
+        recipe, engine, loader.batches(step), text, step, on_report, on_checkpoint, on_sheet, validate, sample_seconds
+    )
     ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived
 
 

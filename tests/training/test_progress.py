@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from cinemo.config import Recipe
-from cinemo.training.loop import Report
-from cinemo.training.progress import Progress, Resumed, Saved, Sheet, read_run, read_summary
+from cinemo.data.shards import DatasetIndex
+from cinemo.training.metrics import COLUMNS, Losses, Report
+from cinemo.training.progress import Progress, Resumed, Saved, Sheet, dataset_profile, read_run, read_summary
 
 
 def _report(step: int, loss: float = 1.0) -> Report:
@@ -33,8 +34,11 @@ def test_a_run_and_its_continuation(tmp_path: Path, small: Recipe, monkeypatch: 
     first.handle(Resumed(2, (_report(1, 2.0), _report(2, 2.0))))  # a worker died: step 3 is done again
     first.handle(_report(3, 1.5))
     first.handle(Saved(3))
-    (tmp_path / "sheet.png").write_bytes(b"png")
-    first.handle(Sheet(3, str(tmp_path / "sheet.png")))
+    (tmp_path / "samples" / "step-3").mkdir(parents=True)
+    uris = [str(tmp_path / "samples" / name) for name in ("step-3.png", "step-3/image.mp4")]
+    for uri in uris:
+        Path(uri).write_bytes(b"picture")
+    first.handle(Sheet(3, tuple(uris)))
     assert lines[1] == "step 1/200  loss 2.0000  lr 1.00e-03  8.0 samples/s  data wait 25%  eta 1:40"
     assert "continuing at step 2" in lines
     with (tmp_path / "loss.csv").open() as file:
@@ -54,11 +58,88 @@ def test_a_run_and_its_continuation(tmp_path: Path, small: Recipe, monkeypatch: 
     client = MlflowClient(summary.mlflow_uri)
     run = client.get_run(summary.mlflow_run)
     assert run.info.status == "FINISHED"
-    losses = {metric.step: metric.value for metric in client.get_metric_history(summary.mlflow_run, "loss")}
-    assert losses.keys() == {1, 2, 3, 4}
-    assert losses[4] == 0.5
+    losses = [(metric.step, metric.value) for metric in client.get_metric_history(summary.mlflow_run, "loss")]
+    assert sorted(losses) == [(1, 2.0), (2, 2.0), (3, 2.0), (4, 0.5)]  # step 3 as it was the first time
     names = {item.path for item in client.list_artifacts(summary.mlflow_run)}
     assert names == {"loss.csv", "recipe.json", "samples", "train.json"}
+    assert [item.path for item in client.list_artifacts(summary.mlflow_run, "samples/step-3")] == [
+        "samples/step-3/image.mp4"
+    ]
+
+
+def test_what_mlflow_missed_is_sent_when_a_run_goes_on(
+    tmp_path: Path, small: Recipe, dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed job loses what it has not sent; a checkpoint has it all."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    profile = dataset_profile(DatasetIndex.load(dataset))
+    first = Progress(small, str(tmp_path), dataset, "digest", print, profile)
+    first.track()
+    first.handle(Resumed(0, ()))
+    assert first._run is not None
+    for step in range(1, 7):
+        first.handle(_report(step))
+        if step == 2:
+            first._run.flush()
+    # Killed here, with reports 3..6 unsent and a checkpoint of step 5.
+    second = Progress(small, str(tmp_path), dataset, "digest", print, profile)
+    second.track()
+    second.handle(Resumed(5, tuple(_report(step) for step in range(1, 6))))
+    second.handle(_report(6))
+    summary = second.finish("/checkpoint")
+    client = MlflowClient(summary.mlflow_uri)
+    assert len(client.search_runs([client.get_experiment_by_name("cinemo").experiment_id])) == 1
+    for key in ("loss", "lr", "grad_norm"):
+        history = client.get_metric_history(summary.mlflow_run, key)
+        assert [metric.step for metric in history] == [1, 2, 3, 4, 5, 6]
+    run = client.get_run(summary.mlflow_run)
+    (used,) = run.inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == (Path(dataset).name, "digest")
+    assert json.loads(used.dataset.source) == {"uri": dataset}
+    assert json.loads(used.dataset.profile)["fingerprint"] == "f" * 64
+    assert len(json.loads(used.dataset.profile)["index_sha256"]) == 64
+    assert run.data.params["train.lr"] == str(small.train.lr)
+
+
+def test_every_value_finds_its_way(tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    lines: list[str] = []
+    progress = Progress(small, str(tmp_path), "/data", "digest", lines.append)
+    progress.track()
+    progress.handle(Resumed(0, ()))
+    quartiles = {"loss_t0": 0.1, "loss_t1": 0.2, "loss_t3": 0.4}
+    measured = {"mfu": 0.31, "memory_gb": 2.5, **quartiles, "buckets": {"loss_bucket_07": 0.5}}
+    full = Report(1, 1.0, 1e-3, 0.5, 8.0, 0.25, **measured)
+    progress.handle(full.validated(Losses(0.75, (0.7, 0.8, 0.9, 1.0), {7: 0.6})))
+    progress.handle(_report(2))
+    summary = progress.finish("/checkpoint")
+    assert "loss 1.0000  validation 0.7500  lr" in lines[1]
+    assert "8.0 samples/s  mfu 31%  data wait 25%" in lines[1]
+    assert "validation" not in lines[2]
+    assert all("\n" not in line for line in lines)
+    assert (summary.val_loss, summary.val_loss_t3, summary.mfu, summary.memory_gb) == (0.75, 1.0, 0.31, 2.5)
+    with (tmp_path / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(COLUMNS)
+    assert (rows[0]["loss_t2"], rows[0]["val_loss_t1"], rows[1]["val_loss"]) == ("", "0.8", "")
+    stored = MlflowClient(summary.mlflow_uri).get_run(summary.mlflow_run).data.metrics
+    assert stored.keys() == {*COLUMNS[1:], "loss_bucket_07", "val_loss_bucket_07"} - {"loss_t2"}
+    assert (stored["val_loss_bucket_07"], stored["memory_gb"]) == (0.6, 2.5)
+
+
+def test_a_summary_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    old = {
+        "steps": 4, "start_step": 0, "first_loss": 2.0, "last_loss": 1.0, "seconds": 1.0, "samples_per_second": 2.0,
+        "checkpoint": "c", "dataset": "d", "mlflow_run": None, "mlflow_uri": None,
+    }  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(old))
+    summary = read_summary(str(tmp_path))
+    assert summary is not None
+    assert summary.val_loss is None
 
 
 def test_a_lost_tracking_server_costs_its_curves_only(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tiny import write_dataset
 
 from cinemo.config import Recipe
 from cinemo.data.shards import DatasetIndex
+from cinemo.media.mp4 import read_metadata
+from cinemo.media.video import probe, read_frames
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.training import sheets
@@ -20,9 +24,18 @@ def test_first_samples(dataset: str) -> None:
     index = DatasetIndex.load(dataset)
     assert [sample.key for sample in sheets.first_samples(index, 2)] == ["clip000_0", "clip001_0"]
     assert len(sheets.first_samples(index, 50)) == 4  # what its first shard holds
+    assert [sample.key for sample in sheets.first_samples(index, 2, held_out_shards=1)] == ["clip008_0", "clip009_0"]
+    assert [sample.key for sample in sheets.first_samples(index, 1, held_out_shards=2)] == ["clip004_0"]
 
 
-def test_a_sheet(dataset: str, small: Recipe) -> None:
+def test_held_out_shards_may_be_empty(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, (4, 4, 4, 4), sizes=(3, 2, 0))
+    index = DatasetIndex.load(str(root))
+    assert [sample.key for sample in sheets.first_samples(index, 1, held_out_shards=2)] == ["clip-3"]
+    assert [sample.key for sample in sheets.first_samples(index, 1, held_out_shards=1)] == ["clip-0"]
+
+
+def test_a_sheet_and_its_videos(dataset: str, small: Recipe, tmp_path: Path) -> None:
     torch.manual_seed(0)
     samples = sheets.first_samples(DatasetIndex.load(dataset), 2)
     text = TextStates(TextEncoder(small.encoders.text_encoder, small.encoders.tokenizer))
@@ -38,7 +51,22 @@ def test_a_sheet(dataset: str, small: Recipe) -> None:
     again = sheets.sheet_latents(small, method, text, samples[1:], torch.device("cpu"))
     assert torch.allclose(again[0], made[1], atol=1e-5)
 
-    image = Image.open(io.BytesIO(sheets.draw_sheet(small, Vae(small.encoders.vae), samples, made)))
+    vae = Vae(small.encoders.vae)
+    uris = sheets.write_samples(str(tmp_path), small, 100, vae, samples, made)
+    assert [uri.removeprefix(f"{tmp_path}/samples/") for uri in uris] == [
+        "step-000100.png",
+        *(f"step-000100/image-0{image}-bucket-{bucket}.mp4" for image in (0, 1) for bucket in ("03", "16")),
+    ]
+    info = probe(uris[4])
+    assert (info.frames, info.height, info.width) == (4, 32, 32)
+    settings = json.loads(read_metadata(uris[4])["comment"])
+    assert settings | {"step": 100, "sample": "clip001_0", "motion_bucket": 16, "prompt": "a red car"} == settings
+    shown = read_frames(uris[4], range(4)).astype(float)
+    frames = sheets.decoded(vae, samples, made)
+    away = {(i, k): np.abs(shown - one).mean() for i, rows in enumerate(frames) for k, one in enumerate(rows)}
+    assert min(away, key=away.__getitem__) == (1, 2)  # nothing else is as near: second image, high bucket
+
+    image = Image.open(uris[0])
     assert image.size == (4 * 34 - 2, 6 * (32 + 13 + 2) - 2)
     pixels = np.asarray(image)
     assert np.array_equal(

@@ -1,0 +1,91 @@
+"""What a sample costs in floating-point operations, and how many a device can do: for plans and for the MFU.
+
+FLOPs are counted from shapes, nothing is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cinemo.config import Recipe
+from cinemo.methods import build_method
+from cinemo.training.batch import latent_shape
+from cinemo.types import Condition, LatentBatch
+
+_TOKENS = 77  # of CLIP's text encoder
+_PROBE_SECONDS = 0.3
+
+# Dense peak FLOP/s of tensor cores, NVIDIA's data sheets: (bfloat16, TF32, which torch's float32 convolutions use).
+# The first name that is part of the device's own counts.
+_PEAKS = {
+    "H200 NVL": (835e12, 417e12),
+    "H200": (989e12, 494e12),
+    "H100 NVL": (835e12, 417e12),
+    "H100 PCIe": (756e12, 378e12),
+    "H100": (989e12, 494e12),
+    "A100": (312e12, 156e12),
+    "L40S": (362e12, 183e12),
+    "L40": (181e12, 90e12),
+    "L4": (121e12, 60e12),
+    "A10G": (70e12, 35e12),
+}
+
+
+@dataclass(frozen=True)
+class SampleFlops:
+    """FLOPs of one sample; a multiplication and an addition are two. Matrix products, convolutions and attention count.
+
+    ``forward``: one pass. ``training``: forward and backward, which is twice the forward pass: what the MFU is made of.
+    ``executed``: with what gradient checkpointing computes again (a little less than that, in truth): what takes time.
+    """
+
+    forward: int
+    training: int
+    executed: int
+
+
+def sample_flops(recipe: Recipe) -> SampleFlops:
+    """FLOPs of one training sample of a recipe. Seconds for the full-size network."""
+    frames, channels, rows, columns = latent_shape(recipe)
+    with torch.device("meta"):
+        method = build_method(recipe)
+        video_BCFHW = torch.empty(1, channels, frames, rows, columns)
+        text_BLD = torch.empty(1, _TOKENS, recipe.model.cross_attention_dim)
+        condition = Condition(video_BCFHW[:, :, 0], text_BLD, torch.empty(1))
+        target = method.target(LatentBatch(video_BCFHW, condition))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            method.predict(target, torch.empty(1), condition)
+    forward = int(counter.get_total_flops())
+    again = forward if recipe.train.gradient_checkpointing else 0
+    return SampleFlops(forward, 3 * forward, 3 * forward + again)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that a device reaches at most: by its data sheet where it is known here, else measured (0.3 s)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, (half, full) in _PEAKS.items():
+            if known in name:
+                return half if dtype == torch.bfloat16 else full
+    return measured_flops(device, dtype)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of some large matrix products, with as many threads as torch may use."""
+    side = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
+    out, best, begun = torch.empty_like(a), float("inf"), time.perf_counter()
+    for _ in range(20):
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - started)
+        if now - begun > _PROBE_SECONDS:
+            break
+    return 2 * side**3 / best
