@@ -14,6 +14,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from cinemo.config import Recipe
 from cinemo.data.loader import StepBatch
 from cinemo.training.batch import HostBatch, TextStates, host_batch, on_device
