@@ -1,4 +1,4 @@
-"""Make a model bundle from a training checkpoint, or import published weights.
+"""Make a model bundle or a LoRA adapter from a training checkpoint, or import published weights.
 
 A checkpoint has its own recipe; --recipe and --set say what imported weights are, as far as their folder does not.
 """
@@ -26,19 +26,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="of --from-cinemo's motion ids: 0..19, larger = more motion, or 100 x SSIM, larger = stiller; "
         "pipelines/probe_motion.py tells",
     )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a --checkpoint trained with LoRA: only what it has learnt, for peft and diffusers",
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result")
     arguments = parser.parse_args(argv)
 
     from cinemo.bundle import MORE_MOTION, STILLER
     from cinemo.training import export  # late: --help and bad flags need no torch
 
+    if arguments.adapter and not arguments.checkpoint:
+        raise InputError("--adapter: only a --checkpoint has one; expected --checkpoint URI --adapter")
     recipe = cli.recipe_of(arguments)
     if arguments.checkpoint:
         if arguments.assignments:
             raise InputError(
                 "--set: a checkpoint has its own recipe; expected --set with --from-cinemo or --from-lavie"
             )
-        made = export.from_checkpoint(arguments.checkpoint, arguments.output)
+        make = export.adapter_from_checkpoint if arguments.adapter else export.from_checkpoint
+        made = make(arguments.checkpoint, arguments.output)
     elif arguments.from_cinemo:
         scale = {"more": MORE_MOTION, "stiller": STILLER}[arguments.motion_scale]
         made = export.from_cinemo(arguments.from_cinemo, arguments.output, recipe, scale)

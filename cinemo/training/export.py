@@ -1,4 +1,4 @@
-"""Checkpoints and published weights -> what others load: a model bundle, or a folder for ``train.init``."""
+"""Checkpoints and published weights -> what others load: a bundle, a LoRA adapter, or a folder for ``train.init``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from cinemo import storage
 from cinemo.bundle import MORE_MOTION, save_bundle
 from cinemo.config import Recipe, parse_recipe
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.lora import merge_lora, save_adapter
 from cinemo.networks.weights import load_unet, published_config, read_config, resolve, save_unet, weights_digest
 from cinemo.training import checkpoints
 from cinemo.training.engine import import_deepspeed, state_directory
@@ -48,8 +49,33 @@ def from_checkpoint(location: str, output: str) -> str:
     return f"bundle {digest[:12]} of step {card.step} ({recipe.name})"
 
 
+def adapter_from_checkpoint(location: str, output: str) -> str:
+    """Write what LoRA has learnt in a checkpoint, for peft and diffusers (`cinemo.networks.lora.save_adapter`).
+
+    Raises:
+        InputError: no complete checkpoint there, it was not trained with LoRA, or ``output`` cannot be used.
+    """
+    target = _target(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{output}: is not empty; choose another --output")
+    card = checkpoints.find(location)
+    recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
+    names = save_adapter(consolidated_weights(storage.localize(card.uri)), recipe.train, target)
+    return f"adapter of rank {recipe.train.lora_rank} on {len(names)} layers, step {card.step} ({recipe.name})"
+
+
 def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
-    """The UNet of a complete local checkpoint, float32, put together from the shares of all ranks."""
+    """The UNet of a complete local checkpoint, float32, with LoRA merged into it."""
+    weights = merge_lora(consolidated_weights(directory), recipe.train)
+    unet = LavieUNet(**recipe.model.model_dump())
+    # Buffers hold formulas, exact in the fresh network and rounded in one that was trained in bfloat16.
+    weights |= dict(unet.named_buffers())
+    unet.load_state_dict(weights)
+    return unet
+
+
+def consolidated_weights(directory: Path) -> dict[str, Tensor]:
+    """The UNet's state dict in a complete local checkpoint, put together from the shares of all ranks."""
     import_deepspeed("cpu")
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -60,14 +86,7 @@ def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
     else:  # stage 0 in float32 keeps no separate master weights
         (file,) = inside.glob("mp_rank_00_model_states.pt")
         state = torch.load(file, map_location="cpu", weights_only=False)["module"]
-    weights: dict[str, Tensor] = {
-        name.removeprefix(_UNET): value for name, value in state.items() if name.startswith(_UNET)
-    }
-    unet = LavieUNet(**recipe.model.model_dump())
-    # Buffers hold formulas, exact in the fresh network and rounded in one that was trained in bfloat16.
-    weights |= dict(unet.named_buffers())
-    unet.load_state_dict(weights)
-    return unet
+    return {name.removeprefix(_UNET): value for name, value in state.items() if name.startswith(_UNET)}
 
 
 def from_cinemo(folder: str, output: str, recipe: Recipe, scale: str = MORE_MOTION) -> str:
