@@ -129,7 +129,12 @@ class TrainConfig(Part):
     lora_layers: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="linear layers by the end of their names"
     )
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="of averaged weights, which are then exported; 0: none")
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of averaged weights, which are then exported (sample sheets show the raw ones); 0: none",
+    )
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="what waits in host memory: the optimizer (ZeRO 1-3), the weights too (ZeRO 3)"
@@ -168,6 +173,12 @@ class TrainConfig(Part):
             raise ValueError(
                 f"lanes is {self.lanes}, expected a multiple of workers ({self.workers}) "
                 f"that divides global_batch ({self.global_batch})"
+            )
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload is {self.offload} with zero_stage {self.zero_stage}, expected zero_stage {least} or more; "
+                f"set train.zero_stage={max(2, least)} or train.offload=none"
             )
         return self
 
