@@ -1,4 +1,4 @@
-"""Checkpoints and published weights -> what others load: a model bundle, or a folder for ``train.init``."""
+"""Checkpoints and published weights -> what others load: a bundle, a LoRA adapter, or a folder for ``train.init``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from cinemo import cache, storage
 from cinemo.bundle import MORE_MOTION, save_bundle
 from cinemo.config import Recipe, parse_recipe
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.lora import add_lora, merge_lora, save_adapter
 from cinemo.networks.weights import load_unet, published_config, read_config, resolve, save_unet, weights_digest
 from cinemo.training import checkpoints
 from cinemo.training.averaging import EMA
@@ -48,16 +49,43 @@ def from_checkpoint(location: str, output: str) -> str:
     return f"bundle {digest[:12]} of step {card.step} ({recipe.name})"
 
 
+def adapter_from_checkpoint(location: str, output: str) -> str:
+    """Write what LoRA has learnt in a checkpoint, for peft and diffusers (`cinemo.networks.lora.save_adapter`).
+
+    Raises:
+        InputError: no complete checkpoint there, it was not trained with LoRA, or ``output`` cannot be used.
+    """
+    target = _target(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{output}: is not empty; choose another --output")
+    card = checkpoints.find(location)
+    recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
+    names = save_adapter(_as_trained(storage.localize(card.uri), recipe).state_dict(), recipe.train, target)
+    return f"adapter of rank {recipe.train.lora_rank} on {len(names)} layers, step {card.step} ({recipe.name})"
+
+
 def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
-    """The UNet of a complete local checkpoint, float32, put together from the shares of all ranks.
+    """The UNet of a complete local checkpoint, float32, put together from the shares of all ranks; LoRA is merged.
 
     With ``train.ema_decay`` the averaged weights. Values go from the files straight into the network: it is in memory
-    once, and nothing beside it.
+    once, and nothing beside it but the layers that LoRA changed.
 
     Raises:
         RunError: the checkpoint is of another network.
     """
+    unet = _as_trained(directory, recipe)
+    if recipe.train.trainable != "lora":
+        return unet
+    with torch.device("meta"):
+        merged = LavieUNet(**recipe.model.model_dump())
+    merged.load_state_dict(merge_lora(unet.state_dict(), recipe.train), assign=True)
+    return merged
+
+
+def _as_trained(directory: Path, recipe: Recipe) -> LavieUNet:
     unet = LavieUNet(**recipe.model.model_dump())  # its buffers hold formulas, which training may have rounded
+    if recipe.train.trainable == "lora":
+        add_lora(unet, recipe.train)
     with Shares(directory / STATE) as stored:
         for name, parameter in unet.named_parameters():
             name = _UNET + name

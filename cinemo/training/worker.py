@@ -28,7 +28,7 @@ from cinemo.config import Recipe, parse_recipe
 from cinemo.data.cluster import connect
 from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
-from cinemo.methods import build_method
+from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.memory import keep_freed_memory
@@ -263,6 +263,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
     # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
     torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
     method = build_method(recipe, _base_unet(recipe))
+    mark_trainable(method, recipe.train)
     method.unet.gradient_checkpointing = recipe.train.gradient_checkpointing
     if recipe.compile:
         method.unet.compile(dynamic=False)
@@ -323,10 +324,11 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
 
 
 def _base_unet(recipe: Recipe) -> LavieUNet | None:
+    """The weights of ``train.init``; a motion network that they lack (LaVie's) starts at zero (global torch RNG)."""
     if recipe.train.init is None:
         return None
     try:
-        return load_unet(recipe.model, recipe.train.init, torch.float32)
+        return load_unet(recipe.model, recipe.train.init, torch.float32, motion_optional=True)
     except InputError as error:
         raise InputError(f"train.init: {error}; --set train.init=null trains from scratch") from None
 

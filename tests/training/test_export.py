@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cinemo import storage
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle
 from cinemo.config import Recipe, TrainConfig
-from cinemo.methods import build_method
+from cinemo.methods import build_method, mark_trainable
 from cinemo.methods.cinemo import CinemoMethod
-from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.lavie_unet import LavieUNet, is_temporal
 from cinemo.networks.weights import load_unet, save_unet
 from cinemo.recipes import cinemo_320x512
 from cinemo.training import checkpoints, export, shares
@@ -41,6 +42,7 @@ def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMe
     recipe = recipe.model_copy(update={"train": TrainConfig(**(recipe.train.model_dump() | train))})
     torch.manual_seed(0)
     method = build_method(recipe)
+    mark_trainable(method, recipe.train)
     engine = Engine(method, recipe.train, torch.device("cpu"))
     for start in (0, 2):
         host = host_batch(moving_samples(4)[start : start + 2], 0, recipe)
@@ -78,6 +80,58 @@ def test_a_bundle_holds_what_was_trained(small: Recipe, tmp_path: Path, stage: i
     assert not torch.equal(fresh.conv_in.weight, bundle.method.unet.conv_in.weight)
     for name, value in fresh.named_buffers():
         assert torch.equal(dict(bundle.method.unet.named_buffers())[name], value), "a formula that training rounded"
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_lora_is_exported_merged_and_alone(
+    small: Recipe, tmp_path: Path, stage: int, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = {"trainable": "lora", "lora_rank": 2, "lora_alpha": 8, "lora_layers": ("to_q", "ff.net.2"), "lr": 0.1}
+    _, recipe = _checkpoint(small, tmp_path / "run", zero_stage=stage, precision=precision, **lora)
+    main = runpy.run_path(str(ROOT / "pipelines/export.py"))["main"]
+    main(["--checkpoint", str(tmp_path / "run"), "--adapter", "--output", str(tmp_path / "adapter")])
+    assert "adapter of rank 2 on " in capsys.readouterr().out
+    main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "bundle")])
+
+    unet = load_bundle(tmp_path / "bundle").method.unet
+    torch.manual_seed(0)
+    base = build_method(recipe).unet.state_dict()
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    moved = set()
+    for name, value in unet.state_dict().items():
+        kept = base[name] if precision == "fp32" or name.endswith("freqs") else base[name].bfloat16().float()
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" in stored:
+            update = stored[f"{key}.lora_B.weight"] @ stored[f"{key}.lora_A.weight"]
+            torch.testing.assert_close(value, kept + 8 / 2 * update)
+            moved |= {name} if update.any() else set()
+        else:
+            assert torch.equal(value, kept), name
+    # The text was zero, and so are the temporal branches' last weights: their queries have no gradient yet.
+    assert moved == {name for name in base if name.endswith(("attn1.to_q.weight", "ff.net.2.weight"))}
+    assert len(stored) == 4 * len(moved)
+
+    with pytest.raises(InputError, match="is not empty; choose another"):
+        main(["--checkpoint", str(tmp_path / "run"), "--adapter", "--output", str(tmp_path / "adapter")])
+    with pytest.raises(InputError, match="--adapter: only a --checkpoint has one"):
+        main(["--from-lavie", "x.pt", "--adapter", "--output", str(tmp_path / "other")])
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_does_not_learn_keeps_its_bits(small: Recipe, tmp_path: Path, stage: int) -> None:
+    _, recipe = _checkpoint(small, tmp_path / "run", zero_stage=stage, trainable="temporal")
+    export.from_checkpoint(str(tmp_path / "run"), str(tmp_path / "bundle"))
+    torch.manual_seed(0)
+    base = build_method(recipe).unet.state_dict()
+    for name, value in load_bundle(tmp_path / "bundle").method.unet.state_dict().items():
+        if not is_temporal(name):
+            assert torch.equal(value, base[name]), name
+        elif name.endswith("attn_temp.to_out.0.weight"):
+            assert value.any(), name  # zero before the first step
+    with pytest.raises(InputError, match=r"train\.trainable is temporal, expected lora; export a bundle"):
+        export.adapter_from_checkpoint(str(tmp_path / "run"), str(tmp_path / "adapter"))
 
 
 @pytest.mark.usefixtures("process_group")

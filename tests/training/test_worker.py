@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from cinemo import storage
+from cinemo.bundle import save_bundle
 from cinemo.config import Recipe, TrainConfig, override
 from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
@@ -255,6 +256,47 @@ def test_base_weights_are_where_training_begins(small: Recipe, tmp_path: Path) -
         worker._base_unet(wider)
 
 
+def test_lavie_cinemo_or_nothing_is_where_training_begins(small: Recipe, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    unet = LavieUNet(**small.model.model_dump())
+    state = unet.state_dict()
+
+    lavie = {name: value for name, value in state.items() if not name.startswith("add_embedding.")}
+    torch.save({"ema": lavie}, tmp_path / "lavie_base.pt")
+    torch.manual_seed(keyed_seed(0, "weights"))
+    begun = worker._base_unet(override(small, [f"train.init={tmp_path / 'lavie_base.pt'}"]))
+    assert begun is not None
+    for name, value in lavie.items():
+        assert torch.equal(begun.state_dict()[name], value), name
+    assert not begun.add_embedding.linear_2.weight.any()
+    torch.manual_seed(keyed_seed(0, "weights"))
+    again = worker._base_unet(override(small, [f"train.init={tmp_path / 'lavie_base.pt'}"]))
+    assert again is not None
+    assert torch.equal(again.add_embedding.linear_1.weight, begun.add_embedding.linear_1.weight)
+
+    save_bundle(tmp_path / "bundle", small, unet, {})
+    save_unet(unet, tmp_path / "published" / "unet")
+    for folder in ("bundle", "published", "published/unet"):
+        begun = worker._base_unet(override(small, [f"train.init={tmp_path / folder}"]))
+        assert begun is not None
+        for name, value in state.items():
+            assert torch.equal(begun.state_dict()[name], value), (folder, name)
+
+    assert worker._base_unet(override(small, ["train.init=null"])) is None
+    torch.save({"optimizer": [1]}, tmp_path / "other.pt")
+    (tmp_path / "empty").mkdir()
+    for place, words in (
+        ("nowhere", "no such file or directory"),
+        ("empty", "no UNet weights there, expected .*safetensors.*, or a folder with unet/"),
+        ("other.pt", "expected a table of tensors"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"train\.init: .*{words}.*train\.init=null trains from scratch"
+        ) as caught:
+            worker._base_unet(override(small, [f"train.init={tmp_path / place}"]))
+        assert "\n" not in str(caught.value)
+
+
 @pytest.fixture
 def stored(small: Recipe, dataset: str, tmp_path: Path) -> Path:
     """A run directory with a checkpoint of step 3."""
@@ -284,6 +326,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     refused(r"cannot go on with another train\.precision fp32 -> bf16;", changed(precision="bf16"))
     refused(r"train\.global_batch 4 -> 8; use", changed(workers=2, micro_batch=1, global_batch=8))
     refused(r"train\.trainable all -> lora", changed(trainable="lora"))
+    refused(r"train\.lora_rank 16 -> 4", changed(lora_rank=4))
     refused("checkpoint .*elsewhere: none there", output=tmp_path / "new", resume=str(tmp_path / "elsewhere"))
     refused("no dataset there", data=str(tmp_path))
     wide = small.model_copy(update={"data": small.data.model_copy(update={"size": (64, 64)})})
