@@ -26,7 +26,7 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
 # Top-level import name -> the only modules that may name it.
 ONLY_IN = {
-    "ray": ["data.cluster", "data.precompute", "training.worker", "serving.app", "pipelines"],
+    "ray": ["data.cluster", "data.precompute", "training.rank", "training.worker", "serving.app", "pipelines"],
     "deepspeed": ["training.engine"],
     "mlflow": ["tracking"],
     "s3fs": ["s3"],

@@ -31,6 +31,12 @@ class StepBatch:
     samples: list[LatentSample]
     weights: list[float] | None = None
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The ids of the samples that are there."""
+        weights = self.weights or [1.0] * len(self.samples)
+        return tuple(sample.key for sample, weight in zip(self.samples, weights, strict=True) if weight)
+
 
 @dataclass(frozen=True)
 class Skipped:

@@ -57,7 +57,8 @@ _SHOWN = 3
 class Canary:
     """Samples that were made once more: how many came out equal bit for bit, and how far off the worst latents were.
 
-    ``skipped``: samples whose source is gone; they say nothing. ``faults``: one line for each that is off too far.
+    ``skipped``: samples whose source is gone; they say nothing. ``faults``: one line for each that is off too far, and
+    ``unreadable`` for each that cannot be read from its shard.
     """
 
     samples: int
@@ -65,6 +66,7 @@ class Canary:
     skipped: int = 0
     worst: float = 0.0
     faults: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -113,7 +115,7 @@ def verify(uri: str, recipe: Recipe, samples: int = CANARY_SAMPLES) -> dict[str,
     ]
     seconds = time.perf_counter() - started
     made_again = canary(index, recipe, samples, recipe.data.seed) if samples else Canary(0)
-    faults += made_again.faults
+    faults += [*made_again.faults, *made_again.unreadable]
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         count = f"{len(faults)} faults" if len(faults) > 1 else "1 fault"
@@ -177,7 +179,7 @@ def canary(index: DatasetIndex, recipe: Recipe, samples: int, seed: int) -> Cana
                 result.faults.append(f"sample {sample.key}: its source is not what it was ({error})")
             continue
         except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
-            result.faults.append(f"{_shard(number)}.tar: a sample of it cannot be read ({error})")
+            result.unreadable.append(f"{_shard(number)}.tar: a sample of it cannot be read ({error})")
             continue
         _compare(result, sample, latents_FCHW, mean_adjacent_ssim(frames_FHWC, data.ssim))
     return result

@@ -6,7 +6,6 @@ whichever rank holds which sample, and after a resume.
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from cinemo.config import Recipe
-from cinemo.data.shards import DatasetIndex
 from cinemo.media.motion import motion_bucket
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
@@ -88,8 +86,8 @@ def host_batch(samples: Sequence[LatentSample], step: int, recipe: Recipe) -> Ho
     for sample in samples:
         if sample.latents_FCHW.shape != expected:
             raise InputError(
-                f"sample {sample.key}: latents are {_dims(sample.latents_FCHW.shape)}, recipe {recipe.name} expects "
-                f"{_dims(expected)} (frames x channels x rows x columns); precompute the dataset with this recipe"
+                f"sample {sample.key}: latents are {dimensions(sample.latents_FCHW.shape)}, recipe {recipe.name} expects "
+                f"{dimensions(expected)} (frames x channels x rows x columns); precompute the dataset with this recipe"
             )
         video_CFHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32)).transpose(0, 1)
         videos.append(video_CFHW)
@@ -115,26 +113,6 @@ def host_batch(samples: Sequence[LatentSample], step: int, recipe: Recipe) -> Ho
         tuple("" if drop else sample.caption for drop, sample in zip(dropped, samples, strict=True)),
         tuple(sample.key for sample in samples),
     )
-
-
-def check_dataset(index: DatasetIndex, recipe: Recipe) -> None:
-    """Refuse a dataset whose latents are not what the recipe's network takes.
-
-    Raises:
-        InputError: the geometry differs.
-    """
-    shape, expected = tuple(index.info["latent_shape"]), latent_shape(recipe)
-    if shape != expected:
-        raise InputError(
-            f"dataset {index.uri}: latents {_dims(shape)}, recipe {recipe.name} expects {_dims(expected)} (frames x "
-            "channels x rows x columns); precompute it with this recipe, or train with the recipe it was made with"
-        )
-
-
-def dataset_digest(index: DatasetIndex) -> str:
-    """Identifies the content of a dataset: its fingerprint and every shard's sha256."""
-    parts = [index.info["fingerprint"], *index.table["sha256"].to_pylist()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:
@@ -184,5 +162,5 @@ def _drawn(what: str, seed: int, step: int, key: str, probability: float) -> boo
     return bool(torch.rand((), generator=keyed_generator(seed, what, step, key)) < probability)
 
 
-def _dims(shape: Sequence[int]) -> str:
+def dimensions(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))

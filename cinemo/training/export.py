@@ -60,7 +60,7 @@ def adapter_from_checkpoint(location: str, output: str) -> str:
         raise InputError(f"{output}: is not empty; choose another --output")
     card = checkpoints.find(location)
     recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
-    names = save_adapter(_as_trained(storage.localize(card.uri), recipe).state_dict(), recipe.train, target)
+    names = save_adapter(_as_trained(cache.localize(card.uri), recipe).state_dict(), recipe.train, target)
     return f"adapter of rank {recipe.train.lora_rank} on {len(names)} layers, step {card.step} ({recipe.name})"
 
 

@@ -57,6 +57,7 @@ class Report:
     (model FLOPs utilisation, arXiv 2204.02311, appendix B). ``memory_gb``: the most that any rank has held so far:
     allocated on an accelerator, resident on a CPU; 1e9 bytes. ``loss_t0`` .. ``loss_t3``: by quartile of timesteps.
     ``val_*``: on held-out shards, in the reports in which it was measured. nan stands for what is not known.
+    ``skipped``: samples that this group of workers left out because their shard is damaged (``train.on_damaged``).
     ``buckets``: the loss by motion bucket, as ``loss_bucket_07`` and ``val_loss_bucket_07``; only those that were seen.
     """
 
@@ -77,6 +78,7 @@ class Report:
     val_loss_t1: float = NAN
     val_loss_t2: float = NAN
     val_loss_t3: float = NAN
+    skipped: float = 0
     buckets: Mapping[str, float] = field(default_factory=dict)
 
     def kept(self) -> list[float | None]:

@@ -88,7 +88,7 @@ class Progress:
 
     Args:
         output: the run's output directory; its ``run.json`` remembers the MLflow run across invocations.
-        dataset: its URI. ``fingerprint``: of its content, see `cinemo.training.batch.dataset_digest`.
+        dataset: its URI. ``fingerprint``: of its content, see `cinemo.training.dataset_check.dataset_digest`.
         say: takes the lines for a person.
         profile: what else there is to know of the dataset, for MLflow (`dataset_profile`).
     """
@@ -203,10 +203,11 @@ class Progress:
         minutes, seconds = divmod(round(left / report.samples_per_second), 60)
         validation = f"validation {report.val_loss:.4f}  " if math.isfinite(report.val_loss) else ""
         mfu = f"mfu {report.mfu:.0%}  " if math.isfinite(report.mfu) else ""
+        skipped = f"{report.skipped:g} samples left out  " if report.skipped else ""
         return (
             f"step {report.step}/{self._recipe.train.max_steps}  loss {report.loss:.4f}  {validation}"
             f"lr {report.lr:.2e}  {report.samples_per_second:.1f} samples/s  {mfu}data wait {report.data_wait:.0%}  "
-            f"eta {minutes}:{seconds:02d}"
+            f"{skipped}eta {minutes}:{seconds:02d}"
         )
 
     def _write_csv(self) -> None:

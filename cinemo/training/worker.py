@@ -10,51 +10,34 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import ray
-import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from cinemo import cache, storage
-from cinemo.config import Recipe, parse_recipe
+from cinemo import storage
+from cinemo.config import Recipe
 from cinemo.data.cluster import connect
 from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
-from cinemo.methods import build_method, mark_trainable
-from cinemo.networks.frozen import TextEncoder, Vae
-from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.memory import keep_freed_memory
-from cinemo.networks.weights import load_unet
-from cinemo.training import checkpoints
-from cinemo.training.batch import TextStates, check_dataset, dataset_digest
+from cinemo.training import checkpoints, rank
 from cinemo.training.checkpoints import CheckpointCard
-from cinemo.training.cost import peak_flops, sample_flops
-from cinemo.training.engine import Engine
-from cinemo.training.loop import train
+from cinemo.training.cost import sample_flops
+from cinemo.training.dataset_check import check_canary, check_dataset, dataset_digest
 from cinemo.training.mailbox import Mailbox
-from cinemo.training.metrics import Report
 from cinemo.training.progress import (
-    Event,
     Progress,
-    Resumed,
-    Saved,
-    Sheet,
     TrainSummary,
     dataset_profile,
     read_run,
     read_summary,
 )
-from cinemo.training.sheets import first_samples, sheet_latents, write_samples
-from cinemo.training.validation import Validation
-from cinemo.types import InputError, RunError, keyed_seed
+from cinemo.types import InputError, RunError
 
 # A checkpoint can be continued only with these unchanged: they decide its tensors, the order of data, or every draw.
 _FIXED = (
@@ -102,12 +85,14 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     with ThreadPoolExecutor(1, "flops") as pool:
         flops = pool.submit(sample_flops, recipe)
         _join_cluster(recipe)
+    if recipe.train.canary and not start:
+        print(_canary(index, recipe), flush=True)
     progress = Progress(recipe, output, data, digest, profile=dataset_profile(index))
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
     trainer = TorchTrainer(
-        _worker,
+        rank.work,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
             "data": data,
@@ -211,6 +196,17 @@ def _join_cluster(recipe: Recipe) -> None:
             )
 
 
+def _canary(index: DatasetIndex, recipe: Recipe) -> str:
+    """`check_canary` in a process of its own, on an accelerator where the recipe encodes on one."""
+    gpus = recipe.data.encode_gpus if ray.cluster_resources().get("GPU", 0) >= recipe.data.encode_gpus else 0
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=1)(check_canary)
+    try:
+        line: str = ray.get(task.remote(index, recipe))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, InputError | RunError) else error) from None
+    return line
+
+
 def _raise_fault(mailbox: Any) -> None:
     fault = ray.get(mailbox.fault.remote())
     if fault:
@@ -237,108 +233,3 @@ def _following(mailbox: Any, progress: Progress) -> Iterator[None]:
         finally:
             over.set()
             following.result()
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """One rank."""
-    mailbox = config["mailbox"]
-    if ray.get(mailbox.fault.remote()):
-        return  # the attempt before this one met what no restart can mend
-    try:
-        recipe = parse_recipe(config["recipe"], "recipe")
-        _train(recipe, config["data"], config["output"], config["start"], config["flops"], mailbox)
-    except (InputError, RunError) as error:
-        ray.get(mailbox.post_fault.remote(type(error).__name__, str(error)))
-        raise
-
-
-def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int, mailbox: Any) -> None:
-    torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    device = get_device()
-    assert isinstance(device, torch.device)
-    index = DatasetIndex.load(data)
-    digest = dataset_digest(index)
-    # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
-    torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
-    method = build_method(recipe, _base_unet(recipe))
-    mark_trainable(method, recipe.train)
-    method.unet.gradient_checkpointing = recipe.train.gradient_checkpointing
-    if recipe.compile:
-        method.unet.compile(dynamic=False)
-    if device.type == "cpu":
-        keep_freed_memory()
-    engine = Engine(method, recipe.train, device)
-    text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device, engine.dtype))
-
-    step, history = 0, []
-    with _checkpoint_directory(start) as directory:
-        if directory is not None:
-            state = engine.load(directory)
-            if state["dataset"] != digest:
-                raise InputError(f"dataset {data}: changed while training ({state['dataset']} -> {digest})")
-            step, history = state["step"], [Report.of_kept(row) for row in state["history"]]
-
-    def post(event: Event) -> None:
-        if rank == 0:
-            mailbox.post.remote(pickle.dumps(event))
-
-    def on_report(report: Report) -> None:
-        history.append(report)
-        post(report)
-
-    def on_checkpoint(done: int) -> None:
-        state = {"step": done, "dataset": digest, "history": [row.kept() for row in history]}
-        with tempfile.TemporaryDirectory(prefix="cinemo-checkpoint-") as scratch:
-            share = Path(scratch)
-            with checkpoints.saving(done, engine.share_bytes, scratch):
-                engine.save(share, state)
-            files = {name: size for part in engine.gather(checkpoints.sizes(share)) for name, size in part.items()}
-            if rank == 0:
-                checkpoints.describe(share, recipe, done, world, digest, files)
-            with checkpoints.saving(done, sum(files.values()), output):
-                # Returns when the files are uploaded.
-                ray.train.report(
-                    {"step": done, "loss": history[-1].loss}, checkpoint=Checkpoint.from_directory(scratch)
-                )
-        post(Saved(done))
-
-    samples = first_samples(index, recipe.train.sample_count, recipe.train.held_out_shards)
-
-    def on_sheet(done: int) -> None:
-        if rank == 0 or engine.sharded:
-            animated = sheet_latents(recipe, method, text, samples, device)
-        if rank == 0:
-            vae = Vae(recipe.encoders.vae_decoder or recipe.encoders.vae, device, engine.dtype)
-            post(Sheet(done, write_samples(output, recipe, done, vae, samples, animated)))
-
-    post(Resumed(step, tuple(history)))
-    loader = LatentLoader.of(index, recipe.train, rank, world)
-    validate = Validation(recipe, engine, text, index, loader.sample) if recipe.train.held_out_shards else None
-    sample_seconds = flops / peak_flops(device, engine.dtype)
-    train(
-        recipe, engine, loader.batches(step), text, step, on_report, on_checkpoint, on_sheet, validate, sample_seconds
-    )
-    ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived
-
-
-def _base_unet(recipe: Recipe) -> LavieUNet | None:
-    """The weights of ``train.init``; a motion network that they lack (LaVie's) starts at zero (global torch RNG)."""
-    if recipe.train.init is None:
-        return None
-    try:
-        return load_unet(recipe.model, recipe.train.init, torch.float32, motion_optional=True)
-    except InputError as error:
-        raise InputError(f"train.init: {error}; --set train.init=null trains from scratch") from None
-
-
-@contextmanager
-def _checkpoint_directory(start: str | None) -> Iterator[Path | None]:
-    """The files to load: Ray Train's committed checkpoint of this job, else the one the job starts from."""
-    committed = ray.train.get_checkpoint()
-    if committed is not None:
-        with committed.as_directory() as directory:
-            yield Path(directory)
-    else:
-        yield cache.localize(start) if start else None

@@ -11,7 +11,7 @@ import torch
 
 from cinemo import storage
 from cinemo.config import Recipe
-from cinemo.data import shards
+from cinemo.data import identity, shards
 from cinemo.recipes import load_recipe
 from cinemo.types import LatentSample, keyed_seed
 
@@ -100,10 +100,10 @@ def moving_samples(count: int, frames: int = 4, channels: int = 4, side: int = 4
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A finished dataset of 12 samples in 3 shards."""
+def dataset(tmp_path_factory: pytest.TempPathFactory, small: Recipe) -> str:
+    """A finished dataset of 12 samples in 3 shards; their videos are gone."""
     root = str(tmp_path_factory.mktemp("dataset"))
-    samples, fingerprint = moving_samples(12), "f" * 64
+    samples, (fingerprint, covers) = moving_samples(12), identity.fingerprint(small)
     records = [
         shards.commit(root, number, samples[4 * number : 4 * number + 4], [], fingerprint) for number in range(3)
     ]
@@ -114,6 +114,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
         "samples": 12,
         "quarantined": 0,
         "fingerprint": fingerprint,
+        "computed_from": covers,
         "latent_shape": [4, 4, 4, 4],
     }
     storage.write_json(storage.join(root, "dataset.json"), info)

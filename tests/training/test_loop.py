@@ -17,6 +17,7 @@ from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
 from cinemo.training import batch as batches
+from cinemo.training.dataset_check import check_dataset
 from cinemo.training.engine import Engine
 from cinemo.training.loop import Report, prefetch, train
 from cinemo.types import InputError, RunError
@@ -160,10 +161,10 @@ def test_text_states_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_geometry_is_refused(small: Recipe, dataset: str) -> None:
     index = DatasetIndex.load(dataset)
-    batches.check_dataset(index, small)
+    check_dataset(index, small)
     wide = small.model_copy(update={"data": small.data.model_copy(update={"size": (32, 64)})})
     with pytest.raises(InputError, match=r"latents 4x4x4x4, recipe cinemo-tiny expects 4x4x4x8"):
-        batches.check_dataset(index, wide)
+        check_dataset(index, wide)
     with pytest.raises(InputError, match="sample clip000_0: latents are 4x4x4x4"):
         batches.host_batch(moving_samples(1), 0, wide)
 

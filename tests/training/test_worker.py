@@ -27,7 +27,8 @@ from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import save_unet
 from cinemo.training import checkpoints, worker
-from cinemo.training.batch import TextStates, dataset_digest
+from cinemo.training.batch import TextStates
+from cinemo.training.dataset_check import dataset_digest
 from cinemo.training.engine import Engine
 from cinemo.training.loop import Report, train
 from cinemo.training.progress import SUMMARY_FILE

@@ -1,0 +1,61 @@
+"""Before step 0: is this the dataset that the recipe means, and is it still what it says it is?"""
+
+from __future__ import annotations
+
+import hashlib
+
+from cinemo.config import Recipe
+from cinemo.data.identity import differences, fingerprint
+from cinemo.data.shards import DatasetIndex
+from cinemo.data.verify import canary
+from cinemo.training.batch import dimensions, latent_shape
+from cinemo.types import InputError, RunError
+
+_SHOWN = 3
+
+
+def check_dataset(index: DatasetIndex, recipe: Recipe) -> None:
+    """Refuse a dataset that was made in another way than the recipe says.
+
+    Raises:
+        InputError: the geometry of its latents differs, or its fingerprint does; each field is named.
+    """
+    shape, expected = tuple(index.info["latent_shape"]), latent_shape(recipe)
+    if shape != expected:
+        raise InputError(
+            f"dataset {index.uri}: latents {dimensions(shape)}, recipe {recipe.name} expects {dimensions(expected)} "
+            "(frames x channels x rows x columns); precompute it with this recipe, or train with the recipe it was "
+            "made with"
+        )
+    found = differences(index.info.get("computed_from", {}), fingerprint(recipe)[1])
+    if found:
+        more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise InputError(
+            f"dataset {index.uri}: was not made by recipe {recipe.name}: {'; '.join(found[:_SHOWN])}{more}; "
+            "precompute it again, or give the same --recipe and --set as precompute had"
+        )
+
+
+def check_canary(index: DatasetIndex, recipe: Recipe) -> str:
+    """Make ``train.canary`` samples again from their videos and compare; returns a line about it.
+
+    Raises:
+        RunError: one differs by more than another kind of machine explains.
+    """
+    result = canary(index, recipe, recipe.train.canary, recipe.train.seed)
+    left_out = result.unreadable if recipe.train.on_damaged == "skip" else []
+    faults = [*result.faults, *([] if left_out else result.unreadable)]
+    if faults:
+        raise RunError(
+            f"dataset {index.uri}: {'; '.join(faults[:_SHOWN])}; "
+            "what it holds is not what its videos give: check it with precompute.py --verify"
+        )
+    made = result.samples - result.skipped - len(left_out)
+    gone = f", {result.skipped} not, their videos are gone" if result.skipped else ""
+    return f"canary: {made} of {result.samples} samples made again and compared, {result.equal} equal bit for bit{gone}"
+
+
+def dataset_digest(index: DatasetIndex) -> str:
+    """Identifies the content of a dataset: its fingerprint and every shard's sha256."""
+    parts = [index.info["fingerprint"], *index.table["sha256"].to_pylist()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
