@@ -19,11 +19,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="auto: continue what --output holds, or start; never: insist on an empty --output; URI: start a new run "
         "from a checkpoint",
     )
+    parser.add_argument(
+        "--verify-resume",
+        action="store_true",
+        help="prove on this dataset and machine that a resume repeats and loses no sample: trains twice under --output, "
+        "once killed and resized",
+    )
     arguments = parser.parse_args(argv)
     if arguments.max_steps is not None:
         arguments.assignments.append(f"train.max_steps={arguments.max_steps}")
     recipe = cli.recipe_of(arguments)
 
+    if arguments.verify_resume:
+        from cinemo.training.proof import verify_resume
+
+        print("\n".join(verify_resume(recipe, arguments.data, arguments.output, __file__)))
+        return
     from cinemo.training import worker  # late: --help and bad flags need neither torch nor Ray
 
     summary = worker.run(recipe, arguments.data, arguments.output, arguments.resume)
