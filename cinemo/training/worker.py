@@ -28,7 +28,7 @@ from cinemo.config import Recipe, parse_recipe
 from cinemo.data.cluster import connect
 from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
-from cinemo.methods import build_method, mark_trainable
+from cinemo.methods import build_method, check_trainable, mark_trainable
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.memory import keep_freed_memory
@@ -85,6 +85,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     data, output = storage.absolute(data), storage.absolute(output)
     index = DatasetIndex.load(data)
     check_dataset(index, recipe)
+    check_trainable(recipe)
     digest = dataset_digest(index)
     start = _starting_point(recipe, digest, output, resume)
     summary = read_summary(output)
