@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--verify-resume",
         action="store_true",
-        help="prove on this dataset and machine that a resume repeats and loses no sample: trains twice under --output, "
+        help="prove here and on this dataset that a resume repeats and loses no sample: trains twice under --output, "
         "once killed and resized",
     )
     arguments = parser.parse_args(argv)

@@ -6,10 +6,10 @@ from cinemo.config import Recipe
 from cinemo.diffusion.schedule import noise_schedule
 from cinemo.methods.base import MotionMethod
 from cinemo.methods.cinemo import CinemoMethod
-from cinemo.methods.trainable import mark_trainable
+from cinemo.methods.trainable import check_trainable, mark_trainable
 from cinemo.networks.lavie_unet import LavieUNet
 
-__all__ = ["CinemoMethod", "MotionMethod", "build_method", "mark_trainable"]
+__all__ = ["CinemoMethod", "MotionMethod", "build_method", "check_trainable", "mark_trainable"]
 
 
 def build_method(recipe: Recipe, unet: LavieUNet | None = None) -> CinemoMethod:

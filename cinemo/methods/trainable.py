@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from cinemo.config import TrainConfig
+import torch
+
+from cinemo.config import Recipe, TrainConfig
 from cinemo.methods.cinemo import CinemoMethod
-from cinemo.networks.lavie_unet import is_temporal
+from cinemo.networks.lavie_unet import LavieUNet, is_temporal
 from cinemo.networks.lora import add_lora
 
 
@@ -24,3 +26,10 @@ def mark_trainable(method: CinemoMethod, train: TrainConfig) -> None:
     elif train.trainable == "temporal":
         for name, parameter in method.unet.named_parameters():
             parameter.requires_grad_(is_temporal(name))
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """Raise what `mark_trainable` will, before any weights are there."""
+    if recipe.train.trainable == "lora":
+        with torch.device("meta"):
+            add_lora(LavieUNet(**recipe.model.model_dump()), recipe.train)

@@ -87,7 +87,7 @@ def host_batch(samples: Sequence[LatentSample], step: int, recipe: Recipe) -> Ho
         if sample.latents_FCHW.shape != expected:
             raise InputError(
                 f"sample {sample.key}: latents are {dimensions(sample.latents_FCHW.shape)}, recipe {recipe.name} "
-                f"expects {dimensions(expected)} (frames x channels x rows x columns); precompute the dataset with this recipe"
+                f"expects {dimensions(expected)} (frames x channels x rows x columns); precompute it with this recipe"
             )
         video_CFHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32)).transpose(0, 1)
         videos.append(video_CFHW)

@@ -78,7 +78,7 @@ class Report:
     val_loss_t1: float = NAN
     val_loss_t2: float = NAN
     val_loss_t3: float = NAN
-    skipped: float = 0
+    skipped: float = NAN
     buckets: Mapping[str, float] = field(default_factory=dict)
 
     def kept(self) -> list[float | None]:

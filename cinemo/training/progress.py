@@ -203,7 +203,7 @@ class Progress:
         minutes, seconds = divmod(round(left / report.samples_per_second), 60)
         validation = f"validation {report.val_loss:.4f}  " if math.isfinite(report.val_loss) else ""
         mfu = f"mfu {report.mfu:.0%}  " if math.isfinite(report.mfu) else ""
-        skipped = f"{report.skipped:g} samples left out  " if report.skipped else ""
+        skipped = f"{report.skipped:g} samples left out  " if report.skipped > 0 else ""
         return (
             f"step {report.step}/{self._recipe.train.max_steps}  loss {report.loss:.4f}  {validation}"
             f"lr {report.lr:.2e}  {report.samples_per_second:.1f} samples/s  {mfu}data wait {report.data_wait:.0%}  "

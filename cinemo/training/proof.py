@@ -30,6 +30,7 @@ from cinemo.types import InputError, RunError
 
 STRAIGHT, INTERRUPTED = "straight", "interrupted"
 _CHECKPOINTS = 6  # of the whole training: kills come after the second and the fourth
+_LEAST_STEPS = 24  # of a small dataset several epochs, or the training would be over before it can be killed
 _POLL_SECONDS = 0.2
 _INTO_THE_STEP = 0.7  # seconds after a checkpoint's commit
 _PATIENCE = 3600.0
@@ -48,7 +49,8 @@ def verify_resume(recipe: Recipe, data: str, output: str, script: str) -> list[s
     """Run both trainings under ``output`` and return the lines of the proof; also written to ``proof.json``.
 
     Args:
-        recipe: trained as it is, for one epoch and a step or ``train.max_steps``, whichever is less.
+        recipe: trained as it is, for one epoch and a step or ``train.max_steps``, whichever is less, but at
+            least 24 steps.
         output: new directory, local: processes are watched and killed on this machine.
         script: path of ``pipelines/train.py``.
 
@@ -64,8 +66,8 @@ def verify_resume(recipe: Recipe, data: str, output: str, script: str) -> list[s
     index = DatasetIndex.load(data)
     order = LatentLoader.of(index, recipe.train).order
     epoch = -(-order.samples // recipe.train.global_batch)
-    steps = min(recipe.train.max_steps, epoch + 1)
-    every = max(1, steps // _CHECKPOINTS)
+    steps = max(_LEAST_STEPS, min(recipe.train.max_steps, epoch + 1))
+    every = steps // _CHECKPOINTS
     settings = [f"train.max_steps={steps}", f"train.checkpoint_every={every}", "train.log_every=1"]
     recipe = override(recipe, [*settings, "train.sample_count=1", "train.sample_every=0", "train.validate_every=0"])
     fewer = _fewer(recipe)

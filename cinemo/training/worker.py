@@ -25,6 +25,7 @@ from cinemo.config import Recipe
 from cinemo.data.cluster import connect
 from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
+from cinemo.methods import check_trainable
 from cinemo.training import checkpoints, rank
 from cinemo.training.checkpoints import CheckpointCard
 from cinemo.training.cost import sample_flops
@@ -72,6 +73,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     data, output = storage.absolute(data), storage.absolute(output)
     index = DatasetIndex.load(data)
     check_dataset(index, recipe)
+    check_trainable(recipe)
     digest = dataset_digest(index)
     start = _starting_point(recipe, digest, output, resume)
     summary = read_summary(output)

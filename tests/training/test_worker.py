@@ -330,6 +330,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     refused(r"train\.lora_rank 16 -> 4", changed(lora_rank=4))
     refused("checkpoint .*elsewhere: none there", output=tmp_path / "new", resume=str(tmp_path / "elsewhere"))
     refused("no dataset there", data=str(tmp_path))
+    refused("name ends with 'to_qq'; did you mean", changed(trainable="lora", lora_layers=("to_qq",)))
     wide = small.model_copy(update={"data": small.data.model_copy(update={"size": (64, 64)})})
     refused("latents 4x4x4x4, recipe cinemo-tiny expects 4x4x8x8", wide)
 
