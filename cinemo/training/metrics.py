@@ -111,9 +111,7 @@ class LossSums:
 
     def __init__(self, train_steps: int) -> None:
         self._train_steps = train_steps
-        self._losses: list[Tensor] = []
-        self._sorted_by: list[Tensor] = []
-        self._weights: list[Tensor] = []
+        self._parts: list[tuple[Tensor, Tensor, Tensor, int, Tensor | None]] = []
 
     def add(self, losses_B: Tensor, batch: HostBatch, step: int = 0, weight_B: Tensor | None = None) -> None:
         """Keep the losses of one micro batch.
@@ -124,18 +122,26 @@ class LossSums:
             step: how many steps lie between this one and the first that was added.
             weight_B: (B,), host memory; 0 counts as not there, None is 1 for each.
         """
-        quartile_B = 1 + batch.t_B * QUARTILES // self._train_steps
-        bucket_B = 1 + QUARTILES + batch.motion_bucket_B.long()
-        step_B = torch.full_like(quartile_B, _GROUPS + step)
-        self._losses.append(losses_B.detach().double())
-        self._sorted_by.append(torch.stack([torch.zeros_like(quartile_B), quartile_B, bucket_B, step_B]))
-        self._weights.append(torch.ones(len(quartile_B)) if weight_B is None else weight_B)
+        self._parts.append((losses_B.detach(), batch.t_B, batch.motion_bucket_B, step, weight_B))
 
     def sums(self, device: torch.device, steps: int = 1) -> Tensor:
         """(2, 25 + steps) float64: weighted losses, and weights: overall, by quartile, by bucket, by step."""
-        groups_GN = torch.cat(self._sorted_by, dim=1).to(device)
-        weights_N = torch.cat(self._weights).to(device, torch.float64)
-        losses_N = torch.cat(self._losses).to(device)
+        losses, t, buckets, offsets, given = zip(*self._parts, strict=True)
+        weights = [
+            torch.ones(len(t_B)) if weight_B is None else weight_B for t_B, weight_B in zip(t, given, strict=True)
+        ]
+        step_N = torch.tensor(offsets).repeat_interleave(torch.tensor([len(t_B) for t_B in t]))
+        quartile_N = torch.cat(t) * QUARTILES // self._train_steps
+        groups_GN = torch.stack(
+            [
+                torch.zeros_like(step_N),
+                1 + quartile_N,
+                1 + QUARTILES + torch.cat(buckets).long(),
+                _GROUPS + step_N,
+            ]
+        ).to(device)
+        weights_N = torch.cat(weights).to(device, torch.float64)
+        losses_N = torch.cat(losses).to(device, torch.float64)
         losses_N = torch.where(weights_N > 0, losses_N * weights_N, 0.0)  # what is not there may be no number
         found = torch.zeros(2, _GROUPS + steps, dtype=torch.float64, device=device)
         for groups_N in groups_GN:

@@ -17,7 +17,7 @@ from cinemo.data.shards import DatasetIndex
 from cinemo.training.batch import HostBatch, TextStates, host_batch, on_device
 from cinemo.training.engine import Engine
 from cinemo.training.metrics import Losses, LossSums
-from cinemo.types import LatentSample, keyed_generator
+from cinemo.types import InputError, LatentSample, keyed_generator
 
 STRATA = 8
 LEAST, MOST = 64, 256  # forward passes of one sample each, where there are samples enough
@@ -56,8 +56,11 @@ class Validation:
     """Measures the loss on held-out samples; every rank makes every call, and all run equally many forward passes.
 
     Args:
-        read: a sample by its position in the index and place in the shard; called here, for this rank's share.
         text: of the training, so that captions seen there are not encoded again.
+        read: a sample by its position in the index and place in the shard; called here, for this rank's share.
+
+    Raises:
+        InputError: the held-out shards hold no samples.
     """
 
     def __init__(
@@ -74,6 +77,11 @@ class Validation:
         self._engine, self._text = engine, text
         places = held_out_places(index, recipe.train.held_out_shards)
         draws = plan_draws(len(places), recipe.diffusion.train_steps)
+        if not draws:
+            raise InputError(
+                f"train.held_out_shards is {recipe.train.held_out_shards}: the last shards of {index.uri} hold no "
+                "samples; raise it, or set it to 0 for a training without validation"
+            )
         self.draws = len(draws)
         # All ranks must call the network equally often (ZeRO-3 gathers weights in it): the last ones repeat a draw
         # with weight zero.

@@ -19,7 +19,8 @@ from cinemo.networks.frozen import TextEncoder
 from cinemo.training import batch as batches
 from cinemo.training.dataset_check import check_dataset
 from cinemo.training.engine import Engine
-from cinemo.training.loop import Report, prefetch, train
+from cinemo.training.loop import prefetch, train
+from cinemo.training.metrics import Report
 from cinemo.types import InputError, RunError
 from tests.training.conftest import moving_samples
 

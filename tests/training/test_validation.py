@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import write_dataset
 
 from cinemo.config import Recipe, override
 from cinemo.data.loader import LatentLoader
@@ -20,6 +22,7 @@ from cinemo.training.engine import Engine
 from cinemo.training.loop import train
 from cinemo.training.metrics import Losses, Report
 from cinemo.training.validation import LEAST, MOST, STRATA, Validation, held_out_places, plan_draws
+from cinemo.types import InputError
 
 
 @given(st.integers(1, 3000), st.sampled_from([1000, 999, 50]))
@@ -40,6 +43,12 @@ def test_what_is_measured(samples: int, train_steps: int) -> None:
 
 def test_nothing_is_measured_of_nothing() -> None:
     assert plan_draws(0, 1000) == []
+
+
+def test_empty_held_out_shards_are_refused(small: Recipe, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, (4, 4, 4, 4), sizes=(3, 0))
+    with pytest.raises(InputError, match=r"held_out_shards is 1: the last shards of .* hold no samples"):
+        _validation(override(small, ["train.held_out_shards=1"]), Rank(torch.nn.Identity(), 0, 1), str(root))
 
 
 def test_held_out_samples_are_those_of_the_last_shards(dataset: str) -> None:

@@ -30,8 +30,10 @@ from cinemo.training import checkpoints, worker
 from cinemo.training.batch import TextStates
 from cinemo.training.dataset_check import dataset_digest
 from cinemo.training.engine import Engine
-from cinemo.training.loop import Report, train
+from cinemo.training.loop import train
+from cinemo.training.metrics import Report
 from cinemo.training.progress import SUMMARY_FILE
+from cinemo.training.validation import Validation
 from cinemo.types import InputError, keyed_seed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -41,6 +43,7 @@ PATIENCE = 240.0
 
 def _two_workers(small: Recipe) -> Recipe:
     settings = {"workers": 2, "micro_batch": 1, "max_steps": STEPS, "checkpoint_every": 4, "sample_every": 0}
+    settings |= {"held_out_shards": 1, "validate_every": 8}
     return small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | settings))})
 
 
@@ -113,7 +116,7 @@ def jobs() -> Iterator[list[Job]]:
             job.kill_all()
 
 
-def _reference(recipe: Recipe, data: str) -> list[float]:
+def _reference(recipe: Recipe, data: str) -> list[Report]:
     """The undisturbed curve, on one rank in this process: the number of workers must not matter."""
     settings = TrainConfig(**(recipe.train.model_dump() | {"workers": 1, "micro_batch": 4, "zero_stage": 0}))
     torch.manual_seed(keyed_seed(settings.seed, "weights"))
@@ -123,8 +126,9 @@ def _reference(recipe: Recipe, data: str) -> list[float]:
     loader = LatentLoader(index, global_batch=settings.global_batch, lanes=settings.lanes, seed=settings.seed)
     text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
     reports: list[Report] = []
-    train(alone, engine, loader.batches(), text, on_report=reports.append)
-    return [report.loss for report in reports]
+    validation = Validation(alone, engine, text, index, loader.sample)
+    train(alone, engine, loader.batches(), text, on_report=reports.append, validate=validation)
+    return reports
 
 
 @pytest.mark.ray
@@ -133,6 +137,8 @@ def _reference(recipe: Recipe, data: str) -> list[float]:
 def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
     small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from mlflow.tracking import MlflowClient
+
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     recipe, output = _two_workers(small), tmp_path / "run"
     # The first job runs on one worker, at another ZeRO stage: its checkpoint is everyone's.
@@ -166,11 +172,29 @@ def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
     losses = [float(row["loss"]) for row in rows]
-    assert losses == pytest.approx(_reference(recipe, dataset), rel=1e-3)
+    alone = _reference(recipe, dataset)
+    assert losses == pytest.approx([report.loss for report in alone], rel=1e-3)
+    assert [row["step"] for row in rows if row["val_loss"]] == ["8", "16", "24"]
+    for row, report in zip(rows, alone, strict=True):
+        for name in ("loss_t0", "loss_t3", "val_loss", "val_loss_t1"):
+            got = float(row[name] or "nan")
+            assert got == pytest.approx(getattr(report, name), rel=1e-3, nan_ok=True), (row["step"], name)
+        assert 0 < float(row["mfu"]) < 1
+        assert 0.1 < float(row["memory_gb"]) < 100
+    assert summary["val_loss"] == pytest.approx(float(rows[-1]["val_loss"]))
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
     kept = checkpoints.complete(str(output))
     assert (kept[-1].step, len(kept)) == (STEPS, recipe.train.keep_checkpoints)
     assert (output / "samples" / f"step-{STEPS:06d}.png").exists()
+    assert len(list((output / "samples" / f"step-{STEPS:06d}").glob("*.mp4"))) == 4
+
+    client = MlflowClient(summary["mlflow_uri"])
+    for name in ("loss", "grad_norm", "loss_bucket_02", "val_loss"):
+        steps = [metric.step for metric in client.get_metric_history(summary["mlflow_run"], name)]
+        assert len(steps) == len(set(steps)), name
+    assert [m.step for m in client.get_metric_history(summary["mlflow_run"], "loss")] == list(range(1, STEPS + 1))
+    (used,) = client.get_run(summary["mlflow_run"]).inputs.dataset_inputs
+    assert used.dataset.digest == dataset_digest(DatasetIndex.load(dataset))
 
     again = worker.run(recipe, dataset, str(output))
     assert again.steps == STEPS
