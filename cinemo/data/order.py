@@ -131,12 +131,14 @@ class SampleOrder:
 
     def _find(self, epoch: int, places: np.ndarray) -> list[Place]:
         shards, ends = self._shards(epoch)
-        slots = np.searchsorted(ends, places, side="right")
-        found = []
-        for slot, place in zip(slots.tolist(), places.tolist(), strict=True):
-            shard = int(shards[slot])
-            offset = place - (int(ends[slot]) - int(self.sizes[shard]))
-            found.append(Place(shard, int(self._inside(epoch, shard)[offset]), epoch))
+        found: list[Place] = []
+        while len(places):
+            slot = int(np.searchsorted(ends, places[0], side="right"))
+            shard, end = int(shards[slot]), int(ends[slot])
+            some = places[: end - int(places[0])]
+            inside = self._inside(epoch, shard)[some - (end - int(self.sizes[shard]))]
+            found += [Place(shard, index, epoch) for index in inside.tolist()]
+            places = places[len(some) :]
         return found
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
