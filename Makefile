@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 OUT   ?= demo
 CLIPS ?=
 
-.PHONY: setup demo test check format bench bench-network bench-precompute bench-scale bench-train chaos clean
+.PHONY: setup demo test check format bench bench-network bench-precompute bench-scale bench-train chaos chaos-train clean
 
 setup: $(VENV)/.ready
 
@@ -52,6 +52,9 @@ bench-train: setup
 
 chaos: setup
 	$(PY) tests/chaos.py $(ARGS)
+
+chaos-train: setup
+	$(PY) tests/chaos_train.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

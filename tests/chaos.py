@@ -101,7 +101,7 @@ def log_of(output: Path | str) -> Path:
 
 def written(output: Path | str) -> set[str]:
     """Names under the output; locally those of files that are being written too."""
-    return {entry for name in ("shards", "quarantine") for entry in names(output, name)}
+    return {entry for name in ("shards", "quarantine", "train", "order") for entry in names(output, name)}
 
 
 def names(output: Path | str, name: str) -> list[str]:
@@ -125,8 +125,13 @@ def strike(process: subprocess.Popen[bytes], family: Sequence[psutil.Process], v
         process.kill()
         return True
     # Not those of Ray's own processes on which a node depends (ray::DashboardAgent, ray::RuntimeEnvAgent).
-    marks = {"worker": "ray::Map", "raylet": "raylet/raylet", "gcs": "gcs_server", "everything": ""}
-    found = [member for member in family if marks[victim] in command_line(member)]
+    marks = {
+        "worker": ("ray::Map", "ray::RayTrainWorker"),
+        "raylet": ("raylet/raylet",),
+        "gcs": ("gcs_server",),
+        "everything": ("",),
+    }
+    found = [member for member in family if any(mark in command_line(member) for mark in marks[victim])]
     if victim == "everything":
         process.kill()
     if victim == "worker":
@@ -143,9 +148,10 @@ def command_line(process: psutil.Process) -> str:
     return ""
 
 
-def disturb(command: Sequence[str], output: Path | str, lives: Sequence[Sequence[Kill]]) -> Iterator[str]:
-    """Start the command again and again until it is through, with the kills of each life; yields what happened."""
-    for kills in [*lives, [], [], []]:
+def disturb(commands: Sequence[Sequence[str]], output: Path | str, lives: Sequence[Sequence[Kill]]) -> Iterator[str]:
+    """Start the next of the commands again and again until one is through, with the kills of each life; yields what
+    happened."""
+    for command, kills in zip(commands, [*lives, [], [], []], strict=False):
         code, done = run_and_kill(command, output, kills)
         yield f"{', '.join(map(str, kills[:done])) or 'undisturbed'} -> exit {code}"
         if code == 0:
@@ -231,7 +237,7 @@ def main() -> None:
             rng = random.Random(f"{arguments.seed} {number}")
             output = place(f"round-{number}")
             print(f"round {number} (seed {arguments.seed})", flush=True)
-            for event in disturb(command(output), output, draw(rng, arguments.lives)):
+            for event in disturb([command(output)] * (arguments.lives + 3), output, draw(rng, arguments.lives)):
                 print(f"  {event}", flush=True)
             got = digests_of(output)
             wrong = sorted(name for name in got.keys() | expected.keys() if got.get(name) != expected.get(name))
