@@ -77,7 +77,7 @@ def test_a_sound_dataset(with_fields: Path, field_recipe: Recipe) -> None:
     result = verify(str(with_fields), field_recipe, 18)
     assert (result["shards"], result["sidecars"], result["samples"]) == (3, 12, 18)
     assert result["bytes"] == sum(path.stat().st_size for path in with_fields.rglob("*.tar"))
-    assert result["canary"] == {"samples": 18, "equal": 18, "skipped": 0, "worst": 0.0, "faults": []}
+    assert result["canary"] == {"samples": 18, "equal": 18, "skipped": 0, "worst": 0.0, "faults": [], "unreadable": []}
     assert {path: path.stat().st_mtime_ns for path in with_fields.rglob("*")} == before
 
 

@@ -98,7 +98,7 @@ def test_what_mlflow_missed_is_sent_when_a_run_goes_on(
     (used,) = run.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == (Path(dataset).name, "digest")
     assert json.loads(used.dataset.source) == {"uri": dataset}
-    assert json.loads(used.dataset.profile)["fingerprint"] == "f" * 64
+    assert json.loads(used.dataset.profile)["fingerprint"] == DatasetIndex.load(dataset).info["fingerprint"]
     assert len(json.loads(used.dataset.profile)["index_sha256"]) == 64
     assert run.data.params["train.lr"] == str(small.train.lr)
 
@@ -127,7 +127,7 @@ def test_every_value_finds_its_way(tmp_path: Path, small: Recipe, monkeypatch: p
     assert list(rows[0]) == list(COLUMNS)
     assert (rows[0]["loss_t2"], rows[0]["val_loss_t1"], rows[1]["val_loss"]) == ("", "0.8", "")
     stored = MlflowClient(summary.mlflow_uri).get_run(summary.mlflow_run).data.metrics
-    assert stored.keys() == {*COLUMNS[1:], "loss_bucket_07", "val_loss_bucket_07"} - {"loss_t2"}
+    assert stored.keys() == {*COLUMNS[1:], "loss_bucket_07", "val_loss_bucket_07"} - {"loss_t2", "skipped"}
     assert (stored["val_loss_bucket_07"], stored["memory_gb"]) == (0.6, 2.5)
 
 
