@@ -9,6 +9,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import argparse
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -123,6 +124,7 @@ def fill(title: str, text: str) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as directory:
         less = table(
             ("sampling", "passes, whole + outer layers", "time", "frames to 50 steps", "motion"),

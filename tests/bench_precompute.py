@@ -10,6 +10,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import argparse
 import hashlib
 import tempfile
 import time
@@ -250,6 +251,7 @@ def shards(scratch: Path) -> tuple[list[Row], float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     cv2.setNumThreads(1)
     torch.set_num_threads(1)

@@ -39,6 +39,7 @@ _DECODING = {"max_calls": 500}
 COMMIT_CPUS = 0.0
 # So many at a time: a slow storage must not be met with ever more processes, each holding a shard.
 _CPUS_PER_COMMIT = 8
+LEAST_COMMITS = 2
 _FEW_CPUS = 4
 _METER_SECONDS = 2.0
 
@@ -124,7 +125,7 @@ def resources(recipe: Recipe) -> Resources:
         decoders=decoders,
         encoders=most,
         least_encoders=least,
-        commits=max(2, cpus // _CPUS_PER_COMMIT),
+        commits=max(LEAST_COMMITS, cpus // _CPUS_PER_COMMIT),
         decode=decode,
         encode={"num_cpus": share, **({"num_gpus": data.encode_gpus} if data.encode_gpus else {})},
     )

@@ -6,6 +6,7 @@ reported with row numbers, counted from 1 without the header.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
 import hashlib
@@ -27,8 +28,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cinemo import cache, storage
-from cinemo.data.manifest_checks import Digest, Faults, cast_columns, check_rows, hash_texts, repeated
-from cinemo.data.manifest_formats import BATCH_ROWS, FORMATS, JSON_COLUMN, REQUIRED, open_parquet, refuse
+from cinemo.data.manifest_checks import Digest, Faults, cast_columns, check_rows, hash_texts, refuse, repeated
+from cinemo.data.manifest_formats import BATCH_ROWS, FORMATS, open_parquet
+from cinemo.data.manifest_json import JSON_COLUMN, REQUIRED
 from cinemo.data.shards import SAMPLE_FIELDS
 from cinemo.media.video import EXTENSIONS
 from cinemo.types import InputError
@@ -46,7 +48,8 @@ SCHEMA = pa.schema(
 ROWS = SCHEMA.append(pa.field("extra", pa.string()))
 _INTEGER, _NUMBER = r"^(-?(0|[1-9][0-9]{0,17}))?$", r"^(-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?)?$"
 _NUMERIC = b"cinemo.numeric"
-_SMALL = 64 << 20  # bytes of a file whose converted rows may stay in memory
+_SMALL = 64 << 20  # bytes of a file whose converted rows may stay in memory, and which is checked each time
+_CHECK = 1  # counted up where a check refuses other rows, or the digest is another
 _GROUP_ROWS = 1 << 17
 _GROUP_BYTES = 512 << 20
 
@@ -115,7 +118,8 @@ def read_manifest(uri: str, limit: int | None = None) -> Manifest:
     """Check a manifest, or list a folder of videos (`manifest_from_folder`).
 
     A Parquet file is used where it lies; other kinds are converted once, and a large one is kept in the cache
-    directory, up to as large as it was. Needs about 16 bytes of memory a row.
+    directory, up to as large as it was. So is what the check of a large file found: a file that did not change is not
+    read again. Needs about 16 bytes of memory a row.
 
     Args:
         uri: ``.parquet``, ``.csv`` or ``.jsonl`` (local or s3://), or a local directory. Columns ``clip_id``, ``uri``
@@ -138,7 +142,7 @@ def read_manifest(uri: str, limit: int | None = None) -> Manifest:
     path = cache.localize(uri).resolve()
     try:
         source = path if kind == "parquet" and _is_handy(path) else _converted(path, uri, kind)
-        return _checked(source, uri, parent, limit)
+        return _known(source, uri, parent, limit)
     except (pa.ArrowInvalid, UnicodeDecodeError) as error:
         raise InputError(f"manifest {uri}: not readable as {kind} ({str(error).splitlines()[0]})") from None
 
@@ -148,6 +152,38 @@ def manifest_of(table: pa.Table) -> Manifest:
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return _checked(sink.getvalue(), "(table)", "", None)
+
+
+def _known(source: Path | bytes, uri: str, parent: str, limit: int | None) -> Manifest:
+    """`_checked`, or what it found the last time where the file is large and the same."""
+    if isinstance(source, bytes) or source.stat().st_size <= _SMALL:
+        return _checked(source, uri, parent, limit)
+    facts = _facts(source)
+    verdict = _cached([_CHECK, facts, parent, limit], "json")
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a broken verdict is none
+        found = json.loads(verdict.read_bytes())
+        manifest = Manifest(source, parent, found["rows"], found["digest"])
+        count = manifest._file.metadata.num_rows
+        if manifest.rows == (count if limit is None else min(limit, count)) and re.fullmatch(
+            "[0-9a-f]{64}", manifest.digest
+        ):
+            return manifest
+    manifest = _checked(source, uri, parent, limit)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time
+        if _facts(source) == facts:
+            storage.write_json(str(verdict), {"rows": manifest.rows, "digest": manifest.digest})
+    return manifest
+
+
+def _facts(path: Path) -> list[Any]:
+    """What changes with a file's content; its ctime cannot be set back."""
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _cached(key: Any, suffix: str) -> Path:
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    return cache.cache_directory() / "manifests" / f"{name}.{suffix}"
 
 
 def _checked(source: Path | bytes, uri: str, parent: str, limit: int | None) -> Manifest:
@@ -215,13 +251,11 @@ def _group_starts(file: pq.ParquetFile) -> np.ndarray:
 
 def _converted(path: Path, uri: str, kind: str) -> Path | bytes:
     """The file as Parquet of small row groups: bytes, or a file in the cache directory for the next run."""
-    facts = path.stat()
-    if facts.st_size <= _SMALL:
+    if path.stat().st_size <= _SMALL:
         sink = io.BytesIO()
         _convert(path, uri, kind, sink)
         return sink.getvalue()
-    stamp = json.dumps([1, str(path), facts.st_size, facts.st_mtime_ns])
-    target = cache.cache_directory() / "manifests" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.parquet"
+    target = _cached([2, _facts(path)], "parquet")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -235,7 +269,9 @@ def _convert(path: Path, uri: str, kind: str, sink: Any) -> None:
     numeric: dict[str, str] = {}
     for batch in FORMATS[kind](path, uri):
         if writer is None:
-            writer = pq.ParquetWriter(sink, batch.schema, compression="lz4", use_dictionary=False)
+            writer = pq.ParquetWriter(
+                sink, batch.schema, compression="lz4", use_dictionary=False, write_statistics=False
+            )
             if kind == "csv":
                 numeric = {name: _INTEGER for name in batch.schema.names if name not in SCHEMA.names}
         writer.write_batch(batch, row_group_size=_GROUP_ROWS)

@@ -13,7 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cinemo.types import InputError
+
 _SHOWN = 8
+_SAID = 5
+
+
+def refuse(uri: str, faults: list[str], count: int | None = None) -> None:
+    """Raise an `InputError` that names the first faults and counts all of them; nothing where there is none."""
+    if faults:
+        more = (len(faults) if count is None else count) - _SAID
+        raise InputError(f"manifest {uri}: " + "; ".join(faults[:_SAID]) + (f"; and {more} more" if more > 0 else ""))
 
 
 class Faults:

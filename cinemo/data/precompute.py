@@ -176,7 +176,7 @@ def _execute(
             # Exactly one shard: blocks arrive in order, and none crosses the boundary of a shard.
             batch_size=data.clips_per_shard * data.views,
             num_cpus=cluster.COMMIT_CPUS,
-            compute=ActorPoolStrategy(min_size=1, max_size=resources.commits),
+            compute=ActorPoolStrategy(min_size=cluster.LEAST_COMMITS, max_size=resources.commits),
         )
     )
     yield from cluster.results(graph)

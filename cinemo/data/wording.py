@@ -68,14 +68,20 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made["stage_seconds"].items())
         done = f"; this run: {made['done']} in {made['seconds']:.1f} s ({stages})" if made["done"] else ""
         lines.append(f"{field}: {made['samples']} samples ({made['bytes'] / 1e6:.1f} MB){absent}{done}")
-    plan = read_plan(summary["output"])
-    if plan and (rows := compare(plan, summary)):
+    rows = predicted_rows(summary["output"], summary)
+    if rows:
         lines.append("predicted against actual:")
-        for row in rows:
-            what, unit = _SHOWN[row["what"]]
-            text = _ranges({(what, unit): {"value": row["predicted"], "low": row["low"], "high": row["high"]}})[0]
-            lines.append(f"{text}, actual {row['actual'] / unit:,.4g}")
+    lines += [f"  {what}: {value} ({low} to {high}), actual {actual}" for what, value, low, high, actual in rows]
     return [*lines, f"dataset: {summary['output']}"]
+
+
+def predicted_rows(output: str, summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """``(what, predicted, low, high, actual)`` of a run that was planned; none of one that was not."""
+    plan = read_plan(output)
+    rows = compare(plan, summary) if plan else []
+    shown = [(row, *_SHOWN[row["what"]]) for row in rows]
+    names = ("predicted", "low", "high", "actual")
+    return [(what, *(f"{row[name] / unit:,.4g}" for name in names)) for row, what, unit in shown]
 
 
 def read_plan(output: str) -> dict[str, Any] | None:

@@ -14,10 +14,11 @@ import numpy as np
 
 from cinemo import storage
 from cinemo.config import MOTION_BUCKETS, DataConfig
-from cinemo.data import estimate, shards
+from cinemo.data import shards
 from cinemo.data.shards import DatasetIndex
+from cinemo.data.wording import predicted_rows
 from cinemo.evaluation.figures import contact_sheet, count_bars, duration_bars, motion_histogram, score_histogram
-from cinemo.evaluation.page import chart, code, number, pair, picture, section, table, tiles, write_page
+from cinemo.evaluation.page import chart, code, pair, picture, section, table, tiles, write_page
 from cinemo.media.motion import UNIFORM_EDGES, motion_bucket
 from cinemo.media.video import read_frames
 from cinemo.types import ClipError, InputError, RunError
@@ -239,19 +240,11 @@ def _timings(run: Mapping[str, Any] | None) -> list[str]:
 
 def _predicted(uri: str, summary: Mapping[str, Any]) -> list[str]:
     """Predicted against actual, where the run was planned."""
-    try:
-        plan = storage.read_json(storage.join(uri, "plan.json"))
-    except FileNotFoundError:
-        return []
-    compare = getattr(estimate, "compare", None)
-    rows: Sequence[Any] = compare(plan, summary) if compare else []
-    if not rows:
-        return []
-    if not isinstance(rows[0], Mapping):
-        rows = [dict(zip(("what", "predicted", "actual", ""), row, strict=False)) for row in rows]
-    text = "What --plan expected of this run, and what came."
-    cells = [[html.escape(number(value)) for value in row.values()] for row in rows]
-    return [section("Predicted and actual", text), table(list(rows[0]), cells)]
+    rows = predicted_rows(uri, summary)
+    text = "What --plan expected of this run (low, high: the range it gave), and what came."
+    cells = [[html.escape(value) for value in row] for row in rows]
+    names = ["what", "predicted", "low", "high", "actual"]
+    return [section("Predicted and actual", text), table(names, cells)] if rows else []
 
 
 def _origin(dataset: DatasetIndex) -> list[str]:

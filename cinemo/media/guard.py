@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -181,6 +182,14 @@ def serve(channel: int, memory: int, parent: int) -> None:
         except MemoryError as error:
             answer = ClipError("decode", "out_of_memory", f"more than {data.clip_memory:g} GiB: {error}")
         except Exception as error:
-            # A library in front of damaged bytes raises what it likes; a bad clip must not end the job.
+            # A library in front of damaged bytes raises what it likes, and so does a line of ours that did not expect
+            # them (IndexError, TypeError). Nothing tells these from a bug that any clip would meet, and a bad clip must
+            # not end the job: the ledger says which line it was.
             text = f"{type(error).__name__}: {error}".splitlines()[0]
-            answer = ClipError("decode", "decoder_error", text)
+            answer = ClipError("decode", "decoder_error", f"{text} ({_place(error)})")
+
+
+def _place(error: BaseException) -> str:
+    """Where an exception was raised, as ``package/file.py:line``."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno}"

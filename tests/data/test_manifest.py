@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from cinemo import storage
 from cinemo.data import manifest as manifest_schema
-from cinemo.data import manifest_checks
+from cinemo.data import manifest_checks, manifest_formats
 from cinemo.data.manifest import manifest_from_folder, manifest_of, read_manifest
 from cinemo.types import InputError
 
@@ -250,8 +251,88 @@ def test_a_large_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(manifest_schema, "_SMALL", 0)
     path = write(tmp_path / "m.jsonl", ROWS)
     manifest = read_manifest(str(path))
-    kept = list((tmp_path / "cache").rglob("*"))
-    assert [p.suffix for p in kept] == ["", ".parquet"]
+    kept = sorted((tmp_path / "cache").rglob("*"), key=lambda path: path.suffix)
+    assert [p.suffix for p in kept] == ["", ".json", ".parquet"]
     again = read_manifest(str(path))
     assert (again.digest, again.read()) == (manifest.digest, manifest.read())
-    assert list((tmp_path / "cache").rglob("*")) == kept
+    assert sorted((tmp_path / "cache").rglob("*"), key=lambda path: path.suffix) == kept
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A manifest that counts as large, with a cache of its own."""
+    monkeypatch.setenv("CINEMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(manifest_schema, "_SMALL", 0)
+    return write(tmp_path / "m.parquet", ROWS)
+
+
+def verdicts(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "manifests").glob("*.json"))
+
+
+def test_a_large_file_is_checked_once(large: Path, tmp_path: Path) -> None:
+    first = read_manifest(str(large))
+    (verdict,) = verdicts(tmp_path)
+    assert json.loads(verdict.read_text()) == {"rows": 3, "digest": first.digest}
+    verdict.write_text(json.dumps({"rows": 3, "digest": "0" * 64}))  # no check finds this digest
+    assert read_manifest(str(large)).digest == "0" * 64
+    assert read_manifest(str(large), limit=2).digest != first.digest
+    assert len(verdicts(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "",
+        "{",
+        "[]",
+        "5",
+        '{"rows": 3}',
+        '{"rows": "3", "digest": "x"}',
+        f'{{"rows": 4, "digest": "{"0" * 64}"}}',
+        "\xff",
+    ],
+)
+def test_a_broken_verdict_is_none(large: Path, tmp_path: Path, broken: str) -> None:
+    first = read_manifest(str(large))
+    (verdict,) = verdicts(tmp_path)
+    verdict.write_text(broken, encoding="latin-1")
+    assert read_manifest(str(large)) == first
+    assert json.loads(verdict.read_text())["digest"] == first.digest
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_file_that_changed_is_checked_again(large: Path, tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / f"changing.{kind}", ROWS)
+    first, before = read_manifest(str(path)), path.stat()
+    write(path, [*ROWS[:2], {**ROWS[2], "end": 8.0}])
+    assert path.stat().st_size == before.st_size
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = read_manifest(str(path))
+    assert again.digest != first.digest
+    assert again.read()["end"].to_pylist() == [4.0, None, 8.0]
+
+
+def test_a_refused_file_leaves_no_verdict(large: Path, tmp_path: Path) -> None:
+    write(large, [*ROWS, ROWS[0]])
+    for _ in range(2):
+        with pytest.raises(InputError, match="row 4: clip_id 'a' is already in row 1"):
+            read_manifest(str(large))
+    assert not verdicts(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_only(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CINEMO_CACHE", str(tmp_path / "file"))
+    assert len(read_manifest(str(large))) == 3
+
+
+def test_bad_lines_of_a_csv_are_numbered_in_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_formats, "_BLOCK_BYTES", 1 << 12)
+    lines = [f'c{k},/{k},"a\nb"\n' for k in range(2000)]
+    lines[1500] = "c1500,/1500\n"
+    (tmp_path / "m.csv").write_text("clip_id,uri,caption\n" + "".join(lines))
+    with pytest.raises(InputError, match=r"row 1501: 2 fields, expected 3$"):
+        read_manifest(str(tmp_path / "m.csv"))

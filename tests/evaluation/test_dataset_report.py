@@ -54,6 +54,16 @@ def dataset(tmp_path: Path) -> str:
     return uri
 
 
+def test_a_planned_run_is_compared_in_the_words_of_the_command_line(dataset: str) -> None:
+    figures = {"bytes": {"value": 3e6, "low": 2e6, "high": 4e6}, "samples": {"value": 7, "low": 5, "high": 8}}
+    storage.write_json(f"{dataset}/plan.json", {"clips": 8, "figures": figures})
+    page = write_dataset_report(dataset, SUMMARY)
+    assert page is not None
+    text = re.sub(r"<[^>]+>", " ", (Path(dataset) / "report.html").read_text())
+    assert re.search(r"size, MB\s+3\s+2\s+4\s+0\.0001", text)
+    assert re.search(r"samples\s+7\s+5\s+8\s+6", text)
+
+
 def test_the_page_says_what_was_made_and_needs_nothing_else(dataset: str) -> None:
     page = write_dataset_report(dataset, SUMMARY)
     assert page is not None
