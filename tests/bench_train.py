@@ -9,6 +9,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import argparse
 import hashlib
 import json
 import tempfile
@@ -156,6 +157,7 @@ def loader_part(scratch: Path) -> str:
 
 
 def main(parts: Sequence[Callable[[Path], str]] = (loader_part,)) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
