@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 OUT   ?= demo
 CLIPS ?=
 
-.PHONY: setup demo test check format bench bench-network bench-precompute bench-scale chaos clean
+.PHONY: setup demo test check format bench bench-network bench-precompute bench-scale bench-train chaos clean
 
 setup: $(VENV)/.ready
 
@@ -46,6 +46,9 @@ bench-precompute: setup
 
 bench-scale: setup
 	$(PY) tests/bench_scale.py
+
+bench-train: setup
+	$(PY) tests/bench_train.py
 
 chaos: setup
 	$(PY) tests/chaos.py $(ARGS)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 
 import cinemo
-from cinemo import storage
+from cinemo import cache
 from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, parse_recipe
 from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod
@@ -159,7 +159,7 @@ def read_card(location: str | Path, full: bool = False) -> BundleCard:
     Raises:
         InputError: no bundle there, or a file of it is missing or damaged.
     """
-    root = storage.localize(str(location))
+    root = cache.localize(str(location))
     record = _read_record(root, location)
     files = record["files"]
     if _digest(files) != record["digest"]:
@@ -212,7 +212,7 @@ def load_bundle(
     if device.type == "cpu":
         keep_freed_memory()
     card = read_card(location, full)
-    root = storage.localize(str(location))
+    root = cache.localize(str(location))
     places = card.recipe.encoders
     unet = load_unet(card.recipe.model, str(root / "unet"), dtype)
     method = build_method(card.recipe, unet).to(device).eval().requires_grad_(False)

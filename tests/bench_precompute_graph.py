@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 from bench import table
 
-from cinemo import storage
+from cinemo import s3
 from cinemo.config import Recipe, override
 from cinemo.data import cluster, precompute, stages
 from cinemo.data.dataset import Dataset
@@ -151,7 +151,7 @@ def slow_writer(seconds: float, store_mb: int = 80, bytes_per_second: float = 60
     os.environ.update(AWS_ACCESS_KEY_ID="test", AWS_SECRET_ACCESS_KEY="test", AWS_DEFAULT_REGION="us-east-1")
     with faulty_s3(f"http://{host}:{port}") as proxy, tempfile.TemporaryDirectory() as scratch:
         os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
-        storage._s3().mkdir("bench")
+        s3.client().mkdir("bench")
         ray.init(
             address="local", object_store_memory=store_mb << 20, include_dashboard=False, logging_level="ERROR",
             log_to_driver=False,

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from bench import SCALE_TITLE, fill, table
 
-from cinemo import storage
+from cinemo import s3, storage
 from cinemo.data import shards
 from cinemo.data.dataset import Dataset
 from cinemo.data.journal import SEGMENT
@@ -163,17 +163,17 @@ def measured(work: Callable[[], Any]) -> tuple[tuple[float, float, float], Any]:
 def counted(work: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     """The result, and the calls to S3 by kind."""
     calls: dict[str, int] = {}
-    real = storage._call
+    real = s3.call
 
     def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
         calls[method] = calls.get(method, 0) + 1
         return real(uri, method, *arguments, **options)
 
-    storage._call = call
+    s3.call = call
     try:
         return work(), calls
     finally:
-        storage._call = real
+        s3.call = real
 
 
 def on_s3(plan: Plan) -> tuple[float, float, dict[str, int]]:

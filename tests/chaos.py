@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 from data.small_data import digests, film
 
-from cinemo import storage
+from cinemo import s3, storage
 from cinemo.config import override
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import cinemo_tiny
@@ -184,7 +184,7 @@ def s3_server() -> Iterator[str]:
 def digests_of(output: Path | str) -> dict[str, str]:
     if isinstance(output, Path):
         return digests(output)
-    found = [uri.removeprefix(output.removeprefix("s3://") + "/") for uri in storage._s3().find(output)]
+    found = [uri.removeprefix(output.removeprefix("s3://") + "/") for uri in s3.client().find(output)]
     return {
         name: hashlib.sha256(storage.read_bytes(storage.join(output, name))).hexdigest()
         for name in found

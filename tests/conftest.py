@@ -70,7 +70,7 @@ def s3_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyS3]:
     from faulty_s3 import faulty_s3
     from moto.server import ThreadedMotoServer
 
-    from cinemo import storage
+    from cinemo import s3
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -80,12 +80,12 @@ def s3_proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyS3]:
     patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     patch.setenv("CINEMO_CACHE", str(tmp_path_factory.mktemp("s3-cache")))
-    patch.setenv(storage.PATIENCE, "5")
+    patch.setenv(s3.PATIENCE, "5")
     with faulty_s3(f"http://{host}:{port}") as proxy:
         patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        storage._s3.cache_clear()
+        s3.client.cache_clear()
         boto3.client("s3").create_bucket(Bucket="cinemo-test")
         yield proxy
-    storage._s3.cache_clear()
+    s3.client.cache_clear()
     patch.undo()
     server.stop()

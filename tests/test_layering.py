@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of its own layer or of one before it.
 LAYERS = [
     ["types"],
-    ["config", "storage", "tracking"],
+    ["config", "s3", "storage", "cache", "tracking"],
     ["diffusion", "media"],
     ["networks"],
     ["methods"],
@@ -29,9 +29,9 @@ ONLY_IN = {
     "ray": ["data.cluster", "data.precompute", "training.worker", "serving.app", "pipelines"],
     "deepspeed": ["training.engine", "training.export"],
     "mlflow": ["tracking"],
-    "s3fs": ["storage"],
-    "fsspec": ["storage"],
-    "boto3": ["storage"],
+    "s3fs": ["s3"],
+    "fsspec": ["s3"],
+    "boto3": ["s3"],
     "decord": ["media.video"],
     "av": ["media.timeline", "media.video", "media.mp4"],
     "webdataset": ["data.shards", "data.loader"],

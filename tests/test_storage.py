@@ -1,4 +1,4 @@
-"""Local files and a real S3 protocol server behave alike: atomic writes, ranges, fetching once."""
+"""Local files and a real S3 protocol server behave alike: atomic writes, ranges, patience."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from faulty_s3 import FAULTS, FaultyS3
 
-from cinemo import storage
+from cinemo import s3, storage
 from cinemo.config import DataConfig
 from cinemo.media.video import decode_clip
 from cinemo.types import Clip, ClipError, InputError, RunError
@@ -45,34 +45,6 @@ def test_bytes_ranges_and_names(root: str) -> None:
     assert storage.names(storage.join(root, "a")) == []
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(uri)
-
-
-def test_upload_then_localize_gives_the_directory_back(root: str, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    (source / "deep").mkdir(parents=True)
-    (source / "one.txt").write_text("1")
-    (source / "deep" / "two.txt").write_text("2")
-    target = storage.join(root, "copy")
-    storage.upload(source, target)
-    local = storage.localize(target)
-    assert {p.relative_to(local).as_posix(): p.read_text() for p in local.rglob("*.txt")} == {
-        "one.txt": "1",
-        "deep/two.txt": "2",
-    }
-    assert storage.localize(storage.join(target, "one.txt")).read_text() == "1"
-
-
-def test_a_replaced_object_is_fetched_again(root: str) -> None:
-    uri = storage.join(root, "file.txt")
-    storage.write_bytes(uri, b"old")
-    assert storage.localize(uri).read_bytes() == b"old"
-    storage.write_bytes(uri, b"new")
-    assert storage.localize(uri).read_bytes() == b"new"
-
-
-def test_what_is_not_there_is_bad_input(root: str) -> None:
-    with pytest.raises(InputError, match=r"nothing there|no such"):
-        storage.localize(storage.join(root, "none"))
 
 
 def test_an_unknown_scheme_is_bad_input() -> None:
@@ -112,7 +84,7 @@ def test_a_killed_writer_never_leaves_half_a_file(tmp_path: Path) -> None:
 
 
 def test_pieces_are_written_as_one_file(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)  # S3's smallest part: 11 MB are a multipart upload
+    monkeypatch.setattr(s3, "_PART_BYTES", 5 << 20)  # S3's smallest part: 11 MB are a multipart upload
     rng = np.random.default_rng(0)
     pieces = [rng.bytes(int(size)) for size in [0, 1, *rng.integers(0, 9000, 2500)]]
     uri = storage.join(root, "pieces.bin")
@@ -129,7 +101,7 @@ def _uploads() -> list[Any]:
 
 @pytest.mark.s3
 def test_faults_on_the_way_lose_nothing(s3_faults: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3, "_PART_BYTES", 5 << 20)
     s3_faults.meet(dict.fromkeys(FAULTS, 0.06), seed=1, delay=0.05)
     root = "s3://cinemo-test/faults"
     large = np.random.default_rng(1).bytes(16 << 20)
@@ -166,7 +138,7 @@ def test_unfinished_uploads_are_removed_and_others_left(s3_endpoint: str) -> Non
 @pytest.mark.s3
 def test_an_outage_ends_in_one_line_in_bounded_time(s3_faults: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     s3_faults.meet({"503": 1.0})
-    monkeypatch.setenv(storage.PATIENCE, "0.1")
+    monkeypatch.setenv(s3.PATIENCE, "0.1")
     begun = time.monotonic()
     with pytest.raises(RunError, match=r"s3://cinemo-test/x: storage has failed for .* run the same command again"):
         storage.write_bytes("s3://cinemo-test/x", b"x")
@@ -182,16 +154,16 @@ def test_what_waiting_does_not_mend_is_bad_input(s3_endpoint: str, monkeypatch: 
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    storage._s3.cache_clear()
+    s3.client.cache_clear()
     with pytest.raises(InputError, match="NoCredentials"):
         storage.write_bytes("s3://cinemo-test/x", b"")
-    storage._s3.cache_clear()
+    s3.client.cache_clear()
 
 
 @pytest.mark.s3
 def test_a_clip_that_is_denied_is_the_clips_fault(s3_faults: FaultyS3) -> None:
     s3_faults.meet({"403": 1.0})
-    with pytest.raises(storage.AccessDenied, match=r"s3://cinemo-test/x: access denied"):
+    with pytest.raises(s3.AccessDenied, match=r"s3://cinemo-test/x: access denied"):
         storage.read_bytes("s3://cinemo-test/x")
     with pytest.raises(ClipError) as refused:
         decode_clip(Clip("x", "s3://cinemo-test/x.mp4", ""), DataConfig())

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from cinemo import storage
+from cinemo import s3
 from cinemo.config import Recipe
 from cinemo.data.progress import Figures, Meter, Progress
 from cinemo.types import InputError, RunError
@@ -56,7 +56,7 @@ def connect(cpus: int = 1) -> None:
     for name, value in _WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        patience = {storage.PATIENCE: os.environ[storage.PATIENCE]} if storage.PATIENCE in os.environ else {}
+        patience = {s3.PATIENCE: os.environ[s3.PATIENCE]} if s3.PATIENCE in os.environ else {}
         ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | patience})
         return
     memory = _OBJECT_STORE_LIMIT

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cinemo import storage
+from cinemo import s3, storage
 from cinemo.config import DataConfig, Recipe
 from cinemo.data import stages
 from cinemo.data.identity import encoder_dtype
@@ -192,7 +192,7 @@ class Known:
         gets, puts = (2.0 * clips if self.remote_clips else 0.0), 0.0
         if self.remote_output:
             with_ledger = 1 - (1 - share) ** self.plan.clips_per_shard
-            tar = storage.put_requests(int(figures.get("bytes", 0) / shards))
+            tar = s3.put_requests(int(figures.get("bytes", 0) / shards))
             beats = figures["hours_here"] * 3600 / HEARTBEAT_SECONDS
             puts += shards * (tar + 1 + with_ledger) + math.ceil(shards / SEGMENT) + 3 + beats
             gets += shards * 2 * (1 - with_ledger) + 3 * beats + 10

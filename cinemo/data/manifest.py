@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cinemo import storage
+from cinemo import cache, storage
 from cinemo.data.manifest_checks import Digest, Faults, cast_columns, check_rows, hash_texts, repeated
 from cinemo.data.manifest_formats import BATCH_ROWS, FORMATS, JSON_COLUMN, REQUIRED, open_parquet, refuse
 from cinemo.data.shards import SAMPLE_FIELDS
@@ -135,7 +135,7 @@ def read_manifest(uri: str, limit: int | None = None) -> Manifest:
     if kind not in FORMATS:
         raise InputError(f"manifest {uri}: expected a .parquet, .csv or .jsonl file, or a directory of videos")
     parent = uri.rsplit("/", 1)[0] if storage.is_remote(uri) else str(Path(storage.absolute(uri)).parent)
-    path = storage.localize(uri).resolve()
+    path = cache.localize(uri).resolve()
     try:
         source = path if kind == "parquet" and _is_handy(path) else _converted(path, uri, kind)
         return _checked(source, uri, parent, limit)
@@ -221,7 +221,7 @@ def _converted(path: Path, uri: str, kind: str) -> Path | bytes:
         _convert(path, uri, kind, sink)
         return sink.getvalue()
     stamp = json.dumps([1, str(path), facts.st_size, facts.st_mtime_ns])
-    target = storage.cache_directory() / "manifests" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.parquet"
+    target = cache.cache_directory() / "manifests" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:32]}.parquet"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

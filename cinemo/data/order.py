@@ -1,10 +1,19 @@
 """The canonical order in which a training run sees its samples: a function of shard sizes, seed and epoch alone.
 
-In every epoch the shards are permuted, the samples inside each shard are permuted, and all are laid end to end as
-``S[0..N)``. ``lanes`` equal slices of length ``n = N // lanes`` are read side by side: global batch ``k`` is made of
-``S[l * n + k * m : l * n + (k + 1) * m]`` for each lane ``l``, with ``m = global_batch / lanes``. A rank owns whole
-lanes. So the global batch is the same for every number of ranks, any step can be found without reading what lies before
-it, and a rank has only a few shards open at a time.
+In every epoch the shards are permuted, the clips inside each shard are permuted, and all are laid end to end as
+``S[0..N)``. Each of ``L = lanes`` lanes reads a slice of it that is as long as the others to within one sample, and
+goes on with its slice of the next epoch: a stream without end. Global batch ``k`` takes positions ``[k m, (k + 1) m)``
+of every lane's stream, with ``m = global_batch / lanes``. A rank owns whole lanes. So the global batch is the same for
+every number of ranks, any step can be found without reading what lies before it, and a rank has only a few shards open
+at a time.
+
+In epoch ``e`` lane ``l`` reads ``floor(((e + 1) N + l) / L) - floor((e N + l) / L)`` samples. Over the lanes these add
+up to ``N`` (Hermite's identity), and over the epochs no lane gets ahead of another by more than a sample: no sample is
+dropped or repeated to make ends meet. A batch may therefore hold the end of one epoch and the beginning of the next,
+and, where a global batch is larger than an epoch, a sample of each.
+
+A clip that was precomputed with ``views`` views is seen once an epoch, with one of them. They take turns, beginning
+with one drawn for the clip: any ``views`` epochs in a row see each view of each clip once.
 """
 
 from __future__ import annotations
@@ -19,67 +28,133 @@ from cinemo.types import InputError, keyed_seed
 
 @dataclass(frozen=True)
 class Place:
-    """Sample ``index`` of the ``shard``-th shard (both counted from 0 in the order of the index)."""
+    """Sample ``index`` of the ``shard``-th shard (both counted from 0 in the order of the index), in an epoch."""
 
     shard: int
     index: int
+    epoch: int
 
 
 class SampleOrder:
     """Where the samples of a step lie.
 
     Args:
-        samples_of_shards: how many samples each shard holds.
+        samples_of_shards: how many samples each shard holds; those of one clip lie side by side.
         global_batch: samples of one optimizer step over all ranks; a multiple of ``lanes``.
         lanes: reading lanes; a multiple of the number of ranks.
+        views: samples of each clip, of which an epoch sees one.
 
-    Where there are fewer samples than one global batch, the epoch is one step that repeats them in order.
+    ``samples``: how many an epoch sees.
+
+    Raises:
+        InputError: no samples, a batch that lanes do not divide, or a shard whose samples are no multiple of ``views``.
     """
 
-    def __init__(self, samples_of_shards: np.ndarray, *, global_batch: int, lanes: int, seed: int) -> None:
-        self.sizes = np.asarray(samples_of_shards, np.int64)
+    def __init__(
+        self, samples_of_shards: np.ndarray, *, global_batch: int, lanes: int, seed: int, views: int = 1
+    ) -> None:
+        counts = np.asarray(samples_of_shards, np.int64)
+        uneven = np.flatnonzero(counts % views)
+        if len(uneven):
+            raise InputError(
+                f"shard {uneven[0]} of the index has {counts[uneven[0]]} samples, expected a multiple of the dataset's "
+                f"{views} views of a clip; precompute it again"
+            )
+        self.sizes = counts // views
         self.samples = int(self.sizes.sum())
         if not self.samples:
-            raise InputError("the dataset has no samples")
+            raise InputError("the dataset has no samples to train on")
         if global_batch % lanes:
             raise InputError(f"global_batch is {global_batch}, expected a multiple of lanes ({lanes})")
-        self.lanes, self.seed = lanes, seed
+        self.global_batch, self.lanes, self.seed, self.views = global_batch, lanes, seed, views
         self.per_lane = global_batch // lanes
-        self.repeats = self.samples < global_batch
-        self.lane_length = max(self.samples, global_batch) // lanes
-        self.steps_per_epoch = self.lane_length // self.per_lane
-        self._epoch = functools.lru_cache(2)(self._permute_shards)
-        self._inside = functools.lru_cache(4 * lanes)(self._permute_samples)
+        self._shards = functools.lru_cache(2)(self._permute_shards)
+        self._inside = functools.lru_cache(4 * lanes)(self._permute_clips)
+        self._starts = functools.lru_cache(4)(self._slice)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.samples / self.global_batch
+
+    def epoch(self, step: int) -> int:
+        """The epoch in which global step ``step`` begins: how often its predecessors saw everything."""
+        return step * self.global_batch // self.samples
+
+    def lanes_of(self, rank: int, world: int) -> range:
+        """The lanes that a rank owns."""
+        if self.lanes % world:
+            raise InputError(f"there are {world} ranks, expected a number that divides lanes ({self.lanes})")
+        return range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> list[Place]:
         """The samples of one rank in global step ``step`` (counted over all epochs), lane by lane."""
-        if self.lanes % world:
-            raise InputError(f"there are {world} ranks, expected a number that divides lanes ({self.lanes})")
-        epoch, k = divmod(step, self.steps_per_epoch)
-        mine = range(rank * self.lanes // world, (rank + 1) * self.lanes // world)
-        starts = np.array([lane * self.lane_length + k * self.per_lane for lane in mine])
-        positions = (starts[:, None] + np.arange(self.per_lane)).ravel() % self.samples
-        return self._find(epoch, positions)
+        return [
+            place
+            for lane in self.lanes_of(rank, world)
+            for place in self._read(lane, step * self.per_lane, self.per_lane)
+        ]
 
-    def _find(self, epoch: int, positions: np.ndarray) -> list[Place]:
-        shards, ends = self._epoch(epoch)
-        slots = np.searchsorted(ends, positions, side="right")
-        places = []
-        for slot, position in zip(slots.tolist(), positions.tolist(), strict=True):
-            shard = int(shards[slot])
-            offset = position - (int(ends[slot]) - int(self.sizes[shard]))
-            places.append(Place(shard, int(self._inside(epoch, shard)[offset])))
-        return places
+    def next_shard(self, step: int, lane: int) -> int:
+        """The shard that a lane reads after the one in which its samples of global step ``step`` end."""
+        position = (step + 1) * self.per_lane - 1
+        epoch, place, left = self._locate(lane, position)
+        _, ends = self._shards(epoch)
+        left = min(left, int(ends[np.searchsorted(ends, place, side="right")]) - place)
+        epoch, place, _ = self._locate(lane, position + left)
+        shards, ends = self._shards(epoch)
+        return int(shards[np.searchsorted(ends, place, side="right")])
+
+    def _read(self, lane: int, position: int, count: int) -> list[Place]:
+        found: list[Place] = []
+        while count:
+            epoch, place, left = self._locate(lane, position)
+            some = min(count, left)
+            found += self._find(epoch, place + np.arange(some))
+            position, count = position + some, count - some
+        return found
+
+    def _locate(self, lane: int, position: int) -> tuple[int, int, int]:
+        """A position of a lane's stream: its epoch, its place in that epoch's S, and samples left of the slice."""
+        samples, lanes = self.samples, self.lanes
+        epoch = (lanes * (position + 1) - 1 - lane) // samples  # the last one that begins at or before the position
+        begin, end = ((number * samples + lane) // lanes for number in (epoch, epoch + 1))
+        return epoch, self._starts(epoch)[lane] + position - begin, end - position
+
+    def _slice(self, epoch: int) -> list[int]:
+        """Where the slice of each lane begins in an epoch's S."""
+        starts, place = [], 0
+        for lane in range(self.lanes):
+            starts.append(place)
+            begin, end = ((number * self.samples + lane) // self.lanes for number in (epoch, epoch + 1))
+            place += end - begin
+        return starts
+
+    def _find(self, epoch: int, places: np.ndarray) -> list[Place]:
+        shards, ends = self._shards(epoch)
+        found: list[Place] = []
+        while len(places):
+            slot = int(np.searchsorted(ends, places[0], side="right"))
+            shard, end = int(shards[slot]), int(ends[slot])
+            some = places[: end - int(places[0])]
+            inside = self._inside(epoch, shard)[some - (end - int(self.sizes[shard]))]
+            found += [Place(shard, index, epoch) for index in inside.tolist()]
+            places = places[len(some) :]
+        return found
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        shards = _permutation(len(self.sizes), self.seed, "shards", epoch)
+        """The shards in an epoch's order, and where each ends in S."""
+        shards = np.argsort(self._bits(len(self.sizes), "shards", epoch), kind="stable")
         return shards, np.cumsum(self.sizes[shards])
 
-    def _permute_samples(self, epoch: int, shard: int) -> np.ndarray:
-        return _permutation(int(self.sizes[shard]), self.seed, "samples", epoch, shard)
+    def _permute_clips(self, epoch: int, shard: int) -> np.ndarray:
+        """The samples of a shard that an epoch sees, in its order."""
+        count = int(self.sizes[shard])
+        clips = np.argsort(self._bits(count, "samples", epoch, shard), kind="stable")
+        if self.views == 1:
+            return clips
+        first = (self._bits(count, "view", shard) % np.uint64(self.views)).astype(np.int64)
+        return clips * self.views + (first[clips] + epoch) % self.views
 
-
-def _permutation(count: int, seed: int, *key: str | int) -> np.ndarray:
-    """A permutation that stays the same across numpy versions: raw bits are promised to, ``permutation()`` is not."""
-    bits = np.random.PCG64(keyed_seed(seed, "order", *key)).random_raw(count)
-    return np.argsort(bits, kind="stable")
+    def _bits(self, count: int, *key: str | int) -> np.ndarray:
+        """Raw bits stay the same across numpy versions: that is promised of them, not of ``permutation()``."""
+        return np.random.PCG64(keyed_seed(self.seed, "order", *key)).random_raw(count)

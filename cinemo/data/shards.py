@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -129,10 +130,10 @@ def _metadata(sample: LatentSample) -> dict[str, Any]:
 
 def read_sample(tar: memoryview, members: Members, index: int) -> LatentSample:
     """One sample out of a shard's bytes; the latents are a view of them."""
-    start, count = members.array_offset[index], int(np.prod(members.array_shape))
+    start, count = members.array_offset[index], math.prod(members.array_shape)
     latents_FCHW = np.frombuffer(tar, "<f2", count, start).reshape(members.array_shape)
     place = members.json_offset[index]
-    metadata = json.loads(bytes(tar[place : place + members.json_size[index]]))
+    metadata = json.loads(str(tar[place : place + members.json_size[index]], "utf-8"))
     return _sample(members.keys[index], latents_FCHW, metadata)
 
 
@@ -151,7 +152,7 @@ def read_metadata(dataset: str, shard: int, members: Members) -> list[dict[str, 
 
 def fetch_sample(dataset: str, shard: int, members: Members, index: int) -> LatentSample:
     """One sample by two ranges of bytes, for whoever needs only a few of a shard."""
-    uri, size = tar_uri(dataset, shard), 2 * int(np.prod(members.array_shape))
+    uri, size = tar_uri(dataset, shard), 2 * math.prod(members.array_shape)
     metadata = json.loads(storage.read_bytes(uri, members.json_offset[index], members.json_size[index]))
     latents = np.frombuffer(storage.read_bytes(uri, members.array_offset[index], size), "<f2")
     return _sample(members.keys[index], latents.reshape(members.array_shape), metadata)
@@ -294,6 +295,11 @@ class DatasetIndex:
     def samples_of_shards(self) -> np.ndarray:
         """Samples in each shard, in the order of `shards`."""
         return np.asarray(self.table["samples"], np.int64)
+
+    @property
+    def views(self) -> int:
+        """Samples of each clip; they lie side by side in a shard."""
+        return int(self.info.get("recipe", {}).get("data", {}).get("views", 1))
 
     @property
     def ssim_histogram(self) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import mmap
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from cinemo import storage
+from cinemo.cache import Damaged, FileCache
 from cinemo.data.identity import differences
 from cinemo.data.shards import DatasetIndex, shard_name
-from cinemo.types import InputError, RunError
+from cinemo.types import InputError
 
 SCHEMA_VERSION = 1
 EXTENSIONS = {"text_states": "npy", "first_frame": "jpg", "image_tokens": "npy", "flow": "npy"}
@@ -199,7 +199,7 @@ class Sidecar:
     places: dict[str, tuple[int, int]]  # key -> offset and size
 
     @classmethod
-    def open(cls, dataset: str, field: str, shard: int, shard_sha256: str, check: bool = True) -> Sidecar:
+    def open(cls, dataset: str, field: str, shard: int, shard_sha256: str, check: bool, cache: FileCache) -> Sidecar:
         """Map a sidecar (from s3:// through the cache) and compare it with its record.
 
         Args:
@@ -207,28 +207,23 @@ class Sidecar:
             check: whether to read all of it for its sha256.
 
         Raises:
-            RunError: it is missing, its bytes are not those of its record, or it was made for another shard.
+            Damaged: it is missing, its bytes are not those of its record, or it was made for another shard.
         """
         uri, place = tar_uri(dataset, field, shard), record_uri(dataset, field, shard)
+        again = f"run precompute.py again with --set data.fields='[\"{field}\"]'"
         try:
             record = storage.read_json(place)
-            with storage.localize(uri).open("rb") as file:
-                tar = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except (FileNotFoundError, ValueError) as error:
-            raise RunError(
-                f"{uri}: the sidecar or its record cannot be read ({error}); remove {info_uri(dataset, field)} and run "
-                f"precompute.py again with --set data.fields='[\"{field}\"]'"
+            tar = cache.map(uri, record["sha256"], record["bytes"], check)
+            if record["shard_sha256"] != shard_sha256:
+                made_for = f"its record says {record['shard_sha256'][:12]}..."
+                raise Damaged(f"{uri}: shard is {shard_sha256[:12]}..., {made_for}")
+        except Damaged as error:
+            raise Damaged(f"{error}; remove {place} and {info_uri(dataset, field)} and {again}") from None
+        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise Damaged(
+                f"{uri}: the sidecar or its record cannot be read ({error}); "
+                f"remove {info_uri(dataset, field)} and {again}"
             ) from None
-        digest = hashlib.sha256(tar).hexdigest() if check else record["sha256"]
-        for what, found, expected in (
-            ("sha256", digest, record["sha256"]),
-            ("shard", shard_sha256, record["shard_sha256"]),
-        ):
-            if found != expected:
-                raise RunError(
-                    f"{uri}: {what} is {found[:12]}..., its record says {expected[:12]}...; remove {place} and "
-                    f"{info_uri(dataset, field)} and run precompute.py again with --set data.fields='[\"{field}\"]'"
-                )
         members = record["members"]
         places = zip(members["offset"], members["size"], strict=True)
         return cls(field, tar, dict(zip(members["keys"], places, strict=True)))

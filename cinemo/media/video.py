@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from cinemo import storage
+from cinemo import s3, storage
 from cinemo.config import DataConfig
 from cinemo.media.timeline import (
     MAX_PIXELS,
@@ -194,7 +194,7 @@ def fetched(uri: str) -> Iterator[Path]:
                 raise ClipError(error.stage, error.reason, error.detail.replace(str(path), uri)) from error
     except FileNotFoundError:
         raise ClipError("open", "missing", f"{uri}: no such file") from None
-    except storage.AccessDenied as error:
+    except s3.AccessDenied as error:
         raise ClipError("open", "denied", str(error)) from None
 
 

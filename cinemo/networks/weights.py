@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cinemo import storage
+from cinemo import cache, storage
 from cinemo.config import ModelConfig
 from cinemo.networks.attention import rotary_frequencies
 from cinemo.networks.blocks import Embedding
@@ -36,7 +36,7 @@ def resolve(location: str) -> Path:
         InputError: nothing is there.
     """
     if not location.startswith("package:"):
-        return storage.localize(location)
+        return cache.localize(location)
     path = Path(str(resources.files("cinemo"))) / "assets" / location.removeprefix("package:")
     if not path.exists():
         raise InputError(f"{location}: not shipped with this installation ({path} does not exist)")

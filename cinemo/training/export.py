@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import cinemo
-from cinemo import storage
+from cinemo import cache, storage
 from cinemo.bundle import MORE_MOTION, save_bundle
 from cinemo.config import Recipe, parse_recipe
 from cinemo.networks.lavie_unet import LavieUNet
@@ -42,7 +42,7 @@ def from_checkpoint(location: str, output: str) -> str:
     target = _target(output)
     card = checkpoints.find(location)
     recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
-    unet = consolidated_unet(storage.localize(card.uri), recipe)
+    unet = consolidated_unet(cache.localize(card.uri), recipe)
     provenance = {"source": "training", "checkpoint": card.uri, "step": card.step, "dataset": card.dataset}
     digest = save_bundle(target, recipe, unet, provenance | {"cinemo": cinemo.__version__})
     return f"bundle {digest[:12]} of step {card.step} ({recipe.name})"

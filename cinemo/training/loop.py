@@ -14,6 +14,9 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from cinemo.config import Recipe
 from cinemo.data.loader import StepBatch
 from cinemo.training.batch import HostBatch, TextStates, host_batch, on_device
@@ -22,6 +25,7 @@ from cinemo.training.metrics import Losses, Report, Window
 from cinemo.types import RunError
 
 T = TypeVar("T")
+Weighted = tuple[HostBatch, Tensor]  # a micro batch and the weights of its samples (B,)
 
 
 def train(
@@ -62,10 +66,12 @@ def train(
                 raise RunError(f"data: expected the batch of step {step}, got {'none' if got is None else got[0]}")
             window.waited += time.perf_counter() - asked
             lr = engine.lr
-            for micro in got[1]:
+            # Where damaged shards are left out, the mean is over the samples that are there, on all ranks together.
+            share = _share(engine, settings.global_batch, got[1]) if settings.on_damaged == "skip" else 1.0
+            for micro, weights_B in got[1]:
                 losses_B = engine.loss(*on_device(micro, text, engine.device, engine.dtype))
-                engine.step(losses_B.mean())
-                window.add(losses_B, micro)
+                engine.step((losses_B * weights_B.to(losses_B)).mean() / share)
+                window.add(losses_B, micro, weights_B)
             window.end_step()
 
             done = step + 1
@@ -130,9 +136,16 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
         stopped.set()
 
 
-def _prepare(batches: Iterable[StepBatch], recipe: Recipe, pin: bool) -> Iterator[tuple[int, list[HostBatch]]]:
+def _prepare(batches: Iterable[StepBatch], recipe: Recipe, pin: bool) -> Iterator[tuple[int, list[Weighted]]]:
     size = recipe.train.micro_batch
     for batch in batches:
         parts = [batch.samples[start : start + size] for start in range(0, len(batch.samples), size)]
         micros = [host_batch(part, batch.step, recipe) for part in parts]
-        yield batch.step, [micro.pin() for micro in micros] if pin else micros
+        weights = torch.split(torch.tensor(batch.weights or [1.0] * len(batch.samples)), size)
+        yield batch.step, list(zip([micro.pin() for micro in micros] if pin else micros, weights, strict=True))
+
+
+def _share(engine: Engine, global_batch: int, micros: list[Weighted]) -> Tensor:
+    """How much of the global batch is there. Where nothing is, all weights are 0 and any share will do."""
+    there = torch.cat([weights_B for _, weights_B in micros]).mean().to(engine.device)
+    return engine.mean(there).clamp(min=1 / global_batch)

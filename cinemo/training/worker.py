@@ -23,10 +23,10 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from cinemo import storage
+from cinemo import cache, storage
 from cinemo.config import Recipe, parse_recipe
 from cinemo.data.cluster import connect
-from cinemo.data.loader import LatentLoader
+from cinemo.data.loader import HeldOut, LatentLoader
 from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder, Vae
@@ -95,7 +95,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
         print(f"{output}: already finished at step {summary.steps}; raise --max-steps to go on")
         return summary
     storage.check_writable(output)
-    note = LatentLoader(index, global_batch=recipe.train.global_batch, lanes=recipe.train.lanes, seed=0).note
+    note = LatentLoader.of(index, recipe.train).note
     if note:
         print(f"{data}: {note}")
     with ThreadPoolExecutor(1, "flops") as pool:
@@ -305,15 +305,9 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
             post(Sheet(done, write_samples(output, recipe, done, vae, samples, animated)))
 
     post(Resumed(step, tuple(history)))
-    loader = LatentLoader(
-        index,
-        global_batch=recipe.train.global_batch,
-        lanes=recipe.train.lanes,
-        seed=recipe.train.seed,
-        rank=rank,
-        world=world,
-    )
-    validate = Validation(recipe, engine, text, index, loader.sample) if recipe.train.held_out_shards else None
+    loader = LatentLoader.of(index, recipe.train, rank, world)
+    held_out = HeldOut.of(index, recipe.train)
+    validate = Validation(recipe, engine, text, held_out) if recipe.train.held_out_shards else None
     sample_seconds = flops / peak_flops(device, engine.dtype)
     train(
         recipe, engine, loader.batches(step), text, step, on_report, on_checkpoint, on_sheet, validate, sample_seconds
@@ -338,4 +332,4 @@ def _checkpoint_directory(start: str | None) -> Iterator[Path | None]:
         with committed.as_directory() as directory:
             yield Path(directory)
     else:
-        yield storage.localize(start) if start else None
+        yield cache.localize(start) if start else None

@@ -36,27 +36,28 @@ def film(name: str, frames: int, height: int = 48, width: int = 64) -> np.ndarra
     return np.stack([wide[:, k : k + width] for k in range(frames)])
 
 
-def make_dataset(directory: Path, sizes: list[int], fingerprint: str = "f" * 64) -> DatasetIndex:
-    """A finished dataset with shards of given sizes; sample ``key`` holds latents that are drawn from its key."""
+def make_dataset(directory: Path, sizes: list[int], fingerprint: str = "f" * 64, views: int = 1) -> DatasetIndex:
+    """A finished dataset with shards of given sizes (clips); a sample holds latents that are drawn from its key."""
     records = []
     position = 0
     for shard, size in enumerate(sizes):
         samples = []
         for _ in range(size):
-            samples.append(make_sample(position))
+            samples += [make_sample(position, view) for view in range(views)]
             position += 1
         refusals = [Refusal(f"bad-{shard}", "nowhere.mp4", "open", "missing", "no such file")] if shard == 1 else []
         records.append(shards.commit(str(directory), shard, samples, refusals, fingerprint))
     (directory / "index.parquet").write_bytes(shards.index_bytes(records))
-    info = {"schema": shards.SCHEMA_VERSION, "complete": True, "samples": sum(sizes), "quarantined": 1}
+    info = {"schema": shards.SCHEMA_VERSION, "complete": True, "samples": sum(sizes) * views, "quarantined": 1}
+    info |= {"latent_shape": list(LATENT_SHAPE), "recipe": {"data": {"views": views}}}
     storage.write_json(str(directory / "dataset.json"), info)
     return DatasetIndex.load(str(directory))
 
 
-def make_sample(position: int) -> LatentSample:
-    generator = np.random.default_rng(position)
+def make_sample(position: int, view: int = 0) -> LatentSample:
+    generator = np.random.default_rng([position, view] if view else position)
     return LatentSample(
-        key=f"{position:09d}-0",
+        key=f"{position:09d}-{view}",
         clip_id=f"clip.{position}/ü",
         uri=f"/clips/{position}.mp4",
         caption=f"caption {position}",
@@ -65,4 +66,5 @@ def make_sample(position: int) -> LatentSample:
         fps=24.0,
         frame_interval=3,
         start_frame=position,
+        view=view,
     )

@@ -12,7 +12,7 @@ import pytest
 from data.small_data import make_sample
 from data.test_plan import clips
 
-from cinemo import storage
+from cinemo import s3, storage
 from cinemo.config import Recipe, override
 from cinemo.data import dataset as dataset_module
 from cinemo.data import journal, shards
@@ -99,13 +99,13 @@ def test_a_large_bucket_is_not_listed(s3_endpoint: str, small_recipe: Recipe, tm
     monkeypatch.setattr(dataset_module, "_LOOKED_AT", 3)
     commit(opened(output, small_recipe), range(16))
     asked: list[str] = []
-    real = storage._call
+    real = s3.call
 
     def watch(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
         asked.append(f"{method} {uri.rsplit('/', 2)[-2]}")
         return real(uri, method, *arguments, **options)
 
-    monkeypatch.setattr(storage, "_call", watch)
+    monkeypatch.setattr(s3, "call", watch)
     assert opened(output, small_recipe).missing_shards() == list(range(16, SHARDS))
     assert not any(call.split()[0] in ("ls", "find", "glob", "walk") for call in asked)
     assert sum(call.endswith(" shards") for call in asked) <= 12

@@ -3,97 +3,170 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
+from fractions import Fraction
+from itertools import count, groupby, islice
+from math import floor
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cinemo.data.order import SampleOrder
+from cinemo.data.order import Place, SampleOrder
 from cinemo.types import InputError
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(sum)
-lanes = st.sampled_from([1, 2, 4])
+lanes = st.sampled_from([1, 2, 3, 4, 6])
+EPOCHS = 4
 
 
-def order(samples_of_shards: list[int], lanes: int, per_lane: int, seed: int = 0) -> SampleOrder:
-    return SampleOrder(np.array(samples_of_shards), global_batch=lanes * per_lane, lanes=lanes, seed=seed)
+def order(samples_of_shards: list[int], lanes: int, per_lane: int, seed: int = 0, views: int = 1) -> SampleOrder:
+    counts = np.array(samples_of_shards) * views
+    return SampleOrder(counts, global_batch=lanes * per_lane, lanes=lanes, seed=seed, views=views)
 
 
-def epoch(order: SampleOrder, number: int) -> list[tuple[int, int]]:
-    steps = range(number * order.steps_per_epoch, (number + 1) * order.steps_per_epoch)
-    return [(place.shard, place.index) for step in steps for place in order.batch(step)]
+def epochs(order: SampleOrder, number: int = EPOCHS) -> list[list[tuple[int, int]]]:
+    """(shard, sample) of the first epochs, each in the order in which a global batch after the other brings it."""
+    found: list[list[tuple[int, int]]] = [[] for _ in range(number)]
+    # A lane is at most one sample behind its share.
+    for step in range((number * order.samples + order.lanes) // order.global_batch + 1):
+        for place in order.batch(step):
+            if place.epoch < number:
+                found[place.epoch].append((place.shard, place.index))
+    return found
 
 
-@given(sizes, lanes, st.integers(1, 4), st.integers(0, 3))
-def test_no_sample_twice_in_an_epoch(samples: list[int], lanes: int, per_lane: int, number: int) -> None:
-    made = order(samples, lanes, per_lane)
-    seen = Counter(epoch(made, number))
-    assert all(index < samples[shard] for shard, index in seen)
-    if sum(samples) < lanes * per_lane:
-        assert made.steps_per_epoch == 1
-        assert max(seen.values()) - min(seen.values()) <= 1
-        assert len(seen) == sum(samples)
-        return
-    assert max(seen.values()) == 1
-    # What an epoch leaves out is less than a global batch and a remainder of lanes.
-    assert sum(samples) - len(seen) < lanes * per_lane + lanes
+def stream(order: SampleOrder, lane: int, positions: int) -> list[Place]:
+    """What one lane reads, from the beginning on."""
+    steps = -(-positions // order.per_lane)
+    part = slice(lane * order.per_lane, (lane + 1) * order.per_lane)
+    return [place for step in range(steps) for place in order.batch(step)[part]][:positions]
 
 
-@given(lanes, st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
-def test_every_sample_once_when_the_batch_divides(lanes: int, per_lane: int, batches: int, shards: int) -> None:
-    samples = [lanes * per_lane * batches] * shards
-    seen = epoch(order(samples, lanes, per_lane), 0)
-    assert sorted(seen) == [(shard, index) for shard, size in enumerate(samples) for index in range(size)]
+@given(sizes, lanes, st.integers(1, 4), st.integers(0, 99))
+def test_every_sample_once_an_epoch(samples: list[int], lanes: int, per_lane: int, seed: int) -> None:
+    everything = [(shard, index) for shard, size in enumerate(samples) for index in range(size)]
+    for epoch in epochs(order(samples, lanes, per_lane, seed)):
+        assert sorted(epoch) == everything
+
+
+@given(sizes, lanes, st.integers(1, 4), st.integers(2, 4))
+def test_views_take_turns(samples: list[int], lanes: int, per_lane: int, views: int) -> None:
+    """An epoch sees every clip once; as many epochs as there are views see every view of it once."""
+    made = epochs(order(samples, lanes, per_lane, views=views), views)
+    clips = [(shard, clip) for shard, size in enumerate(samples) for clip in range(size)]
+    for epoch in made:
+        assert sorted((shard, index // views) for shard, index in epoch) == clips
+    assert len({place for epoch in made for place in epoch}) == len(clips) * views
+
+
+def test_an_epoch_mixes_first_and_second_views() -> None:
+    first = Counter(index % 3 for _, index in epochs(order([40] * 10, 2, 4, views=3), 1)[0])
+    assert all(100 < first[view] < 170 for view in range(3)), first
 
 
 @settings(max_examples=50)
-@given(sizes, st.integers(1, 3), st.integers(0, 30))
-def test_global_batch_is_the_same_for_every_world(samples: list[int], per_lane: int, step: int) -> None:
-    made = order(samples, 4, per_lane)
-    whole = made.batch(step)
-    for world in (2, 4):
-        fresh = order(samples, 4, per_lane)
+@given(sizes, st.integers(1, 3), st.integers(0, 30), st.sampled_from([1, 2, 3]))
+def test_global_batch_is_the_same_for_every_world(samples: list[int], per_lane: int, step: int, views: int) -> None:
+    whole = order(samples, 12, per_lane, views=views).batch(step)
+    assert len(whole) == 12 * per_lane
+    for world in (2, 3, 4, 6, 12):
+        fresh = order(samples, 12, per_lane, views=views)
         assert [place for rank in range(world) for place in fresh.batch(step, rank, world)] == whole
 
 
+@given(sizes, lanes, st.integers(1, 4), st.integers(0, 40), st.integers(1, 5))
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+    samples: list[int], lanes: int, per_lane: int, stop: int, more: int
+) -> None:
+    undisturbed = order(samples, lanes, per_lane)
+    whole = [undisturbed.batch(step) for step in range(stop + more)]
+    resumed = order(samples, lanes, per_lane)
+    assert [resumed.batch(step) for step in range(stop, stop + more)] == whole[stop:]
+
+
 @given(sizes, lanes, st.integers(1, 4))
-def test_lanes_are_contiguous_slices_of_one_sequence(samples: list[int], lanes: int, per_lane: int) -> None:
-    """The definition, written out once more: S, cut in equal slices that are read side by side."""
-    if sum(samples) < lanes * per_lane:
-        return
-    single = order(samples, 1, 1)
-    sequence = epoch(single, 0)
+def test_lanes_are_slices_of_one_sequence(samples: list[int], lanes: int, per_lane: int) -> None:
+    """The definition, written out once more: each epoch's sequence dealt into slices, which a lane reads in turn."""
+    total = sum(samples)
+    sequences = epochs(order(samples, 1, 1))
     made = order(samples, lanes, per_lane)
-    n = len(sequence) // lanes
-    for k in range(made.steps_per_epoch):
-        expected = [
-            s for lane in range(lanes) for s in sequence[lane * n + k * per_lane : lane * n + (k + 1) * per_lane]
-        ]
-        assert [(place.shard, place.index) for place in made.batch(k)] == expected
+    streams: list[list[tuple[int, int, int]]] = [[] for _ in range(lanes)]
+    for epoch, sequence in enumerate(sequences):
+        start = 0
+        for lane in range(lanes):
+            share = [floor(Fraction(total * number + lane, lanes)) for number in (epoch, epoch + 1)]
+            stop = start + share[1] - share[0]
+            streams[lane] += [(epoch, *place) for place in sequence[start:stop]]
+            start = stop
+        assert start == total
+    for lane, expected in enumerate(streams):
+        got = stream(made, lane, len(expected))
+        assert [(place.epoch, place.shard, place.index) for place in got] == expected
+
+
+@given(sizes, lanes, st.integers(1, 4))
+def test_a_lane_has_at_most_one_shard_half_read(samples: list[int], lanes: int, per_lane: int) -> None:
+    """It reads its part of a shard in one run: a resume passes over whole shards, and enters one."""
+    made = order(samples, lanes, per_lane)
+    for lane in range(lanes):
+        places = stream(made, lane, EPOCHS * made.samples // lanes)
+        runs = [run for run, _ in groupby((place.epoch, place.shard) for place in places)]
+        assert len(runs) == len(set(runs))
+
+
+@given(sizes, lanes, st.integers(1, 4), st.integers(0, 30))
+def test_what_a_lane_reads_next_is_known(samples: list[int], lanes: int, per_lane: int, step: int) -> None:
+    made = order(samples, lanes, per_lane)
+    for lane in range(lanes):
+        part = slice(lane * per_lane, (lane + 1) * per_lane)
+        last = made.batch(step)[part][-1]
+        after = (place for k in count(step + 1) for place in made.batch(k)[part])
+        expected = next(place.shard for place in after if (place.shard, place.epoch) != (last.shard, last.epoch))
+        assert made.next_shard(step, lane) == expected
+
+
+@given(sizes, lanes, st.integers(1, 4), st.integers(0, 50))
+def test_a_step_begins_in_its_epoch(samples: list[int], lanes: int, per_lane: int, step: int) -> None:
+    made = order(samples, lanes, per_lane)
+    assert made.epoch(step) == step * lanes * per_lane // sum(samples)
+    assert min(place.epoch for place in made.batch(step)) == made.epoch(step)
+    assert made.steps_per_epoch == sum(samples) / (lanes * per_lane)
 
 
 def test_shards_are_read_one_after_another() -> None:
     """A lane stays in a shard until it is used up, so that storage is read in runs."""
-    places = epoch(order([10] * 8, 1, 1), 0)
-    shards = [shard for shard, _ in places]
-    assert sum(a != b for a, b in pairwise(shards)) == 7
+    places = epochs(order([10] * 8, 1, 1), 1)[0]
+    shards = [shard for shard, _ in groupby(shard for shard, _ in places)]
+    assert len(shards) == 8
     assert shards != sorted(shards)
     assert [index for _, index in places[:10]] != list(range(10))
 
 
 def test_seed_and_epoch_change_the_order() -> None:
-    base = order([20, 20, 20], 2, 2)
-    assert epoch(base, 0) != epoch(base, 1)
-    assert epoch(base, 0) != epoch(order([20, 20, 20], 2, 2, seed=1), 0)
-    assert epoch(base, 1) == epoch(order([20, 20, 20], 2, 2), 1)
+    first, second = epochs(order([20, 20, 20], 2, 2), 2)
+    assert first != second
+    assert first != epochs(order([20, 20, 20], 2, 2, seed=1), 1)[0]
+    assert second == epochs(order([20, 20, 20], 2, 2), 2)[1]
 
 
 def test_the_order_is_frozen() -> None:
     """A running training depends on it: these numbers may never change."""
     places = [(place.shard, place.index) for place in order([3, 4, 5], 2, 2).batch(4)]
     assert places == [(2, 3), (2, 4), (1, 3), (1, 0)]
+    places = [(place.shard, place.index) for place in order([3, 4, 4], 2, 2, views=2).batch(5)]
+    assert places == [(0, 1), (2, 6), (1, 3), (0, 0)]
+
+
+def test_a_large_dataset_far_into_a_run() -> None:
+    """Steps are found without walking to them, and nothing overflows."""
+    made = order([256] * 136_719, 64, 16)
+    step = 10**9
+    places = made.batch(step)
+    assert {place.epoch for place in places} <= {made.epoch(step), made.epoch(step) + 1}
+    assert len(set(places)) == 64 * 16
+    assert len({place.shard for place in places}) <= 2 * 64
+    assert list(islice(places, 16)) == made.batch(step, 0, 64)
 
 
 def test_bad_geometry() -> None:
@@ -103,3 +176,5 @@ def test_bad_geometry() -> None:
         SampleOrder(np.array([8]), global_batch=6, lanes=4, seed=0)
     with pytest.raises(InputError, match="no samples"):
         order([0, 0], 1, 1)
+    with pytest.raises(InputError, match=r"shard 1 of the index has 9 samples, expected a multiple of .* 2 views"):
+        SampleOrder(np.array([8, 9]), global_batch=4, lanes=4, seed=0, views=2)

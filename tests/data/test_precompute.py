@@ -20,7 +20,7 @@ import pytest
 from data.small_data import digests, film, stamps
 from faulty_s3 import FAULTS, FaultyS3
 
-from cinemo import cli, storage
+from cinemo import cli, s3, storage
 from cinemo.config import Recipe, override
 from cinemo.data import cluster
 from cinemo.data.loader import LatentLoader
@@ -335,7 +335,7 @@ def test_storage_that_is_not_there_ends_in_one_line(
     clips_folder: Path, s3_endpoint: str, output: str, code: int, message: str
 ) -> None:
     words = ["--manifest", str(clips_folder), "--output", output]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), storage.PATIENCE: "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), s3.PATIENCE: "1"}
     if code == 1:
         environment["AWS_ENDPOINT_URL"] = "http://127.0.0.1:9"  # nobody listens there
     ended = subprocess.run(

@@ -172,6 +172,32 @@ def test_a_loss_that_is_no_number_stops_the_run(small: Recipe, dataset: str) -> 
 
 
 @pytest.mark.usefixtures("process_group")
+def test_what_is_left_out_leaves_the_mean_of_the_rest(small: Recipe) -> None:
+    """Loss and gradient are those of the samples that are there; without any, the step changes nothing."""
+    first, second, other, _ = moving_samples(4)
+    text = batches.TextStates(TextEncoder(small.encoders.text_encoder, small.encoders.tokenizer))
+
+    def step(batch: StepBatch, **changed: object) -> tuple[Report, torch.Tensor]:
+        torch.manual_seed(0)
+        recipe = _changed(small, max_steps=1, **changed)
+        made = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
+        reports: list[Report] = []
+        train(recipe, made, [batch], text, on_report=reports.append)
+        return reports[0], torch.cat([p.detach().flatten().float() for p in made.method.parameters()])
+
+    expected, _ = step(StepBatch(0, 0, [first, first, second, second]))
+    got, _ = step(StepBatch(0, 0, [first, other, other, second], [1.0, 0.0, 0.0, 1.0]), on_damaged="skip")
+    assert got.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    uneven, _ = step(StepBatch(0, 0, [first, second, other, other], [1.0, 1.0, 0.0, 0.0]), on_damaged="skip")
+    assert uneven.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+    nothing, weights = step(StepBatch(0, 0, [other] * 4, [0.0] * 4), on_damaged="skip")
+    assert np.isnan(nothing.loss)
+    assert nothing.grad_norm == 0
+    assert torch.isfinite(weights).all()
+
+
+@pytest.mark.usefixtures("process_group")
 def test_data_of_another_step_is_refused(small: Recipe) -> None:
     made = Engine(build_method(small), small.train, torch.device("cpu"))
     text = batches.TextStates(Letters())

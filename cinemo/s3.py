@@ -1,0 +1,149 @@
+"""The way to S3: one client, what its faults mean, and how long they are met with patience.
+
+Credentials and endpoint come from the environment as for every AWS tool (``AWS_ACCESS_KEY_ID``,
+``AWS_ENDPOINT_URL``, ...). What is not there is a `FileNotFoundError`, what is forbidden an `AccessDenied`. Everything
+else that goes wrong on the way to S3 (no answer, 5xx, throttling, a connection that drops) is tried again for
+``CINEMO_STORAGE_PATIENCE`` seconds (180 by default) and then a `RunError`: an outage is nobody's bad clip.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from cinemo.types import InputError, RunError
+
+PATIENCE = "CINEMO_STORAGE_PATIENCE"
+# An object of less than two parts is one PUT, a larger one a multipart upload: a failed part alone is sent again.
+_PART_BYTES = 32 << 20
+_PARTS_AT_ONCE = 4
+# Answers that no patience mends: the wrong region, a name that cannot be.
+_HOPELESS = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "InvalidBucketName", "405"})
+_CONDITION_FAILED = frozenset({"412", "PreconditionFailed", "ConditionalRequestConflict"})
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class AccessDenied(InputError, PermissionError):
+    """These credentials may not touch this object; others they may."""
+
+
+@functools.cache
+def client() -> Any:
+    import s3fs
+
+    # botocore tries a request again (standard mode: backs off with jitter, and less when everything fails). What it
+    # does not see, above all a body that breaks off, `call` does: retries of s3fs between the two would multiply.
+    made = s3fs.S3FileSystem(
+        config_kwargs={
+            "retries": {"total_max_attempts": 5, "mode": "standard"},
+            "connect_timeout": 5,
+            "read_timeout": 60,
+        },
+        use_listings_cache=False,
+        default_cache_type="none",
+        skip_instance_cache=True,
+    )
+    made.retries = 1
+    return made
+
+
+def filesystem(uri: str) -> Any:
+    scheme = uri.partition("://")[0]
+    if scheme != "s3":
+        raise InputError(f"{uri}: scheme {scheme!r} is not supported; expected a local path or s3://bucket/key")
+    return client()
+
+
+def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
+    """A method of the filesystem, again and again while S3 fails in ways that pass."""
+    import aiohttp
+    import botocore.exceptions as faults
+    from botocore.parsers import ResponseParserError
+
+    remote = filesystem(uri)
+    patience = float(os.environ.get(PATIENCE) or 180)
+    begun, pause = time.monotonic(), 0.25
+    while True:
+        try:
+            return getattr(remote, method)(*arguments, **options)
+        except FileExistsError:
+            raise  # a condition of `write_if`
+        except FileNotFoundError as error:
+            # The reply to a finished multipart upload was lost, and it was finished again: the object may be there.
+            if _code(error) != "NoSuchUpload":
+                raise
+            fault: Exception = error
+        except (PermissionError, faults.NoCredentialsError, faults.PartialCredentialsError) as error:
+            if _code(error) in ("AccessDenied", "403"):
+                raise AccessDenied(f"{uri}: access denied ({brief(error)}); check the bucket's policy") from None
+            raise InputError(f"{uri}: {brief(error)}; check AWS_* in the environment") from None
+        except (OSError, faults.BotoCoreError, ResponseParserError, aiohttp.ClientError, TimeoutError) as error:
+            if _code(error) in _CONDITION_FAILED:
+                raise FileExistsError(f"{uri}: {brief(error)}") from None
+            if getattr(error, "errno", None) in _NO_ROOM:
+                raise RunError(f"{uri}: {brief(error)}; make room on the local disk, and run it again") from None
+            if _code(error) in _HOPELESS or isinstance(error, faults.ParamValidationError):
+                raise InputError(f"{uri}: {brief(error)}; check bucket, region and endpoint") from None
+            fault = error
+        waited = time.monotonic() - begun
+        if waited > patience:
+            raise RunError(
+                f"{uri}: storage has failed for {waited:.0f} s ({brief(fault)}); run the same command again once it "
+                f"answers ({PATIENCE} is {patience:g} s)"
+            ) from None
+        logging.getLogger(__name__).warning("%s: %s, trying again", uri, brief(fault))
+        time.sleep(random.uniform(0, pause))
+        pause = min(2 * pause, 15)
+
+
+def _code(error: BaseException) -> str:
+    """S3's code of a translated error: ``NoSuchBucket``, ``SlowDown``, ``503`` ..."""
+    response = getattr(error.__cause__, "response", None)
+    return str(response["Error"].get("Code", "")) if isinstance(response, dict) and "Error" in response else ""
+
+
+class _Pieces:
+    """Buffers that look like one to s3fs, which asks for a length and for slices; a slice is a copy."""
+
+    def __init__(self, pieces: Sequence[memoryview]) -> None:
+        self.pieces = pieces
+        self.size = sum(piece.nbytes for piece in pieces)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, wanted: slice) -> bytes:
+        start, stop, _ = wanted.indices(self.size)
+        parts, offset = [], 0
+        for piece in self.pieces:
+            if offset < stop and offset + piece.nbytes > start:
+                parts.append(piece[max(0, start - offset) : stop - offset])
+            offset += piece.nbytes
+        return b"".join(parts)
+
+
+def put(uri: str, pieces: Sequence[memoryview]) -> None:
+    """Write an object whole: it is there with all of its content, or not at all."""
+    data = _Pieces(pieces)
+    body = data[:] if len(data) < 2 * _PART_BYTES else data
+    try:
+        call(uri, "pipe_file", uri, body, chunksize=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+    except FileNotFoundError as error:
+        raise InputError(f"{uri}: {brief(error)}; create the bucket or choose another one") from None
+
+
+def put_requests(size: int) -> int:
+    """Requests that write an object of so many bytes."""
+    return 1 if size < 2 * _PART_BYTES else 2 + -(-size // _PART_BYTES)
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

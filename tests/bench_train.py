@@ -1,0 +1,182 @@
+"""`make bench-train`: what feeds a training against its physical limits; its part of BENCHMARKS.md.
+
+Process CPU time (all threads) on one pinned core; what is compared runs in turns, the best of its repeats counts.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from bench import fill, table
+from bench_precompute import in_turns
+
+from cinemo import storage
+from cinemo.config import Recipe, override
+from cinemo.data import shards
+from cinemo.data.loader import LatentLoader
+from cinemo.data.reader import ShardReader
+from cinemo.data.shards import DatasetIndex
+from cinemo.methods import build_method
+from cinemo.networks.frozen import TextEncoder
+from cinemo.networks.memory import keep_freed_memory
+from cinemo.recipes import load_recipe
+from cinemo.training.batch import TextStates, host_batch, latent_shape
+from cinemo.training.engine import Engine
+from cinemo.training.loop import Report, train
+from cinemo.types import LatentSample
+
+Row = tuple[str, ...]
+PAPER, TINY = load_recipe("cinemo-320x512"), load_recipe("cinemo-tiny")
+SHARDS, CLIPS, BATCH = 8, 128, 32
+
+
+def make_dataset(directory: Path, recipe: Recipe) -> DatasetIndex:
+    """`SHARDS` shards of `CLIPS` random samples of a recipe's geometry."""
+    latents = np.random.default_rng(0).normal(size=(CLIPS, *latent_shape(recipe))).astype(np.float16)
+    root, fingerprint = str(directory), "f" * 64
+    records = []
+    for number in range(SHARDS):
+        samples = [
+            LatentSample(f"{position:09d}-0", f"clip-{position}", f"s3://clips/{position}.mp4", CAPTION, latents[k],
+                         0.5, 24.0, 3, position, extra={"source": "web", "license": "CC-BY"})
+            for k, position in enumerate(range(number * CLIPS, (number + 1) * CLIPS))
+        ]  # fmt: skip
+        records.append(shards.commit(root, number, samples, [], fingerprint))
+    storage.write_bytes(storage.join(root, "index.parquet"), shards.index_bytes(records))
+    info = {"schema": shards.SCHEMA_VERSION, "complete": True, "samples": SHARDS * CLIPS, "quarantined": 0}
+    info |= {"fingerprint": fingerprint, "latent_shape": list(latent_shape(recipe))}
+    storage.write_json(storage.join(root, "dataset.json"), info)
+    return DatasetIndex.load(root)
+
+
+def reading(directory: Path, recipe: Recipe) -> Iterator[Row]:
+    """One pass over a dataset in the page cache, every latent copied into a batch, against reading its files."""
+    index = make_dataset(directory, recipe)
+    members = shards.Members(**storage.read_json(shards.record_uri(index.uri, 0))["members"])
+    text = json.dumps(shards.read_metadata(index.uri, 0, members)[0])
+    files = [Path(shards.tar_uri(index.uri, number)) for number in index.shards]
+    buffer = bytearray(max(path.stat().st_size for path in files))
+    batch = np.empty((BATCH, *latent_shape(recipe)), np.float16)
+    steps = SHARDS * CLIPS // BATCH
+    place = 0
+
+    def raw() -> None:
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                assert file.readinto(buffer) == path.stat().st_size
+
+    def new() -> LatentLoader:
+        return LatentLoader(index, global_batch=BATCH, lanes=1, seed=0)
+
+    def epoch(loader: LatentLoader, start: int = 0) -> None:
+        for step in islice(loader.batches(start), steps):
+            for k, sample in enumerate(step.samples):
+                batch[k] = sample.latents_FCHW
+
+    used = new()
+    epoch(used)
+
+    def later() -> None:
+        nonlocal place
+        place += steps  # epoch after epoch: shards are opened and mapped anew
+        epoch(used, place)
+
+    def order() -> None:
+        for step in range(steps):
+            used.order.batch(step)
+
+    def texts() -> None:
+        for _ in range(SHARDS * CLIPS):
+            json.loads(text)
+
+    def other() -> None:
+        for k, entry in enumerate(webdataset.WebDataset(list(map(str, files)), shardshuffle=False).decode()):
+            batch[k % BATCH] = entry["latents.npy"]
+
+    def first() -> None:
+        epoch(new())
+
+    limit, read, checked, ordering, parsing, hashing = in_turns(
+        raw, later, first, order, texts, lambda: [hashlib.sha256(path.read_bytes()) for path in files], rounds=6
+    )
+    (plain,) = in_turns(other, rounds=1)
+    samples, size = SHARDS * CLIPS, sum(path.stat().st_size for path in files)
+    each = f"{size / samples / 1e3:.0f} KB a sample: {1e6 * read / samples:.0f} us"
+    parts = f"order {ordering / read:.0%}, JSON {parsing / read:.0%} of it"
+    name = recipe.name
+    target = "0.70" if recipe is PAPER else "-"
+    yield f"{name}: batches, shards checked before", f"{limit / read:.2f} x raw", target, f"{each}; {parts}"
+    yield (
+        f"{name}: the first pass, sha256 included", f"{limit / checked:.2f} x raw", "-",
+        f"sha256 is {hashing / checked:.0%} of it",
+    )  # fmt: skip
+    yield f"{name}: webdataset, .decode()", f"{limit / plain:.2f} x raw", "-", "in stored order"
+    reader = ShardReader(index, (), used._reader.cache, 0)
+    reader.get(0)
+    (opening,) = in_turns(lambda: reader._load(0), rounds=6)
+    yield f"{name}: open a shard again", f"{1e3 * opening:.1f} ms", "-", "a thread does it ahead"
+    samples_of_step = used.batch(0).samples
+    (draws,) = in_turns(lambda: host_batch(samples_of_step, 0, recipe), rounds=6)
+    yield f"{name}: float32, noise and draws", f"{1e6 * draws / BATCH:.0f} us", "-", "a sample, in the same thread"
+
+
+def data_wait(directory: Path) -> Iterator[Row]:
+    """The tiny recipe's own steps on one core, which its data thread shares."""
+    recipe = override(TINY, [f"train.max_steps={STEPS}", "train.workers=1", "train.log_every=1"])
+    index = DatasetIndex.load(str(directory))
+    rendezvous = directory / "group"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous.as_uri(), rank=0, world_size=1)
+    keep_freed_memory()
+    engine = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
+    text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
+    reports: list[Report] = []
+    train(recipe, engine, LatentLoader.of(index, recipe.train).batches(), text, on_report=reports.append)
+    torch.distributed.destroy_process_group()
+    steady = reports[2:]
+    seconds = np.mean([recipe.train.global_batch / report.samples_per_second for report in steady])
+    share = np.mean([report.data_wait for report in steady])
+    yield "cinemo-tiny: waiting for data", f"{share:.2%}", "< 2 %", f"of steps of {seconds:.1f} s, one core for all"
+
+
+def loader_part(scratch: Path) -> str:
+    rows = [*reading(scratch / "paper", PAPER), *reading(scratch / "tiny", TINY), *data_wait(scratch / "tiny")]
+    return LOADER.format(rows=table(("loader", "value", "target", ""), rows), samples=SHARDS * CLIPS, batch=BATCH)
+
+
+def main(parts: Sequence[Callable[[Path], str]] = (loader_part,)) -> None:
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        fill(TITLE, "".join(part(Path(directory)) for part in parts))
+
+
+STEPS = 8
+CAPTION = "a small dog runs across a wide green field towards the camera, its ears flying in the wind"
+TITLE = "## Training"
+LOADER = """
+Made with `make bench-train`: process CPU time of all threads on one pinned core, in turns, best of several. Loader:
+{samples} samples in the page cache, batches of {batch}, every latent copied into a batch once; raw is reading the same
+files with `readinto`. Every epoch opens and maps the shards anew.
+
+{rows}
+
+A sample costs about 10 us beside its bytes: its JSON, its place in the order, a Python object. Large samples hide them,
+small ones do not. The first pass is bound by sha256, paid once a shard and process in the thread that opens it ahead.
+Noise costs more than all reading; it is drawn in the data thread, beside the step.
+"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What is fetched is fetched once, checked, and takes no more disk than it may, whoever else uses the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cinemo import storage
+from cinemo.cache import Damaged, FileCache, localize
+from cinemo.types import InputError, keyed_seed
+
+SIZE = 100_000
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.s3)])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "local":
+        return str(tmp_path)
+    request.getfixturevalue("s3_endpoint")
+    return f"s3://cinemo-test/{tmp_path.name}"
+
+
+def content(number: int) -> bytes:
+    return np.random.default_rng(keyed_seed(0, number)).bytes(SIZE)
+
+
+class Files:
+    """Some files on s3://, read through a cache for three of them; ``fetched`` counts what was asked for."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, limit: float = 3.5 * SIZE) -> None:
+        self.directory, self.limit = directory / "copies", limit
+        self.root = f"s3://cinemo-test/{directory.name}"
+        for number in range(8):
+            storage.write_bytes(f"{self.root}/{number}", content(number))
+        self.fetched: list[str] = []
+        real = storage.fetch
+
+        def watch(uri: str, path: Path) -> None:
+            self.fetched.append(uri[-1])
+            real(uri, path)
+
+        monkeypatch.setattr(storage, "fetch", watch)
+
+    def map(self, number: int, **options: Any) -> memoryview:
+        digest = hashlib.sha256(content(number)).hexdigest()
+        return FileCache(self.limit, self.directory).map(f"{self.root}/{number}", digest, SIZE, **options)
+
+    def copy(self, number: int) -> Path:
+        return self.directory / hashlib.sha256(content(number)).hexdigest()
+
+    def there(self) -> set[int]:
+        return {number for number in range(8) if self.copy(number).exists()}
+
+    def taken(self) -> int:
+        return sum(path.stat().st_size for path in self.directory.iterdir())
+
+
+@pytest.fixture
+def files(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    return Files(tmp_path, monkeypatch)
+
+
+def test_upload_then_localize_gives_the_directory_back(root: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "one.txt").write_text("1")
+    (source / "deep" / "two.txt").write_text("2")
+    target = storage.join(root, "copy")
+    storage.upload(source, target)
+    local = localize(target)
+    assert {p.relative_to(local).as_posix(): p.read_text() for p in local.rglob("*.txt")} == {
+        "one.txt": "1",
+        "deep/two.txt": "2",
+    }
+    assert localize(storage.join(target, "one.txt")).read_text() == "1"
+
+
+def test_a_replaced_object_is_fetched_again(root: str) -> None:
+    uri = storage.join(root, "file.txt")
+    storage.write_bytes(uri, b"old")
+    assert localize(uri).read_bytes() == b"old"
+    storage.write_bytes(uri, b"new")
+    assert localize(uri).read_bytes() == b"new"
+
+
+def test_what_is_not_there_is_bad_input(root: str) -> None:
+    with pytest.raises(InputError, match=r"nothing there|no such"):
+        localize(storage.join(root, "none"))
+
+
+def test_a_local_file_is_mapped_where_it_lies(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")
+    right, wrong = (hashlib.sha256(text).hexdigest() for text in (b"abc", b"abd"))
+    copies = FileCache(1e9, tmp_path / "copies")
+    assert copies.map(str(path), right, 3) == b"abc"
+    assert copies.map(str(path), wrong, 3, check=False) == b"abc"
+    with pytest.raises(Damaged, match=r"file: sha256 is ba7816bf8f01\.\.\., its record says"):
+        copies.map(str(path), wrong, 3)
+    path.write_bytes(b"")
+    with pytest.raises(Damaged):
+        copies.map(str(path), right, 3)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        copies.map(str(path), right, 3)
+    assert not copies.directory.exists()
+
+
+@pytest.mark.s3
+def test_a_file_is_fetched_once(files: Files) -> None:
+    for _ in range(3):
+        assert files.map(5) == content(5)
+    assert files.fetched == ["5"]
+
+
+@pytest.mark.s3
+def test_the_least_recently_used_copies_give_way(files: Files) -> None:
+    for number in (0, 1, 2, 0, 3):
+        assert files.map(number) == content(number)
+        assert files.taken() <= files.limit
+    assert files.there() == {0, 2, 3}
+    assert files.map(1) == content(1)
+    assert files.fetched == ["0", "1", "2", "3", "1"]
+
+
+@pytest.mark.s3
+def test_a_copy_in_use_stays(files: Files) -> None:
+    held = [files.map(number) for number in range(5)]
+    assert files.there() == set(range(5))  # more than the limit, as more is in use
+    del held[0]
+    files.map(6)
+    assert files.there() == {1, 2, 3, 4, 6}
+    held.clear()
+    files.map(7)
+    assert files.taken() <= files.limit
+
+
+@pytest.mark.s3
+def test_a_removed_copy_can_still_be_read(files: Files) -> None:
+    held = files.map(0)
+    files.copy(0).unlink()
+    assert held == content(0)
+    assert files.map(0) == content(0)
+    assert files.fetched == ["0", "0"]
+
+
+@pytest.mark.s3
+def test_a_damaged_copy_is_fetched_again(files: Files) -> None:
+    files.map(0)
+    files.copy(0).write_bytes(content(1))
+    assert files.map(0) == content(0)
+    assert files.fetched == ["0", "0"]
+    files.copy(0).write_bytes(b"")
+    assert files.map(0) == content(0)
+
+
+@pytest.mark.s3
+def test_a_damaged_object_is_tried_twice_and_leaves_nothing(files: Files) -> None:
+    storage.write_bytes(f"{files.root}/0", content(1))
+    with pytest.raises(Damaged, match=r"/0: sha256 is"):
+        files.map(0)
+    assert files.fetched == ["0", "0"]
+    assert not list(files.directory.iterdir())
+    storage.remove_file(f"{files.root}/0")
+    with pytest.raises(FileNotFoundError):
+        files.map(0)
+    assert not list(files.directory.iterdir())
+
+
+@pytest.mark.s3
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_fetches_counts(files: Files) -> None:
+    files.directory.mkdir()
+    (files.directory / f".{3 * SIZE}.dead.partial").write_bytes(content(0)[:100])
+    files.map(0)
+    assert {path.name for path in files.directory.iterdir()} == {files.copy(0).name}
+    descriptor, partial = FileCache(files.limit, files.directory)._make_room(3 * SIZE)
+    files.map(1)
+    assert files.there() == {1}  # three of three and a half are spoken for
+    os.close(descriptor)
+    files.map(0)
+    assert not partial.exists()
+
+
+def _read_for_ever(root: str, directory: Path, seed: int, done: Any) -> None:
+    rng = np.random.default_rng(seed)
+    copies = FileCache(3.5 * SIZE, directory)
+    while True:
+        number = int(rng.integers(8))
+        assert copies.map(f"{root}/{number}", hashlib.sha256(content(number)).hexdigest(), SIZE) == content(number)
+        done.value += 1
+
+
+@pytest.mark.s3
+def test_several_processes_share_it(files: Files) -> None:
+    context = multiprocessing.get_context("spawn")
+    done = [context.Value("i", 0) for _ in range(2)]
+    readers = [
+        context.Process(target=_read_for_ever, args=(files.root, files.directory, seed, done[seed]), daemon=True)
+        for seed in range(2)
+    ]
+    for reader in readers:
+        reader.start()
+    deadline, most = time.monotonic() + 90, 0
+    while min(count.value for count in done) < 30:
+        assert time.monotonic() < deadline
+        assert all(reader.is_alive() for reader in readers)
+        time.sleep(0.02)
+        if files.directory.exists():
+            with storage.locked_directory(files.directory):
+                sizes = [entry.stat().st_size for entry in os.scandir(files.directory) if ".partial" not in entry.name]
+                most = max(most, sum(sizes))
+    for reader in readers:
+        assert reader.pid is not None
+        os.kill(reader.pid, signal.SIGKILL)
+        reader.join()
+    assert 2 * SIZE <= most <= files.limit
+    files.map(0)
+    assert files.taken() <= files.limit
