@@ -149,8 +149,17 @@ class HeldOut:
         self._reader = ShardReader(index, fields, FileCache(cache_gb * 1e9), keep=1)
         self._skip = on_damaged == "skip"
 
+    @classmethod
+    def of(cls, index: DatasetIndex, train: TrainConfig) -> HeldOut:
+        """The held-out samples of a training."""
+        return cls(index, train.held_out_shards, on_damaged=train.on_damaged, cache_gb=train.cache_gb)
+
     def __len__(self) -> int:
         return len(self._places)
+
+    def read(self, numbers: Sequence[int]) -> tuple[list[LatentSample], list[float] | None]:
+        """Some of the samples, counted from 0, and their weights as `StepBatch` has it."""
+        return _Samples(self._reader, self._skip).read([self._places[number] for number in numbers])
 
     def batches(self, size: int, rank: int = 0, world: int = 1) -> Iterator[StepBatch]:
         """Every sample once over all ranks, ``size`` a batch. Each rank gets the same number of batches of ``size``.

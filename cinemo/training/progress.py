@@ -161,7 +161,8 @@ class Progress:
     def finish(self, checkpoint: str) -> TrainSummary:
         """Write ``loss.csv`` and ``train.json``, end the MLflow run."""
         self._write_csv()
-        tenth = max(1, len(self._rows) // 10)
+        losses = [row.loss for row in self._rows if math.isfinite(row.loss)] or [math.nan]
+        tenth = max(1, len(losses) // 10)
         mfu = [row.mfu for row in self._rows if math.isfinite(row.mfu)]
         memory = [row.memory_gb for row in self._rows if math.isfinite(row.memory_gb)]
         validated = [row for row in self._rows if math.isfinite(row.val_loss)]
@@ -170,8 +171,8 @@ class Progress:
         summary = TrainSummary(
             steps=self._rows[-1].step,
             start_step=self._start or 0,
-            first_loss=statistics.fmean(row.loss for row in self._rows[:tenth]),
-            last_loss=statistics.fmean(row.loss for row in self._rows[-tenth:]),
+            first_loss=statistics.fmean(losses[:tenth]),
+            last_loss=statistics.fmean(losses[-tenth:]),
             seconds=round(time.monotonic() - self._begun, 1),
             samples_per_second=round(statistics.median(row.samples_per_second for row in self._rows), 3),
             checkpoint=checkpoint,

@@ -17,7 +17,7 @@ from ray.train.torch import get_device
 
 from cinemo import cache
 from cinemo.config import Recipe, parse_recipe
-from cinemo.data.loader import LatentLoader, StepBatch
+from cinemo.data.loader import HeldOut, LatentLoader, StepBatch
 from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.frozen import TextEncoder, Vae
@@ -129,7 +129,8 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
             post(Sheet(done, write_samples(output, recipe, done, vae, samples, animated)))
 
     post(Resumed(step, tuple(history)))
-    validate = Validation(recipe, engine, text, index, loader.sample) if recipe.train.held_out_shards else None
+    held_out = HeldOut.of(index, recipe.train)
+    validate = Validation(recipe, engine, text, held_out) if recipe.train.held_out_shards else None
     sample_seconds = flops / peak_flops(device, engine.dtype)
     train(
         recipe,

@@ -6,6 +6,7 @@ high motion bucket. Columns: frames. The noise is keyed by the sample alone, so 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tempfile
@@ -25,7 +26,7 @@ from cinemo.media.mp4 import write_video
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import Vae
 from cinemo.training.batch import TextStates
-from cinemo.types import Condition, LatentSample, keyed_generator
+from cinemo.types import Condition, LatentSample, RunError, keyed_generator
 
 BUCKETS = (3, 16)
 STEPS = 20
@@ -39,9 +40,11 @@ def first_samples(index: DatasetIndex, count: int, held_out_shards: int = 0) -> 
     """
     filled = [(shard, int(size)) for shard, size in zip(index.shards, index.samples_of_shards, strict=True)]
     held_out = filled[-held_out_shards:] if held_out_shards else []
-    shard = next(number for number, samples in [*held_out, *filled] if samples)
-    members = Members(**storage.read_json(record_uri(index.uri, shard))["members"])
-    return [fetch_sample(index.uri, shard, members, place) for place in range(min(count, len(members.keys)))]
+    for shard in (number for number, samples in [*held_out, *filled] if samples):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # lost or cut short: whether that may be, others say
+            members = Members(**storage.read_json(record_uri(index.uri, shard))["members"])
+            return [fetch_sample(index.uri, shard, members, place) for place in range(min(count, len(members.keys)))]
+    raise RunError(f"{index.uri}: every shard is damaged or missing; run precompute.py again")
 
 
 def sheet_latents(

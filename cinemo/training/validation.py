@@ -7,13 +7,13 @@ runs on one dataset, differ by their weights only. Nothing depends on the number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from cinemo.config import Recipe
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.loader import HeldOut
 from cinemo.training.batch import HostBatch, TextStates, host_batch, on_device
 from cinemo.training.engine import Engine
 from cinemo.training.metrics import Losses, LossSums
@@ -45,54 +45,38 @@ def plan_draws(samples: int, train_steps: int) -> list[Draw]:
     ]
 
 
-def held_out_places(index: DatasetIndex, shards: int) -> list[tuple[int, int]]:
-    """(position in the index, place in the shard) of every sample of the last ``shards`` shards."""
-    sizes = index.samples_of_shards
-    held = range(max(0, len(sizes) - shards), len(sizes)) if shards else range(0)
-    return [(position, place) for position in held for place in range(int(sizes[position]))]
-
-
 class Validation:
     """Measures the loss on held-out samples; every rank makes every call, and all run equally many forward passes.
 
     Args:
         text: of the training, so that captions seen there are not encoded again.
-        read: a sample by its position in the index and place in the shard; called here, for this rank's share.
+        held_out: read here, this rank's share of what `plan_draws` takes. A sample that is lost with its shard counts
+            as not there.
 
     Raises:
-        InputError: the held-out shards hold no samples.
+        InputError: there are no held-out samples.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        engine: Engine,
-        text: TextStates,
-        index: DatasetIndex,
-        read: Callable[[int, int], LatentSample],
-    ) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine, text: TextStates, held_out: HeldOut) -> None:
         # Without what training does to make samples harder: the loss of what a user asks for, text, image and motion.
         plain = {"prompt_dropout": 0.0, "image_dropout": 0.0, "motion_dropout": 0.0}
         self._recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=plain)})
         self._engine, self._text = engine, text
-        places = held_out_places(index, recipe.train.held_out_shards)
-        draws = plan_draws(len(places), recipe.diffusion.train_steps)
+        draws = plan_draws(len(held_out), recipe.diffusion.train_steps)
         if not draws:
             raise InputError(
-                f"train.held_out_shards is {recipe.train.held_out_shards}: the last shards of {index.uri} hold no "
-                "samples; raise it, or set it to 0 for a training without validation"
+                f"train.held_out_shards is {recipe.train.held_out_shards}: these shards hold no samples; raise it, or "
+                "set it to 0 for a training without validation"
             )
-        self.draws = len(draws)
         # All ranks must call the network equally often (ZeRO-3 gathers weights in it): the last ones repeat a draw
         # with weight zero.
         padded = -(-len(draws) // engine.world)
-        turns = range(engine.rank, padded * engine.world, engine.world)
-        mine = [(draws[place % len(draws)], place < len(draws)) for place in turns]
-        read_once: dict[int, LatentSample] = {}
-        for draw, _ in mine:
-            if draw.number not in read_once:
-                read_once[draw.number] = read(*places[draw.number])
-        self._mine = [(draw, read_once[draw.number], float(counts)) for draw, counts in mine]
+        places = range(engine.rank, padded * engine.world, engine.world)
+        mine = [(draws[place % len(draws)], place < len(draws)) for place in places]
+        numbers = sorted({draw.number for draw, _ in mine})
+        samples, weights = held_out.read(numbers)
+        read = dict(zip(numbers, zip(samples, weights or [1.0] * len(samples), strict=True), strict=True))
+        self._mine = [(draw, read[draw.number][0], counts * read[draw.number][1]) for draw, counts in mine]
 
     def __call__(self) -> Losses:
         """The losses now. The network should be in evaluation mode."""

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import write_dataset
 
+from cinemo import storage
 from cinemo.config import Recipe, override
-from cinemo.data.loader import LatentLoader
+from cinemo.data import shards
+from cinemo.data.loader import HeldOut, LatentLoader
 from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
@@ -21,8 +23,8 @@ from cinemo.training.batch import TextStates
 from cinemo.training.engine import Engine
 from cinemo.training.loop import train
 from cinemo.training.metrics import Losses, Report
-from cinemo.training.validation import LEAST, MOST, STRATA, Validation, held_out_places, plan_draws
-from cinemo.types import InputError
+from cinemo.training.validation import LEAST, MOST, STRATA, Validation, plan_draws
+from cinemo.types import InputError, RunError
 
 
 @given(st.integers(1, 3000), st.sampled_from([1000, 999, 50]))
@@ -47,16 +49,8 @@ def test_nothing_is_measured_of_nothing() -> None:
 
 def test_empty_held_out_shards_are_refused(small: Recipe, tmp_path: Path) -> None:
     root = write_dataset(tmp_path, (4, 4, 4, 4), sizes=(3, 0))
-    with pytest.raises(InputError, match=r"held_out_shards is 1: the last shards of .* hold no samples"):
+    with pytest.raises(InputError, match=r"held_out_shards is 1: these shards hold no samples"):
         _validation(override(small, ["train.held_out_shards=1"]), Rank(torch.nn.Identity(), 0, 1), str(root))
-
-
-def test_held_out_samples_are_those_of_the_last_shards(dataset: str) -> None:
-    index = DatasetIndex.load(dataset)
-    assert held_out_places(index, 0) == []
-    assert held_out_places(index, 1) == [(2, 0), (2, 1), (2, 2), (2, 3)]
-    assert len(held_out_places(index, 2)) == 8
-    assert len(held_out_places(index, 9)) == 12
 
 
 @dataclass
@@ -90,9 +84,8 @@ def _text(recipe: Recipe) -> TextStates:
 
 
 def _validation(recipe: Recipe, engine: object, dataset: str) -> Validation:
-    index = DatasetIndex.load(dataset)
-    read = LatentLoader(index, global_batch=4, lanes=2, seed=0).sample
-    return Validation(recipe, engine, _text(recipe), index, read)  # type: ignore[arg-type]
+    held_out = HeldOut.of(DatasetIndex.load(dataset), recipe.train)
+    return Validation(recipe, engine, _text(recipe), held_out)  # type: ignore[arg-type]
 
 
 def _losses(recipe: Recipe, dataset: str, world: int) -> tuple[Losses, set[int]]:
@@ -123,6 +116,19 @@ def test_the_number_of_ranks_does_not_matter(small: Recipe, dataset: str) -> Non
         assert made.buckets == pytest.approx(alone.buckets, rel=1e-5)
 
 
+def test_a_lost_shard_counts_as_not_there(small: Recipe, dataset: str, tmp_path: Path) -> None:
+    storage.upload(Path(dataset), str(tmp_path))
+    both, _ = _losses(override(small, ["train.held_out_shards=2"]), str(tmp_path), 2)
+    Path(shards.tar_uri(str(tmp_path), 1)).unlink()
+    skipping = ["train.held_out_shards=2", "train.on_damaged=skip"]
+    rest, calls = _losses(override(small, skipping), str(tmp_path), 2)
+    assert len(calls) == 1
+    assert len(rest.buckets) == 4
+    assert 0.1 < rest.overall != both.overall
+    with pytest.raises(RunError, match="shard-000001"):
+        _losses(override(small, skipping[:1]), str(tmp_path), 1)
+
+
 def test_only_the_weights_matter(small: Recipe, dataset: str) -> None:
     recipe = override(small, ["train.held_out_shards=1"])
     alone, _ = _losses(recipe, dataset, 1)
@@ -140,7 +146,7 @@ def test_validation_is_reported_and_leaves_the_training_as_it_is(small: Recipe, 
     def run(validated: bool) -> list[Report]:
         torch.manual_seed(0)
         engine = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
-        loader = LatentLoader(DatasetIndex.load(dataset), global_batch=4, lanes=2, seed=0)
+        loader = LatentLoader.of(DatasetIndex.load(dataset), recipe.train)
         reports: list[Report] = []
         validate = _validation(recipe, engine, dataset) if validated else None
         train(recipe, engine, loader.batches(), _text(recipe), on_report=reports.append, validate=validate)

@@ -20,7 +20,7 @@ import torch
 from cinemo import storage
 from cinemo.bundle import save_bundle
 from cinemo.config import Recipe, TrainConfig, override
-from cinemo.data.loader import LatentLoader
+from cinemo.data.loader import HeldOut, LatentLoader
 from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
@@ -123,10 +123,10 @@ def _reference(recipe: Recipe, data: str) -> list[Report]:
     alone = recipe.model_copy(update={"train": settings})
     engine = Engine(build_method(alone), settings, torch.device("cpu"))
     index = DatasetIndex.load(data)
-    loader = LatentLoader(index, global_batch=settings.global_batch, lanes=settings.lanes, seed=settings.seed)
+    loader = LatentLoader.of(index, settings)
     text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
     reports: list[Report] = []
-    validation = Validation(alone, engine, text, index, loader.sample)
+    validation = Validation(alone, engine, text, HeldOut.of(index, alone.train))
     train(alone, engine, loader.batches(), text, on_report=reports.append, validate=validation)
     return reports
 
