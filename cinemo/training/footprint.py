@@ -51,7 +51,8 @@ class Footprint:
     ``buffers``: the most at one time of DeepSpeed's buckets, gathered weights and the optimizer's temporaries.
     ``inputs``: the frozen text encoder, kept text states, a micro batch. ``kept``: freed memory that a process on CPUs
     does not give back. ``peak``: on the device, less than the sum of the parts, which are not all there at one time:
-    the larger of the backward pass and the optimizer's step. ``host``: host memory of a worker on an accelerator.
+    the larger of the backward pass and the optimizer's step. ``in_use``: the same without ``kept``. ``host``:
+    host memory of a worker on an accelerator.
     """
 
     zero_stage: int
@@ -65,6 +66,7 @@ class Footprint:
     inputs: int
     kept: int
     peak: int
+    in_use: int
     host: int
 
 
@@ -145,11 +147,12 @@ def footprint(
     resident = weights + states + inputs
     # Without accumulation gradients come as activations go.
     adding_up = gradients if accumulation(train) > 1 or offload != "none" else 0
-    backward = active + kept + adding_up + at_backward
-    peak = resident + max(backward, gradients + reducing, gradients + at_step)
+    backward = active + adding_up + at_backward
+    in_use = resident + max(backward, gradients + reducing, gradients + at_step)
+    peak = max(in_use, resident + backward + kept)
     buffers = max(at_backward, reducing, at_step)
     return Footprint(
-        stage, checkpointing, offload, weights, gradients, states, active, buffers, inputs, kept, peak, host
+        stage, checkpointing, offload, weights, gradients, states, active, buffers, inputs, kept, peak, in_use, host
     )
 
 
