@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from cinemo import cli
+from cinemo.config import Recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--data", required=True, metavar="URI", help="dataset directory, local or s3://")
-    parser.add_argument("--output", required=True, metavar="URI", help="run directory, local or s3://")
+    parser.add_argument("--data", metavar="URI", help="dataset directory, local or s3://")
+    parser.add_argument("--output", metavar="URI", help="run directory, local or s3://")
     parser.add_argument("--max-steps", type=int, metavar="N", help="the same as --set train.max_steps=N")
     parser.add_argument(
         "--resume",
@@ -25,15 +27,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="prove here and on this dataset that a resume repeats and loses no sample: trains twice under --output, "
         "once killed and resized",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="only say what the run will take: FLOPs, memory of a worker, time (needs no --data and no --output)",
+    )
+    parser.add_argument(
+        "--accelerator",
+        metavar="NAME",
+        help="with --plan: what to plan for, such as A100-80GB; here: this machine, measured (default: A100-80GB for a "
+        "recipe with train.gpus_per_worker, else here)",
+    )
+    parser.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="with --plan: share of the accelerator's peak that training reaches"
+    )
+    parser.add_argument(
+        "--prices", metavar="FILE", help="with --plan: JSON of prices (currency, accelerator_hour, core_hour)"
+    )
     arguments = parser.parse_args(argv)
+    if not arguments.plan:
+        for name in ("accelerator", "mfu", "prices"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"--{name} belongs to --plan")
+        missing = [f"--{name}" for name in ("data", "output") if getattr(arguments, name) is None]
+        if missing:
+            parser.error(f"the following arguments are required: {', '.join(missing)}")
     if arguments.max_steps is not None:
         arguments.assignments.append(f"train.max_steps={arguments.max_steps}")
     recipe = cli.recipe_of(arguments)
 
+    if arguments.plan:
+        plan(arguments, recipe)
+        return
     if arguments.verify_resume:
         from cinemo.training.proof import verify_resume
 
-        print("\n".join(verify_resume(recipe, arguments.data, arguments.output, __file__)))
+        print(*verify_resume(recipe, arguments.data, arguments.output, __file__), sep="\n")
         return
     from cinemo.training import worker  # late: --help and bad flags need neither torch nor Ray
 
@@ -42,6 +71,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{summary.steps} steps, loss {summary.first_loss:.4f} -> {summary.last_loss:.4f}, "
         f"{summary.samples_per_second:.1f} samples/s; checkpoint: {summary.checkpoint}"
     )
+
+
+def plan(arguments: argparse.Namespace, recipe: Recipe) -> None:
+    """Print the estimate; with ``--output`` write it to ``plan.json`` there too."""
+    from cinemo import storage
+    from cinemo.data.prices import read_prices
+    from cinemo.training.estimate import plan_training
+    from cinemo.training.wording import plan_lines
+
+    prices = read_prices(arguments.prices) if arguments.prices else None
+    output = storage.absolute(arguments.output) if arguments.output else None
+    if output:
+        storage.check_writable(output)
+    estimate = plan_training(recipe, arguments.accelerator, arguments.mfu, prices)
+    if output:
+        storage.write_json(storage.join(output, "plan.json"), estimate)
+    print(*plan_lines(estimate, output), sep="\n")
 
 
 if __name__ == "__main__":

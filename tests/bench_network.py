@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from bench import NETWORK_TITLE, fill, table
-from peak_memory import PeakMemory
 from published_unet import published_forward
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -28,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cinemo.networks.attention import _kept_positions
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.memory import keep_freed_memory
+from cinemo.training.activations import PeakMemory
 
 ROOT = Path(__file__).resolve().parent.parent
 FORWARDS: dict[str, Callable[..., Tensor]] = {"published": published_forward, "ours": LavieUNet.forward}

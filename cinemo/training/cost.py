@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cinemo.config import Recipe
 from cinemo.methods import build_method
+from cinemo.training.activations import TOKENS
 from cinemo.training.batch import latent_shape
-from cinemo.types import Condition, LatentBatch
+from cinemo.types import Condition, InputError, LatentBatch
 
-_TOKENS = 77  # of CLIP's text encoder
 _PROBE_SECONDS = 0.3
 
 # Dense peak FLOP/s of tensor cores, NVIDIA's data sheets: (bfloat16, TF32, which torch's float32 convolutions use).
@@ -54,7 +54,7 @@ def sample_flops(recipe: Recipe) -> SampleFlops:
     with torch.device("meta"):
         method = build_method(recipe)
         video_BCFHW = torch.empty(1, channels, frames, rows, columns)
-        text_BLD = torch.empty(1, _TOKENS, recipe.model.cross_attention_dim)
+        text_BLD = torch.empty(1, TOKENS, recipe.model.cross_attention_dim)
         condition = Condition(video_BCFHW[:, :, 0], text_BLD, torch.empty(1))
         target = method.target(LatentBatch(video_BCFHW, condition))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -72,6 +72,46 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             if known in name:
                 return half if dtype == torch.bfloat16 else full
     return measured_flops(device, dtype)
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What a plan needs to know of a device: bytes of memory, dense peak FLOP/s in bfloat16 and in float32 (TF32)."""
+
+    name: str
+    memory: float
+    half: float
+    full: float
+
+    def peak(self, dtype: torch.dtype) -> float:
+        return self.half if dtype == torch.bfloat16 else self.full
+
+
+# Names to plan for: memory in GB (NVIDIA's data sheets, decimal), and the entry of `_PEAKS`.
+_ACCELERATORS = {
+    "A100-40GB": (40, "A100"),
+    "A100-80GB": (80, "A100"),
+    "H100-80GB": (80, "H100"),
+    "H100-PCIe": (80, "H100 PCIe"),
+    "H100-NVL": (94, "H100 NVL"),
+    "H200-141GB": (141, "H200"),
+    "H200-NVL": (141, "H200 NVL"),
+    "L40S-48GB": (48, "L40S"),
+    "L40-48GB": (48, "L40"),
+    "L4-24GB": (24, "L4"),
+    "A10G-24GB": (24, "A10G"),
+}
+
+
+def accelerator(name: str) -> Accelerator:
+    """
+    Raises:
+        InputError: an unknown name.
+    """
+    if name not in _ACCELERATORS:
+        raise InputError(f"accelerator {name!r}: unknown; expected here or one of {', '.join(_ACCELERATORS)}")
+    memory, peaks = _ACCELERATORS[name]
+    return Accelerator(name, memory * 1e9, *_PEAKS[peaks])
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:

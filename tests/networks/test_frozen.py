@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from goldens import golden_files
-from peak_memory import PeakMemory
 from tiny import WIDTH, save_encoders, save_image_encoder
 
 from cinemo.networks.frozen import ImageEncoder, TextEncoder, Vae, network_digest, vae_scaling
+from cinemo.training.activations import PeakMemory
 from cinemo.types import InputError
 
 

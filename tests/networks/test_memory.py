@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peak_memory import PeakMemory
 from published_unet import published_forward
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cinemo.networks import memory
 from cinemo.networks.attention import _kept_positions
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.training.activations import PeakMemory
 
 SMALL = {
     "block_out_channels": (64, 96),

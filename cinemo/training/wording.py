@@ -1,0 +1,65 @@
+"""The estimate of a training in words, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cinemo import storage
+
+_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "inputs", "kept", "peak", "host")
+
+
+def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
+    """What ``train.py --plan`` prints."""
+    parameters, flops, step = plan["parameters"], plan["flops_per_sample"], plan["flops_per_step"]
+    memory, device, speed = plan["memory"], plan["accelerator"], plan["speed"]
+    again = " (with what gradient checkpointing repeats)" if flops["executed"] > flops["training"] else ""
+    lines = [
+        f"{plan['recipe']}: {parameters['total']:,} parameters, {parameters['trainable']:,} of them learn; beside "
+        f"them a frozen text encoder of {plan['text_encoder']['parameters']:,} ({plan['text_encoder']['source']})",
+        f"FLOPs: forward {_tera(flops['forward'])} a sample; a step of {plan['samples_per_step']} samples "
+        f"{_tera(step['training'])}, executed {_tera(step['executed'])}{again}",
+        f"memory of each of {plan['workers']} workers in GB, micro batch {plan['micro_batch']}, "
+        f"{plan['accumulation']} a step; {device['name']} has {device['memory'] / 1e9:.1f}"
+        + (f", {device['reserved'] / 1e9:.0f} of it not for tensors" if device["reserved"] else ""),
+        *_table(memory, kept=any(row["kept"] for row in memory["rows"])),
+        "  *: this recipe; peak: the most at one time, less than the sum since gradients come as activations go; "
+        "buffers: DeepSpeed's buckets, gathered weights, the optimizer's temporaries; inputs: text encoder and "
+        "states, batches"
+        + ("; kept: freed memory that a process on CPUs holds on to" if memory["recipe"]["kept"] else ""),
+    ]
+    if not memory["fits"]:
+        lines.append(
+            f"  this recipe does not fit: {memory['recipe']['peak'] / 1e9:.1f} GB; lower train.micro_batch, or see the "
+            "rows that fit"
+        )
+    lines += [
+        f"time: {speed['peak'] / 1e12:,.4g} TFLOP/s at most, MFU {speed['mfu']:.3g} ({speed['source']}): "
+        f"{plan['seconds_per_step']:.3g} s a step, {plan['hours']:,.4g} hours for {plan['steps']:,} steps, "
+        + (f"{plan['accelerator_hours']:,.4g} accelerator hours, " if "accelerator_hours" in plan else "")
+        + f"{plan['core_hours']:,.4g} core hours"
+    ]
+    if "costs" in plan:
+        items = ", ".join(f"{name} {value:,.2f}" for name, value in plan["costs"].items())
+        lines.append(f"cost in {plan['currency']}: {items}")
+    return [*lines, f"written to {storage.join(output, 'plan.json')}"] if output else lines
+
+
+def _table(memory: Mapping[str, Any], kept: bool) -> list[str]:
+    parts = [part for part in _PARTS if kept or part != "kept"]
+    keys = ("zero_stage", "checkpointing", "offload")
+    lines = ["  ZeRO  checkpointing  offload  " + "  ".join(f"{part:>11}" for part in parts)]
+    for row in memory["rows"]:
+        mark = "*" if all(row[key] == memory["recipe"][key] for key in keys) else " "
+        values = "  ".join(f"{row[part] / 1e9:>11.2f}" for part in parts)
+        switch = "on" if row["checkpointing"] else "off"
+        lines.append(
+            f"{mark} {row['zero_stage']:<4}  {switch:<13}  {row['offload']:<9}{values}"
+            + ("" if row["fits"] else "  does not fit")
+        )
+    return lines
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:,.4g} TFLOP"

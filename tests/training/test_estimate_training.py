@@ -1,0 +1,178 @@
+"""The plan of a training: what its parts must obey, that it says what does not fit, and that memory is what is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bench_train_memory import CASES, measured, predicted
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cinemo import cli
+from cinemo.config import Recipe, override
+from cinemo.data.prices import Prices
+from cinemo.methods import build_method
+from cinemo.recipes import load_recipe
+from cinemo.training.activations import activation_bytes, shapes
+from cinemo.training.cost import accelerator, sample_flops
+from cinemo.training.estimate import plan_training, text_encoder_values
+from cinemo.training.footprint import Parameters, footprint, footprints
+from cinemo.types import InputError
+from pipelines.train import main
+
+PAPER = load_recipe("cinemo-320x512")
+ACTIVATIONS = {False: 75 * 10**9, True: 17 * 10**9}
+PARAMETERS = Parameters(911_000_000, 911_000_000, 30_000_000)
+
+
+def paper(**train: object) -> Recipe:
+    return override(PAPER, [f"train.{key}={json.dumps(value)}" for key, value in train.items()])
+
+
+def test_parameters_of_the_full_size_network_are_counted_without_making_them() -> None:
+    method = shapes(PAPER, "meta")
+    assert {parameter.device.type for parameter in method.parameters()} == {"meta"}
+    assert {parameter.dtype for parameter in method.parameters()} == {torch.bfloat16}
+    assert Parameters.of(method).total == 911_092_740
+
+
+def test_frozen_parameters_have_neither_gradients_nor_states(small: Recipe) -> None:
+    method = build_method(small)
+    learning = [parameter for name, parameter in method.named_parameters() if "attn_temp" in name]
+    method.requires_grad_(False)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    found = Parameters.of(method)
+    assert 0 < found.trainable == sum(parameter.numel() for parameter in learning) < found.total
+    made = footprint(small, found, ACTIVATIONS, 0, 0, False, "none")
+    assert made.weights == 4 * found.total
+    assert made.gradients == 4 * found.trainable
+    assert made.optimizer == 8 * found.trainable
+
+
+def test_adam_in_bfloat16_takes_sixteen_bytes_a_parameter() -> None:
+    """The count of ZeRO's paper (arXiv 1910.02054, section 3.1): 2 + 2 + 12 bytes; each stage divides one more."""
+    recipe, values = paper(workers=8), PARAMETERS.total
+    made = [footprint(recipe, PARAMETERS, ACTIVATIONS, 0, stage, True, "none") for stage in range(4)]
+    assert [(row.weights, row.gradients, row.optimizer) for row in made] == [
+        (2 * values, 2 * values, 12 * values),
+        (2 * values, 2 * values, 12 * values // 8),
+        (2 * values, 2 * values // 8, 12 * values // 8),
+        (2 * values // 8, 2 * values // 8, 12 * values // 8),
+    ]
+    averaged = footprint(paper(ema_decay=0.999), PARAMETERS, ACTIVATIONS, 0, 0, True, "none")
+    assert averaged.optimizer == 16 * values
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from(["fp32", "bf16"]), st.integers(10_000, 10**9), st.booleans())
+def test_laws_of_the_parts(workers: int, precision: str, values: int, again: bool) -> None:
+    recipe = paper(workers=workers, precision=precision)
+    rows = list(footprints(recipe, Parameters(values, values, values // 10), ACTIVATIONS, 10**6))
+    assert len(rows) == len({(row.zero_stage, row.checkpointing, row.offload) for row in rows}) == 16
+    for row in rows:
+        parts = row.weights + row.gradients + row.optimizer + row.activations + row.buffers + row.inputs + row.kept
+        assert row.weights + row.optimizer + row.activations <= row.in_use <= row.peak <= parts
+    own = {(row.zero_stage, row.offload): row for row in rows if row.checkpointing == again}
+    for name in ("weights", "gradients"):
+        sizes = [getattr(own[stage, "none"], name) for stage in range(4)]
+        assert sizes == sorted(sizes, reverse=True)
+    for stage in (1, 2, 3):
+        assert own[stage, "optimizer"].optimizer == 0
+        assert own[stage, "optimizer"].host >= own[stage, "none"].optimizer
+    assert own[3, "all"].weights == 0
+
+
+def test_activations_follow_the_batch_and_shrink_with_checkpointing(small: Recipe) -> None:
+    whole = activation_bytes(small, False)
+    assert activation_bytes(override(small, ["train.micro_batch=4"]), False) == pytest.approx(2 * whole, rel=0.05)
+    # What a backward pass needs at least: more than the inputs of every convolution; checkpointing keeps less of it.
+    assert 0.1 * whole < activation_bytes(small, True) < 0.8 * whole
+    method = build_method(small)
+    assert all(torch.isfinite(value).all() for value in method.state_dict().values())  # nothing fake was left behind
+
+
+def test_time_is_useful_flops_by_the_peak(small: Recipe) -> None:
+    recipe = override(small, ["train.max_steps=7200", "train.workers=2", "train.gpus_per_worker=1"])
+    plan = plan_training(recipe, "A100-80GB", 0.5, Prices(accelerator_hour=2.0, core_hour=0.5, currency="EUR"))
+    useful = 4 * sample_flops(recipe).training / (2 * 156e12 * 0.5)  # float32: TF32's peak
+    assert plan["seconds_per_step"] == pytest.approx(useful)
+    assert plan["accelerator_hours"] == pytest.approx(2 * 2 * useful)
+    assert plan["costs"]["total"] == pytest.approx(plan["accelerator_hours"] * 2.0 + plan["core_hours"] * 0.5)
+    assert plan["currency"] == "EUR"
+    again = plan_training(override(recipe, ["train.gradient_checkpointing=true"]), "A100-80GB")
+    assert again["speed"]["mfu"] == pytest.approx(0.35 * 3 / 4)  # a quarter of what is computed is a repetition
+
+
+def test_this_machine_is_measured(small: Recipe) -> None:
+    plan = plan_training(small)
+    assert plan["accelerator"]["name"] == "here"
+    assert 0 < plan["speed"]["mfu"] < 1.5
+    assert plan["speed"]["source"].startswith("measured")
+    assert "accelerator_hours" not in plan
+    assert plan["memory"]["recipe"]["host"] == 0
+
+
+def test_bad_requests_are_one_line(small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"accelerator 'A200': unknown; expected here or one of A100-40GB, "):
+        accelerator("A200")
+    with pytest.raises(InputError, match=r"--mfu is 2, expected a share"):
+        plan_training(small, mfu=2.0)
+    for flags, said in (
+        (["--plan", "--accelerator", "A200"], "unknown"),
+        (["--accelerator", "A100-80GB"], "--accelerator belongs to --plan"),
+        (["--data", "x"], "required: --output"),
+        (["--plan", "--prices", str(tmp_path / "none.json")], "no such file"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(main, flags)
+        errors = capsys.readouterr().err
+        assert (ended.value.code, errors.count("\n")) == (2, 1)
+        assert said in errors
+
+
+def test_a_plan_is_printed_and_written(small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.json").write_text(small.to_json())
+    (tmp_path / "prices.json").write_text('{"currency": "EUR", "accelerator_hour": 3}')
+    prices = ["--prices", str(tmp_path / "prices.json")]
+    flags = ["--accelerator", "L4-24GB", "--output", str(tmp_path), "--set", "train.micro_batch=4"]
+    main(["--plan", "--recipe", str(tmp_path / "recipe.json"), *prices, *flags])
+    said = capsys.readouterr().out
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["memory"]["fits"]
+    assert len([line for line in said.splitlines() if line.startswith("* 2     off")]) == 1
+    assert "cost in EUR: accelerators" in said
+
+
+def test_what_does_not_fit_is_marked(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO's buckets alone (1 GB in bfloat16, twice) fill a small device; ZeRO 0 has none."""
+    from cinemo.training import cost
+    from cinemo.training.wording import plan_lines
+
+    monkeypatch.setitem(cost._ACCELERATORS, "small", (3, "L4"))
+    plan = plan_training(small, "small", 0.3)
+    assert not plan["memory"]["fits"]
+    assert {row["zero_stage"] for row in plan["memory"]["rows"] if row["fits"]} == {0}
+    lines = plan_lines(plan, None)
+    assert sum(line.endswith("does not fit") for line in lines) == 14
+    assert any("this recipe does not fit" in line for line in lines)
+
+
+def test_a_text_encoder_is_counted_by_its_configuration(small: Recipe) -> None:
+    from transformers import CLIPTextModel
+
+    network = CLIPTextModel.from_pretrained(small.encoders.text_encoder)
+    expected = sum(parameter.numel() for parameter in network.parameters())
+    assert text_encoder_values(small) == (expected, small.encoders.text_encoder)
+    values, source = text_encoder_values(override(small, ["encoders.text_encoder=nowhere/at-all"]))
+    assert values == 123_060_480  # of CLIP ViT-L/14, as published
+    assert "assumed" in source
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["tiny, ZeRO 0", "tiny, ZeRO 2"])
+def test_the_memory_of_a_real_training_is_as_predicted(case: str) -> None:
+    for guess, kept in zip(predicted(CASES[case]), (False, True), strict=True):
+        assert guess == pytest.approx(measured(CASES[case], kept), rel=0.15), kept
