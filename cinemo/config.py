@@ -115,15 +115,26 @@ class TrainConfig(Part):
     prompt_dropout: float = Field(0.5, ge=0, le=1)
     image_dropout: float = Field(0.0, ge=0, le=1, description="share of samples whose given frame is zero")
     motion_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without a motion embedding")
-    min_snr_gamma: float | None = Field(None, gt=0, description="min-SNR loss weights (arXiv 2303.09556); null: none")
-    noise_offset: float = Field(0.0, ge=0, description="share of noise that is one value a channel")
-    trainable: Literal["all", "temporal", "lora"] = Field("all", description="what learns: all is the paper's")
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="min-SNR loss weights (arXiv 2303.09556, which uses 5); null: none"
+    )
+    noise_offset: float = Field(
+        0.0, ge=0, description="size of noise that is one value for all frames and cells of a channel"
+    )
+    trainable: Literal["all", "temporal", "lora"] = Field(
+        "all", description="what learns: all is the paper's; temporal: attention along time and the motion input"
+    )
     lora_rank: int = Field(16, ge=1)
     lora_alpha: float | None = Field(None, gt=0, description="null: as lora_rank, so that the update is not scaled")
     lora_layers: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), description="linear layers by the end of their names"
+        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="linear layers by the end of their names"
     )
-    ema_decay: float = Field(0.0, ge=0, lt=1, description="of averaged weights, which are then exported; 0: none")
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of averaged weights, which are then exported (sample sheets show the raw ones); 0: none",
+    )
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "optimizer", "all"] = Field(
         "none", description="what waits in host memory: the optimizer (ZeRO 1-3), the weights too (ZeRO 3)"
@@ -132,7 +143,11 @@ class TrainConfig(Part):
     gradient_checkpointing: bool = Field(
         False, description="a fifth of the activations' memory for a third more time: layers are computed twice"
     )
-    init: str | None = Field(None, description="UNet weights to start from: package:NAME, file, directory or s3://")
+    init: str | None = Field(
+        None,
+        description="what to start from: LaVie's file, a Cinemo folder or bundle, a UNet's folder; local, package:NAME "
+        "or s3://; null: from scratch",
+    )
     seed: int = 0
     lanes: int = Field(8, ge=1, description="reading lanes of the canonical order; workers must divide it")
     on_damaged: Literal["stop", "skip"] = Field("stop", description="a shard that is missing or damaged")
@@ -158,6 +173,12 @@ class TrainConfig(Part):
             raise ValueError(
                 f"lanes is {self.lanes}, expected a multiple of workers ({self.workers}) "
                 f"that divides global_batch ({self.global_batch})"
+            )
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(
+                f"offload is {self.offload} with zero_stage {self.zero_stage}, expected zero_stage {least} or more; "
+                f"set train.zero_stage={max(2, least)} or train.offload=none"
             )
         return self
 

@@ -21,10 +21,38 @@ from cinemo.types import InputError
 
 
 def cinemo_320x512() -> Recipe:
-    """The paper (arXiv 2407.15642, section 4.1): 8 workers, global batch 80, 16 frames at interval 3-10, 320x512.
+    """The paper (arXiv 2407.15642): 8 workers, global batch 80, 16 frames at interval 3-10, 320x512.
 
-    The paper does not say: learning rate 1e-4 (LaVie's), ZeRO stage, precision, clip of the gradient norm: our choice.
-    Gradient checkpointing: ten samples hold 71 GB of activations in bf16 without it, 14 GB with it.
+    Every key, by where its value is from (a test holds this list complete):
+
+    - Section 4.1. data.frames: 16, so 15 residuals. data.size, data.frame_interval. train.workers: 8, with one GPU each
+      (train.gpus_per_worker). train.global_batch: 80; train.micro_batch: 10 of them on each GPU. train.prompt_dropout:
+      0.5; train.image_dropout, train.motion_dropout: only prompts are dropped. train.weight_decay: Adam, with the
+      train.betas of its own paper (arXiv 1412.6980). sample.solver: DDIM. sample.steps: 50. sample.guidance_scale: 7.5,
+      in every step (sample.guidance_interval, sample.reuse_features).
+    - Section 3. train.init: LaVie's base weights; train.trainable: all parameters (3.1). data.bucket_edges: SSIM cut
+      uniformly into buckets 0..19 (3.2). diffusion.prediction: the noise (equation 3), with equal weights
+      (train.min_snr_gamma). train.noise_offset: none (Algorithm 1, line 7). sample.dct_init (3.3).
+    - Stable Diffusion v1.4, which LaVie (arXiv 2309.15103) is built on, and so the published code and weights.
+      encoders.vae, encoders.text_encoder, encoders.tokenizer. model.in_channels, model.out_channels,
+      model.block_out_channels, model.layers_per_block, model.norm_num_groups, model.cross_attention_dim,
+      model.attention_head_dim.
+    - The published code, where the paper is silent. model.addition_time_embed_dim: 256. diffusion.train_steps,
+      diffusion.beta_start, diffusion.beta_end, diffusion.beta_schedule: LaVie's, not Stable Diffusion's.
+      encoders.vae_decoder: SVD's temporal one. encoders.latent: a sample of the posterior. sample.dct_tau: 975.
+      sample.dct_keep: 0.23. sample.dct_mode: rows and columns, where the paper says 3D. sample.fps: 8.
+      sample.edit_guidance_scale: 1, where the paper says 7.5. sample.edit_dct_tau: 985.
+    - Our choice, what is learnt. train.lr: 1e-4 (DynamiCrafter, arXiv 2310.12190, begins with it), constant
+      (train.schedule, train.warmup_steps). train.max_steps: 100 000, where the paper says one week. train.grad_clip: 1.
+      train.ema_decay: no average. train.precision: bf16. data.ssim: of luma. data.views: one a clip.
+      sample.motion_bucket: the middle.
+    - Our choice, how it is computed. train.gradient_checkpointing: ten samples hold 71 GB of activations in bf16
+      without it, 14 GB with it. train.zero_stage, train.offload, train.cpus_per_worker, train.lanes, train.on_damaged,
+      train.cache_gb, train.max_failures, ``compile``. train.seed, data.seed. train.log_every, train.checkpoint_every,
+      train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards, train.validate_every,
+      train.canary. data.clips_per_shard, data.decoder, data.clip_timeout, data.clip_memory, data.decode_cpus,
+      data.decode_resource, data.max_quarantine_share, data.encode_batch, data.encode_actors, data.encode_gpus.
+    - Not used here. train.lora_rank, train.lora_alpha, train.lora_layers, data.fields, encoders.image_encoder.
     """
     return Recipe(
         name="cinemo-320x512",
@@ -35,7 +63,7 @@ def cinemo_320x512() -> Recipe:
             text_encoder="models/sd-v1-4/text_encoder",
             tokenizer="models/sd-v1-4/tokenizer",
         ),
-        train=TrainConfig(gpus_per_worker=1, gradient_checkpointing=True),
+        train=TrainConfig(gpus_per_worker=1, gradient_checkpointing=True, init="models/lavie_base.pt"),
     )
 
 

@@ -123,8 +123,8 @@ class Refusal:
 class Condition:
     """What a motion method is conditioned on.
 
-    ``image_BCHW``: first-frame latent (scaled). ``text_BLD``: text states. ``motion_bucket_B``: 0..19 as float,
-    larger = more motion.
+    ``image_BCHW``: first-frame latent (scaled); zeros where none is given. ``text_BLD``: text states.
+    ``motion_bucket_B``: 0..19 as float, larger = more motion; NaN where none is given.
     """
 
     image_BCHW: Tensor

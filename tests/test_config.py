@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo.config import Recipe, keys, override, parse_recipe
-from cinemo.recipes import RECIPES, load_recipe
+from cinemo.recipes import RECIPES, cinemo_320x512, load_recipe
 from cinemo.types import InputError
 
 
@@ -28,7 +29,23 @@ def test_the_paper_is_the_paper() -> None:
     assert recipe.data.size == (320, 512)
     assert (recipe.data.frames, recipe.data.frame_interval) == (16, (3, 10))
     assert (recipe.train.workers, recipe.train.global_batch, recipe.train.prompt_dropout) == (8, 80, 0.5)
-    assert (recipe.sample.steps, recipe.sample.guidance_scale) == (50, 7.5)
+    assert (recipe.sample.steps, recipe.sample.guidance_scale, recipe.sample.solver) == (50, 7.5, "ddim")
+    train = recipe.train
+    assert train.workers * train.gpus_per_worker == 8
+    assert (train.weight_decay, train.betas, train.trainable) == (0.0, (0.9, 0.999), "all")
+    assert (train.image_dropout, train.motion_dropout, train.noise_offset, train.min_snr_gamma) == (0, 0, 0, None)
+    assert train.init is not None
+    assert "lavie" in train.init
+    assert recipe.diffusion.prediction == "epsilon"
+
+
+def test_every_number_of_the_paper_s_recipe_has_its_source() -> None:
+    """Each key is named once in the docstring, under where its value is from."""
+    named = re.findall(
+        r"\b(?:data|encoders|model|diffusion|train|sample)\.[a-z_]+|``compile``", cinemo_320x512.__doc__ or ""
+    )
+    expected = [key for key in keys() if key not in ("name", "method", "compile")]
+    assert sorted(named) == sorted([*expected, "``compile``"])
 
 
 def test_set_reads_json_values_and_plain_strings() -> None:

@@ -27,7 +27,7 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 # Top-level import name -> the only modules that may name it.
 ONLY_IN = {
     "ray": ["data.cluster", "data.precompute", "training.worker", "serving.app", "pipelines"],
-    "deepspeed": ["training.engine", "training.export"],
+    "deepspeed": ["training.engine"],
     "mlflow": ["tracking"],
     "s3fs": ["s3"],
     "fsspec": ["s3"],

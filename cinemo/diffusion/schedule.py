@@ -46,6 +46,16 @@ class NoiseSchedule:
         signal, spread = self._scales(x_0, t)
         return signal * noise - spread * x_0
 
+    def min_snr_weights(self, t_B: Tensor, gamma: float) -> Tensor:
+        """Loss weights (B,), float32, on ``t_B``'s device, that even out the steps (min-SNR, arXiv 2303.09556).
+
+        With SNR = a_t / (1 - a_t), min(SNR, gamma) on the error of x_0; on that of the noise it is that / SNR, and on
+        that of v, / (SNR + 1).
+        """
+        level = self.alpha_bar.to(t_B.device)[t_B]
+        snr = level / (1 - level)
+        return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+
     def split(self, x_t: Tensor, output: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """The network's idea of (x_0, noise) from its output at x_t; undoes `add_noise` where the output is perfect."""
         signal, spread = self._scales(x_t, t)

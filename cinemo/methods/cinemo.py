@@ -26,17 +26,21 @@ class CinemoMethod(nn.Module):
         unet: its parameters are all that is trained.
         schedule: noise schedule of training and sampling.
         sample: of it, the DCTInit settings are used here.
+        min_snr_gamma: weighs the losses, see `NoiseSchedule.min_snr_weights`; None is the paper's equation 3.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
-    def __init__(self, unet: LavieUNet, schedule: NoiseSchedule, sample: SampleConfig) -> None:
+    def __init__(
+        self, unet: LavieUNet, schedule: NoiseSchedule, sample: SampleConfig, min_snr_gamma: float | None = None
+    ) -> None:
         super().__init__()
         if not 0 <= sample.dct_tau < schedule.train_steps:
             raise InputError(f"sample.dct_tau is {sample.dct_tau}, expected 0..{schedule.train_steps - 1}")
         self.unet = unet
         self.schedule = schedule
         self.sample = sample
+        self.min_snr_gamma = min_snr_gamma
 
     def target(self, batch: LatentBatch) -> Tensor:
         """M = (z_2 - z_1, ..., z_N - z_1): (B, C, F-1, h, w), float32."""
@@ -45,6 +49,8 @@ class CinemoMethod(nn.Module):
 
     def forward(self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor, each: bool = False) -> Tensor:
         """The loss of one batch (scalar, float32), with ``each`` that of every sample (B,).
+
+        It is what is optimised: with ``min_snr_gamma``, the weighted error.
 
         Args:
             batch: latents of N frames and their condition (lines 2-4).
@@ -56,6 +62,8 @@ class CinemoMethod(nn.Module):
         motion_t = self.schedule.add_noise(motion, noise, t_B)  # line 8
         output = self.predict(motion_t, t_B, batch.condition)  # line 9
         losses_B = diffusion_loss(output, self.schedule.target(motion, noise, t_B))  # line 10
+        if self.min_snr_gamma is not None:
+            losses_B = losses_B * self.schedule.min_snr_weights(t_B, self.min_snr_gamma).to(losses_B.device)
         return losses_B if each else losses_B.mean()
 
     def start(self, condition: Condition, noise: Tensor) -> Tensor:

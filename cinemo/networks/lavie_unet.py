@@ -42,6 +42,16 @@ ONLY: dict[str, Any] = {
     "addition_embed_type": "motion_ids",
 }
 
+# The layers that an image model does not have, by parts of their names: what LaVie added to Stable Diffusion, and
+# Cinemo's motion input. conv_in and conv_out see one frame at a time; the resnets' group norms take statistics over
+# all frames, but their weights are the image model's own.
+TEMPORAL = ("attn_temp", "norm_temp", "add_embedding")
+
+
+def is_temporal(name: str) -> bool:
+    """Whether a parameter of `LavieUNet`, by its name in the state dict, belongs to a temporal layer."""
+    return not set(TEMPORAL).isdisjoint(name.split("."))
+
 
 class DeepFeatures:
     """What the inner layers made in one call, for calls at nearby steps to use again (DeepCache, arXiv 2312.00858).
@@ -175,7 +185,7 @@ class LavieUNet(nn.Module):
         Args:
             timestep: a number, or a tensor of shape () or (B,).
             text_states: (B, L, D), shared by all frames of an item; no mask. Or what `keys_values` made of them.
-            motion_ids: (B,) any real values; None leaves the motion input out, which is LaVie.
+            motion_ids: (B,) any real values; None leaves the motion input out, which is LaVie. NaN does so for an item.
             deep: features to use again, or to fill, of a call with the same batch and frames.
 
         Returns:
@@ -184,7 +194,8 @@ class LavieUNet(nn.Module):
         batch, _, frames, _, _ = sample.shape
         embedding = self.time_embedding(sinusoid(timestep, batch, self.time_width, sample))
         if motion_ids is not None:
-            embedding = embedding + self.add_embedding(sinusoid(motion_ids, batch, self.motion_width, sample))
+            motion = self.add_embedding(sinusoid(motion_ids.nan_to_num(), batch, self.motion_width, sample))
+            embedding = embedding + motion.masked_fill(motion_ids.isnan().expand(batch)[:, None].to(motion.device), 0)
         embedding = F.silu(embedding)
 
         def layer(modules: tuple[nn.Module, nn.Module | None], x: Tensor, skip: Tensor | None = None) -> Tensor:

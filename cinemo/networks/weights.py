@@ -1,6 +1,7 @@
 """UNet weights: reading published and own files with every key accounted for, and writing own ones.
 
-A weights location is a file, a directory in diffusers layout, ``package:NAME`` or ``s3://``.
+A weights location is a file, a directory in diffusers layout (of a UNet, or of a pipeline that has one in ``unet/``),
+``package:NAME`` or ``s3://``.
 """
 
 from __future__ import annotations
@@ -147,9 +148,11 @@ def _weights_file(location: str) -> Path:
     path = resolve(location)
     if path.is_file():
         return path
-    found = [path / name for name in _NAMES if (path / name).is_file()]
+    found = [folder / name for folder in (path, path / "unet") for name in _NAMES if (folder / name).is_file()]
     if not found:
-        raise InputError(f"{location}: no UNet weights there, expected one of {', '.join(_NAMES)}")
+        raise InputError(
+            f"{location}: no UNet weights there, expected one of {', '.join(_NAMES)}, or a folder with unet/"
+        )
     return found[0]
 
 

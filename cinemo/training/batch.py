@@ -1,6 +1,6 @@
 """Stored samples -> training batches (Cinemo, arXiv 2407.15642, Algorithm 1, lines 2-8).
 
-Every draw (diffusion step, noise, prompt dropout) is keyed by (seed, step, sample), so that a batch is the same
+Every draw (diffusion step, noise, what is dropped) is keyed by (seed, step, sample), so that a batch is the same
 whichever rank holds which sample, and after a resume.
 """
 
@@ -34,10 +34,16 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class HostBatch:
-    """One micro batch in host memory, before text encoding. ``captions`` are "" where the prompt is dropped."""
+    """One micro batch in host memory, before text encoding.
+
+    ``captions`` are "" where the prompt is dropped. Where ``image_given_B`` or ``motion_given_B`` is false, the network
+    will not see the first frame or the bucket; both are here all the same.
+    """
 
     video_BCFHW: Tensor
     motion_bucket_B: Tensor
+    image_given_B: Tensor
+    motion_given_B: Tensor
     t_B: Tensor
     noise_BCFHW: Tensor
     captions: tuple[str, ...]
@@ -45,17 +51,34 @@ class HostBatch:
 
     def pin(self) -> HostBatch:
         """The same batch in page-locked memory, from which copies to an accelerator do not block."""
-        names = ("video_BCFHW", "motion_bucket_B", "t_B", "noise_BCFHW")
+        names = ("video_BCFHW", "motion_bucket_B", "image_given_B", "motion_given_B", "t_B", "noise_BCFHW")
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
 def prompt_dropped(seed: int, step: int, key: str, probability: float) -> bool:
     """Whether the caption of a sample is replaced by "" in this step (classifier-free guidance, section 4.1)."""
-    return bool(torch.rand((), generator=keyed_generator(seed, "drop", step, key)) < probability)
+    return _drawn("drop", seed, step, key, probability)
+
+
+def image_dropped(seed: int, step: int, key: str, probability: float) -> bool:
+    """Whether the network sees zeros instead of a sample's first frame in this step.
+
+    Its input is then cat([0, M_t]) where Algorithm 1 has cat([z_1, M_t + z_1]), for the same residuals: our choice, as
+    the paper drops prompts alone. What an image adds can then be guided as what a prompt adds.
+    """
+    return _drawn("drop image", seed, step, key, probability)
+
+
+def motion_dropped(seed: int, step: int, key: str, probability: float) -> bool:
+    """Whether a sample goes without a motion embedding in this step, as in LaVie: our choice, not the paper's."""
+    return _drawn("drop motion", seed, step, key, probability)
 
 
 def host_batch(samples: Sequence[LatentSample], step: int, recipe: Recipe) -> HostBatch:
     """A micro batch with its draws: t ~ Uniform{0..T-1}, noise ~ N(0, 1) of shape (B, C, F-1, H, W).
+
+    ``train.noise_offset`` s adds s N(0, 1) to it, one value for all frames and cells of a channel ("Diffusion with
+    offset noise", N. Guttenberg, 2023), so that the network also learns to move a picture's mean.
 
     Raises:
         InputError: a sample has another shape than the recipe asks for.
@@ -73,12 +96,20 @@ def host_batch(samples: Sequence[LatentSample], step: int, recipe: Recipe) -> Ho
         generator = keyed_generator(train.seed, "t", step, sample.key)
         steps.append(torch.randint(recipe.diffusion.train_steps, (), generator=generator))
         generator = keyed_generator(train.seed, "noise", step, sample.key)
-        noises.append(torch.randn(video_CFHW[:, 1:].shape, generator=generator))
+        noise_CFHW = torch.randn(video_CFHW[:, 1:].shape, generator=generator)
+        if train.noise_offset:
+            generator = keyed_generator(train.seed, "noise offset", step, sample.key)
+            noise_CFHW += train.noise_offset * torch.randn(len(noise_CFHW), 1, 1, 1, generator=generator)
+        noises.append(noise_CFHW)
     buckets = [float(motion_bucket(sample.ssim, recipe.data.bucket_edges)) for sample in samples]
     dropped = [prompt_dropped(train.seed, step, sample.key, train.prompt_dropout) for sample in samples]
+    images = [not image_dropped(train.seed, step, sample.key, train.image_dropout) for sample in samples]
+    motions = [not motion_dropped(train.seed, step, sample.key, train.motion_dropout) for sample in samples]
     return HostBatch(
         torch.stack(videos),
         torch.tensor(buckets),
+        torch.tensor(images),
+        torch.tensor(motions),
         torch.stack(steps),
         torch.stack(noises),
         tuple("" if drop else sample.caption for drop, sample in zip(dropped, samples, strict=True)),
@@ -138,13 +169,19 @@ def on_device(
 ) -> tuple[LatentBatch, Tensor, Tensor]:
     """(batch, t, noise) on ``device``. Latents and noise stay float32; text states take the network's ``dtype``."""
     video_BCFHW = batch.video_BCFHW.to(device, non_blocking=True)
+    image_given_B = batch.image_given_B.to(device, non_blocking=True)
+    motion_given_B = batch.motion_given_B.to(device, non_blocking=True)
     condition = Condition(
-        video_BCFHW[:, :, 0],
+        torch.where(image_given_B[:, None, None, None], video_BCFHW[:, :, 0], 0.0),
         text(batch.captions).to(device, dtype),
-        batch.motion_bucket_B.to(device, non_blocking=True),
+        torch.where(motion_given_B, batch.motion_bucket_B.to(device, non_blocking=True), torch.nan),
     )
     made = LatentBatch(video_BCFHW, condition, batch.keys)
     return made, batch.t_B.to(device, non_blocking=True), batch.noise_BCFHW.to(device, non_blocking=True)
+
+
+def _drawn(what: str, seed: int, step: int, key: str, probability: float) -> bool:
+    return bool(torch.rand((), generator=keyed_generator(seed, what, step, key)) < probability)
 
 
 def _dims(shape: Sequence[int]) -> str:

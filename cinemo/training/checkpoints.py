@@ -4,29 +4,32 @@
 
     <output>/train/checkpoint_<time>/checkpoint.json   step, world, dataset, files with sizes: written with the rest
                                      recipe.json       the recipe it was made with
-                                     state/...         DeepSpeed's rank files
+                                     state/...         each rank's share (`cinemo.training.shares`)
 
 All ranks upload side by side, so no file is certain to be the last: a checkpoint is complete when every file that
-``checkpoint.json`` lists is there with its size.
+``checkpoint.json`` lists is there with its size. Any number of workers can take it up.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cinemo import storage
 from cinemo.config import Recipe
-from cinemo.types import InputError
+from cinemo.types import InputError, RunError
 
 RUN = "train"  # Ray Train's run name: its directory under the output
 RECORD = "checkpoint.json"
 _NAME = re.compile(r"checkpoint_[\d_.-]+")
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,24 @@ def describe(directory: Path, recipe: Recipe, step: int, world: int, dataset: st
     files = files | {"recipe.json": len(recipe.to_json().encode())}
     record = {"step": step, "world": world, "dataset": dataset, "files": files}
     storage.write_json(str(directory / RECORD), record)
+
+
+@contextmanager
+def saving(step: int, size: int, place: str) -> Iterator[None]:
+    """Around whatever writes ``size`` bytes of a checkpoint to ``place``.
+
+    Raises:
+        RunError: the disk is full. Other faults pass: Ray Train starts the workers anew from the checkpoint before.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise RunError(
+            f"{place}: no space left for the checkpoint of step {step} ({size / 2**20:.1f} MiB); free some or lower "
+            "train.keep_checkpoints, then go on from the one before it with --resume auto"
+        ) from error
 
 
 def read(uri: str) -> CheckpointCard | None:

@@ -1,8 +1,10 @@
 """DeepSpeed behind a small wrapper: its settings derived from the recipe, optimiser, schedule, checkpoints.
 
 DeepSpeed's JSON is never written by hand: `deepspeed_config` derives it from `cinemo.config.TrainConfig`. The optimiser
-is torch's own Adam, handed in (naming one in the JSON starts a CUDA build), and no extension is ever compiled: the
-only one training would load on a CPU serves an inference collective that training never calls.
+is torch's own Adam, handed in (DeepSpeed's would be built first, also for offload), and no extension is ever compiled:
+the only one training would load on a CPU serves an inference collective that training never calls.
+
+Checkpoints are our own files (`cinemo.training.shares`): any number of workers and any ZeRO stage reads them.
 """
 
 from __future__ import annotations
@@ -19,21 +21,28 @@ import torch
 from torch import Tensor, nn
 
 from cinemo.config import TrainConfig
-from cinemo.types import LatentBatch, RunError
-
-_TAG = "state"  # DeepSpeed keeps its rank files in a directory of this name inside a checkpoint
-
-_CLIENT = "cinemo"  # client state is stored under one key, apart from what DeepSpeed returns beside it
+from cinemo.training import shares
+from cinemo.training.averaging import AveragingAdam
+from cinemo.training.partitions import Partitions
+from cinemo.types import LatentBatch
 
 
 def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
     """The DeepSpeed settings of a recipe. Accumulation fills the global batch: global / (workers x micro)."""
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    host = {"device": "cpu", "pin_memory": train.gpus_per_worker > 0}
+    if train.offload != "none":
+        zero["offload_optimizer"] = host
+    if train.offload == "all":
+        zero["offload_param"] = host
     return {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
         "gradient_accumulation_steps": accumulation(train),
         "gradient_clipping": train.grad_clip,
-        "zero_optimization": {"stage": train.zero_stage},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # Adam with averages is one
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": train.precision == "bf16"},
         "steps_per_print": sys.maxsize,
     }
@@ -44,11 +53,16 @@ def accumulation(train: TrainConfig) -> int:
     return train.global_batch // (train.workers * train.micro_batch)
 
 
-def optimizer(train: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam (Cinemo section 4.1); with weight decay AdamW, whose decay is separate from the gradient."""
+def optimizer(train: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
+    """Adam (Cinemo section 4.1); weight decay is AdamW's, apart from the gradient; with ``ema_decay`` averages too."""
+    settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas}
+    if not train.gpus_per_worker or train.offload != "none":
+        settings["fused"] = True  # on a CPU one pass over the weights instead of a dozen
     if train.weight_decay:
-        return torch.optim.AdamW(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
-    return torch.optim.Adam(parameters, lr=train.lr, betas=train.betas)
+        settings |= {"weight_decay": train.weight_decay, "decoupled_weight_decay": True}
+    if train.ema_decay:
+        return AveragingAdam(parameters, train.ema_decay, **settings)
+    return torch.optim.Adam(parameters, **settings)
 
 
 def lr_factor(train: TrainConfig, step: int) -> float:
@@ -77,13 +91,15 @@ class Engine:
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # Ray Train sets it; DeepSpeed insists on it
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         method.to(device)
+        self._adam = optimizer(train, [p for p in method.parameters() if p.requires_grad])
         self._engine, _, _, self._schedule = deepspeed.initialize(
             model=method,
-            optimizer=optimizer(train, [p for p in method.parameters() if p.requires_grad]),
+            optimizer=self._adam,
             lr_scheduler=lambda made: torch.optim.lr_scheduler.LambdaLR(made, lambda step: lr_factor(train, step)),
             config=deepspeed_config(train),
             dist_init_required=False,
         )
+        self._partitions = Partitions(self._engine, self._adam, train.zero_stage, self.rank, self.world)
 
     @property
     def method(self) -> nn.Module:
@@ -132,28 +148,42 @@ class Engine:
         torch.distributed.all_gather_object(found, value)
         return found
 
+    @property
+    def share_bytes(self) -> int:
+        """What `save` writes on this rank."""
+        return sum(value.nbytes for fragment in self._partitions.written() for value in fragment.values.values())
+
     def save(self, directory: Path, client_state: dict[str, Any]) -> None:
-        """Write this rank's files (rank 0: the weights and ``client_state`` too) under ``directory``."""
-        self._engine.save_checkpoint(str(directory), tag=_TAG, client_state={_CLIENT: client_state}, save_latest=False)
-        # DeepSpeed adds two copies of its recovery scripts; `cinemo.training.export` is ours.
-        for script in directory.glob("zero_to_*.py"):
-            script.unlink()
+        """Write this rank's share (rank 0: the record with ``client_state`` too) under ``directory``.
+
+        Frozen parameters are written as well, so that a checkpoint needs nothing beside it.
+
+        Args:
+            client_state: JSON values.
+        """
+        state = directory / shares.STATE
+        shares.write(state, self.rank, self._partitions.written())
+        if self.rank == 0:
+            schedule = self._schedule.state_dict()["last_epoch"]
+            record = {"adam_steps": self._partitions.steps, "schedule_steps": schedule, "client": client_state}
+            shares.write_record(state, record)
 
     def load(self, directory: Path) -> dict[str, Any]:
-        """Take up weights, optimiser, schedule and ``client_state`` from a complete checkpoint.
+        """Take up weights, optimiser, schedule and ``client_state`` from a complete checkpoint of any number of ranks.
 
         Raises:
-            RunError: the directory holds no DeepSpeed checkpoint.
+            RunError: the directory holds no state, or not the parameters of this method.
         """
-        if not state_directory(directory).is_dir():
-            raise RunError(f"{directory}: holds no DeepSpeed state; use another checkpoint")
-        _, client_state = self._engine.load_checkpoint(str(directory), tag=_TAG)
-        return dict(client_state[_CLIENT])
+        with shares.Shares(directory / shares.STATE) as stored:
+            self._partitions.read(stored, stored.record["adam_steps"])
+            self._set_schedule(stored.record["schedule_steps"])
+        return dict(stored.record["client"])
 
-
-def state_directory(checkpoint: Path) -> Path:
-    """Where DeepSpeed's rank files lie inside a checkpoint."""
-    return checkpoint / _TAG
+    def _set_schedule(self, steps: int) -> None:
+        lr = self.train.lr * lr_factor(self.train, steps)
+        self._schedule.load_state_dict(self._schedule.state_dict() | {"last_epoch": steps, "_last_lr": [lr]})
+        for group in self._adam.param_groups:
+            group["lr"] = lr
 
 
 def import_deepspeed(accelerator: str) -> Any:

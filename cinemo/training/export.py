@@ -1,22 +1,21 @@
-"""Checkpoints and published weights -> what others load: a model bundle, or a folder for ``train.init``."""
+"""Checkpoints and published weights -> what others load: a bundle, a LoRA adapter, or a folder for ``train.init``."""
 
 from __future__ import annotations
 
-import io
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import cinemo
 from cinemo import cache, storage
 from cinemo.bundle import MORE_MOTION, save_bundle
 from cinemo.config import Recipe, parse_recipe
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.lora import add_lora, merge_lora, save_adapter
 from cinemo.networks.weights import load_unet, published_config, read_config, resolve, save_unet, weights_digest
 from cinemo.training import checkpoints
-from cinemo.training.engine import import_deepspeed, state_directory
+from cinemo.training.averaging import EMA
+from cinemo.training.shares import STATE, WEIGHT, Shares
 from cinemo.types import InputError, keyed_seed
 
 _UNET = "unet."  # the name of the network inside `cinemo.methods.cinemo.CinemoMethod`
@@ -44,29 +43,54 @@ def from_checkpoint(location: str, output: str) -> str:
     recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
     unet = consolidated_unet(cache.localize(card.uri), recipe)
     provenance = {"source": "training", "checkpoint": card.uri, "step": card.step, "dataset": card.dataset}
+    if recipe.train.ema_decay:
+        provenance["ema_decay"] = recipe.train.ema_decay
     digest = save_bundle(target, recipe, unet, provenance | {"cinemo": cinemo.__version__})
     return f"bundle {digest[:12]} of step {card.step} ({recipe.name})"
 
 
-def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
-    """The UNet of a complete local checkpoint, float32, put together from the shares of all ranks."""
-    import_deepspeed("cpu")
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def adapter_from_checkpoint(location: str, output: str) -> str:
+    """Write what LoRA has learnt in a checkpoint, for peft and diffusers (`cinemo.networks.lora.save_adapter`).
 
-    inside = state_directory(directory)
-    if any(inside.glob("*_optim_states.pt")):
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints what it finds, and bars
-            state = get_fp32_state_dict_from_zero_checkpoint(str(directory), tag=inside.name)
-    else:  # stage 0 in float32 keeps no separate master weights
-        (file,) = inside.glob("mp_rank_00_model_states.pt")
-        state = torch.load(file, map_location="cpu", weights_only=False)["module"]
-    weights: dict[str, Tensor] = {
-        name.removeprefix(_UNET): value for name, value in state.items() if name.startswith(_UNET)
-    }
-    unet = LavieUNet(**recipe.model.model_dump())
-    # Buffers hold formulas, exact in the fresh network and rounded in one that was trained in bfloat16.
-    weights |= dict(unet.named_buffers())
-    unet.load_state_dict(weights)
+    Raises:
+        InputError: no complete checkpoint there, it was not trained with LoRA, or ``output`` cannot be used.
+    """
+    target = _target(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(f"{output}: is not empty; choose another --output")
+    card = checkpoints.find(location)
+    recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
+    names = save_adapter(_as_trained(cache.localize(card.uri), recipe).state_dict(), recipe.train, target)
+    return f"adapter of rank {recipe.train.lora_rank} on {len(names)} layers, step {card.step} ({recipe.name})"
+
+
+def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
+    """The UNet of a complete local checkpoint, float32, put together from the shares of all ranks; LoRA is merged.
+
+    With ``train.ema_decay`` the averaged weights. Values go from the files straight into the network: it is in memory
+    once, and nothing beside it but the layers that LoRA changed.
+
+    Raises:
+        RunError: the checkpoint is of another network.
+    """
+    unet = _as_trained(directory, recipe)
+    if recipe.train.trainable != "lora":
+        return unet
+    with torch.device("meta"):
+        merged = LavieUNet(**recipe.model.model_dump())
+    merged.load_state_dict(merge_lora(unet.state_dict(), recipe.train), assign=True)
+    return merged
+
+
+def _as_trained(directory: Path, recipe: Recipe) -> LavieUNet:
+    unet = LavieUNet(**recipe.model.model_dump())  # its buffers hold formulas, which training may have rounded
+    if recipe.train.trainable == "lora":
+        add_lora(unet, recipe.train)
+    with Shares(directory / STATE) as stored:
+        for name, parameter in unet.named_parameters():
+            name = _UNET + name
+            key = EMA if recipe.train.ema_decay and stored.has(EMA, name) else WEIGHT  # what is frozen has no average
+            stored.read(key, name, parameter.shape, parameter.detach().view(-1))
     return unet
 
 

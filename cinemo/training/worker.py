@@ -1,8 +1,8 @@
 """The Ray Train entry: a group of workers around `cinemo.training.loop`, resume, and what the job's process shows.
 
 A restart inside a job (a worker died) takes up the checkpoint that Ray Train has committed. A new job (``--resume
-auto`` after the whole job was killed) takes up the newest complete one on storage. In both the data position comes from
-the loaded checkpoint itself.
+auto`` after the whole job was killed, or with another number of workers or ZeRO stage) takes up the newest complete one
+on storage. In both the data position comes from the loaded checkpoint itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from cinemo.config import Recipe, parse_recipe
 from cinemo.data.cluster import connect
 from cinemo.data.loader import HeldOut, LatentLoader
 from cinemo.data.shards import DatasetIndex
-from cinemo.methods import build_method
+from cinemo.methods import build_method, check_trainable, mark_trainable
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.memory import keep_freed_memory
@@ -68,7 +68,8 @@ _FIXED = (
         "data.size",
         "data.bucket_edges",
     ),
-    *("train.workers", "train.zero_stage", "train.precision", "train.global_batch", "train.lanes", "train.seed"),
+    *("train.precision", "train.global_batch", "train.lanes", "train.seed"),
+    *("train.trainable", "train.lora_rank", "train.lora_alpha", "train.lora_layers"),
 )
 
 
@@ -88,6 +89,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     data, output = storage.absolute(data), storage.absolute(output)
     index = DatasetIndex.load(data)
     check_dataset(index, recipe)
+    check_trainable(recipe)
     digest = dataset_digest(index)
     start = _starting_point(recipe, digest, output, resume)
     summary = read_summary(output)
@@ -133,16 +135,18 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
         with _following(mailbox, progress):
             trainer.fit()
         _raise_fault(mailbox)
-    except ray.train.TrainingFailedError as error:
-        progress.fail()
-        _raise_fault(mailbox)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RunError(f"training failed after {train_settings.max_failures} restarts: {lines[-1]}") from error
     except SystemExit:  # what Ray Train makes of an interrupt
         progress.fail("KILLED")
         raise KeyboardInterrupt from None
-    except BaseException:
+    except BaseException as error:
+        with suppress(Exception):  # before anything else is written: half a checkpoint may be what fills a disk
+            checkpoints.prune(output, train_settings.keep_checkpoints)
         progress.fail()
+        _raise_fault(mailbox)
+        if isinstance(error, ray.train.TrainingFailedError):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            text = f"training failed after {train_settings.max_failures} restarts: {lines[-1]}"
+            raise RunError(text) from error
         raise
     checkpoints.prune(output, train_settings.keep_checkpoints)
     latest = checkpoints.latest(output)
@@ -260,6 +264,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
     # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
     torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
     method = build_method(recipe, _base_unet(recipe))
+    mark_trainable(method, recipe.train)
     method.unet.gradient_checkpointing = recipe.train.gradient_checkpointing
     if recipe.compile:
         method.unet.compile(dynamic=False)
@@ -288,11 +293,16 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
         state = {"step": done, "dataset": digest, "history": [row.kept() for row in history]}
         with tempfile.TemporaryDirectory(prefix="cinemo-checkpoint-") as scratch:
             share = Path(scratch)
-            engine.save(share, state)
+            with checkpoints.saving(done, engine.share_bytes, scratch):
+                engine.save(share, state)
             files = {name: size for part in engine.gather(checkpoints.sizes(share)) for name, size in part.items()}
             if rank == 0:
                 checkpoints.describe(share, recipe, done, world, digest, files)
-            ray.train.report({"step": done, "loss": history[-1].loss}, checkpoint=Checkpoint.from_directory(scratch))
+            with checkpoints.saving(done, sum(files.values()), output):
+                # Returns when the files are uploaded.
+                ray.train.report(
+                    {"step": done, "loss": history[-1].loss}, checkpoint=Checkpoint.from_directory(scratch)
+                )
         post(Saved(done))
 
     samples = first_samples(index, recipe.train.sample_count, recipe.train.held_out_shards)
@@ -316,10 +326,11 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
 
 
 def _base_unet(recipe: Recipe) -> LavieUNet | None:
+    """The weights of ``train.init``; a motion network that they lack (LaVie's) starts at zero (global torch RNG)."""
     if recipe.train.init is None:
         return None
     try:
-        return load_unet(recipe.model, recipe.train.init, torch.float32)
+        return load_unet(recipe.model, recipe.train.init, torch.float32, motion_optional=True)
     except InputError as error:
         raise InputError(f"train.init: {error}; --set train.init=null trains from scratch") from None
 

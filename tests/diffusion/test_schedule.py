@@ -40,6 +40,25 @@ def test_published_values() -> None:
     assert float(scaled.alpha_bar[-1]) == pytest.approx(0.00466, rel=1e-2)  # Stable Diffusion's well-known last value
 
 
+@given(st.integers(0, 999), st.floats(0.1, 100))
+def test_min_snr_weights_in_closed_form(t: int, gamma: float) -> None:
+    """Weighted, either prediction's error is that of x_0 times min(SNR, gamma)."""
+    t_B = torch.tensor([t, 500])
+    for prediction in ("epsilon", "v"):
+        schedule = noise_schedule(DiffusionConfig(prediction=prediction))
+        weights = schedule.min_snr_weights(t_B, gamma)
+        a = schedule.alpha_bar.double()[t_B]
+        snr = a / (1 - a)
+        closed = snr.clamp(max=gamma) / (snr if prediction == "epsilon" else snr + 1)
+        torch.testing.assert_close(weights.double(), closed, rtol=1e-3, atol=0)
+
+        x_0, noise, output = torch.randn(3, 2, 50, dtype=torch.float64)
+        x_t = schedule.add_noise(x_0, noise, t_B)
+        error = (schedule.split(x_t, output, t_B)[0] - x_0).square().mean(1)
+        own = (output - schedule.target(x_0, noise, t_B)).square().mean(1)
+        torch.testing.assert_close(weights * own, snr.clamp(max=gamma) * error, rtol=1e-2, atol=1e-9)
+
+
 def test_betas_out_of_order_are_refused() -> None:
     with pytest.raises(InputError, match="beta_start"):
         noise_schedule(DiffusionConfig(beta_start=0.5, beta_end=0.1))

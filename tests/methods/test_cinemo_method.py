@@ -5,7 +5,7 @@ import torch
 from goldens import FLOAT32, FLOAT64, Golden, Tally, fill_golden, golden_files
 from torch import Tensor, nn
 
-from cinemo.config import DiffusionConfig, ModelConfig, Recipe, SampleConfig
+from cinemo.config import DiffusionConfig, ModelConfig, Recipe, SampleConfig, override
 from cinemo.diffusion.dct import dct_init
 from cinemo.diffusion.ddim import ddim_invert, ddim_sample, timesteps
 from cinemo.diffusion.guidance import guided
@@ -97,6 +97,19 @@ def test_algorithm_1_line_by_line() -> None:
     assert torch.equal(text, data.condition.text_BLD)
     assert torch.equal(bucket, data.condition.motion_bucket_B)
     torch.testing.assert_close(loss, (answer[:, :, 1:] - noise).square().mean())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_min_snr_weighs_what_is_returned(prediction: str) -> None:
+    torch.manual_seed(0)
+    recipe = RECIPE.model_copy(update={"diffusion": DiffusionConfig(prediction=prediction)})
+    method = build_method(recipe)
+    each = method(*batch(), each=True)
+    weighted = build_method(override(recipe, ["train.min_snr_gamma=5"]), method.unet)
+    weights = method.schedule.min_snr_weights(batch()[1], 5.0)
+    assert weights[0] < 0.1  # at step 10, where hardly any noise is left
+    torch.testing.assert_close(weighted(*batch(), each=True), each * weights)
+    torch.testing.assert_close(weighted(*batch()), (each * weights).mean())
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

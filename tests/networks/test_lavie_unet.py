@@ -345,3 +345,18 @@ def test_deep_features_of_the_same_call_change_nothing_and_spare_the_inner_layer
     moved = unet(inputs[0] + 0.1, *inputs[1:], deep)
     assert runs == 2
     assert not torch.allclose(moved, plain)
+
+
+def test_an_item_may_go_without_a_motion_id() -> None:
+    """NaN leaves it out for that item alone, as None does for all, and reaches no gradient."""
+    torch.manual_seed(0)
+    unet = LavieUNet(**SMALL)
+    nn.init.normal_(unet.add_embedding.linear_2.weight)
+    sample, text = torch.randn(3, 4, 2, 8, 8), torch.randn(3, 7, SMALL["cross_attention_dim"])
+    some = unet(sample, 5, text, torch.tensor([3.0, torch.nan, 15.0]))
+    given, none = unet(sample, 5, text, torch.tensor([3.0, 8.0, 15.0])), unet(sample, 5, text)
+    torch.testing.assert_close(some[1], none[1])
+    torch.testing.assert_close(some[[0, 2]], given[[0, 2]])
+    assert not torch.allclose(some[1], given[1], atol=1e-3)
+    some.square().mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in unet.parameters())

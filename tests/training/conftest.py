@@ -68,7 +68,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(root / name) for name in ("vae", "text_encoder", "tokenizer")}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(encoders: dict[str, str]) -> Recipe:
     """cinemo-tiny made smaller still, for one worker."""
     places = [f"encoders.{name}={location}" for name, location in encoders.items()]

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cinemo.config import Recipe, TrainConfig
+from cinemo.config import Recipe, TrainConfig, override
 from cinemo.methods import build_method
 from cinemo.recipes import RECIPES
 from cinemo.training import engine
+from cinemo.training.averaging import EMA, AveragingAdam
 from cinemo.training.batch import host_batch
-from cinemo.types import Condition, LatentBatch, RunError
+from cinemo.training.shares import STATE, WEIGHT, Shares
+from cinemo.types import Condition, InputError, LatentBatch, RunError
 from tests.training.conftest import moving_samples
 
 
@@ -33,9 +35,50 @@ def test_weight_decay_makes_it_adamw() -> None:
     weight = [torch.nn.Parameter(torch.zeros(1))]
     assert type(engine.optimizer(TrainConfig(), weight)) is torch.optim.Adam
     decayed = engine.optimizer(TrainConfig(weight_decay=0.1, betas=(0.8, 0.9), lr=3e-4), weight)
-    assert type(decayed) is torch.optim.AdamW
     group = decayed.param_groups[0]
     assert (group["weight_decay"], group["betas"], group["lr"]) == (0.1, (0.8, 0.9), 3e-4)
+    assert group["decoupled_weight_decay"]
+
+
+def test_offload_follows_from_the_recipe() -> None:
+    def zero(**keys: object) -> dict[str, object]:
+        settings = engine.deepspeed_config(TrainConfig(**keys))
+        assert settings["zero_force_ds_cpu_optimizer"] is False, "DeepSpeed's own would be compiled"
+        return settings["zero_optimization"]
+
+    assert zero(zero_stage=1) == {"stage": 1}
+    host = {"device": "cpu", "pin_memory": False}
+    assert zero(zero_stage=1, offload="optimizer") == {"stage": 1, "offload_optimizer": host}
+    on_gpu = zero(zero_stage=3, offload="all", gpus_per_worker=1)
+    assert on_gpu == {
+        "stage": 3,
+        "offload_optimizer": host | {"pin_memory": True},
+        "offload_param": host | {"pin_memory": True},
+    }
+    tiny = RECIPES["cinemo-tiny"]()
+    with pytest.raises(InputError, match=r"offload is optimizer with zero_stage 0, expected zero_stage 1 or more; set"):
+        override(tiny, ["train.zero_stage=0", "train.offload=optimizer"])
+    with pytest.raises(InputError, match=r"offload is all with zero_stage 2, .*train\.zero_stage=3 or train\.offload"):
+        override(tiny, ["train.zero_stage=2", "train.offload=all"])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+def test_averages_follow_their_formula(decay: float) -> None:
+    """ema_n = d_n ema_(n-1) + (1 - d_n) w_n with d_n = min(decay, (n - 1) / (n + 8)); the weights move as without."""
+    start = torch.linspace(-1, 1, 5)
+    weight, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    averaging = AveragingAdam([weight], decay, lr=0.1)
+    adam = torch.optim.Adam([plain], lr=0.1)
+    expected = torch.full((5,), float("nan"))
+    for n in range(1, 40):
+        for parameter, optimizer in ((weight, averaging), (plain, adam)):
+            optimizer.zero_grad()
+            (parameter - n % 3).square().sum().backward()
+            optimizer.step()
+        share = min(decay, (n - 1) / (n + 8))
+        expected = weight.detach().clone() if n == 1 else share * expected + (1 - share) * weight.detach()
+        torch.testing.assert_close(averaging.state[weight][EMA], expected)
+    assert torch.equal(weight, plain)
 
 
 def test_schedule() -> None:
@@ -111,6 +154,30 @@ def test_a_checkpoint_continues_as_if_nothing_happened(
 
 
 @pytest.mark.usefixtures("process_group")
+def test_what_a_resume_may_change(small: Recipe, tmp_path: Path) -> None:
+    """The learning rate is the recipe's, not the checkpoint's; averages may come later: they begin at the weights."""
+    made = _engine(small, lr=2e-3)
+    _run(made, small, range(3))
+    made.save(tmp_path, {})
+    gentle = _engine(small, lr=1e-5, ema_decay=0.9)
+    gentle.load(tmp_path)
+    assert gentle.lr == 1e-5
+    gentle.save(tmp_path / "again", {})
+    with Shares(tmp_path / STATE) as old, Shares(tmp_path / "again" / STATE) as new:
+        for name, shape in old.shapes.items():
+            weight, average, stored = (torch.empty(math.prod(shape)) for _ in range(3))
+            old.read(WEIGHT, name, shape, stored)
+            new.read(WEIGHT, name, shape, weight)
+            new.read(EMA, name, shape, average)
+            assert torch.equal(weight, stored)
+            assert torch.equal(average, stored)
+    before = {name: value.detach().clone() for name, value in gentle.method.named_parameters()}
+    _run(gentle, small, range(3, 4))
+    moved = max((value.detach() - before[name]).abs().max() for name, value in gentle.method.named_parameters())
+    assert 0 < moved < 2e-5, "an Adam step is about the learning rate"
+
+
+@pytest.mark.usefixtures("process_group")
 def test_loading_nothing_is_refused(small: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no DeepSpeed state"):
+    with pytest.raises(RunError, match="holds no state of a training"):
         _engine(small).load(tmp_path)

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from cinemo import storage
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle
 from cinemo.config import Recipe, TrainConfig
-from cinemo.methods import build_method
+from cinemo.methods import build_method, mark_trainable
 from cinemo.methods.cinemo import CinemoMethod
-from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.lavie_unet import LavieUNet, is_temporal
 from cinemo.networks.weights import load_unet, save_unet
 from cinemo.recipes import cinemo_320x512
-from cinemo.training import checkpoints, export
+from cinemo.training import checkpoints, export, shares
+from cinemo.training.averaging import EMA
 from cinemo.training.batch import host_batch
 from cinemo.training.engine import Engine
+from cinemo.training.shares import WEIGHT, Fragment
 from cinemo.types import Condition, InputError, LatentBatch
 from tests.training.conftest import moving_samples
+from tests.training.ranks import made_engine, train_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +42,7 @@ def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMe
     recipe = recipe.model_copy(update={"train": TrainConfig(**(recipe.train.model_dump() | train))})
     torch.manual_seed(0)
     method = build_method(recipe)
+    mark_trainable(method, recipe.train)
     engine = Engine(method, recipe.train, torch.device("cpu"))
     for start in (0, 2):
         host = host_batch(moving_samples(4)[start : start + 2], 0, recipe)
@@ -74,6 +83,123 @@ def test_a_bundle_holds_what_was_trained(small: Recipe, tmp_path: Path, stage: i
 
 
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_lora_is_exported_merged_and_alone(
+    small: Recipe, tmp_path: Path, stage: int, precision: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = {"trainable": "lora", "lora_rank": 2, "lora_alpha": 8, "lora_layers": ("to_q", "ff.net.2"), "lr": 0.1}
+    _, recipe = _checkpoint(small, tmp_path / "run", zero_stage=stage, precision=precision, **lora)
+    main = runpy.run_path(str(ROOT / "pipelines/export.py"))["main"]
+    main(["--checkpoint", str(tmp_path / "run"), "--adapter", "--output", str(tmp_path / "adapter")])
+    assert "adapter of rank 2 on " in capsys.readouterr().out
+    main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "bundle")])
+
+    unet = load_bundle(tmp_path / "bundle").method.unet
+    torch.manual_seed(0)
+    base = build_method(recipe).unet.state_dict()
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    moved = set()
+    for name, value in unet.state_dict().items():
+        kept = base[name] if precision == "fp32" or name.endswith("freqs") else base[name].bfloat16().float()
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" in stored:
+            update = stored[f"{key}.lora_B.weight"] @ stored[f"{key}.lora_A.weight"]
+            torch.testing.assert_close(value, kept + 8 / 2 * update)
+            moved |= {name} if update.any() else set()
+        else:
+            assert torch.equal(value, kept), name
+    # The text was zero, and so are the temporal branches' last weights: their queries have no gradient yet.
+    assert moved == {name for name in base if name.endswith(("attn1.to_q.weight", "ff.net.2.weight"))}
+    assert len(stored) == 4 * len(moved)
+
+    with pytest.raises(InputError, match="is not empty; choose another"):
+        main(["--checkpoint", str(tmp_path / "run"), "--adapter", "--output", str(tmp_path / "adapter")])
+    with pytest.raises(InputError, match="--adapter: only a --checkpoint has one"):
+        main(["--from-lavie", "x.pt", "--adapter", "--output", str(tmp_path / "other")])
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_does_not_learn_keeps_its_bits(small: Recipe, tmp_path: Path, stage: int) -> None:
+    _, recipe = _checkpoint(small, tmp_path / "run", zero_stage=stage, trainable="temporal")
+    export.from_checkpoint(str(tmp_path / "run"), str(tmp_path / "bundle"))
+    torch.manual_seed(0)
+    base = build_method(recipe).unet.state_dict()
+    for name, value in load_bundle(tmp_path / "bundle").method.unet.state_dict().items():
+        if not is_temporal(name):
+            assert torch.equal(value, base[name]), name
+        elif name.endswith("attn_temp.to_out.0.weight"):
+            assert value.any(), name  # zero before the first step
+    with pytest.raises(InputError, match=r"train\.trainable is temporal, expected lora; export a bundle"):
+        export.adapter_from_checkpoint(str(tmp_path / "run"), str(tmp_path / "adapter"))
+
+
+@pytest.mark.usefixtures("process_group")
+def test_averaged_weights_are_exported_where_there_are_any(small: Recipe, tmp_path: Path) -> None:
+    settings = {"ema_decay": 0.5, "max_steps": 9}
+    recipe = small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | settings))})
+    engine = made_engine(recipe)
+    expected: dict[str, Tensor] = {}
+    for n in range(1, 5):
+        train_steps(engine, recipe, range(n - 1, n))
+        share = min(0.5, (n - 1) / (n + 8))
+        for name, value in engine.method.unet.named_parameters():
+            expected[name] = share * expected.get(name, torch.zeros(())) + (1 - share) * value.detach()
+    directory = tmp_path / "run" / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
+    directory.mkdir(parents=True)
+    engine.save(directory, {"step": 4})
+    checkpoints.describe(directory, recipe, 4, 1, "digest", checkpoints.sizes(directory))
+    export.from_checkpoint(str(tmp_path / "run"), str(tmp_path / "bundle"))
+    bundle = load_bundle(tmp_path / "bundle")
+    for name, value in bundle.method.unet.named_parameters():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(bundle.method.unet.conv_in.weight, engine.method.unet.conv_in.weight)
+
+
+MEMORY = """
+import sys, torch
+from pathlib import Path
+from cinemo.training import export
+def peak(what):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(what)) * 1024
+torch.nn.Linear(8, 8)(torch.zeros(8, 8))
+before = peak("VmRSS")
+export.from_checkpoint(*sys.argv[1:])
+print(peak("VmHWM") - before)
+"""
+
+
+def test_export_holds_the_model_once(small: Recipe, tmp_path: Path) -> None:
+    """Of a checkpoint four times as large, in two shares, by a process of its own."""
+    model = small.model.model_copy(update={"block_out_channels": (192, 384)})
+    train = TrainConfig(**(small.train.model_dump() | {"ema_decay": 0.9}))
+    recipe = small.model_copy(update={"model": model, "train": train})
+    unet = LavieUNet(**model.model_dump())
+    size = sum(value.nbytes for value in unet.parameters())
+    assert size > 64 * 2**20
+    directory = tmp_path / "run" / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
+    directory.mkdir(parents=True)
+    keys = (WEIGHT, "exp_avg", "exp_avg_sq", EMA)
+    whole = [
+        Fragment(f"unet.{name}", tuple(value.shape), 0, dict.fromkeys(keys, value.detach().view(-1)))
+        for name, value in unet.named_parameters()
+    ]
+    for rank in range(2):
+        shares.write(directory / shares.STATE, rank, [fragment.part(rank, 2) for fragment in whole])
+    shares.write_record(directory / shares.STATE, {"adam_steps": 1, "schedule_steps": 1, "client": {}})
+    checkpoints.describe(directory, recipe, 1, 2, "digest", checkpoints.sizes(directory))
+    words = [sys.executable, "-c", MEMORY, str(directory), str(tmp_path / "bundle")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    more = int(done.stdout.split()[-1]) / size
+    print(f"{more:.2f} x the weights ({size / 2**20:.0f} MiB)")
+    assert more < 1.4
+    assert torch.equal(load_unet(model, str(tmp_path / "bundle" / "unet")).conv_in.weight, unet.conv_in.weight)
+    shutil.rmtree(directory)
+
+
+@pytest.mark.usefixtures("process_group")
 def test_what_is_not_a_checkpoint_is_refused(small: Recipe, tmp_path: Path) -> None:
     _checkpoint(small, tmp_path / "run")
     output = str(tmp_path / "bundle")
@@ -82,7 +208,7 @@ def test_what_is_not_a_checkpoint_is_refused(small: Recipe, tmp_path: Path) -> N
     with pytest.raises(InputError, match="expected a local directory"):
         export.from_checkpoint(str(tmp_path / "run"), "s3://bucket/bundle")
     (directory,) = checkpoints.stored(str(tmp_path / "run"))
-    next((Path(directory) / "state").glob("*optim_states.pt")).write_bytes(b"cut")
+    next((Path(directory) / "state").glob("rank-*")).write_bytes(b"cut")
     with pytest.raises(InputError, match="incomplete"):
         export.from_checkpoint(directory, output)
     with pytest.raises(InputError, match="none there"):

@@ -85,6 +85,67 @@ def test_prompts_are_dropped_at_the_given_rate() -> None:
     assert all(batches.prompt_dropped(0, step, "a", 1.0) for step in range(100))
 
 
+def test_the_paper_s_draws_are_what_they_were(small: Recipe) -> None:
+    """Frozen: a checkpoint of an older version goes on with the same draws."""
+    made = batches.host_batch(moving_samples(6), 7, small)
+    assert made.t_B.tolist() == [132, 211, 290, 287, 169, 935]
+    assert made.captions == ("", "", "waves", "a dog", "", "")
+    frozen = [0.68777448, 0.23370352, -0.60557210, -0.82488787]
+    assert made.noise_BCFHW[2, 1, 1, 3].tolist() == pytest.approx(frozen, abs=1e-5)
+    assert made.image_given_B.all()
+    assert made.motion_given_B.all()
+
+
+def test_images_and_motion_are_dropped_on_their_own(small: Recipe) -> None:
+    """At the given rates, independently; the residuals and the bucket itself stay as they are."""
+    recipe = _changed(small, image_dropout=0.3, motion_dropout=0.2, prompt_dropout=0.5)
+    drawn = [batches.host_batch(moving_samples(8), step, recipe) for step in range(250)]
+    images = ~torch.cat([one.image_given_B for one in drawn])
+    motions = ~torch.cat([one.motion_given_B for one in drawn])
+    prompts = torch.tensor([caption == "" for one in drawn for caption in one.captions])
+    for share, dropped in ((0.3, images), (0.2, motions), (0.5, prompts)):
+        assert float(dropped.float().mean()) == pytest.approx(share, abs=0.04)
+    for share, both in ((0.06, images & motions), (0.15, images & prompts), (0.1, motions & prompts)):
+        assert float(both.float().mean()) == pytest.approx(share, abs=0.03)
+    one = next(host for host in drawn if host.image_given_B.any() and not host.image_given_B.all())
+    part = batches.host_batch(moving_samples(8)[3:5], drawn.index(one), recipe)  # as another rank would hold them
+    assert torch.equal(part.image_given_B, one.image_given_B[3:5])
+    assert torch.equal(part.motion_given_B, one.motion_given_B[3:5])
+
+    plain = batches.host_batch(moving_samples(8), drawn.index(one), small)
+    for name in ("video_BCFHW", "motion_bucket_B", "t_B", "noise_BCFHW"):
+        assert torch.equal(getattr(one, name), getattr(plain, name)), name
+    batch, _, _ = batches.on_device(one, batches.TextStates(Letters()), torch.device("cpu"), torch.float32)
+    assert torch.equal(batch.video_BCFHW, one.video_BCFHW)
+    for place, given in enumerate(one.image_given_B):
+        expected = one.video_BCFHW[place, :, 0] if given else torch.zeros(4, 4, 4)
+        assert torch.equal(batch.condition.image_BCHW[place], expected)
+    assert torch.equal(batch.condition.motion_bucket_B.isnan(), ~one.motion_given_B)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_training_that_drops_everything_stays_finite(small: Recipe, dataset: str) -> None:
+    reports = _train(_changed(small, max_steps=3, image_dropout=1.0, motion_dropout=1.0, prompt_dropout=1.0), dataset)
+    assert all(np.isfinite(report.loss) and np.isfinite(report.grad_norm) for report in reports)
+
+
+def test_offset_noise_is_one_value_a_channel(small: Recipe) -> None:
+    samples, recipe = moving_samples(4), _changed(small, noise_offset=0.5)
+    added = []
+    for step in range(100):
+        shifted, plain = batches.host_batch(samples, step, recipe), batches.host_batch(samples, step, small)
+        assert torch.equal(shifted.t_B, plain.t_B)
+        offset = shifted.noise_BCFHW - plain.noise_BCFHW
+        torch.testing.assert_close(offset, offset[:, :, :1, :1, :1].expand_as(offset), rtol=0, atol=1e-5)
+        added.append(offset[:, :, 0, 0, 0])
+    values = torch.cat(added)  # 400 samples of 4 channels
+    assert float(values.mean()) == pytest.approx(0, abs=0.05)
+    assert float(values.std()) == pytest.approx(0.5, abs=0.04)
+    assert float(torch.corrcoef(values.T).fill_diagonal_(0).abs().max()) < 0.2
+    alone = batches.host_batch(samples[2:3], 99, recipe)
+    assert torch.equal(alone.noise_BCFHW[0], shifted.noise_BCFHW[2])
+
+
 def test_text_states_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "TEXT_CACHE", 2)
     encoder = Letters()

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from cinemo import storage
+from cinemo.bundle import save_bundle
 from cinemo.config import Recipe, TrainConfig, override
 from cinemo.data.loader import HeldOut, LatentLoader
 from cinemo.data.shards import DatasetIndex
@@ -139,7 +140,10 @@ def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     recipe, output = _two_workers(small), tmp_path / "run"
-    jobs.append(Job(recipe, dataset, output, tmp_path / "first.log"))
+    # The first job runs on one worker, at another ZeRO stage: its checkpoint is everyone's.
+    begun = {"workers": 1, "micro_batch": 2, "zero_stage": 3}
+    first = recipe.model_copy(update={"train": TrainConfig(**(recipe.train.model_dump() | begun))})
+    jobs.append(Job(first, dataset, output, tmp_path / "first.log"))
     jobs[0].wait_for(lambda: bool(checkpoints.complete(str(output))))
     jobs[0].kill_all()
     run = json.loads((output / "run.json").read_text())
@@ -209,6 +213,60 @@ def test_an_interrupt_ends_in_130_and_the_run_goes_on_later(
     assert "Traceback" not in jobs[0].log.read_text()
 
 
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A file system of a given number of bytes, for this test alone."""
+    made: list[Path] = []
+
+    def mount(size: int) -> Path:
+        place = tmp_path / f"disk-{len(made)}"
+        place.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command")
+        if done.returncode:
+            pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+        made.append(place)
+        return place
+
+    yield mount
+    for place in made:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_usable(
+    small: Recipe,
+    dataset: str,
+    tmp_path: Path,
+    jobs: list[Job],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_disk: Callable[[int], Path],
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    size = 12 * sum(value.numel() for value in build_method(small).parameters())  # weights and two moments
+    output = tiny_disk(round(2.5 * size)) / "run"
+    settings = {"max_steps": 6, "checkpoint_every": 2, "sample_every": 0, "keep_checkpoints": 3}
+    recipe = small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | settings))})
+    jobs.append(Job(recipe, dataset, output, tmp_path / "first.log"))
+    assert jobs[0].process.wait(PATIENCE) == 1, jobs[0].log.read_text()
+    log = jobs[0].log.read_text()
+    assert f"{output}: no space left for the checkpoint of step 6" in log.splitlines()[-1]
+    assert "--resume auto" in log.splitlines()[-1]
+    assert "Traceback" not in log
+    assert [card.step for card in checkpoints.complete(str(output))] == [2, 4]
+    assert len(checkpoints.stored(str(output))) == 2, "what was left half written is swept"
+
+    frugal = recipe.model_copy(update={"train": recipe.train.model_copy(update={"keep_checkpoints": 1})})
+    jobs.append(Job(frugal, dataset, output, tmp_path / "second.log"))
+    assert jobs[1].process.wait(PATIENCE) == 0, jobs[1].log.read_text()
+    assert "continuing at step 4" in jobs[1].log.read_text()
+    assert [card.step for card in checkpoints.complete(str(output))] == [6]
+
+
 def test_base_weights_are_where_training_begins(small: Recipe, tmp_path: Path) -> None:
     unet = LavieUNet(**small.model.model_dump())
     save_unet(unet.half(), tmp_path)
@@ -220,6 +278,47 @@ def test_base_weights_are_where_training_begins(small: Recipe, tmp_path: Path) -
     wider = override(small, [f"train.init={tmp_path}", "model.block_out_channels=[32,96]"])
     with pytest.raises(InputError, match=r"train\.init: .*do not fit.*train\.init=null trains from scratch"):
         worker._base_unet(wider)
+
+
+def test_lavie_cinemo_or_nothing_is_where_training_begins(small: Recipe, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    unet = LavieUNet(**small.model.model_dump())
+    state = unet.state_dict()
+
+    lavie = {name: value for name, value in state.items() if not name.startswith("add_embedding.")}
+    torch.save({"ema": lavie}, tmp_path / "lavie_base.pt")
+    torch.manual_seed(keyed_seed(0, "weights"))
+    begun = worker._base_unet(override(small, [f"train.init={tmp_path / 'lavie_base.pt'}"]))
+    assert begun is not None
+    for name, value in lavie.items():
+        assert torch.equal(begun.state_dict()[name], value), name
+    assert not begun.add_embedding.linear_2.weight.any()
+    torch.manual_seed(keyed_seed(0, "weights"))
+    again = worker._base_unet(override(small, [f"train.init={tmp_path / 'lavie_base.pt'}"]))
+    assert again is not None
+    assert torch.equal(again.add_embedding.linear_1.weight, begun.add_embedding.linear_1.weight)
+
+    save_bundle(tmp_path / "bundle", small, unet, {})
+    save_unet(unet, tmp_path / "published" / "unet")
+    for folder in ("bundle", "published", "published/unet"):
+        begun = worker._base_unet(override(small, [f"train.init={tmp_path / folder}"]))
+        assert begun is not None
+        for name, value in state.items():
+            assert torch.equal(begun.state_dict()[name], value), (folder, name)
+
+    assert worker._base_unet(override(small, ["train.init=null"])) is None
+    torch.save({"optimizer": [1]}, tmp_path / "other.pt")
+    (tmp_path / "empty").mkdir()
+    for place, words in (
+        ("nowhere", "no such file or directory"),
+        ("empty", "no UNet weights there, expected .*safetensors.*, or a folder with unet/"),
+        ("other.pt", "expected a table of tensors"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"train\.init: .*{words}.*train\.init=null trains from scratch"
+        ) as caught:
+            worker._base_unet(override(small, [f"train.init={tmp_path / place}"]))
+        assert "\n" not in str(caught.value)
 
 
 @pytest.fixture
@@ -248,10 +347,13 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
 
     refused("already holds a run; continue it with --resume auto", resume="never")
     refused("already holds a run", resume=str(stored))
-    refused(r"cannot go on with another train\.zero_stage 2 -> 3", changed(zero_stage=3))
-    refused(r"train\.workers 1 -> 2; train", changed(workers=2, micro_batch=1, global_batch=8))
+    refused(r"cannot go on with another train\.precision fp32 -> bf16;", changed(precision="bf16"))
+    refused(r"train\.global_batch 4 -> 8; use", changed(workers=2, micro_batch=1, global_batch=8))
+    refused(r"train\.trainable all -> lora", changed(trainable="lora"))
+    refused(r"train\.lora_rank 16 -> 4", changed(lora_rank=4))
     refused("checkpoint .*elsewhere: none there", output=tmp_path / "new", resume=str(tmp_path / "elsewhere"))
     refused("no dataset there", data=str(tmp_path))
+    refused("name ends with 'to_qq'; did you mean", changed(trainable="lora", lora_layers=("to_qq",)))
     wide = small.model_copy(update={"data": small.data.model_copy(update={"size": (64, 64)})})
     refused("latents 4x4x4x4, recipe cinemo-tiny expects 4x4x8x8", wide)
 

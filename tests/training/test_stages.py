@@ -1,0 +1,173 @@
+"""The same global batch gives the same training, whatever shards it: ZeRO stage, offload, number of workers, a resume
+with another of each.
+
+One training of 20 steps: in this process as the only rank, and on two ranks of a group of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cinemo.config import Recipe, TrainConfig
+from cinemo.methods import build_method
+from cinemo.training.averaging import EMA
+from cinemo.training.export import consolidated_unet
+from cinemo.training.shares import STATE, WEIGHT, Shares
+from tests.training.ranks import Case, made_engine, on_ranks, train_steps
+
+STEPS, HALF = 20, 10
+FP32 = [Case(0), Case(1), Case(2), Case(3), Case(1, "optimizer"), Case(2, "optimizer"), Case(3, "optimizer")]
+FP32.append(Case(3, "all"))
+BF16 = [Case(stage, precision="bf16") for stage in range(4)] + [Case(3, "all", "bf16")]
+TRAIN = {"schedule": "cosine", "warmup_steps": 4, "max_steps": STEPS, "ema_decay": 0.8, "weight_decay": 0.01}
+FROZEN = "attn1"
+
+# Relative: float32 sums in another order; bfloat16 gradients are also added in bfloat16, in another order.
+SAME_FP32, SAME_BF16 = 1e-4, 2e-2
+
+
+def _name(case: Case) -> str:
+    return f"{case.stage}-{case.offload}-{case.precision}"
+
+
+def _train(recipe: Recipe, case: Case, directory: Path, freeze: str | None = None) -> list[float]:
+    """The curve of a case, with a checkpoint half way and one at the end."""
+    settings = TRAIN | {"zero_stage": case.stage, "offload": case.offload, "precision": case.precision}
+    engine = made_engine(recipe, freeze, gradient_checkpointing=case.stage == 3, **settings)
+    curve = train_steps(engine, recipe, range(HALF))
+    engine.save(directory / "half", {"step": HALF})
+    curve += train_steps(engine, recipe, range(HALF, STEPS))
+    engine.save(directory / "end", {"step": STEPS})
+    return curve
+
+
+def _go_on(recipe: Recipe, case: Case, begun: Path, directory: Path) -> list[float]:
+    settings = TRAIN | {"zero_stage": case.stage, "offload": case.offload, "precision": case.precision}
+    engine = made_engine(recipe, **settings)
+    assert engine.load(begun / "half") == {"step": HALF}
+    curve = train_steps(engine, recipe, range(HALF, STEPS))
+    engine.save(directory / "end", {"step": STEPS})
+    return curve
+
+
+def _another(case: Case) -> Case:
+    """Whose checkpoint a case goes on from: all changes of stage occur, 2 to 3 and to and from 0 among them."""
+    return Case((case.stage - 1) % 4, precision=case.precision)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Curves by (ranks, case); ``resumed`` began on the other number of ranks, at another stage."""
+
+    root: Path
+    whole: Mapping[tuple[int, Case], list[float]]
+    resumed: Mapping[tuple[int, Case], list[float]]
+
+
+def _all_cases(recipe: Recipe, root: Path) -> tuple[dict[Case, list[float]], dict[Case, list[float]]]:
+    world = torch.distributed.get_world_size()
+    whole = {case: _train(recipe, case, root / f"{world}" / _name(case)) for case in (*FP32, *BF16)}
+    for stage in range(4):
+        _train(recipe, Case(stage), root / f"{world}" / f"frozen-{stage}", FROZEN)
+    return whole, _all_resumes(recipe, root) if world == 2 else {}
+
+
+def _all_resumes(recipe: Recipe, root: Path) -> dict[Case, list[float]]:
+    world = torch.distributed.get_world_size()
+    return {
+        case: _go_on(
+            recipe, case, root / f"{3 - world}" / _name(_another(case)), root / f"{world}-resumed" / _name(case)
+        )
+        for case in (*FP32, *BF16)
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(small: Recipe, process_group: None, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    root = tmp_path_factory.mktemp("stages")
+    alone, _ = _all_cases(small, root)
+    both = on_ranks(2, root, _all_cases, small, root)
+    assert both[0] == both[1], "every rank sees the mean of all"
+    later = _all_resumes(small, root)
+    whole = {(1, case): curve for case, curve in alone.items()} | {(2, case): c for case, c in both[0][0].items()}
+    resumed = {(1, case): curve for case, curve in later.items()} | {(2, case): c for case, c in both[0][1].items()}
+    return Runs(root, whole, resumed)
+
+
+def _off(curve: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(curve, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_curves_do_not_depend_on_what_shards_the_training(runs: Runs) -> None:
+    reference = {precision: runs.whole[1, Case(0, precision=precision)] for precision in ("fp32", "bf16")}
+    assert sum(reference["fp32"][-5:]) < 0.9 * sum(reference["fp32"][:5]), "something must be learnt in 20 steps"
+    off = {key: _off(curve, reference[key[1].precision]) for key, curve in runs.whole.items()}
+    print("\n".join(f"{ranks} ranks, {case}: {value:.1e}" for (ranks, case), value in off.items()))
+    assert len(off) == 2 * (len(FP32) + len(BF16))
+    for (ranks, case), value in off.items():
+        assert value < (SAME_FP32 if case.precision == "fp32" else SAME_BF16), (ranks, case, value)
+    assert _off(reference["bf16"], reference["fp32"]) > SAME_FP32, "the tolerance tells precisions apart"
+
+
+@pytest.mark.slow
+def test_a_resume_on_other_workers_at_another_stage_goes_on_as_if_undisturbed(runs: Runs) -> None:
+    off = {
+        (ranks, case): _off(curve, runs.whole[1, Case(0, precision=case.precision)][HALF:])
+        for (ranks, case), curve in runs.resumed.items()
+    }
+    print("\n".join(f"to {ranks} ranks, {case}: {value:.1e}" for (ranks, case), value in off.items()))
+    assert len(off) == 2 * (len(FP32) + len(BF16))
+    for (ranks, case), value in off.items():
+        assert value < (SAME_FP32 if case.precision == "fp32" else SAME_BF16), (ranks, case, value)
+
+
+def _exported(recipe: Recipe, directory: Path, case: Case, ema: float) -> dict[str, Tensor]:
+    settings = recipe.train.model_dump() | {"zero_stage": case.stage, "ema_decay": ema}
+    unet = consolidated_unet(directory / "end", recipe.model_copy(update={"train": TrainConfig(**settings)}))
+    return dict(unet.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [0.0, TRAIN["ema_decay"]])
+def test_weights_and_averages_that_are_exported_are_the_same(runs: Runs, small: Recipe, ema: float) -> None:
+    expected = _exported(small, runs.root / "1" / _name(Case(0)), Case(0), ema)
+    for place in ("1", "2", "1-resumed", "2-resumed"):
+        for case in FP32:
+            for name, value in _exported(small, runs.root / place / _name(case), case, ema).items():
+                torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-4, msg=f"{place} {case} {name}")
+    raw = _exported(small, runs.root / "1" / _name(Case(0)), Case(0), 0.0)
+    assert any((raw[name] - expected[name]).abs().max() > 1e-3 for name in raw) == bool(ema)
+
+
+@pytest.mark.slow
+def test_shares_are_shares(runs: Runs) -> None:
+    """Two ranks write each value once, about half of them each; their files are read without pickle."""
+    for case in (*FP32, *BF16):
+        one, two = (runs.root / str(ranks) / _name(case) / "end" / STATE for ranks in (1, 2))
+        whole = (one / "rank-00000.safetensors").stat().st_size
+        parts = [(two / f"rank-{rank:05d}.safetensors").stat().st_size for rank in range(2)]
+        assert sum(parts) == pytest.approx(whole, rel=0.1), case
+        assert max(parts) < 0.6 * whole, case
+
+
+@pytest.mark.slow
+def test_frozen_parameters_stay_and_are_kept(runs: Runs, small: Recipe) -> None:
+    torch.manual_seed(0)
+    begun = dict(build_method(small).unet.named_parameters())
+    for ranks in ("1", "2"):
+        for stage in range(4):
+            directory = runs.root / ranks / f"frozen-{stage}"
+            for name, value in _exported(small, directory, Case(stage), 0.8).items():
+                assert torch.equal(value, begun[name]) == (FROZEN in name), (ranks, stage, name)
+            with Shares(directory / "end" / STATE) as stored:
+                frozen = [name for name in stored.shapes if FROZEN in name]
+                assert frozen
+                assert not any(stored.has(EMA, name) for name in frozen)
+                assert all(stored.has(WEIGHT, name) for name in stored.shapes)
