@@ -27,12 +27,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "pipelines/probe_motion.py tells",
     )
     parser.add_argument(
-        "--register", metavar="NAME", help="of a --checkpoint: enter the bundle in MLflow's model registry under NAME"
-    )
-    parser.add_argument(
         "--adapter",
         action="store_true",
         help="of a --checkpoint trained with LoRA: only what it has learnt, for peft and diffusers",
+    )
+    parser.add_argument(
+        "--register", metavar="NAME", help="of a --checkpoint: enter the bundle in MLflow's model registry under NAME"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result")
     arguments = parser.parse_args(argv)
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from cinemo.training import checkpoints, export  # late: --help and bad flags need no torch
     from cinemo.training.registry import register, tracked_run
 
-    if arguments.register and not arguments.checkpoint:
-        raise InputError("--register: only a training has an MLflow run; expected --checkpoint URI --register NAME")
     if arguments.adapter and not arguments.checkpoint:
         raise InputError("--adapter: only a --checkpoint has one; expected --checkpoint URI --adapter")
+    if arguments.register and (arguments.adapter or not arguments.checkpoint):
+        raise InputError("--register: only for a bundle of a training; expected --checkpoint URI --register NAME")
     recipe = cli.recipe_of(arguments)
     if arguments.checkpoint:
         if arguments.assignments:
@@ -52,8 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "--set: a checkpoint has its own recipe; expected --set with --from-cinemo or --from-lavie"
             )
         if arguments.register:
-            if arguments.adapter:
-                raise InputError("--register: the registry takes bundles; leave --adapter or --register out")
             tracked_run(checkpoints.find(arguments.checkpoint).uri)  # before minutes of work
         make = export.adapter_from_checkpoint if arguments.adapter else export.from_checkpoint
         made = make(arguments.checkpoint, arguments.output)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cinemo.config import Recipe
-from cinemo.methods import build_method
+from cinemo.methods import build_method, mark_trainable
 from cinemo.training.activations import TOKENS
 from cinemo.training.batch import latent_shape
 from cinemo.types import Condition, InputError, LatentBatch
@@ -39,7 +39,8 @@ _PEAKS = {
 class SampleFlops:
     """FLOPs of one sample; a multiplication and an addition are two. Matrix products, convolutions and attention count.
 
-    ``forward``: one pass. ``training``: forward and backward, which is twice the forward pass: what the MFU is made of.
+    ``forward``: one pass. ``training``: forward and backward, which is twice the forward pass, less where weights are
+    frozen: what the MFU is made of.
     ``executed``: with what gradient checkpointing computes again (a little less than that, in truth): what takes time.
     """
 
@@ -49,19 +50,25 @@ class SampleFlops:
 
 
 def sample_flops(recipe: Recipe) -> SampleFlops:
-    """FLOPs of one training sample of a recipe. Seconds for the full-size network."""
+    """FLOPs of one training sample of a recipe. Takes seconds for the full-size network, with frozen weights twenty."""
     frames, channels, rows, columns = latent_shape(recipe)
     with torch.device("meta"):
         method = build_method(recipe)
+        mark_trainable(method, recipe.train)
         video_BCFHW = torch.empty(1, channels, frames, rows, columns)
         text_BLD = torch.empty(1, TOKENS, recipe.model.cross_attention_dim)
         condition = Condition(video_BCFHW[:, :, 0], text_BLD, torch.empty(1))
         target = method.target(LatentBatch(video_BCFHW, condition))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             method.predict(target, torch.empty(1), condition)
-    forward = int(counter.get_total_flops())
-    again = forward if recipe.train.gradient_checkpointing else 0
-    return SampleFlops(forward, 3 * forward, 3 * forward + again)
+        forward = training = int(counter.get_total_flops())
+        if recipe.train.trainable == "all":
+            training *= 3
+        else:
+            with FlopCounterMode(display=False) as counter:
+                method.predict(target, torch.empty(1), condition).sum().backward()  # type: ignore[no-untyped-call]
+            training = int(counter.get_total_flops())
+    return SampleFlops(forward, training, training + (forward if recipe.train.gradient_checkpointing else 0))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

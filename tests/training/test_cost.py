@@ -41,6 +41,14 @@ def test_flops_are_those_of_a_real_step(small: Recipe) -> None:
     assert (again.training, again.executed) == (counted.training, counted.training + counted.forward)
 
 
+def test_frozen_weights_cost_less(small: Recipe) -> None:
+    """Their own gradients are not computed; those of what flows through them are."""
+    counted = cost.sample_flops(small)
+    for what in ("temporal", "lora"):
+        part = cost.sample_flops(override(small, [f"train.trainable={what}"]))
+        assert 1.5 * counted.forward < part.training < 2.7 * counted.forward, what
+
+
 def test_counting_leaves_nothing_behind(small: Recipe) -> None:
     """Position tables are cached by device; shapes without values must not get among those of the real network."""
     cost.sample_flops(small)
