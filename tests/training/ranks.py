@@ -15,7 +15,7 @@ from cinemo.config import Recipe, TrainConfig
 from cinemo.methods import build_method
 from cinemo.training.batch import host_batch
 from cinemo.training.engine import Engine
-from cinemo.types import Condition, LatentBatch
+from cinemo.types import Condition, LatentBatch, keyed_generator
 from tests.training.conftest import moving_samples
 
 
@@ -45,13 +45,13 @@ class Case:
 
 
 def made_engine(recipe: Recipe, freeze: str | None = None, **train: Any) -> Engine:
-    """An engine on this process group; the micro batch follows from its size.
+    """An engine on this process group: one rank accumulates two micro batches, two hold their whole share.
 
     Args:
         freeze: parameters whose name holds this are frozen.
     """
     world = torch.distributed.get_world_size()
-    changed = {"workers": world, "micro_batch": 2 // world} | train
+    changed = {"workers": world, "micro_batch": 2} | train
     settings = TrainConfig(**(recipe.train.model_dump() | changed))
     torch.manual_seed(0)
     method = build_method(recipe)
@@ -68,8 +68,9 @@ def train_steps(engine: Engine, recipe: Recipe, steps: range) -> list[float]:
         losses = []
         for start in range(0, len(mine), size):
             host = host_batch(mine[start : start + size], step, recipe)
-            text = torch.zeros(size, 3, recipe.model.cross_attention_dim, dtype=engine.dtype)
-            condition = Condition(host.video_BCFHW[:, :, 0], text, host.motion_bucket_B)
+            shape = (3, recipe.model.cross_attention_dim)
+            text = torch.stack([torch.randn(shape, generator=keyed_generator(0, "text", key)) for key in host.keys])
+            condition = Condition(host.video_BCFHW[:, :, 0], text.to(engine.dtype), host.motion_bucket_B)
             loss = engine.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean()
             engine.step(loss)
             losses.append(loss.detach().float())

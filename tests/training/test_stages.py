@@ -28,7 +28,9 @@ TRAIN = {"schedule": "cosine", "warmup_steps": 4, "max_steps": STEPS, "ema_decay
 FROZEN = "attn1"
 
 # Relative: float32 sums in another order; bfloat16 gradients are also added in bfloat16, in another order.
-SAME_FP32, SAME_BF16 = 1e-4, 2e-2
+# Measured: 4e-7 and 1.1e-2.
+SAME_FP32, SAME_BF16 = 1e-5, 3e-2
+SAME_WEIGHTS = 5e-5  # absolute, after 20 steps of about 1e-3 each
 
 
 def _name(case: Case) -> str:
@@ -63,7 +65,6 @@ BEGUN = {
     Case(3): Case(2),
     Case(3, "all"): Case(3),
     BF16[0]: BF16[2],
-    BF16[1]: BF16[0],
     BF16[2]: BF16[1],
 }
 
@@ -155,9 +156,13 @@ def test_weights_and_averages_that_are_exported_are_the_same(runs: Runs, slim: R
             if "resumed" in place and case not in BEGUN:
                 continue
             for name, value in _exported(slim, runs.root / place / _name(case), case, ema).items():
-                torch.testing.assert_close(value, expected[name], rtol=0, atol=2e-4, msg=f"{place} {case} {name}")
+                torch.testing.assert_close(
+                    value, expected[name], rtol=0, atol=SAME_WEIGHTS, msg=f"{place} {case} {name}"
+                )
     raw = _exported(slim, runs.root / "1" / _name(Case(0)), Case(0), 0.0)
-    assert any((raw[name] - expected[name]).abs().max() > 1e-3 for name in raw) == bool(ema)
+    apart = max(float((raw[name] - expected[name]).detach().abs().max()) for name in raw)
+    print(f"averages are {apart:.1e} from the weights")
+    assert (apart > 10 * SAME_WEIGHTS) == bool(ema)
 
 
 @pytest.mark.slow
