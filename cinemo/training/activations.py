@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cinemo.config import Recipe
-from cinemo.methods import build_method
+from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.attention import _kept_positions
 from cinemo.training.batch import latent_shape
 from cinemo.types import Condition, LatentBatch
@@ -60,7 +60,9 @@ def shapes(recipe: Recipe, device: str) -> nn.Module:
     torch.set_default_dtype(precision(recipe))
     try:
         with torch.device(device):
-            return build_method(recipe)
+            method = build_method(recipe)
+            mark_trainable(method, recipe.train)
+            return method
     finally:
         torch.set_default_dtype(default)
 

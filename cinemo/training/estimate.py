@@ -17,7 +17,7 @@ import torch
 
 from cinemo.config import Recipe
 from cinemo.data.prices import Prices, money
-from cinemo.methods import build_method
+from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.weights import read_config, resolve
 from cinemo.training.activations import TOKENS, activation_bytes, precision, shapes
 from cinemo.training.batch import latent_shape
@@ -193,7 +193,9 @@ def _measured_speed(recipe: Recipe, flops: SampleFlops, peak: float, fits: bool)
         )
     device = torch.device("cuda", 0) if train.gpus_per_worker else torch.device("cpu")
     with _threads(recipe):
-        method: Any = build_method(recipe).to(device, dtype)
+        method: Any = build_method(recipe)
+        mark_trainable(method, recipe.train)
+        method.to(device, dtype)
         method.unet.gradient_checkpointing = train.gradient_checkpointing
         frames, channels, rows, columns = latent_shape(recipe)
         video_BCFHW = torch.randn(train.micro_batch, channels, frames, rows, columns, device=device)

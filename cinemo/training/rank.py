@@ -104,7 +104,8 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
         parts = engine.gather(own)
         if rank == 0:
             sample_log.write(output, {step: [key for part in parts for key in part[step]] for step in own})
-        state = {"step": done, "dataset": digest, "history": [row.kept() for row in history]}
+        place = {"step": done, "epoch": loader.order.epoch(done), "dataset": digest}
+        state = {**place, "history": [row.kept() for row in history]}
         with tempfile.TemporaryDirectory(prefix="cinemo-checkpoint-") as scratch:
             share = Path(scratch)
             with checkpoints.saving(done, engine.share_bytes, scratch):
