@@ -124,7 +124,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     except SystemExit:  # what Ray Train makes of an interrupt
         progress.fail("KILLED")
         raise KeyboardInterrupt from None
-    except BaseException as error:
+    except Exception as error:
         with suppress(Exception):  # before anything else is written: half a checkpoint may be what fills a disk
             checkpoints.prune(output, train_settings.keep_checkpoints)
         progress.fail()
@@ -133,6 +133,9 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             text = f"training failed after {train_settings.max_failures} restarts: {lines[-1]}"
             raise RunError(text) from error
+        raise
+    except BaseException:
+        progress.fail()
         raise
     checkpoints.prune(output, train_settings.keep_checkpoints)
     latest = checkpoints.latest(output)
