@@ -97,7 +97,7 @@ def child(assignments: Sequence[str], kept: bool) -> None:
 
         for _, micros in prefetch(_prepare(batches(), recipe, pin=False)):
             assert len(micros) == accumulation(recipe.train)
-            for micro in micros:
+            for micro, _ in micros:
                 engine.step(engine.loss(*on_device(micro, text, engine.device, engine.dtype)).mean())
 
     if kept:
