@@ -162,7 +162,7 @@ def test_weights_and_averages_that_are_exported_are_the_same(runs: Runs, slim: R
     raw = _exported(slim, runs.root / "1" / _name(Case(0)), Case(0), 0.0)
     apart = max(float((raw[name] - expected[name]).detach().abs().max()) for name in raw)
     print(f"averages are {apart:.1e} from the weights")
-    assert (apart > 10 * SAME_WEIGHTS) == bool(ema)
+    assert (apart > 3 * SAME_WEIGHTS) == bool(ema)  # the schedule ends at zero: the last steps are small
 
 
 @pytest.mark.slow
