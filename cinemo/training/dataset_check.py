@@ -12,13 +12,15 @@ from cinemo.training.batch import dimensions, latent_shape
 from cinemo.types import InputError, RunError
 
 _SHOWN = 3
+# What decides which samples there are and how exactly they were computed, not what a sample is: any will do.
+_ANY = frozenset({"views", "seed", "decoder", "dtype"})
 
 
 def check_dataset(index: DatasetIndex, recipe: Recipe) -> None:
-    """Refuse a dataset that was made in another way than the recipe says.
+    """Refuse a dataset whose samples are not what the recipe says. How many views there are is the dataset's affair.
 
     Raises:
-        InputError: the geometry of its latents differs, or its fingerprint does; each field is named.
+        InputError: the geometry of its latents differs, or another part of its fingerprint; each is named.
     """
     shape, expected = tuple(index.info["latent_shape"]), latent_shape(recipe)
     if shape != expected:
@@ -27,7 +29,8 @@ def check_dataset(index: DatasetIndex, recipe: Recipe) -> None:
             "(frames x channels x rows x columns); precompute it with this recipe, or train with the recipe it was "
             "made with"
         )
-    found = differences(index.info.get("computed_from", {}), fingerprint(recipe)[1])
+    there, here = index.info.get("computed_from", {}), fingerprint(recipe)[1]
+    found = differences(*({name: value[name] for name in value.keys() - _ANY} for value in (there, here)))
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise InputError(

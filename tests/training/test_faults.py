@@ -15,6 +15,7 @@ from cinemo.data import shards
 from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
 from cinemo.training import checkpoints, sample_log, worker
+from cinemo.training.dataset_check import check_dataset
 from cinemo.types import InputError, RunError
 
 from .conftest import moving_samples
@@ -83,6 +84,8 @@ def test_a_sample_that_is_no_number_stops_the_run_before_a_checkpoint_holds_it(
 def test_another_recipe_than_the_datasets_is_refused_field_by_field(
     recipe: Recipe, dataset: str, tmp_path: Path
 ) -> None:
+    views = recipe.model_copy(update={"data": recipe.data.model_copy(update={"views": 4, "seed": 9})})
+    check_dataset(DatasetIndex.load(dataset), views)
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"frame_interval": (2, 5)})})
     with pytest.raises(InputError, match=r"frame_interval is \[3, 10\] there and \[2, 5\] here"):
         worker.run(other, dataset, str(tmp_path / "run"))
