@@ -45,6 +45,9 @@ def check_canary(index: DatasetIndex, recipe: Recipe) -> str:
     Raises:
         RunError: one differs by more than another kind of machine explains.
     """
+    made_with = index.info.get("computed_from", {})
+    as_made = {name: made_with[name] for name in ("seed", "decoder") if name in made_with}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=as_made)})
     result = canary(index, recipe, recipe.train.canary, recipe.train.seed)
     left_out = result.unreadable if recipe.train.on_damaged == "skip" else []
     faults = [*result.faults, *([] if left_out else result.unreadable)]
