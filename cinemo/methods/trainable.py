@@ -1,4 +1,4 @@
-""" "What of a method learns: everything (Cinemo, section 3.1), its temporal layers, or LoRA."""
+"""What of a method learns: everything (Cinemo, section 3.1), its temporal layers, or LoRA."""
 
 from __future__ import annotations
 
