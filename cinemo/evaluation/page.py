@@ -27,7 +27,8 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr));
 dl div { background: var(--wash); border-radius: 8px; padding: 12px 16px; }
 dt { font-size: 13px; } dd { margin: 2px 0 0; font-size: 20px; font-weight: 600; white-space: nowrap; }
 figure { margin: 0; } figure.narrow { max-width: 560px; } figure img { width: 100%; height: auto; display: block; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(380px, 1fr)); gap: 28px; margin-top: 16px; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 28px; }
+.pair { margin-top: 16px; } @media (max-width: 600px) { table { display: block; overflow-x: auto; } }
 table { border-collapse: collapse; width: 100%; font-size: 15px; margin-top: 12px; }
 th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-size: 13px; font-weight: 600; color: var(--muted); } td.number { font-variant-numeric: tabular-nums; }
