@@ -24,12 +24,14 @@ class StepBatch:
     ``weights``: for each sample 1, or 0 where another sample stands in for one that cannot be read or is none: every
     rank makes as many forward passes as ever, and a mean over the samples that are really there is
     ``sum(weight * loss) / sum(weight)`` with both sums over all ranks. None: every sample counts.
+    ``epochs``: of each sample; a step may hold the end of one and the beginning of the next. None: all in ``epoch``.
     """
 
     step: int
     epoch: int
     samples: list[LatentSample]
     weights: list[float] | None = None
+    epochs: list[int] | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -116,7 +118,7 @@ class LatentLoader:
         following = (self.order.next_shard(step, lane) for lane in self._lanes)
         self._reader.want([*(place.shard for place in places), *following])
         samples, weights = self._samples.read([(place.shard, place.index) for place in places])
-        return StepBatch(step, self.order.epoch(step), samples, weights)
+        return StepBatch(step, self.order.epoch(step), samples, weights, [place.epoch for place in places])
 
     def sample(self, position: int, index: int) -> LatentSample:
         """Sample ``index`` of the shard at ``position`` in the dataset's index."""

@@ -28,8 +28,13 @@ class MotionMethod(Protocol):
         """What is diffused, in float32: for Cinemo the residuals (B, C, F-1, h, w)."""
         ...
 
-    def forward(self, batch: LatentBatch, t_B: Tensor, noise: Tensor, each: bool = False) -> Tensor:
-        """The scalar training loss, with ``each`` that of every sample (B,); ``noise`` is shaped like `target`."""
+    def forward(
+        self, batch: LatentBatch, t_B: Tensor, noise: Tensor, each: bool = False, weighted: bool = True
+    ) -> Tensor:
+        """The scalar training loss, with ``each`` that of every sample (B,); ``noise`` is shaped like `target`.
+
+        ``weighted``: by timestep, where the recipe asks for it; validation measures the plain error.
+        """
         ...
 
     def start(self, condition: Condition, noise: Tensor) -> Tensor:

@@ -47,10 +47,12 @@ class CinemoMethod(nn.Module):
         video = batch.video_BCFHW.float()
         return video[:, :, 1:] - video[:, :, :1]
 
-    def forward(self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor, each: bool = False) -> Tensor:
+    def forward(
+        self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor, each: bool = False, weighted: bool = True
+    ) -> Tensor:
         """The loss of one batch (scalar, float32), with ``each`` that of every sample (B,).
 
-        It is what is optimised: with ``min_snr_gamma``, the weighted error.
+        It is what is optimised: with ``min_snr_gamma``, the weighted error. Without ``weighted``, the plain one.
 
         Args:
             batch: latents of N frames and their condition (lines 2-4).
@@ -62,7 +64,7 @@ class CinemoMethod(nn.Module):
         motion_t = self.schedule.add_noise(motion, noise, t_B)  # line 8
         output = self.predict(motion_t, t_B, batch.condition)  # line 9
         losses_B = diffusion_loss(output, self.schedule.target(motion, noise, t_B))  # line 10
-        if self.min_snr_gamma is not None:
+        if weighted and self.min_snr_gamma is not None:
             losses_B = losses_B * self.schedule.min_snr_weights(t_B, self.min_snr_gamma).to(losses_B.device)
         return losses_B if each else losses_B.mean()
 

@@ -7,6 +7,7 @@ and ``to_q.lora_B.weight`` (out, r). What was trained is exported merged (`merge
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -113,6 +114,8 @@ def save_adapter(state: Mapping[str, Tensor], train: TrainConfig, directory: Pat
         diffusers |= {f"unet.{name}{_A}": a, f"unet.{name}{_B}": lora_scale(train) * b}
     save_file(peft, directory / _PEFT, {"format": "pt"})
     save_file(diffusers, directory / _DIFFUSERS, {"format": "pt"})
+    for name in (_PEFT, _DIFFUSERS):
+        os.chmod(directory / name, 0o644)  # safetensors keeps its files to their owner
     config = {
         "peft_type": "LORA",
         "task_type": None,

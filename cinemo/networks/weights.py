@@ -123,6 +123,7 @@ def save_unet(unet: LavieUNet, directory: Path) -> None:
     # Straight from the tensors' memory to the disk: the weights are never there twice.
     partial = directory / f".{WEIGHTS_NAME}.partial"
     save_file(state, partial, {"format": "pt"})
+    os.chmod(partial, 0o644)  # safetensors keeps its files to their owner; a bundle is for others
     os.replace(partial, directory / WEIGHTS_NAME)
     storage.write_json(str(directory / "config.json"), unet.config)
 
@@ -142,6 +143,7 @@ def convert_pickled(source: Path, target: Path, location: str) -> None:
         target,
         {"format": "pt"},
     )
+    os.chmod(target, 0o644)
 
 
 def _weights_file(location: str) -> Path:

@@ -1,7 +1,8 @@
 """Stored samples -> training batches (Cinemo, arXiv 2407.15642, Algorithm 1, lines 2-8).
 
 Every draw (diffusion step, noise, what is dropped) is keyed by (seed, step, sample), so that a batch is the same
-whichever rank holds which sample, and after a resume.
+whichever rank holds which sample, and after a resume. A step may see a sample again in the next epoch (a dataset may be
+smaller than a global batch): such further turns have draws of their own.
 """
 
 from __future__ import annotations
@@ -53,27 +54,31 @@ class HostBatch:
         return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
 
 
-def prompt_dropped(seed: int, step: int, key: str, probability: float) -> bool:
+def prompt_dropped(seed: int, step: int, key: str, *turn: int, probability: float) -> bool:
     """Whether the caption of a sample is replaced by "" in this step (classifier-free guidance, section 4.1)."""
-    return _drawn("drop", seed, step, key, probability)
+    return _drawn("drop", seed, step, key, *turn, probability=probability)
 
 
-def image_dropped(seed: int, step: int, key: str, probability: float) -> bool:
+def image_dropped(seed: int, step: int, key: str, *turn: int, probability: float) -> bool:
     """Whether the network sees zeros instead of a sample's first frame in this step.
 
     Its input is then cat([0, M_t]) where Algorithm 1 has cat([z_1, M_t + z_1]), for the same residuals: our choice, as
     the paper drops prompts alone. What an image adds can then be guided as what a prompt adds.
     """
-    return _drawn("drop image", seed, step, key, probability)
+    return _drawn("drop image", seed, step, key, *turn, probability=probability)
 
 
-def motion_dropped(seed: int, step: int, key: str, probability: float) -> bool:
+def motion_dropped(seed: int, step: int, key: str, *turn: int, probability: float) -> bool:
     """Whether a sample goes without a motion embedding in this step, as in LaVie: our choice, not the paper's."""
-    return _drawn("drop motion", seed, step, key, probability)
+    return _drawn("drop motion", seed, step, key, *turn, probability=probability)
 
 
-def host_batch(samples: Sequence[LatentSample], step: int, recipe: Recipe) -> HostBatch:
+def host_batch(
+    samples: Sequence[LatentSample], step: int, recipe: Recipe, turns: Sequence[int] | None = None
+) -> HostBatch:
     """A micro batch with its draws: t ~ Uniform{0..T-1}, noise ~ N(0, 1) of shape (B, C, F-1, H, W).
+
+    ``turns``: how many epochs after the one in which the step begins a sample comes (all 0 where absent).
 
     ``train.noise_offset`` s adds s N(0, 1) to it, one value for all frames and cells of a channel ("Diffusion with
     offset noise", N. Guttenberg, 2023), so that the network also learns to move a picture's mean.
@@ -83,7 +88,11 @@ def host_batch(samples: Sequence[LatentSample], step: int, recipe: Recipe) -> Ho
     """
     train, expected = recipe.train, latent_shape(recipe)
     steps, noises, videos = [], [], []
-    for sample in samples:
+    keys: list[tuple[str] | tuple[str, int]] = [
+        (sample.key, turn) if turn else (sample.key,)
+        for sample, turn in zip(samples, turns or [0] * len(samples), strict=True)
+    ]
+    for sample, key in zip(samples, keys, strict=True):
         if sample.latents_FCHW.shape != expected:
             raise InputError(
                 f"sample {sample.key}: latents are {dimensions(sample.latents_FCHW.shape)}, recipe {recipe.name} "
@@ -91,18 +100,18 @@ def host_batch(samples: Sequence[LatentSample], step: int, recipe: Recipe) -> Ho
             )
         video_CFHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32)).transpose(0, 1)
         videos.append(video_CFHW)
-        generator = keyed_generator(train.seed, "t", step, sample.key)
+        generator = keyed_generator(train.seed, "t", step, *key)
         steps.append(torch.randint(recipe.diffusion.train_steps, (), generator=generator))
-        generator = keyed_generator(train.seed, "noise", step, sample.key)
+        generator = keyed_generator(train.seed, "noise", step, *key)
         noise_CFHW = torch.randn(video_CFHW[:, 1:].shape, generator=generator)
         if train.noise_offset:
-            generator = keyed_generator(train.seed, "noise offset", step, sample.key)
+            generator = keyed_generator(train.seed, "noise offset", step, *key)
             noise_CFHW += train.noise_offset * torch.randn(len(noise_CFHW), 1, 1, 1, generator=generator)
         noises.append(noise_CFHW)
     buckets = [float(motion_bucket(sample.ssim, recipe.data.bucket_edges)) for sample in samples]
-    dropped = [prompt_dropped(train.seed, step, sample.key, train.prompt_dropout) for sample in samples]
-    images = [not image_dropped(train.seed, step, sample.key, train.image_dropout) for sample in samples]
-    motions = [not motion_dropped(train.seed, step, sample.key, train.motion_dropout) for sample in samples]
+    dropped = [prompt_dropped(train.seed, step, *key, probability=train.prompt_dropout) for key in keys]
+    images = [not image_dropped(train.seed, step, *key, probability=train.image_dropout) for key in keys]
+    motions = [not motion_dropped(train.seed, step, *key, probability=train.motion_dropout) for key in keys]
     return HostBatch(
         torch.stack(videos),
         torch.tensor(buckets),
@@ -158,8 +167,8 @@ def on_device(
     return made, batch.t_B.to(device, non_blocking=True), batch.noise_BCFHW.to(device, non_blocking=True)
 
 
-def _drawn(what: str, seed: int, step: int, key: str, probability: float) -> bool:
-    return bool(torch.rand((), generator=keyed_generator(seed, what, step, key)) < probability)
+def _drawn(what: str, seed: int, step: int, *turn: str | int, probability: float) -> bool:
+    return bool(torch.rand((), generator=keyed_generator(seed, what, step, *turn)) < probability)
 
 
 def dimensions(shape: Sequence[int]) -> str:

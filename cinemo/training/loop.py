@@ -139,8 +139,9 @@ def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
 def _prepare(batches: Iterable[StepBatch], recipe: Recipe, pin: bool) -> Iterator[tuple[int, list[Weighted]]]:
     size = recipe.train.micro_batch
     for batch in batches:
-        parts = [batch.samples[start : start + size] for start in range(0, len(batch.samples), size)]
-        micros = [host_batch(part, batch.step, recipe) for part in parts]
+        samples, turns = batch.samples, [epoch - batch.epoch for epoch in batch.epochs or []]
+        starts = range(0, len(samples), size)
+        micros = [host_batch(samples[i : i + size], batch.step, recipe, turns[i : i + size]) for i in starts]
         weights = torch.split(torch.tensor(batch.weights or [1.0] * len(batch.samples)), size)
         yield batch.step, list(zip([micro.pin() for micro in micros] if pin else micros, weights, strict=True))
 

@@ -218,7 +218,10 @@ class Progress:
         table.writerow(COLUMNS)
         for row in self._rows:
             table.writerow([row.step, *("" if value is None else f"{value:.8g}" for value in row.kept()[1:])])
-        storage.write_bytes(storage.join(self._output, LOSS_FILE), buffer.getvalue().encode())
+        try:
+            storage.write_bytes(storage.join(self._output, LOSS_FILE), buffer.getvalue().encode())
+        except OSError as error:  # a curve is not worth a training; a checkpoint that finds no room ends it by itself
+            self._say(f"{LOSS_FILE}: cannot be written ({error.strerror or error}); training goes on")
         # The whole table each time: what takes longer is done less often.
         now = time.monotonic()
         self._csv_due = now + max(_CSV_SECONDS, 20 * (now - begun))

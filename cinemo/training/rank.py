@@ -21,10 +21,9 @@ from cinemo.data.loader import HeldOut, LatentLoader, StepBatch
 from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.frozen import TextEncoder, Vae
-from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.memory import keep_freed_memory
-from cinemo.networks.weights import load_unet
 from cinemo.training import checkpoints, sample_log
+from cinemo.training.base_weights import base_unet
 from cinemo.training.batch import TextStates
 from cinemo.training.cost import peak_flops
 from cinemo.training.dataset_check import dataset_digest
@@ -60,7 +59,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
     digest = dataset_digest(index)
     # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
     torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
-    method = build_method(recipe, _base_unet(recipe))
+    method = build_method(recipe, base_unet(recipe))
     mark_trainable(method, recipe.train)
     method.unet.gradient_checkpointing = recipe.train.gradient_checkpointing
     if recipe.compile:
@@ -146,16 +145,6 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
         sample_seconds,
     )
     ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived
-
-
-def _base_unet(recipe: Recipe) -> LavieUNet | None:
-    """The weights of ``train.init``; a motion network that they lack (LaVie's) starts at zero (global torch RNG)."""
-    if recipe.train.init is None:
-        return None
-    try:
-        return load_unet(recipe.model, recipe.train.init, torch.float32, motion_optional=True)
-    except InputError as error:
-        raise InputError(f"train.init: {error}; --set train.init=null trains from scratch") from None
 
 
 @contextmanager

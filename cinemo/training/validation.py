@@ -3,6 +3,7 @@
 Fresh draws would move the mean more than a thousand training steps do. So every draw is keyed by its sample alone, and
 timesteps are the middles of eight strata of the schedule, dealt out in turn: two measurements of one run, or of two
 runs on one dataset, differ by their weights only. Nothing depends on the number of ranks but the order of summation.
+It is the plain error, without min-SNR weights: runs with and without them compare.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Validation:
             part = self._mine[start : start + size]
             batch = _batch([sample for _, sample, _ in part], [draw for draw, _, _ in part], self._recipe)
             with torch.no_grad():
-                losses_B = engine.method(*on_device(batch, self._text, engine.device, engine.dtype), each=True)
+                inputs = on_device(batch, self._text, engine.device, engine.dtype)
+                losses_B = engine.method(*inputs, each=True, weighted=False)
             found.add(losses_B, batch, weight_B=torch.tensor([weight for _, _, weight in part]))
         losses, weights = engine.mean(found.sums(engine.device)).tolist()
         return Losses.of_sums(losses, weights)

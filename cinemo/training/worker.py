@@ -27,6 +27,7 @@ from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
 from cinemo.methods import check_trainable
 from cinemo.training import checkpoints, rank
+from cinemo.training.base_weights import check_base
 from cinemo.training.checkpoints import CheckpointCard
 from cinemo.training.cost import sample_flops
 from cinemo.training.dataset_check import check_canary, check_dataset, dataset_digest
@@ -74,6 +75,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     index = DatasetIndex.load(data)
     check_dataset(index, recipe)
     check_trainable(recipe)
+    base_note = check_base(recipe)
     digest = dataset_digest(index)
     start = _starting_point(recipe, digest, output, resume)
     summary = read_summary(output)
@@ -84,6 +86,8 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     note = LatentLoader.of(index, recipe.train).note
     if note:
         print(f"{data}: {note}")
+    if base_note and not start:
+        print(base_note)
     with ThreadPoolExecutor(1, "flops") as pool:
         flops = pool.submit(sample_flops, recipe)
         _join_cluster(recipe)

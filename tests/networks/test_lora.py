@@ -154,7 +154,7 @@ def test_layers_that_are_not_there_are_named() -> None:
 
 
 def test_an_adapter_as_peft_and_diffusers_read_it(tmp_path: Path) -> None:
-    """By their rules, written out: neither needs anything of ours."""
+    """By their rules, written out, and by peft itself: neither needs anything of ours."""
     from diffusers.loaders import StableDiffusionLoraLoaderMixin
     from diffusers.utils.peft_utils import get_peft_kwargs
 
@@ -177,6 +177,12 @@ def test_an_adapter_as_peft_and_diffusers_read_it(tmp_path: Path) -> None:
         assert (a.shape, b.shape) == ((3, linear[name].shape[1]), (linear[name].shape[0], 3))
         expected = linear[name] + config["lora_alpha"] / config["r"] * b @ a
         torch.testing.assert_close(merged[f"{name}.weight"], expected)
+
+    from peft import PeftModel
+
+    wrapped = PeftModel.from_pretrained(network(), tmp_path / "adapter").base_model.model
+    torch.testing.assert_close(answer(wrapped), answer(unet), rtol=1e-4, atol=1e-5)
+    assert (answer(wrapped) - answer(base)).abs().max() > 0.01
 
     # diffusers: its own reader, and its own idea of the settings, which has no alpha.
     read, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(

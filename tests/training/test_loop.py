@@ -52,6 +52,10 @@ def test_draws_depend_on_sample_and_step_alone(small: Recipe) -> None:
     assert not torch.equal(later.t_B, whole.t_B)
     other = batches.host_batch(samples, 5, _changed(small, seed=1))
     assert not torch.allclose(other.noise_BCFHW, whole.noise_BCFHW)
+    # A dataset smaller than a global batch has its samples several times in a step, in different epochs.
+    twice = batches.host_batch([samples[2], samples[2]], 5, small, [0, 1])
+    assert torch.equal(twice.noise_BCFHW[0], whole.noise_BCFHW[2])
+    assert not torch.allclose(twice.noise_BCFHW[0], twice.noise_BCFHW[1])
 
 
 def test_draws_have_the_right_distribution(small: Recipe) -> None:
@@ -80,11 +84,11 @@ def test_a_batch_holds_what_was_stored(small: Recipe) -> None:
 
 
 def test_prompts_are_dropped_at_the_given_rate() -> None:
-    dropped = [batches.prompt_dropped(0, step, f"clip{step % 7}", 0.3) for step in range(3000)]
+    dropped = [batches.prompt_dropped(0, step, f"clip{step % 7}", probability=0.3) for step in range(3000)]
     assert sum(dropped) / 3000 == pytest.approx(0.3, abs=0.03)
-    assert dropped == [batches.prompt_dropped(0, step, f"clip{step % 7}", 0.3) for step in range(3000)]
-    assert not any(batches.prompt_dropped(0, step, "a", 0.0) for step in range(100))
-    assert all(batches.prompt_dropped(0, step, "a", 1.0) for step in range(100))
+    assert dropped == [batches.prompt_dropped(0, step, f"clip{step % 7}", probability=0.3) for step in range(3000)]
+    assert not any(batches.prompt_dropped(0, step, "a", probability=0.0) for step in range(100))
+    assert all(batches.prompt_dropped(0, step, "a", probability=1.0) for step in range(100))
 
 
 def test_the_paper_s_draws_are_what_they_were(small: Recipe) -> None:

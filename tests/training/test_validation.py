@@ -116,6 +116,12 @@ def test_the_number_of_ranks_does_not_matter(small: Recipe, dataset: str) -> Non
         assert made.buckets == pytest.approx(alone.buckets, rel=1e-5)
 
 
+def test_the_plain_error_is_measured_whatever_the_training_weighs(small: Recipe, dataset: str) -> None:
+    plain, _ = _losses(override(small, ["train.held_out_shards=1"]), dataset, 1)
+    weighted, _ = _losses(override(small, ["train.held_out_shards=1", "train.min_snr_gamma=0.5"]), dataset, 1)
+    assert weighted == plain
+
+
 def test_a_lost_shard_counts_as_not_there(small: Recipe, dataset: str, tmp_path: Path) -> None:
     storage.upload(Path(dataset), str(tmp_path))
     both, _ = _losses(override(small, ["train.held_out_shards=2"]), str(tmp_path), 2)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cinemo import storage
-from cinemo.bundle import save_bundle
+from cinemo.bundle import STILLER, save_bundle
 from cinemo.config import Recipe, TrainConfig, override
 from cinemo.data.loader import HeldOut, LatentLoader
 from cinemo.data.shards import DatasetIndex
@@ -26,7 +26,8 @@ from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import save_unet
-from cinemo.training import checkpoints, rank, worker
+from cinemo.training import checkpoints, worker
+from cinemo.training.base_weights import base_unet, check_base
 from cinemo.training.batch import TextStates
 from cinemo.training.dataset_check import dataset_digest
 from cinemo.training.engine import Engine
@@ -271,14 +272,14 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_usable(
 def test_base_weights_are_where_training_begins(small: Recipe, tmp_path: Path) -> None:
     unet = LavieUNet(**small.model.model_dump())
     save_unet(unet.half(), tmp_path)
-    begun = rank._base_unet(override(small, [f"train.init={tmp_path}"]))
+    begun = base_unet(override(small, [f"train.init={tmp_path}"]))
     assert begun is not None
     assert begun.dtype == torch.float32
     for name, value in begun.named_parameters():
         torch.testing.assert_close(value, unet.get_parameter(name).float(), rtol=0, atol=0)
     wider = override(small, [f"train.init={tmp_path}", "model.block_out_channels=[32,96]"])
     with pytest.raises(InputError, match=r"train\.init: .*do not fit.*train\.init=null trains from scratch"):
-        rank._base_unet(wider)
+        base_unet(wider)
 
 
 def test_lavie_cinemo_or_nothing_is_where_training_begins(small: Recipe, tmp_path: Path) -> None:
@@ -289,25 +290,37 @@ def test_lavie_cinemo_or_nothing_is_where_training_begins(small: Recipe, tmp_pat
     lavie = {name: value for name, value in state.items() if not name.startswith("add_embedding.")}
     torch.save({"ema": lavie}, tmp_path / "lavie_base.pt")
     torch.manual_seed(keyed_seed(0, "weights"))
-    begun = rank._base_unet(override(small, [f"train.init={tmp_path / 'lavie_base.pt'}"]))
+    begun = base_unet(override(small, [f"train.init={tmp_path / 'lavie_base.pt'}"]))
     assert begun is not None
     for name, value in lavie.items():
         assert torch.equal(begun.state_dict()[name], value), name
     assert not begun.add_embedding.linear_2.weight.any()
     torch.manual_seed(keyed_seed(0, "weights"))
-    again = rank._base_unet(override(small, [f"train.init={tmp_path / 'lavie_base.pt'}"]))
+    again = base_unet(override(small, [f"train.init={tmp_path / 'lavie_base.pt'}"]))
     assert again is not None
     assert torch.equal(again.add_embedding.linear_1.weight, begun.add_embedding.linear_1.weight)
 
     save_bundle(tmp_path / "bundle", small, unet, {})
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "bundle").rglob("*") if path.is_file()} == {0o644}
     save_unet(unet, tmp_path / "published" / "unet")
     for folder in ("bundle", "published", "published/unet"):
-        begun = rank._base_unet(override(small, [f"train.init={tmp_path / folder}"]))
+        begun = base_unet(override(small, [f"train.init={tmp_path / folder}"]))
         assert begun is not None
         for name, value in state.items():
             assert torch.equal(begun.state_dict()[name], value), (folder, name)
 
-    assert rank._base_unet(override(small, ["train.init=null"])) is None
+    assert base_unet(override(small, ["train.init=null"])) is None
+    for folder in ("bundle", "bundle/unet", "bundle/unet/", "published", "lavie_base.pt", "nowhere"):
+        init = f"train.init={tmp_path}/{folder}"
+        assert check_base(override(small, [init])) is None
+        if folder.startswith("bundle"):
+            other = override(small, [init, "diffusion.prediction=epsilon"])
+            with pytest.raises(InputError, match=r"its network predicts v, .*--set diffusion\.prediction=v "):
+                check_base(other)
+    save_bundle(tmp_path / "stiller", small, unet, {}, STILLER)
+    note = check_base(override(small, [f"train.init={tmp_path / 'stiller'}"]))
+    assert note is not None
+    assert "100 x SSIM, larger = stiller" in note
     torch.save({"optimizer": [1]}, tmp_path / "other.pt")
     (tmp_path / "empty").mkdir()
     for place, words in (
@@ -318,7 +331,7 @@ def test_lavie_cinemo_or_nothing_is_where_training_begins(small: Recipe, tmp_pat
         with pytest.raises(
             InputError, match=rf"train\.init: .*{words}.*train\.init=null trains from scratch"
         ) as caught:
-            rank._base_unet(override(small, [f"train.init={tmp_path / place}"]))
+            base_unet(override(small, [f"train.init={tmp_path / place}"]))
         assert "\n" not in str(caught.value)
 
 
