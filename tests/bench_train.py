@@ -12,8 +12,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import argparse
 import hashlib
 import json
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +27,7 @@ import webdataset
 from bench import fill, table
 from bench_precompute import in_turns
 
-from cinemo import storage
+from cinemo import s3, storage
 from cinemo.config import Recipe, override
 from cinemo.data import shards
 from cinemo.data.loader import LatentLoader
@@ -34,6 +38,7 @@ from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.recipes import load_recipe
 from cinemo.training.batch import TextStates, host_batch, latent_shape
+from cinemo.training.cost import peak_flops, sample_flops
 from cinemo.training.engine import Engine
 from cinemo.training.loop import Report, train
 from cinemo.types import LatentSample
@@ -131,28 +136,62 @@ def reading(directory: Path, recipe: Recipe) -> Iterator[Row]:
     samples_of_step = used.batch(0).samples
     (draws,) = in_turns(lambda: host_batch(samples_of_step, 0, recipe), rounds=6)
     yield f"{name}: float32, noise and draws", f"{1e6 * draws / BATCH:.0f} us", "-", "a sample, in the same thread"
+    feeds = 1 / (read / samples + draws / BATCH)
+    yield f"{name}: one data thread feeds", f"{feeds:.0f} samples/s", "-", "reading and draws together"
 
 
-def data_wait(directory: Path) -> Iterator[Row]:
+@contextmanager
+def s3_bucket(cores: set[int]) -> Iterator[str]:
+    """An empty bucket on an S3 server of its own, which runs on ``cores``."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.sched_setaffinity(server.pid, cores)
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    try:
+        s3.client().mkdir("bench")
+        yield "s3://bench"
+    finally:
+        server.kill()
+
+
+def data_wait(index: DatasetIndex, where: str) -> Iterator[Row]:
     """The tiny recipe's own steps on one core, which its data thread shares."""
     recipe = override(TINY, [f"train.max_steps={STEPS}", "train.workers=1", "train.log_every=1"])
-    index = DatasetIndex.load(str(directory))
-    rendezvous = directory / "group"
-    torch.distributed.init_process_group("gloo", init_method=rendezvous.as_uri(), rank=0, world_size=1)
-    keep_freed_memory()
     engine = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
     text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
     reports: list[Report] = []
-    train(recipe, engine, LatentLoader.of(index, recipe.train).batches(), text, on_report=reports.append)
-    torch.distributed.destroy_process_group()
+    device, flops = torch.device("cpu"), sample_flops(recipe).training
+    train(
+        recipe, engine, LatentLoader.of(index, recipe.train).batches(), text, on_report=reports.append,
+        sample_seconds=flops / peak_flops(device, torch.float32),
+    )  # fmt: skip
     steady = reports[2:]
     seconds = np.mean([recipe.train.global_batch / report.samples_per_second for report in steady])
     share = np.mean([report.data_wait for report in steady])
-    yield "cinemo-tiny: waiting for data", f"{share:.2%}", "< 2 %", f"of steps of {seconds:.1f} s, one core for all"
+    mfu = np.mean([report.mfu for report in steady])
+    note = f"of steps of {seconds:.1f} s, one core for all; MFU {mfu:.0%} of a matrix product's rate"
+    yield f"cinemo-tiny: waiting for data, {where}", f"{share:.2%}", "< 2 %", note
+
+
+def waiting(directory: Path) -> Iterator[Row]:
+    """Local shards, then the same on an S3 server, nothing of it in the cache."""
+    rendezvous = directory / "group"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous.as_uri(), rank=0, world_size=1)
+    keep_freed_memory()
+    yield from data_wait(DatasetIndex.load(str(directory)), "local")
+    own = os.sched_getaffinity(0)
+    with s3_bucket(set(range(os.cpu_count() or 1)) - own or own) as bucket:
+        storage.upload(directory, storage.join(bucket, "tiny"))
+        os.environ["CINEMO_CACHE"] = str(directory / "cache")
+        yield from data_wait(DatasetIndex.load(storage.join(bucket, "tiny")), "s3://, cold cache")
+    torch.distributed.destroy_process_group()
 
 
 def loader_part(scratch: Path) -> str:
-    rows = [*reading(scratch / "paper", PAPER), *reading(scratch / "tiny", TINY), *data_wait(scratch / "tiny")]
+    rows = [*reading(scratch / "paper", PAPER), *reading(scratch / "tiny", TINY), *waiting(scratch / "tiny")]
     return LOADER.format(rows=table(("loader", "value", "target", ""), rows), samples=SHARDS * CLIPS, batch=BATCH)
 
 
