@@ -29,8 +29,8 @@ FROZEN = "attn1"
 
 # Relative. Float32: sums in another order; measured 2e-7. Bfloat16: the norm that clips is summed in another order, two
 # ranks and two micro batches add other rounded gradients, and ZeRO 3's linear layers round once more before they add
-# their bias. Each moves some weights over to the neighbouring bfloat16 value, so a loss may be off by about one rounding
-# (2^-8); measured 1.3e-3.
+# their bias. Each moves some weights over to the neighbouring bfloat16 value, so that a loss may be off by about one
+# rounding (2^-8); measured 1.3e-3.
 SAME_FP32, SAME_BF16 = 1e-5, 2**-8
 SAME_WEIGHTS = 5e-5  # absolute, after 20 steps of about 1e-3 each
 
