@@ -99,6 +99,11 @@ class Engine:
             config=deepspeed_config(train),
             dist_init_required=False,
         )
+        if train.zero_stage == 0 and train.precision == "bf16":
+            # DeepSpeed's wrapper of this pair lets Adam do a step on zero gradients when it is built: the bias
+            # corrections would be those of one step later for good, and weight decay has been applied once.
+            self._adam.state.clear()
+            self._engine.optimizer.refresh_fp32_params()
         self._partitions = Partitions(self._engine, self._adam, train.zero_stage, self.rank, self.world)
 
     @property

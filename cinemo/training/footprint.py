@@ -1,7 +1,7 @@
 """Memory of one training worker, part by part, for each ZeRO stage (arXiv 1910.02054), as DeepSpeed 0.19 lays it out.
 
 P values learn, A values are there in all, N workers share; in float32 a value takes 4 bytes, in bfloat16 2. Adam has
-two float32 moments, with an average of the weights three; whatever computes in bfloat16, and ZeRO 1 and 2 always, has
+two float32 moments, with an average of the weights three; whatever computes in bfloat16, and ZeRO 1 to 3 always, has
 float32 master weights too.
 """
 
@@ -27,6 +27,10 @@ GATHERED_AT_MOST = 1_000_000_000
 # Of the activations' bytes: what the C library keeps beyond them on a CPU, where the worker asks it to keep freed
 # memory (`networks.memory.keep_freed_memory`): holes that no later activation fitted. Measured, see BENCHMARKS.md.
 KEPT_SHARE = 0.45
+# What oneDNN holds on a CPU in bfloat16 once every shape has been met: compiled kernels and their workspaces, until its
+# cache of kernels lets them go (float32: 6 MB). Measured for the tiny network on a processor with AMX; 16 MB of it stay
+# when that cache is made to hold a single kernel.
+KERNELS_BF16 = 41_000_000
 _PREFETCHED = 4  # steps' batches in host memory: two wait, one is made, one is used
 
 
@@ -49,10 +53,10 @@ class Footprint:
     """Bytes of one worker.
 
     ``buffers``: the most at one time of DeepSpeed's buckets, gathered weights and the optimizer's temporaries.
-    ``inputs``: the frozen text encoder, kept text states, a micro batch. ``kept``: freed memory that a process on CPUs
-    does not give back. ``peak``: on the device, less than the sum of the parts, which are not all there at one time:
-    the larger of the backward pass and the optimizer's step. ``in_use``: the same without ``kept``. ``host``:
-    host memory of a worker on an accelerator.
+    ``inputs``: the frozen text encoder, kept text states, a micro batch. ``kernels``: what the CPU's kernel library
+    holds. ``kept``: freed memory that a process on CPUs does not give back. ``peak``: on the device, less than the sum
+    of the parts, which are not all there at one time: the larger of the backward pass and the optimizer's step.
+    ``in_use``: the same without ``kept``. ``host``: host memory of a worker on an accelerator.
     """
 
     zero_stage: int
@@ -64,6 +68,7 @@ class Footprint:
     activations: int
     buffers: int
     inputs: int
+    kernels: int
     kept: int
     peak: int
     in_use: int
@@ -106,7 +111,7 @@ def footprint(
     weights = value * (parameters.total if stage < 3 else share + -(-frozen // workers))
     # ZeRO 1 keeps whole gradients until a step's last micro batch, ZeRO 2 and 3 add theirs up after each.
     gradients = value * (share if stage >= 2 else trainable)
-    master = 4 * held if stage in (1, 2) or value < 4 or offload != "none" else 0
+    master = 4 * held if stage or value < 4 else 0
     states = master + 4 * held * (3 if train.ema_decay else 2)
 
     bucket = min(trainable, REDUCE_BUCKET)
@@ -119,6 +124,8 @@ def footprint(
         reducing = value * bucket  # flattened for the all-reduce
     # Gradients of the optimizer's own: a float32 copy where they lie apart, or are of another type.
     at_step = 4 * held if stage or value < 4 else 0
+    if stage and value < 4:
+        at_step += value * held  # flattened in their own type first
     at_step += _adam_temporaries(train, held, share if stage else parameters.largest, on_accelerator, offload)
     if stage == 3:  # weights gathered for a forward pass stay where they are soon used again
         gathered = value * min(parameters.total, GATHERED_AT_MOST)
@@ -144,16 +151,20 @@ def footprint(
     else:
         inputs += waiting
 
-    resident = weights + states + inputs
-    # Without accumulation gradients come as activations go.
-    adding_up = gradients if accumulation(train) > 1 or offload != "none" else 0
+    kernels = KERNELS_BF16 if value < 4 and not on_accelerator else 0
+
+    resident = weights + states + inputs + kernels
+    # Without accumulation gradients come as activations go; ZeRO 3 gives them their place when it is built.
+    adding_up = gradients if accumulation(train) > 1 or offload != "none" or stage == 3 else 0
     backward = active + adding_up + at_backward
     in_use = resident + max(backward, gradients + reducing, gradients + at_step)
     peak = max(in_use, resident + backward + kept)
     buffers = max(at_backward, reducing, at_step)
     return Footprint(
-        stage, checkpointing, offload, weights, gradients, states, active, buffers, inputs, kept, peak, in_use, host
-    )
+        stage, checkpointing, offload,
+        weights, gradients, states, active, buffers, inputs, kernels, kept,
+        peak, in_use, host,
+    )  # fmt: skip
 
 
 def _adam_temporaries(train: TrainConfig, held: int, largest: int, on_accelerator: bool, offload: Offload) -> int:

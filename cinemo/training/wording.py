@@ -7,7 +7,11 @@ from typing import Any
 
 from cinemo import storage
 
-_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "inputs", "kept", "peak", "host")
+_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "inputs", "kernels", "kept", "peak", "host")
+_ON_CPUS = {
+    "kernels": "kernels: what the CPU's kernel library holds of them in bfloat16",
+    "kept": "kept: freed memory that a process on CPUs holds on to",
+}
 
 
 def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
@@ -23,11 +27,10 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
         f"memory of each of {plan['workers']} workers in GB, micro batch {plan['micro_batch']}, "
         f"{plan['accumulation']} a step; {device['name']} has {device['memory'] / 1e9:.1f}"
         + (f", {device['reserved'] / 1e9:.0f} of it not for tensors" if device["reserved"] else ""),
-        *_table(memory, kept=any(row["kept"] for row in memory["rows"])),
+        *_table(memory),
         "  *: this recipe; peak: the most at one time, less than the sum since gradients come as activations go; "
         "buffers: DeepSpeed's buckets, gathered weights, the optimizer's temporaries; inputs: text encoder and "
-        "states, batches"
-        + ("; kept: freed memory that a process on CPUs holds on to" if memory["recipe"]["kept"] else ""),
+        "states, batches" + "".join(f"; {said}" for part, said in _ON_CPUS.items() if memory["recipe"][part]),
     ]
     if not memory["fits"]:
         lines.append(
@@ -46,8 +49,8 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
     return [*lines, f"written to {storage.join(output, 'plan.json')}"] if output else lines
 
 
-def _table(memory: Mapping[str, Any], kept: bool) -> list[str]:
-    parts = [part for part in _PARTS if kept or part != "kept"]
+def _table(memory: Mapping[str, Any]) -> list[str]:
+    parts = [part for part in _PARTS if part not in _ON_CPUS or any(row[part] for row in memory["rows"])]
     keys = ("zero_stage", "checkpointing", "offload")
     lines = ["  ZeRO  checkpointing  offload  " + "  ".join(f"{part:>11}" for part in parts)]
     for row in memory["rows"]:

@@ -123,6 +123,38 @@ def test_every_zero_stage_does_the_same_arithmetic(small: Recipe) -> None:
         assert norms == pytest.approx(plain_norms, rel=1e-4), stage
 
 
+def _masters(made: engine.Engine, directory: Path) -> tuple[int, dict[str, torch.Tensor]]:
+    """Adam's steps and the float32 weights of a checkpoint written now."""
+    made.save(directory, {})
+    with Shares(directory / STATE) as stored:
+        weights = {name: torch.empty(math.prod(shape)) for name, shape in stored.shapes.items()}
+        for name, shape in stored.shapes.items():
+            stored.read(WEIGHT, name, shape, weights[name])
+        return stored.record["adam_steps"], weights
+
+
+@pytest.mark.usefixtures("process_group")
+def test_the_first_step_in_bfloat16_is_adams_first(small: Recipe, tmp_path: Path) -> None:
+    """Nothing moves weights or counts steps before it: Adam's bias corrections would be off for good."""
+    torch.manual_seed(0)
+    begun = {name: value.detach().bfloat16().float() for name, value in build_method(small).named_parameters()}
+    after: dict[str, torch.Tensor] = {}
+    for stage in range(4):
+        made = _engine(small, zero_stage=stage, precision="bf16", weight_decay=0.1)
+        steps, weights = _masters(made, tmp_path / f"{stage}-begun")
+        assert steps == 0
+        assert all(torch.equal(weights[name], begun[name].view(-1)) for name in begun), stage
+        _run(made, small, range(1))
+        steps, weights = _masters(made, tmp_path / f"{stage}-moved")
+        assert steps == 1
+        moved = max(float((weights[name] - begun[name].view(-1)).abs().max()) for name in begun)
+        assert 0.9 < moved / made.lr < 1.5, stage  # Adam's first step: the learning rate, and the decay
+        if stage < 3:  # whose linear layers round once more
+            after = after or weights
+            for name in begun:
+                torch.testing.assert_close(weights[name], after[name], rtol=0, atol=1e-6, msg=f"{stage} {name}")
+
+
 @pytest.mark.usefixtures("process_group")
 def test_accumulated_micro_batches_equal_one_batch(small: Recipe) -> None:
     """Weights move once per global batch, by the mean gradient: with SGD-like first steps the losses agree."""

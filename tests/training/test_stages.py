@@ -22,14 +22,16 @@ from cinemo.training.shares import STATE, WEIGHT, Shares
 from tests.training.ranks import Case, made_engine, on_ranks, train_steps
 
 STEPS, HALF = 20, 10
-FP32 = [Case(0), Case(1), Case(2), Case(3), Case(1, "optimizer"), Case(3, "all")]
-BF16 = [Case(0, precision="bf16"), Case(2, precision="bf16"), Case(3, precision="bf16")]
+FP32 = [*map(Case, range(4)), *(Case(stage, "optimizer") for stage in (1, 2, 3)), Case(3, "all")]
+BF16 = [Case(stage, precision="bf16") for stage in range(4)]
 TRAIN = {"schedule": "cosine", "warmup_steps": 4, "max_steps": STEPS, "ema_decay": 0.8, "weight_decay": 0.01}
 FROZEN = "attn1"
 
-# Relative: float32 sums in another order; bfloat16 gradients are also added in bfloat16, in another order.
-# Measured: 4e-7 and 1.1e-2.
-SAME_FP32, SAME_BF16 = 1e-5, 3e-2
+# Relative. Float32: sums in another order; measured 2e-7. Bfloat16: the norm that clips is summed in another order, two
+# ranks and two micro batches add other rounded gradients, and ZeRO 3's linear layers round once more before they add
+# their bias. Each moves some weights over to the neighbouring bfloat16 value, so that a loss may be off by about one
+# rounding (2^-8); measured 1.3e-3.
+SAME_FP32, SAME_BF16 = 1e-5, 2**-8
 SAME_WEIGHTS = 5e-5  # absolute, after 20 steps of about 1e-3 each
 
 
@@ -64,8 +66,8 @@ BEGUN = {
     Case(2): Case(1, "optimizer"),
     Case(3): Case(2),
     Case(3, "all"): Case(3),
-    BF16[0]: BF16[2],
-    BF16[2]: BF16[1],
+    BF16[0]: BF16[3],
+    BF16[3]: BF16[2],
 }
 
 
