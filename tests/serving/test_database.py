@@ -33,7 +33,7 @@ from cinemo.types import InputError, RunError
     ],
 )
 def test_a_place_that_cannot_be_is_refused_in_one_line(url: str) -> None:
-    with pytest.raises(InputError, match="expected|choose") as error:
+    with pytest.raises(InputError, match=r"expected|choose") as error:
         Database(url)
     assert "\n" not in str(error.value)
 
@@ -152,7 +152,7 @@ def test_a_directory_that_may_not_be_written_is_bad_input(tmp_path: Path) -> Non
         with path.open("r+b"):
             pytest.skip("this user may write everywhere")
     except PermissionError:
-        with pytest.raises(InputError, match="readonly|unable to open"):
+        with pytest.raises(InputError, match=r"readonly|unable to open"):
             Database(f"sqlite:///{path}")
     finally:
         tmp_path.chmod(stat.S_IRWXU)
