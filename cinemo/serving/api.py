@@ -24,6 +24,7 @@ import cinemo
 from cinemo.animate import load_image
 from cinemo.bundle import BundleCard
 from cinemo.serving.jobs import FINAL, Job, JobStore, QueueFull
+from cinemo.serving.page import add_page
 from cinemo.serving.schema import (
     DeletedVideo,
     ErrorBody,
@@ -148,6 +149,7 @@ def build_api(
         body = Health(status="ok" if is_ready else "starting", queued=await run_in_threadpool(store.waiting))
         return JSONResponse(body.model_dump(), 200 if is_ready else 503)
 
+    add_page(api)
     return api
 
 
