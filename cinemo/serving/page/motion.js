@@ -69,8 +69,9 @@ export class MotionField {
     const points = this.measured.map((each) => [each.bucket, each.measured]);
     const percent = (share) => `${Math.round(100 * share)} %`;
     if (points.length) {
-      const about = here.measured === null ? "about " : "";
-      return `Measured on this model: neighbouring frames differ by ${about}${percent(between(points, bucket))} (1 − SSIM).`;
+      const much = percent(between(points, bucket));
+      if (here.measured === null) return `Between two measured settings: neighbouring frames differ by about ${much} (1 − SSIM).`;
+      return `Measured on this model: neighbouring frames differ by ${much} (1 − SSIM).`;
     }
     const [low, high] = here.ssim;
     return `Asks for neighbouring frames that differ by ${percent(1 - high)} to ${percent(1 - low)} (1 − SSIM). Not yet measured on this model.`;

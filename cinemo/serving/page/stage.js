@@ -120,7 +120,9 @@ class Pane {
     this.letter = make("span", { className: "letter" });
     this.still = make("img", { className: "still", alt: "" });
     this.still.hidden = true;
-    this.screen = make("div", { className: "screen" }, this.still, this.letter);
+    this.shut = make("button", { type: "button", className: "round shut", title: "Close" }, icon("close"));
+    this.shut.addEventListener("click", () => this.putAway());
+    this.screen = make("div", { className: "screen" }, this.still, this.letter, this.shut);
     this.bar = make("progress", { max: 100, "aria-label": "Progress" });
     this.words = make("p", { className: "status" });
     this.actions = make("div", { className: "actions" });
@@ -139,6 +141,10 @@ class Pane {
     for (const address of [this.stillAddress, this.address]) if (address) URL.revokeObjectURL(address);
   }
 
+  putAway() {
+    this.stage.show(this.stage.ids.filter((id) => id !== this.id));
+  }
+
   async follow() {
     try {
       for await (const { video, lost } of api.changes(this.id, this.leaving.signal)) {
@@ -148,7 +154,7 @@ class Pane {
     } catch (fault) {
       this.say(fault.message, "failed");
       announce(fault.message);
-      this.actions.replaceChildren(this.action("close", "Close", () => this.stage.show(this.stage.ids.filter((id) => id !== this.id))));
+      this.actions.replaceChildren(this.action("close", "Close", () => this.putAway()));
       this.bar.hidden = true;
     }
   }
@@ -218,7 +224,8 @@ class Pane {
   // The letter is "" where the pane is alone.
   arrange(letter) {
     this.letter.textContent = letter;
-    this.letter.hidden = !letter;
+    this.letter.hidden = this.shut.hidden = !letter;
+    this.shut.setAttribute("aria-label", `Close ${letter}`);
     const { video, stage } = this;
     if (!video) return;
     const remove = () => this.remove();
@@ -230,10 +237,9 @@ class Pane {
         buttons.push(link);
         if (!letter) buttons.push(this.action("compare", "Compare", () => stage.variant.open(video, stage.model)));
       }
-      buttons.push(this.action("reuse", letter ? "Use" : "Use settings", () => stage.on.reuse(video)));
+      buttons.push(this.action("reuse", "Use settings", () => stage.on.reuse(video)));
       if (!letter) buttons.push(this.action("bin", "Delete", remove, "quiet"));
     }
-    if (letter) buttons.push(this.action("close", `Close ${letter}`, () => stage.show(stage.ids.filter((id) => id !== this.id)), "quiet"));
     this.actions.replaceChildren(...buttons);
   }
 
@@ -247,7 +253,7 @@ class Pane {
     try {
       const answer = await api.remove(this.id);
       if (answer.deleted) {
-        this.stage.show(this.stage.ids.filter((id) => id !== this.id));
+        this.putAway();
         this.stage.on.removed(this.id);
         announce("Deleted");
       } else await this.update(answer);
