@@ -95,7 +95,9 @@ class Fetcher:
                 async with httpcore.AsyncConnectionPool(ssl_context=self._tls, network_backend=self._network) as pool:
                     return await self._follow(pool, url)
         except _Forbidden:
-            raise _refused("url_not_allowed", "the URL leads to an address that this server does not fetch from") from None
+            raise _refused(
+                "url_not_allowed", "the URL leads to an address that this server does not fetch from"
+            ) from None
         except TimeoutError:
             raise _refused("url_fetch_failed", f"the URL gave no picture within {self._seconds:g} seconds") from None
         except (OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, UnicodeError):

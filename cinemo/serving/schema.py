@@ -37,7 +37,9 @@ class VideoForm(BaseModel):
     input_reference: Annotated[
         UploadFile | str | None,
         _Absent,
-        File(description="the picture to animate: a PNG, JPEG or WebP file, or its URL (data:, where enabled http(s):)"),
+        File(
+            description="the picture to animate: a PNG, JPEG or WebP file, or its URL (data:, where enabled http(s):)"
+        ),
     ] = None
     image_url: Annotated[str | None, _Absent] = Field(
         None, alias="input_reference[image_url]", description="the URL as OpenAI's reference object gives it"
