@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cinemo.serving.schema import ErrorBody, Fault
-from cinemo.types import InputError
+from cinemo.types import InputError, RunError
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ _HTTP_CODES = {
     408: "request_timeout",
     413: "body_too_large",
 }
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
 class Refused(Exception):
@@ -55,8 +56,17 @@ def add_error_answers(api: FastAPI) -> None:
     async def bad_input(_: Request, error: InputError) -> JSONResponse:
         return refusal(422, "invalid_request", str(error))
 
+    @api.exception_handler(RunError)
+    async def unavailable(request: Request, error: RunError) -> JSONResponse:
+        log.error("%s %s: %s", request.method, request.url.path, error)
+        return refusal(503, "unavailable", "the server cannot answer now", headers={"Retry-After": "5"})
+
     @api.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.method == "POST" and kind not in _FORMS:
+            message = f"the body is declared as {kind[:64]!r}, expected multipart/form-data"
+            return refusal(415, "unsupported_media_type", message)
         fault = error.errors()[0]
         names = [str(part) for part in fault["loc"] if part not in ("body", "query", "path", "form", "header")]
         param = names[0][:64] if names else None
@@ -73,8 +83,9 @@ def add_error_answers(api: FastAPI) -> None:
 
     @api.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return refusal(500, "internal_error", "the server failed; the fault was logged")
+        name = getattr(request.state, "request_id", "unknown")
+        log.error("%s: %s %s failed", name, request.method, request.url.path, exc_info=error)
+        return refusal(500, "internal_error", f"the server failed; the fault was logged as {name}")
 
 
 def refusal(

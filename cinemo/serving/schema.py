@@ -13,10 +13,8 @@ from cinemo.animate import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, check_text
 from cinemo.bundle import BundleCard
 from cinemo.config import MOTION_BUCKETS
 from cinemo.media.motion import strength_to_bucket
-from cinemo.serving.jobs import Job
-from cinemo.types import keyed_seed
+from cinemo.serving.jobs import Job, Status
 
-Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 MAX_TIMEOUT = 7 * 24 * 3600.0
 _INTERVAL = r"^\s*\[?\s*[0-9.eE+-]{1,24}\s*,\s*[0-9.eE+-]{1,24}\s*\]?\s*$"
 
@@ -99,25 +97,19 @@ class VideoForm(BaseModel):
             raise ValueError("input_reference is given twice, as itself and as input_reference[image_url]")
         return self
 
-    def controls(self, card: BundleCard, once: str | None = None) -> dict[str, Any]:
-        """Every control with its value, the model's defaults filled in: what a job keeps as its request.
-
-        Args:
-            once: names the request where it may come twice (client and Idempotency-Key): the seed that is not given is
-                then drawn by it, or the second request would differ from the first.
-        """
+    def controls(self, card: BundleCard) -> dict[str, Any]:
+        """Every control with its value, the model's defaults filled in: what a job keeps as its request."""
         sample = card.recipe.sample
         bucket = sample.motion_bucket if self.motion_bucket is None else self.motion_bucket
         if self.motion_strength is not None:
             bucket = strength_to_bucket(self.motion_strength)
-        drawn = secrets.randbits(32) if once is None else keyed_seed(0, "request", once) & 0xFFFFFFFF
         interval = sample.guidance_interval if self.guidance_interval is None else json.loads(self.guidance_interval)
         return {
             "model": card.recipe.name,
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
             "motion_bucket": bucket,
-            "seed": drawn if self.seed is None else self.seed,
+            "seed": secrets.randbits(32) if self.seed is None else self.seed,
             "num_inference_steps": self.num_inference_steps or sample.steps,
             "guidance_scale": self.guidance_scale or sample.guidance_scale,
             "dct_init": sample.dct_init if self.dct_init is None else self.dct_init,
