@@ -132,11 +132,14 @@ async function* stream(id, signal) {
   try {
     const answer = await request(`${at(id)}/events`, { signal: leaving.signal });
     for await (const data of events(answer.body.pipeThrough(new TextDecoderStream()).getReader(), heard)) {
-      yield JSON.parse(data);
+      const changed = JSON.parse(data);
+      if (changed.deleted) throw new Fault(404, { code: "video_not_found", message: "This video has been deleted." });
+      yield changed;
     }
   } catch (error) {
     if (signal.aborted) throw error;
-    // No such stream here, or something between that keeps it back: ask instead.
+    if (error.code === "video_not_found") throw error;
+    // No such stream here, too many of them, or something between that keeps it back: ask instead.
     if (error.status >= 400 || silent) streaming = false;
     else if (error instanceof Fault) throw error;
     else if (!leaving.signal.aborted) throw new Fault(0, { code: "unreachable", message: "The connection broke off." });

@@ -11,6 +11,8 @@ const SETTINGS = [
   ["prompt", "Prompt"], ["negative_prompt", "Without"], ["motion_bucket", "Motion"], ["seed", "Seed"],
   ["num_inference_steps", "Steps"], ["guidance_scale", "Guidance"], ["dct_init", "DCTInit"], ["model", "Model"],
 ];
+// Ways to less work for a video, which programs may ask for: told where they are used.
+const SHORTCUTS = [["solver", "Solver", "ddim"], ["guidance_interval", "Guided share", "0,1"], ["reuse_features", "Features kept for", "1"]];
 
 export class Stage {
   panes = [];
@@ -51,7 +53,9 @@ export class Stage {
   async startVariant({ name, value }, form) {
     const [pane] = this.panes;
     const file = await this.pictureOf(pane.video);
-    const made = await this.on.variant({ ...settingsOf(pane.video), [name]: value }, file, form);
+    const shortcuts = Object.fromEntries(SHORTCUTS.map(([each]) => [each, pane.video[each]]).filter(([, set]) => set !== undefined));
+    if (shortcuts.guidance_interval) shortcuts.guidance_interval = JSON.stringify(shortcuts.guidance_interval);
+    const made = await this.on.variant({ ...shortcuts, ...settingsOf(pane.video), [name]: value }, file, form);
     if (made) this.show([pane.id, made.id]);
   }
 
@@ -77,7 +81,7 @@ export class Stage {
 
   facts() {
     const { video, inside } = this.panes[0];
-    const rows = SETTINGS.filter(([name]) => video[name] !== "" && name !== "prompt").map(([name, title]) =>
+    const rows = told([video]).filter(([name]) => name !== "prompt").map(([name, title]) =>
       make("div", {}, make("dt", {}, title), make("dd", {}, said(video[name]))),
     );
     const box = make("div", { className: "facts" }, make("p", { className: "prompt" }, video.prompt), make("dl", {}, ...rows));
@@ -88,8 +92,8 @@ export class Stage {
 
   differences() {
     const [a, b] = this.panes.map((pane) => pane.video);
-    const rows = SETTINGS.filter(([name]) => a[name] !== "" || b[name] !== "").map(([name, title]) => {
-      const differs = a[name] !== b[name];
+    const rows = told([a, b]).map(([name, title]) => {
+      const differs = String(a[name]) !== String(b[name]);
       const head = make("th", { scope: "row" }, title, differs ? make("span", { className: "visually-hidden" }, " (differs)") : null);
       return make("tr", { className: differs ? "differs" : "" }, head, ...[a, b].map((each) => make("td", {}, said(each[name]))));
     });
@@ -176,9 +180,10 @@ class Pane {
 
   tell(video) {
     const left = video.status === "in_progress" ? this.timeLeft(video.progress) : "";
+    const steps = video.steps ? `Step ${video.step} of ${video.steps}` : `${video.progress} %`;
     const texts = {
       queued: "Waiting in the queue",
-      in_progress: video.progress >= 99 ? "Writing the video" : `${video.progress} %${left}`,
+      in_progress: video.progress >= 99 ? "Writing the video" : `${steps}${left}`,
       completed: "",
       failed: `This one failed: ${video.error?.message ?? "no reason was given"}`,
       cancelled: "Cancelled",
@@ -267,6 +272,12 @@ class Pane {
 export function settingsOf(video) {
   const names = ["prompt", "negative_prompt", "motion_bucket", "seed", "num_inference_steps", "guidance_scale", "dct_init"];
   return Object.fromEntries(names.map((name) => [name, video[name]]));
+}
+
+// The settings of some videos that are worth a line.
+function told(videos) {
+  const used = ([name, , usual]) => videos.some((video) => ![undefined, usual].includes(video[name]?.toString()));
+  return [...SETTINGS.filter(([name]) => videos.some((video) => video[name] !== "")), ...SHORTCUTS.filter(used)];
 }
 
 function insideFile(written) {
