@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
 import socket
@@ -18,17 +19,19 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse
-from starlette.routing import Mount
 from tiny import FRAMES, SIZE, tiny_bundle
 
 from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe
 from cinemo.serving.api import build_api
-from cinemo.serving.jobs import JobStore
+from cinemo.serving.database import Database
+from cinemo.serving.jobs import JobStore, QueueLimits
+from cinemo.serving.keys import KeyStore
+from cinemo.serving.media import MediaStore, image_name
+from cinemo.serving.refusals import refusal
 from cinemo.serving.runner import JobRunner
+from cinemo.serving.schema import VideoForm
 
 # No accelerator, no sandbox inside a container, and nothing that a browser asks of its maker by itself.
 FLAGS = (
@@ -36,7 +39,8 @@ FLAGS = (
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-LONG = 300  # sampling steps of a job that is caught while it runs
+MAX_QUEUED = 16
+LONG = 120  # sampling steps of a job that is caught while it runs
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,11 @@ def card(location: Path) -> BundleCard:
     return replace(card, motion=replace(card.motion, calibration=measured))
 
 
+def open_store(directory: Path) -> JobStore:
+    database = Database(f"sqlite:///{directory}/state.sqlite")
+    return JobStore(database, MediaStore(str(directory / "media")), QueueLimits(max_queued=MAX_QUEUED))
+
+
 async def always() -> bool:
     return True
 
@@ -66,31 +75,40 @@ class Server:
 
     def __init__(self, card: BundleCard, bundle: ModelBundle, directory: Path) -> None:
         self.card, self.bundle = card, bundle
-        self.store = JobStore(directory / "state", max_queued=3)
+        self.store = open_store(directory)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = int(free.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}/"
         self.runner: JobRunner | None = None
 
-    def start(self, application: Any = None) -> None:
-        app = application or build_api(self.store, self.card, always)
-        config = uvicorn.Config(app, port=self.port, log_level="warning", timeout_graceful_shutdown=1)
+    def start(self, around: Callable[[Any], Any] = lambda app: app, **parts: Any) -> None:
+        app = build_api(self.store, lambda: self.card, always, **parts)
+        config = uvicorn.Config(around(app), port=self.port, log_level="warning", timeout_graceful_shutdown=1)
         self.http = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.http.run, daemon=True)
         self.thread.start()
         until(lambda: self.http.started)
 
     def work(self) -> None:
-        self.runner = JobRunner(self.store, self.bundle, poll_seconds=0.02)
+        self.runner = JobRunner(self.store, self.bundle)
         self.runner.start()
+
+    def rest(self) -> None:
+        if self.runner:
+            self.runner.close()
+        self.runner = None
+
+    def submit(self, prompt: str) -> None:
+        """A job that somebody else asked for."""
+        form = VideoForm.model_construct(prompt=prompt, negative_prompt="", seed=1, num_inference_steps=1)
+        self.store.submit(form.controls(self.card), png())
 
     def stop(self) -> None:
         self.http.should_exit = True
         self.thread.join(timeout=20)
 
     def close(self) -> None:
-        if self.runner:
-            self.runner.close()
+        self.rest()
         self.stop()
 
 
@@ -141,7 +159,7 @@ class Tab:
             self.page.fill(f"#{name}", str(value))
         self.page.click("#animate")
 
-    def see(self, script: str, *wanted: Any, seconds: float = 30) -> Any:
+    def see(self, script: str, *wanted: Any, seconds: float = 60) -> Any:
         """What an expression gives, as soon as that is true (or one of ``wanted``).
 
         The page's policy forbids the eval that Playwright's own waiting needs.
@@ -171,7 +189,7 @@ def open_tab(chromium: Any, server: Server) -> Iterator[Callable[..., Tab]]:
         context.close()
 
 
-def until(look: Callable[[], Any], *wanted: Any, seconds: float = 30) -> Any:
+def until(look: Callable[[], Any], *wanted: Any, seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while True:
         found = look()
@@ -192,12 +210,18 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 # --- the files -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def client(card: BundleCard, tmp_path: Path) -> TestClient:
-    return TestClient(build_api(JobStore(tmp_path / "state"), card, always))
+    return TestClient(build_api(open_store(tmp_path), lambda: card, always))
 
 
 def test_the_files_name_no_other_origin_and_are_kept_by_their_tag(client: TestClient) -> None:
@@ -234,7 +258,7 @@ def test_a_model_says_what_its_motion_buckets_mean(client: TestClient, card: Bun
     assert motion[10]["measured"] == 0.12
     # The stillest bucket has the most alike frames; together they cover 0..1 without a gap.
     assert (motion[0]["ssim"][1], motion[19]["ssim"][0]) == (1.0, 0.0)
-    assert all(left["ssim"][0] == right["ssim"][1] for left, right in zip(motion, motion[1:], strict=False))
+    assert all(left["ssim"][0] == right["ssim"][1] for left, right in itertools.pairwise(motion))
     assert motion[3]["ssim"] == [card.motion.edges[15], card.motion.edges[16]]
 
 
@@ -302,8 +326,8 @@ def test_a_video_from_picture_to_file(
     page.fill("#seed", "1")
     page.set_input_files("#input_reference", tmp_path / "a.mp4")
     tab.see("document.getElementById('prompt').value", "a boat, café 🚤")
-    form = "Object.fromEntries(['seed', 'motion_bucket', 'num_inference_steps'].map(n => [n, document.getElementById(n).value]))"
-    assert page.evaluate(form) == {"seed": "4711", "motion_bucket": "2", "num_inference_steps": str(LONG)}
+    filled = {name: page.input_value(f"#{name}") for name in ("seed", "motion_bucket", "num_inference_steps")}
+    assert filled == {"seed": "4711", "motion_bucket": "2", "num_inference_steps": str(LONG)}
     assert all(url.startswith((server.url, "blob:", "data:")) for url in tab.requests), tab.requests
     assert tab.complaints == []
 
@@ -362,21 +386,25 @@ def test_errors_are_told_where_they_belong(open_tab: Callable[..., Tab], picture
 
 @browser
 def test_a_full_queue_counts_down_and_tries_again(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
+    server.work()
     tab = open_tab().ready()
-    for number in range(3):
-        tab.ask(f"number {number}", picture)
-        tab.see("document.querySelectorAll('.card').length", number + 1)
-    server.store._retry_after = lambda db: 2  # type: ignore[method-assign]
+    tab.ask("the first", picture)  # says how long a job takes, and so how long to wait
+    tab.done()
+    server.rest()
+    for _ in range(MAX_QUEUED):
+        server.submit("in the way")
     tab.ask("one too many")
     again = tab.page.get_by_role("button", name="Try again")
     again.wait_for()
     assert again.is_disabled()
+    assert f"{MAX_QUEUED} jobs are waiting" in tab.page.text_content("#form-note")
     server.work()
     tab.see("document.querySelector('#form-note button').textContent", "Try again")
-    until(lambda: server.store.waiting() < 3)
+    until(lambda: server.store.waiting() < MAX_QUEUED)
     again.click()
-    tab.see("document.querySelector('.card-title')?.textContent", "one too many")
+    tab.see("document.querySelector('.facts .prompt')?.textContent", "one too many")
     tab.done()
+    assert tab.page.text_content("#form-note") == ""
 
 
 @browser
@@ -413,10 +441,8 @@ def test_two_tabs_side_by_side(open_tab: Callable[..., Tab], server: Server, pic
 
 @browser
 def test_history_in_pages_with_thumbnails(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
-    server.store.max_queued = 99
-    request = json.loads(json.dumps(dict(_request(server.card))))
     for number in range(15):
-        server.store.submit(request | {"prompt": f"number {number}", "num_inference_steps": 1}, _png())
+        server.submit(f"number {number}")
     server.work()
     until(lambda: server.store.page(1)[0].status == "completed")
     tab = open_tab().ready()
@@ -455,7 +481,8 @@ def test_two_settings_side_by_side_in_step(open_tab: Callable[..., Tab], server:
     assert [row.text_content() for row in page.query_selector_all(".differences .differs")] == ["Motion (differs)718"]
     first, second = server.store.page(2)[::-1]
     assert {**first.request, "motion_bucket": 18} == second.request
-    assert server.store.image_path(first.id).read_bytes() == server.store.image_path(second.id).read_bytes()
+    sent = [server.store.media.read(image_name(job.id)) for job in (first, second)]
+    assert sent[0] == sent[1]
     times = "[...document.querySelectorAll('.screen video')].map(video => video.currentTime)"
     apart = []
     for _ in range(30):
@@ -465,6 +492,7 @@ def test_two_settings_side_by_side_in_step(open_tab: Callable[..., Tab], server:
     assert sorted(apart)[15] < 0.06, f"seconds apart: {apart}"
     page.get_by_role("button", name="Pause").click()
     page.get_by_role("slider", name="Frame").focus()
+    page.keyboard.press("End")
     page.keyboard.press("Home")
     assert page.evaluate(times) == [0.0625, 0.0625]
     page.get_by_role("button", name="Close A").click()
@@ -481,7 +509,9 @@ def test_two_settings_side_by_side_in_step(open_tab: Callable[..., Tab], server:
 def test_a_server_with_keys(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
     """The page asks for the key, sends it everywhere (events and videos too), and forgets it with the tab."""
     server.stop()
-    server.start(Starlette(routes=[Mount("/", Locked(build_api(server.store, server.card, always)))]))
+    keys = KeyStore(server.store.database)
+    _, token = keys.create("somebody")
+    server.start(keys=keys)
     server.work()
     tab = open_tab()
     page = tab.page
@@ -489,7 +519,7 @@ def test_a_server_with_keys(open_tab: Callable[..., Tab], server: Server, pictur
     page.fill("#key", "cin_wrong")
     page.keyboard.press("Enter")
     page.wait_for_selector("#key-error:not([hidden])")
-    page.fill("#key", "cin_right")
+    page.fill("#key", token)
     page.keyboard.press("Enter")
     tab.ready().ask(picture=picture, num_inference_steps=3)
     tab.done()
@@ -521,9 +551,10 @@ def test_nothing_is_wider_than_the_screen(
     tab.page.get_by_role("button", name="Animate and compare").click()
     tab.done(2)
     assert tab.page.evaluate(wide) == viewport["width"]
+    targets = "[...document.querySelectorAll('button, a.button, input:not(.visually-hidden), select')]"
+    shown = f"{targets}.filter(each => each.checkVisibility())"
     small = tab.page.evaluate(
-        "[...document.querySelectorAll('button, a.button, input:not(.visually-hidden), select')]"
-        ".filter(each => each.checkVisibility() && each.getBoundingClientRect().height < 26).map(each => each.outerHTML)"
+        f"{shown}.filter(each => each.getBoundingClientRect().height < 26).map(each => each.outerHTML)"
     )
     assert small == []
 
@@ -560,28 +591,27 @@ def test_everything_has_a_name_and_can_be_reached_by_keyboard(
     assert wanted | {"Download", "Compare", "Use settings", "Delete"} <= reached
 
 
-class Locked:
-    """The keys that the real server will ask for: everything below /v1 needs one."""
+@browser
+def test_progress_where_something_between_keeps_the_stream_back(
+    open_tab: Callable[..., Tab], server: Server, picture: Path
+) -> None:
+    server.stop()
+    server.start(WithoutEvents)
+    server.work()
+    tab = open_tab().ready()
+    tab.ask(picture=picture, num_inference_steps=LONG)
+    tab.see("document.querySelector('.pane progress')?.value > 0")
+    tab.done()
+    assert len([url for url in tab.requests if url.endswith("/events")]) == 1
+
+
+class WithoutEvents:
+    """A proxy that knows no event streams."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        sent = dict(scope.get("headers", ())).get(b"authorization")
-        if scope["type"] == "http" and scope["path"].startswith("/v1") and sent != b"Bearer cin_right":
-            error = {"code": "invalid_api_key", "message": "expected a key", "param": None}
-            await JSONResponse({"error": error}, 401)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-
-def _png() -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _request(card: BundleCard) -> dict[str, Any]:
-    from cinemo.serving.schema import VideoForm
-
-    return VideoForm.model_construct(prompt="x", negative_prompt="", seed=1).controls(card)
+        refused = scope["type"] == "http" and scope["path"].endswith("/events")
+        answer = refusal(501, "not_here", "no event streams here") if refused else self.app
+        await answer(scope, receive, send)
