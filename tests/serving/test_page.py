@@ -434,6 +434,8 @@ def test_two_tabs_side_by_side(open_tab: Callable[..., Tab], server: Server, pic
         tab.see("document.querySelectorAll('.card[data-status=completed]').length", 2)
     assert [tab.page.text_content(".facts .prompt") for tab in (left, right)] == ["left", "right"]
     right.page.get_by_role("button", name="Delete").click()
+    assert len(server.store.page()) == 2, "it asks once more"
+    right.page.get_by_role("button", name="Delete for good").click()
     left.see("document.querySelectorAll('.card').length", 1)
     assert left.page.is_visible(".pane .screen video")
     assert left.complaints + right.complaints == []

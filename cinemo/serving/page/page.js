@@ -25,7 +25,7 @@ const picture = new PictureField({
     tell("The settings of that video are filled in, with its first frame as the picture.");
   },
 });
-const stage = new Stage({ reuse, variant: send, changed: (video) => history.changed(video), removed: () => history.started(), shown });
+const stage = new Stage({ reuse, variant: send, changed, removed: () => history.started(), shown });
 const history = new History({ show: (id) => look([id]), compare: (id) => look([stage.ids[0], id]) });
 
 form.addEventListener("submit", async (event) => {
@@ -95,7 +95,7 @@ async function send(settings, file, place) {
 function countDown(error, place) {
   let left = Math.max(1, Math.ceil(error.retryAfter));
   const again = make("button", { type: "button", className: "button" });
-  place.note.replaceChildren(make("p", {}, `The server is busy: ${error.message}.`), again);
+  place.note.replaceChildren(make("p", {}, `${error.code === "queue_full" ? "The server is busy: " : ""}${error.message}.`), again);
   const tick = () => {
     if (!again.isConnected) return;
     again.disabled = left > 0;
@@ -172,6 +172,17 @@ function shown(ids) {
   if (fromAddress().join() !== ids.join()) window.history.pushState(null, "", address);
   history.mark(ids);
 }
+
+function changed(video) {
+  history.changed(video);
+  if (video.id !== stage.ids[0]) return;
+  const states = { in_progress: `${video.progress} % · Cinemo`, completed: document.hidden ? "Ready · Cinemo" : "Cinemo" };
+  document.title = states[video.status] ?? "Cinemo";
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (document.title.startsWith("Ready")) document.title = "Cinemo";
+});
 
 // Resolves to true once a key was entered; several requests that are refused at once ask once.
 let asking = null;

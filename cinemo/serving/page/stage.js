@@ -7,6 +7,7 @@ import { firstFrame } from "./picture.js";
 import { Transport } from "./player.js";
 import { VariantForm } from "./variant.js";
 
+const LONG = 280; // letters of a prompt that a table shows
 const SETTINGS = [
   ["prompt", "Prompt"], ["negative_prompt", "Without"], ["motion_bucket", "Motion"], ["seed", "Seed"],
   ["num_inference_steps", "Steps"], ["guidance_scale", "Guidance"], ["dct_init", "DCTInit"], ["model", "Model"],
@@ -34,6 +35,7 @@ export class Stage {
 
   // ids: none, one or two. A job that stays is not asked for anew.
   show(ids) {
+    const focused = byId("stage").contains(document.activeElement);
     const kept = new Map(this.panes.map((pane) => [pane.id, pane]));
     this.transport.detach();
     this.panes = ids.map((id) => kept.get(id) ?? new Pane(id, this));
@@ -43,6 +45,7 @@ export class Stage {
     byId("stage-empty").hidden = ids.length > 0;
     this.variant.close();
     this.refresh();
+    if (focused && ids.length && document.activeElement === document.body) byId("stage").focus({ preventScroll: true });
     this.on.shown(ids);
   }
 
@@ -233,9 +236,8 @@ class Pane {
     this.shut.setAttribute("aria-label", `Close ${letter}`);
     const { video, stage } = this;
     if (!video) return;
-    const remove = () => this.remove();
     const buttons = [];
-    if (!api.FINAL.has(video.status)) buttons.push(this.action("close", "Cancel", remove));
+    if (!api.FINAL.has(video.status)) buttons.push(this.action("close", "Cancel", () => this.remove()));
     else {
       if (this.player) {
         const link = make("a", { className: "button primary", href: this.address, download: `${video.id}.mp4` }, icon("download"), make("span", {}, "Download"));
@@ -243,9 +245,25 @@ class Pane {
         if (!letter) buttons.push(this.action("compare", "Compare", () => stage.variant.open(video, stage.model)));
       }
       buttons.push(this.action("reuse", "Use settings", () => stage.on.reuse(video)));
-      if (!letter) buttons.push(this.action("bin", "Delete", remove, "quiet"));
+      if (!letter) buttons.push(this.deletion());
     }
+    const focused = [...this.actions.children].indexOf(document.activeElement);
     this.actions.replaceChildren(...buttons);
+    if (focused >= 0) buttons[Math.min(focused, buttons.length - 1)].focus();
+  }
+
+  // Asks once more, on the same button.
+  deletion() {
+    const button = this.action("bin", "Delete", () => {
+      if (button.classList.contains("danger")) return this.remove();
+      button.classList.replace("quiet", "danger");
+      button.lastChild.textContent = "Delete for good";
+      return setTimeout(() => {
+        button.classList.replace("danger", "quiet");
+        button.lastChild.textContent = "Delete";
+      }, 4000);
+    }, "quiet");
+    return button;
   }
 
   action(symbol, text, act, kind = "") {
@@ -288,7 +306,8 @@ function insideFile(written) {
 
 function said(value) {
   if (typeof value === "boolean") return value ? "on" : "off";
-  return value === "" ? "–" : String(value);
+  const text = String(value);
+  return text === "" ? "–" : text.length > LONG ? `${text.slice(0, LONG)} …` : text;
 }
 
 function when(seconds) {

@@ -14,8 +14,9 @@ export class VariantForm {
     cancel.addEventListener("click", () => this.close());
     this.root = make("form", { className: "variant", noValidate: false },
       make("p", {}, "Change one setting, and both play side by side."),
-      make("div", { className: "variant-row" }, make("label", { for: "variant-name" }, "Change"), this.select,
-        make("label", { for: "variant-value" }, "to"), this.place),
+      make("div", { className: "variant-row" },
+        make("span", {}, make("label", { for: "variant-name" }, "Change"), this.select),
+        make("span", {}, make("label", { for: "variant-value" }, "to"), this.place)),
       make("div", { className: "actions" }, this.button, cancel), this.note);
     this.root.hidden = true;
     this.select.addEventListener("change", () => this.offer());
