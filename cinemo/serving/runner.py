@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 
-from cinemo.animate import AnimateRequest, animate, load_image, save_animation
+from cinemo.animate import AnimateRequest, animate, load_image
 from cinemo.bundle import ModelBundle
+from cinemo.media.saving import save_animation
 from cinemo.serving.jobs import Job, JobStore
 from cinemo.types import InputError
 
