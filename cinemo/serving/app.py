@@ -25,7 +25,9 @@ from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle, read_card
 from cinemo.data.cluster import connect
 from cinemo.serving.api import Limits, build_api
-from cinemo.serving.jobs import JobStore
+from cinemo.serving.database import Database
+from cinemo.serving.jobs import JobStore, QueueLimits
+from cinemo.serving.media import MediaStore
 from cinemo.serving.runner import JobRunner
 from cinemo.types import InputError
 
@@ -41,7 +43,7 @@ class Animator:
         loaded = load_bundle(bundle)
         height, width = loaded.recipe.data.size
         animate(loaded, AnimateRequest(np.full((height, width, 3), 128, np.uint8), "warm-up", steps=1))
-        self._runner = JobRunner(JobStore(state, max_queued), loaded)
+        self._runner = JobRunner(open_store(state, max_queued), loaded)
         self._runner.start()
 
     def ready(self) -> bool:
@@ -61,7 +63,7 @@ class Ingress:
 
     def __init__(self, animator: Any, bundle: str, state: str, max_queued: int, limits: Limits) -> None:
         self._animator, self._bundle, self._limits = animator, bundle, limits
-        self._store = JobStore(state, max_queued)
+        self._store = open_store(state, max_queued)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._store, read_card(self._bundle), self._ready, self._limits)
@@ -71,6 +73,12 @@ class Ingress:
             return bool(await asyncio.wait_for(self._animator.ready.remote(), _READY_TIMEOUT))
         except (TimeoutError, ray.exceptions.RayError):
             return False
+
+
+def open_store(state: str, max_queued: int) -> JobStore:
+    """The job store of a state directory, by its absolute path."""
+    database = Database(f"sqlite:///{state}/serving.sqlite")
+    return JobStore(database, MediaStore(f"{state}/media"), QueueLimits(max_queued=max_queued))
 
 
 def application(
@@ -104,7 +112,7 @@ def serve_forever(bundle: str, host: str, port: int, state: str, max_queued: int
     card = read_card(bundle)
     _check_port(host, port)
     storage.check_writable(state)
-    JobStore(state)  # made here once: two replicas that both begin it would be in each other's way
+    open_store(str(Path(state).absolute()), max_queued)  # a wrong place is told at once
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _interrupt)
