@@ -77,7 +77,7 @@ class Ingress:
 
 def open_store(state: str, max_queued: int) -> JobStore:
     """The job store of a state directory, by its absolute path."""
-    database = Database(f"sqlite:///{state}/serving.sqlite")
+    database = Database(f"sqlite:///{state}/jobs.sqlite")
     return JobStore(database, MediaStore(f"{state}/media"), QueueLimits(max_queued=max_queued))
 
 
