@@ -21,7 +21,7 @@ import cinemo
 from cinemo.bundle import BundleCard
 from cinemo.serving.access import Client, KeyCheck
 from cinemo.serving.content import video_answer
-from cinemo.serving.description import answers, describe
+from cinemo.serving.description import EVENT, answers, describe
 from cinemo.serving.events import EventStreams, is_over
 from cinemo.serving.exposition import Exposition, Observed
 from cinemo.serving.fetch import Fetcher
@@ -54,10 +54,10 @@ class ApiSettings:
     Args:
         body_bytes, body_seconds: of a request's whole body, and until it must have arrived.
         pixels: of a picture; checked before it is decoded.
-        fetch_urls: whether ``input_reference`` may be an http(s) URL, which is then fetched under guard (`fetch`), within
-            ``fetch_seconds``, from ``fetch_ports`` alone.
-        event_seconds: between two looks at the jobs with open event streams; ``event_streams``: of them at once, in one
-            process; ``keep_alive_seconds``: of silence on a stream.
+        fetch_urls: whether ``input_reference`` may be an http(s) URL, which is then fetched under guard (`fetch`),
+            within ``fetch_seconds``, from ``fetch_ports`` alone.
+        event_seconds: between two looks at the jobs with open event streams; ``event_streams``: of them at once, in
+            one process; ``keep_alive_seconds``: of silence on a stream.
         metrics: who may read ``/metrics``: everybody, holders of an API key, or nobody.
     """
 
@@ -134,7 +134,13 @@ def _add_creation(
         client: Asking,
         response: Response,
         idempotency_key: Annotated[
-            str | None, Header(min_length=1, max_length=255, description="the same key again: the same job again")
+            str | None,
+            Header(
+                alias="Idempotency-Key",
+                min_length=1,
+                max_length=255,
+                description="the same key with the same request again: the same job again",
+            ),
         ] = None,
     ) -> Video:
         """Queue the animation of a picture."""
@@ -231,8 +237,8 @@ def _add_events(api: FastAPI, store: JobStore, streams: EventStreams) -> None:
     async def events(
         video_id: str, client: Asking, last_event_id: Annotated[str | None, Header(max_length=64)] = None
     ) -> Response:
-        """Progress as server-sent events: ``progress`` at every change, then one named after the final status, each with
-        the video as data. 204: the ``Last-Event-ID`` was the last one."""
+        """Progress as server-sent events: ``progress`` at every change, then one named after the final status, each
+        with the video as data. 204: the ``Last-Event-ID`` was the last one."""
         job = await run_in_threadpool(_found, store, video_id, client)
         if is_over(last_event_id) and job.status in FINAL:
             return Response(status_code=204)
@@ -288,7 +294,7 @@ _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     304: {"description": "the client's copy is the video"},
 }
 _EVENT_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "events until the job is finished", "content": {"text/event-stream": _TEXT}},
+    200: {"description": "events until the job is finished", "content": {"text/event-stream": {"schema": EVENT}}},
     204: {"description": "the client has had the last event"},
 }
 
