@@ -17,7 +17,7 @@ LAYERS = [
     ["diffusion", "media"],
     ["networks"],
     ["methods"],
-    ["recipes", "bundle", "animate", "data"],
+    ["recipes", "bundle", "sampling", "animate", "data"],
     ["training", "evaluation", "serving"],
     ["cli"],
     ["pipelines"],
@@ -43,6 +43,8 @@ ONLY_IN = {
         f"serving.{room}" for room in ("tables", "database", "admission", "leases", "counters", "jobs", "keys")
     ],
     "psycopg": ["serving.database"],
+    "httpcore": ["serving.fetch"],
+    "prometheus_client": ["serving.exposition"],
     "kornia": ["media.motion"],
     "matplotlib": ["evaluation"],
 }

@@ -24,7 +24,7 @@ from cinemo import storage
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle, read_card
 from cinemo.data.cluster import connect
-from cinemo.serving.api import Limits, build_api
+from cinemo.serving.api import ApiSettings, build_api
 from cinemo.serving.database import Database
 from cinemo.serving.jobs import JobStore, QueueLimits
 from cinemo.serving.media import MediaStore
@@ -61,12 +61,13 @@ class Animator:
 class Ingress:
     """The HTTP interface; knows the model's card only."""
 
-    def __init__(self, animator: Any, bundle: str, state: str, max_queued: int, limits: Limits) -> None:
+    def __init__(self, animator: Any, bundle: str, state: str, max_queued: int, limits: ApiSettings) -> None:
         self._animator, self._bundle, self._limits = animator, bundle, limits
         self._store = open_store(state, max_queued)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._store, read_card(self._bundle), self._ready, self._limits)
+        card = read_card(self._bundle)
+        return build_api(self._store, lambda: card, self._ready, self._limits)
 
     async def _ready(self) -> bool:
         try:
@@ -82,7 +83,7 @@ def open_store(state: str, max_queued: int) -> JobStore:
 
 
 def application(
-    bundle: str, state: str, max_queued: int, cpus: float = 1, gpus: float = 0, limits: Limits | None = None
+    bundle: str, state: str, max_queued: int, cpus: float = 1, gpus: float = 0, limits: ApiSettings | None = None
 ) -> Any:
     """The Serve application of a bundle.
 
@@ -100,7 +101,7 @@ def application(
     ingress = serve.deployment(
         serve.ingress()(Ingress), name="http", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=256
     )
-    return ingress.bind(animator.bind(bundle, state, max_queued), bundle, state, max_queued, limits or Limits())
+    return ingress.bind(animator.bind(bundle, state, max_queued), bundle, state, max_queued, limits or ApiSettings())
 
 
 def serve_forever(bundle: str, host: str, port: int, state: str, max_queued: int) -> None:
