@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 
 import cinemo
-from cinemo import cache
+from cinemo import cache, storage
 from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, parse_recipe
 from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod
@@ -37,6 +37,7 @@ from cinemo.networks.weights import convert_pickled, load_unet, resolve, save_un
 from cinemo.types import InputError
 
 RECORD = "bundle.json"
+CALIBRATION = "calibration.json"
 # What the network's motion id means. The paper's scale, and the one that the published code used at times.
 MORE_MOTION = "bucket 0..19, larger = more motion"
 STILLER = "100 x SSIM, larger = stiller"
@@ -183,8 +184,29 @@ def read_card(location: str | Path, full: bool = False) -> BundleCard:
         raise InputError(
             f"bundle {location}: motion.json says {motion.get('scale')!r}, expected {MORE_MOTION!r} or {STILLER!r}"
         )
-    scale = MotionScale(tuple(motion["bucket_edges"]), motion["metric"], motion["calibration"], motion["scale"])
+    calibration = _kept_calibration(root, record["digest"]) or motion["calibration"]
+    scale = MotionScale(tuple(motion["bucket_edges"]), motion["metric"], calibration, motion["scale"])
     return BundleCard(recipe, scale, record["digest"], record["provenance"])
+
+
+def keep_calibration(location: str | Path, calibration: Mapping[str, Any]) -> None:
+    """Lay measured motion (`cinemo.evaluation.calibration`) beside a bundle's files, for `MotionScale.calibration`.
+
+    It is no part of the bundle's digest: measuring a model does not make it another one.
+
+    Args:
+        calibration: with ``bundle``, the digest that it was measured on.
+
+    Raises:
+        InputError: the bundle cannot be written, or it is another one.
+    """
+    digest = read_card(location).digest
+    if calibration["bundle"] != digest:
+        raise InputError(f"bundle {location}: is {digest[:12]}, the calibration is of {calibration['bundle'][:12]}")
+    try:
+        storage.write_json(storage.join(str(location), CALIBRATION), dict(calibration))
+    except OSError as error:
+        raise InputError(f"bundle {location}: its calibration cannot be kept there ({error.strerror})") from None
 
 
 def load_bundle(
@@ -282,6 +304,14 @@ def _motion_json(data: DataConfig, scale: str) -> dict[str, Any]:
         "bucket_edges": list(data.bucket_edges),
         "calibration": None,
     }
+
+
+def _kept_calibration(root: Path, digest: str) -> Mapping[str, Any] | None:
+    try:
+        found = json.loads((root / CALIBRATION).read_bytes())
+        return found if found["bundle"] == digest else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _read_record(root: Path, location: str | Path) -> dict[str, Any]:

@@ -19,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="DDIM steps (default: what the bundle's recipe says)")
     parser.add_argument("--seed", type=int, default=0, help="of the generated videos")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument(
+        "--into-bundle", action="store_true", help="keep the calibration in the bundle too: the server's page shows it"
+    )
     arguments = parser.parse_args(argv)
     metrics = evaluate(
         arguments.bundle,
@@ -28,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.steps,
         arguments.seed,
         arguments.device,
+        arguments.into_bundle,
     )
     for name, value in metrics["mean"].items():
         print(f"{name}: {value:.4g}")

@@ -10,7 +10,7 @@ import torch
 
 from cinemo import storage
 from cinemo.animate import AnimateRequest, animate
-from cinemo.bundle import ModelBundle, load_bundle
+from cinemo.bundle import CALIBRATION, ModelBundle, keep_calibration, load_bundle
 from cinemo.data.shards import DatasetIndex, Members, read_sample, record_uri, tar_uri
 from cinemo.evaluation.calibration import calibrate
 from cinemo.evaluation.figures import contact_sheet
@@ -30,6 +30,7 @@ def evaluate(
     steps: int | None = None,
     seed: int = 0,
     device: str | None = None,
+    into_bundle: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Write ``metrics.json``, ``calibration.json`` and ``report.html`` under ``output``; returns the metrics.
@@ -37,6 +38,7 @@ def evaluate(
     Args:
         limit: samples, spread evenly over the dataset; each costs six videos: one to compare, five for motion control.
         steps: DDIM steps; the bundle's default where None.
+        into_bundle: also keep the calibration in the bundle, for the server's page.
 
     Raises:
         InputError: no bundle or dataset there, or they do not fit together.
@@ -76,7 +78,10 @@ def evaluate(
         "per_sample": rows,
     }
     storage.write_json(storage.join(output, "metrics.json"), metrics)
-    storage.write_json(storage.join(output, "calibration.json"), {"bundle": bundle.digest} | calibration.to_json())
+    measured = {"bundle": bundle.digest} | calibration.to_json()
+    storage.write_json(storage.join(output, CALIBRATION), measured)
+    if into_bundle:
+        keep_calibration(bundle_location, measured)
     sheet = contact_sheet(videos[: 2 * _SHOWN], labels[: 2 * _SHOWN])
     title = f"Evaluation of {bundle.recipe.name}"
     write_evaluation_report(storage.join(output, "report.html"), title, means, rows, calibration, index, sheet)

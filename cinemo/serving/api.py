@@ -195,6 +195,16 @@ def _add_jobs(api: FastAPI, store: JobStore) -> None:
             response.headers["openai-poll-after-ms"] = str(_POLL_MILLISECONDS)
         return Video.of(job)
 
+    @api.post("/v1/videos/{video_id}/cancel", responses=answers(401, 404, 409))
+    def cancel(video_id: str, client: Asking) -> Video:
+        """Cancel an unfinished job; a finished one keeps its video (409), whichever of the two came first."""
+        job = _found(store, video_id, client)
+        if not store.cancel(job.id, client.id):
+            job = _found(store, video_id, client)
+            if job.status != "cancelled":
+                raise Refused(409, f"video_{job.status}", f"the video is {job.status} already; nothing was cancelled")
+        return Video.of(_found(store, video_id, client))
+
     @api.delete("/v1/videos/{video_id}", responses=answers(401, 404))
     def delete(video_id: str, client: Asking) -> DeletedVideo | CancelledVideo:
         """Cancel an unfinished job (it stays visible as cancelled), or remove a finished one with its video."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
 
+from cinemo.bundle import keep_calibration, read_card
 from cinemo.data.shards import DatasetIndex
 from cinemo.evaluation.evaluate import evaluate, spread_samples
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
@@ -33,7 +34,14 @@ def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path
     mean = metrics["mean"]
     assert mean["psnr_to_clip"] == pytest.approx(np.mean([row["psnr_to_clip"] for row in metrics["per_sample"]]))
     assert 0 < mean["motion"] < 1
+    assert read_card(bundle).motion.calibration is None
     calibration = json.loads((tmp_path / "calibration.json").read_text())
+    keep_calibration(bundle, calibration)
+    card = read_card(bundle, full=True)
+    assert card.digest == calibration["bundle"]
+    assert card.motion.calibration == calibration
+    with pytest.raises(InputError, match="the calibration is of 000"):
+        keep_calibration(bundle, calibration | {"bundle": "0" * 64})
     assert np.array(calibration["motion"]).shape == (2, len(calibration["buckets"]))
     page = (tmp_path / "report.html").read_text()
     assert "not &lt;a&gt; video" in page

@@ -322,6 +322,20 @@ def test_delete_cancels_first_and_removes_second(client: TestClient, store: JobS
     assert not file(store, image_name(video_id)).exists()
 
 
+def test_cancelling_removes_nothing(client: TestClient, runner: JobRunner) -> None:
+    waiting = post(client).json()["id"]
+    for _ in range(2):
+        answer = client.post(f"/v1/videos/{waiting}/cancel")
+        assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
+    runner.start()
+    done = post(client).json()["id"]
+    assert wait(client, done)["status"] == "completed"
+    answer = client.post(f"/v1/videos/{done}/cancel")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "video_completed")
+    assert client.get(f"/v1/videos/{done}/content").status_code == 200
+    assert client.post(f"/v1/videos/video_{'0' * 24}/cancel").status_code == 404
+
+
 def test_a_running_job_is_cancelled_between_steps(client: TestClient, runner: JobRunner, store: JobStore) -> None:
     video_id = post(client, num_inference_steps=999).json()["id"]
     runner.start()

@@ -58,6 +58,7 @@ const at = (id) => `v1/videos/${encodeURIComponent(id)}`;
 
 export const model = async () => (await json("v1/models")).data[0];
 export const video = (id, signal) => json(at(id), { signal });
+export const cancel = (id) => json(`${at(id)}/cancel`, { method: "POST" });
 export const remove = (id) => json(at(id), { method: "DELETE" });
 export const page = (after, limit) =>
   json(`v1/videos?limit=${limit}${after ? `&after=${encodeURIComponent(after)}` : ""}`);

@@ -255,7 +255,7 @@ class Pane {
     const { video, stage } = this;
     if (!video) return;
     const buttons = [];
-    if (!api.FINAL.has(video.status)) buttons.push(this.action("close", "Cancel", () => this.remove()));
+    if (!api.FINAL.has(video.status)) buttons.push(this.action("close", "Cancel", () => this.cancel()));
     else {
       if (this.address) {
         const words = make("span", {}, "Download");
@@ -293,14 +293,22 @@ class Pane {
     return button;
   }
 
+  async cancel() {
+    try {
+      await this.update(await api.cancel(this.id));
+    } catch (fault) {
+      // 409: it was finished first, and its video is there.
+      if (fault.status === 409) await this.update(await api.video(this.id));
+      else this.say(fault.message, "failed");
+    }
+  }
+
   async remove() {
     try {
-      const answer = await api.remove(this.id);
-      if (answer.deleted) {
-        this.putAway();
-        this.stage.on.removed(this.id);
-        announce("Deleted");
-      } else await this.update(answer);
+      await api.remove(this.id);
+      this.putAway();
+      this.stage.on.removed(this.id);
+      announce("Deleted");
     } catch (fault) {
       this.say(fault.message, "failed");
     }
