@@ -25,7 +25,7 @@ from cinemo.recipes import load_recipe
 from cinemo.serving.denoiser import Denoiser
 
 TINY = load_recipe("cinemo-tiny")
-STEPS, REPEATS = 20, 5
+STEPS, REPEATS = 10, 2
 
 
 def denoiser_part() -> Iterator[tuple[str, str, str]]:
@@ -53,7 +53,7 @@ def denoiser_part() -> Iterator[tuple[str, str, str]]:
                     best[name] = min(best[name], time.process_time() - begun)
     best["four of eight"] /= 2
     alone = best["animate"]
-    yield "`animate`, a job of 20 steps", f"{alone / 4:.3f}", "s"
+    yield "`animate`, a job of 10 steps", f"{alone / 4:.3f}", "s"
     yield "the engine with one place, against it", f"{100 * (best['one at a time'] / alone - 1):+.1f}", "%"
     for name in ("two", "four", "four of eight"):
         yield (
