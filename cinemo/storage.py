@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -257,6 +259,29 @@ def listing(uri: str) -> dict[str, tuple[int, str | None]]:
     """Size and ETag of every object under ``uri`` on s3:// (one object, or a directory), by bucket and key."""
     found = s3.call(uri, "find", uri, detail=True)
     return {key: (info["size"], info.get("ETag")) for key, info in found.items() if not key.endswith("/")}
+
+
+def ages(uri: str) -> dict[str, float]:
+    """Seconds since every file under the directory ``uri`` was written, by path within it; empty where there is none.
+
+    By this machine's clock against that of the disk or of S3: good to minutes.
+    """
+    now = time.time()
+    if is_remote(uri):
+        prefix = uri.removeprefix("s3://").rstrip("/") + "/"
+        found = s3.call(uri, "find", uri, detail=True)
+        return {
+            key.removeprefix(prefix): now - info["LastModified"].timestamp()
+            for key, info in found.items()
+            if key.startswith(prefix) and not key.endswith("/")
+        }
+    root, result = local_path(uri), {}
+    for path in root.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            status = path.stat()
+            if stat.S_ISREG(status.st_mode):
+                result[path.relative_to(root).as_posix()] = now - status.st_mtime
+    return result
 
 
 def fetch(uri: str, path: Path) -> None:

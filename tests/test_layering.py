@@ -39,6 +39,10 @@ ONLY_IN = {
     "transformers": ["networks.frozen", "networks.weights", "training.export", "training.encoders"],
     "tokenizers": ["training.encoders"],
     "fastapi": ["serving"],
+    "sqlalchemy": [
+        f"serving.{room}" for room in ("tables", "database", "admission", "leases", "counters", "jobs", "keys")
+    ],
+    "psycopg": ["serving.database"],
     "kornia": ["media.motion"],
     "matplotlib": ["evaluation"],
 }

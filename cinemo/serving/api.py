@@ -116,8 +116,8 @@ def build_api(
             raise Refused(
                 409, f"video_{job.status}", job.error_message or f"the job was {job.status}, there is no video"
             )
-        path = store.video_path(job.id)
-        if not path.is_file():
+        path = store.media.local_path(job.media_name) if job.media_name else None
+        if path is None or not path.is_file():
             raise _unknown(video_id)
         return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 
 from cinemo.animate import AnimateRequest, animate, load_image, save_animation
 from cinemo.bundle import ModelBundle
 from cinemo.serving.jobs import Job, JobStore
+from cinemo.serving.media import image_name, video_name
 from cinemo.types import InputError
 
 log = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ class _Stop(Exception):
 
 
 class JobRunner:
-    """The only runner of a store: it queues again what an earlier one left unfinished, then claims job after job.
+    """Claims job after job; what a runner that died left unfinished is claimed once its lease has run out.
 
     Args:
         poll_seconds: how long to wait where no job is queued.
@@ -29,13 +31,11 @@ class JobRunner:
 
     def __init__(self, store: JobStore, bundle: ModelBundle, poll_seconds: float = 0.2) -> None:
         self._store, self._bundle, self._poll_seconds = store, bundle, poll_seconds
+        self._worker = f"runner-{secrets.token_hex(4)}"
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cinemo-jobs", daemon=True)
 
     def start(self) -> None:
-        queued, failed = self._store.recover()
-        if queued or failed:
-            log.warning("jobs left by an earlier runner: %d queued again, %d failed", queued, failed)
         self._thread.start()
 
     def alive(self) -> bool:
@@ -52,25 +52,24 @@ class JobRunner:
             if time.monotonic() - swept > _SWEEP_SECONDS:
                 self._store.sweep()
                 swept = time.monotonic()
-            job = self._store.claim()
-            if job is None:
+            claimed = self._store.claim(self._worker, 1)
+            if not claimed:
                 self._closing.wait(self._poll_seconds)
-            else:
+            for job in claimed:
                 self._work(job)
 
     def _work(self, job: Job) -> None:
         def progress(done: int, steps: int) -> None:
-            # 100 is for completed jobs: decoding and writing come after the last step.
-            if self._closing.is_set() or not self._store.report_progress(job.id, min(99, 100 * done // steps)):
+            if self._closing.is_set() or self._store.beat(self._worker, {job.id: (done, steps)}):
                 raise _Stop
 
         try:
             asked = job.request
             if asked["model"] != self._bundle.recipe.name:
-                self._store.fail(job.id, "model_not_found", f"model {asked['model']!r} is no longer served")
+                self._store.fail(job, "model_not_found", f"model {asked['model']!r} is no longer served")
                 return
             request = AnimateRequest(
-                image=load_image(self._store.image_path(job.id).read_bytes()),
+                image=load_image(self._store.media.read(image_name(job.id))),
                 prompt=asked["prompt"],
                 negative_prompt=asked["negative_prompt"],
                 motion_bucket=asked["motion_bucket"],
@@ -79,12 +78,15 @@ class JobRunner:
                 seed=asked["seed"],
                 dct_init=asked["dct_init"],
             )
-            save_animation(self._store.video_path(job.id), animate(self._bundle, request, progress))
-            self._store.complete(job.id)
+            name = video_name(job.id, job.attempts)
+            with self._store.media.writing(name) as path:
+                save_animation(path, animate(self._bundle, request, progress))
+            if not self._store.complete(job, name):
+                self._store.media.remove_file(name)
         except _Stop:
-            self._store.release(job.id)  # no effect on a job that was cancelled
+            self._store.release(job)  # no effect on a job that was cancelled
         except InputError as error:
-            self._store.fail(job.id, "invalid_request", str(error))
+            self._store.fail(job, "invalid_request", str(error))
         except Exception:  # whatever it was, it is this job's: the replica goes on with the next one
             log.exception("%s: failed", job.id)
-            self._store.fail(job.id, "internal_error", "the server failed to make this video; the fault was logged")
+            self._store.fail(job, "internal_error", "the server failed to make this video; the fault was logged")

@@ -19,7 +19,9 @@ from cinemo.bundle import ModelBundle, load_bundle, read_card
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe
 from cinemo.serving.api import Limits, build_api
-from cinemo.serving.jobs import JobStore
+from cinemo.serving.database import Database
+from cinemo.serving.jobs import JobStore, QueueLimits
+from cinemo.serving.media import MediaStore, image_name, video_name
 from cinemo.serving.runner import JobRunner
 from cinemo.serving.schema import Video
 
@@ -43,7 +45,8 @@ def bundle(location: Path) -> ModelBundle:
 
 @pytest.fixture
 def store(tmp_path: Path) -> JobStore:
-    return JobStore(tmp_path / "state", max_queued=3)
+    database = Database(f"sqlite:///{tmp_path}/state.sqlite")
+    return JobStore(database, MediaStore(str(tmp_path / "media")), QueueLimits(max_queued=3))
 
 
 class Readiness:
@@ -70,6 +73,12 @@ def runner(store: JobStore, bundle: ModelBundle) -> Iterator[JobRunner]:
     made = JobRunner(store, bundle, poll_seconds=0.01)
     yield made
     made.close()
+
+
+def file(store: JobStore, name: str) -> Path:
+    path = store.media.local_path(name)
+    assert path is not None
+    return path
 
 
 def post(client: TestClient, content: bytes | None = None, **fields: Any) -> Any:
@@ -174,7 +183,7 @@ def test_bad_pictures(client: TestClient, store: JobStore, content: bytes, statu
     answer = post(client, content)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
     assert store.page() == []
-    assert str(store.directory) not in answer.text
+    assert store.media.uri not in answer.text
 
 
 def test_a_body_without_declared_length_is_limited_too(client: TestClient) -> None:
@@ -242,7 +251,7 @@ def test_delete_cancels_first_and_removes_second(client: TestClient, store: JobS
         "id": video_id, "object": "video.deleted", "deleted": True,
     }  # fmt: skip
     assert client.get(f"/v1/videos/{video_id}").status_code == 404
-    assert not store.image_path(video_id).exists()
+    assert not file(store, image_name(video_id)).exists()
 
 
 def test_a_running_job_is_cancelled_between_steps(client: TestClient, runner: JobRunner, store: JobStore) -> None:
@@ -253,7 +262,7 @@ def test_a_running_job_is_cancelled_between_steps(client: TestClient, runner: Jo
     assert client.delete(f"/v1/videos/{video_id}").json()["status"] == "cancelled"
     assert wait(client, post(client).json()["id"])["status"] == "completed"
     assert client.get(f"/v1/videos/{video_id}").json()["status"] == "cancelled"
-    assert not store.video_path(video_id).exists()
+    assert not file(store, video_name(video_id, 1)).exists()
 
 
 def test_a_closed_runner_leaves_its_job_to_the_next(
@@ -276,11 +285,11 @@ def test_a_closed_runner_leaves_its_job_to_the_next(
 
 def test_a_fault_fails_the_job_and_tells_no_secrets(client: TestClient, runner: JobRunner, store: JobStore) -> None:
     broken, good = post(client).json()["id"], post(client).json()["id"]
-    store.image_path(broken).unlink()
+    file(store, image_name(broken)).unlink()
     runner.start()
     failed = wait(client, broken)
     assert (failed["status"], failed["error"]["code"]) == ("failed", "internal_error")
-    assert str(store.directory) not in json.dumps(failed)
+    assert store.media.uri not in json.dumps(failed)
     assert wait(client, good)["status"] == "completed", "the runner goes on"
 
 

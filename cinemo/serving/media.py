@@ -1,0 +1,108 @@
+"""The files of jobs: the picture a job came with and the videos its attempts made, in a directory or on s3://."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cinemo import storage
+
+log = logging.getLogger(__name__)
+
+_JOB_ID = re.compile(r"video_[0-9a-f]{24}")
+_PIECE_BYTES = 1 << 20
+
+
+def is_job_id(text: str) -> bool:
+    """Whether this can be the id of a job at all; only such text becomes part of a path or of a query."""
+    return _JOB_ID.fullmatch(text) is not None
+
+
+def image_name(job_id: str) -> str:
+    """The picture a job came with, as its bytes were sent."""
+    return f"{job_id}/image"
+
+
+def video_name(job_id: str, attempt: int) -> str:
+    """The video of one attempt: two workers that both believe a job to be theirs write different files."""
+    return f"{job_id}/video-{attempt}.mp4"
+
+
+class MediaStore:
+    """Files by name (`image_name`, `video_name`), each written whole or not at all. Safe for threads and processes.
+
+    Args:
+        uri: a directory, which is made where it is missing, or ``s3://bucket/prefix``.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = storage.absolute(uri).rstrip("/")
+        self.is_remote = storage.is_remote(self.uri)
+        if not self.is_remote:
+            storage.local_path(self.uri).mkdir(parents=True, exist_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        storage.write_bytes(self._uri(name), data)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A local path to write a file to; it is stored under ``name`` where the block ends without an error."""
+        with tempfile.TemporaryDirectory(prefix="cinemo-") as scratch:
+            path = Path(scratch) / name.rsplit("/", 1)[-1]
+            yield path
+            self.write(name, path.read_bytes())
+
+    def read(self, name: str) -> bytes:
+        """Raises `FileNotFoundError`."""
+        return storage.read_bytes(self._uri(name))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file. Raises `FileNotFoundError`."""
+        return storage.size(self._uri(name))
+
+    def local_path(self, name: str) -> Path | None:
+        """Where a file lies, if this is a directory; None on s3://."""
+        return None if self.is_remote else storage.local_path(self._uri(name))
+
+    def pieces(self, name: str, start: int = 0, length: int | None = None) -> Iterator[bytes]:
+        """``length`` bytes of a file from ``start`` (all that follow where None), piece by piece.
+
+        Raises:
+            FileNotFoundError: before the first piece.
+        """
+        end = self.size(name)
+        end = end if length is None else min(end, start + length)
+        while start < end:
+            piece = storage.read_bytes(self._uri(name), start, min(_PIECE_BYTES, end - start))
+            if not piece:
+                return
+            yield piece
+            start += len(piece)
+
+    def remove(self, job_id: str) -> None:
+        """Remove all files of a job; no error where there are none."""
+        storage.remove(self._uri(job_id))
+
+    def remove_file(self, name: str) -> None:
+        """Remove one file; no error where there is none."""
+        storage.remove_file(self._uri(name))
+
+    def old(self, seconds: float) -> dict[str, list[str]]:
+        """Names of the files that were last written at least ``seconds`` ago, by job id; half-written ones included."""
+        found: dict[str, list[str]] = {}
+        for name, age in storage.ages(self.uri).items():
+            job_id, _, rest = name.partition("/")
+            if age >= seconds and rest and is_job_id(job_id):
+                found.setdefault(job_id, []).append(name)
+        return found
+
+    def _uri(self, name: str) -> str:
+        job_id, _, rest = name.partition("/")
+        if not is_job_id(job_id) or "/" in rest or rest in (".", ".."):
+            raise ValueError(f"{name!r} names no file of a job")
+        return f"{self.uri}{os.sep if not self.is_remote else '/'}{name}"
