@@ -163,7 +163,7 @@ class Ingress:
         threading.Thread(target=self._ask, name="cinemo-card", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._store, self._current_card, self._ready, self._settings, self._keys)
+        return build_api(self._store, self._card, self._ready)  # type: ignore
 
     def _current_card(self) -> BundleCard:
         return self._card

@@ -29,9 +29,9 @@ class JobRunner:
         poll_seconds: how long to wait where no job is queued.
     """
 
-    def __init__(self, store: JobStore, bundle: ModelBundle, poll_seconds: float = 0.2) -> None:
+    def __init__(self, store: JobStore, bundle: ModelBundle, worker: str = "", max_batch: int = 4, max_joined: int = 8, poll_seconds: float = 0.2) -> None:
         self._store, self._bundle, self._poll_seconds = store, bundle, poll_seconds
-        self._worker = f"runner-{secrets.token_hex(4)}"
+        self._worker = worker or f"runner-{secrets.token_hex(4)}"
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="cinemo-jobs", daemon=True)
 
@@ -41,7 +41,10 @@ class JobRunner:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def close(self) -> None:
+    def swap(self, bundle: ModelBundle) -> None:
+        self._bundle = bundle
+
+    def close(self, drain_seconds: float = 0) -> None:
         """Stop at the next sampling step; the running job goes back to the queue."""
         self._closing.set()
         self._thread.join(timeout=60)

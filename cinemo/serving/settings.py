@@ -24,7 +24,7 @@ class ServeSettings(BaseModel):
     bundle: str = Field(description="folder written by pipelines/export.py, s3://, or models:/NAME/VERSION of MLflow")
     state: str = Field(".cinemo/serve", description="directory or s3:// for pictures and videos of jobs")
     database: str | None = Field(
-        None, description="postgresql://... or sqlite:////absolute/path; without it jobs.db in --state"
+        None, description="postgresql://... or sqlite:////absolute/path; without it serving.sqlite in --state"
     )
     http_replicas: int = Field(1, ge=1, description="processes that answer HTTP; any of them answers for any job")
     http_concurrency: int = Field(
@@ -69,7 +69,7 @@ class ServeSettings(BaseModel):
     @property
     def database_url(self) -> str:
         """The database of jobs and keys, as a URL."""
-        return self.database or f"sqlite:///{storage.local_path(storage.absolute(self.state)) / 'jobs.db'}"
+        return self.database or f"sqlite:///{storage.local_path(storage.absolute(self.state)) / 'serving.sqlite'}"
 
     def absolute(self) -> ServeSettings:
         """The same with absolute paths: replicas run in other working directories."""
