@@ -19,7 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     parser = cli.parser(__doc__, recipe=None)
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="config file of `serve run`, like cluster/serve.yaml; flags go first"
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="config file of `serve run`, like cluster/serve.yaml; flags go first",
     )
     parser.add_argument("--host", help="address to listen on; 0.0.0.0 = every interface (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
@@ -30,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if field.annotation is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=known)
         else:
-            kinds = [kind for kind in get_args(field.annotation) or [field.annotation] if kind is not type(None)]
-            parser.add_argument(flag, type=kinds[0], default=None, help=known, metavar=kinds[0].__name__.upper())
+            parts = [part for part in get_args(field.annotation) or [field.annotation] if part is not type(None)]
+            if isinstance(parts[0], str):
+                parser.add_argument(flag, choices=parts, default=None, help=known)
+            else:
+                parser.add_argument(flag, type=parts[0], default=None, help=known, metavar=parts[0].__name__.upper())
     keys = parser.add_argument_group("API keys of the database")
     keys.add_argument("--add-key", metavar="NAME", help="make a key and print it; it is shown this once")
     keys.add_argument("--max-active", type=int, help="of the new key: jobs that may be unfinished at a time")

@@ -40,6 +40,8 @@ log = logging.getLogger("ray.serve")
 
 _NAME = "cinemo"
 _MAX_CPUS = 8.0
+# Of the processes of a Ray that is started here. A dead proxy is missed three times before Serve starts another.
+_SERVE_ENVIRONMENT = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
 # HTTP asks the animators so often which bundle they serve; one that has not answered for `_SILENCE` is not ready.
 _ASK_SECONDS, _ANSWER_SECONDS, _SILENCE = 1.0, 3.0, 6.0
 # What a replica gets beside the drain itself: open requests, the release of jobs, its own end.
@@ -190,7 +192,9 @@ def build(args: ServeSettings) -> serve.Application:
     """
     settings = args.absolute()
     if settings.bundle.startswith("models:/"):
-        settings = settings.model_copy(update={"bundle": tracking.pinned(settings.bundle)})  # the same for every replica
+        settings = settings.model_copy(
+            update={"bundle": tracking.pinned(settings.bundle)}
+        )  # the same for every replica
     card = read_card(settings.bundle)
     storage.check_writable(settings.state)
     open_store(settings)  # made here once, and refused here in one line
@@ -273,16 +277,18 @@ def serve_forever(
     log.setLevel(logging.ERROR)
     hangup = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: hangup.set())
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, _interrupt)
+    for name, value in _SERVE_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    _handle_signals(_interrupt)
     try:
         with ExitStack() as leaving:
             connect()
             leaving.callback(ray.shutdown)
+            _handle_signals(_interrupt)  # again: Ray's own handler of SIGTERM ends the process at once
             serve.start(http_options={"host": host, "port": port})
             # The application alone: on a shared cluster others may use Serve too.
             leaving.callback(_delete, settings)
-            leaving.callback(_ignore_signals)
+            leaving.callback(_handle_signals, signal.SIG_IGN)
             serve.run(build(settings), name=_NAME)
             print(f"{card.recipe.name} ({card.digest[:12]}) at http://{host}:{port}/v1/videos", flush=True)
             while True:
@@ -338,9 +344,9 @@ def _delete(settings: ServeSettings) -> None:
         time.sleep(0.1)
 
 
-def _ignore_signals() -> None:
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)
+def _handle_signals(handler: Any) -> None:
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, handler)
 
 
 def _interrupt(*_: Any) -> None:

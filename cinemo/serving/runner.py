@@ -29,7 +29,15 @@ class JobRunner:
         poll_seconds: how long to wait where no job is queued.
     """
 
-    def __init__(self, store: JobStore, bundle: ModelBundle, worker: str = "", max_batch: int = 4, max_joined: int = 8, poll_seconds: float = 0.2) -> None:
+    def __init__(
+        self,
+        store: JobStore,
+        bundle: ModelBundle,
+        worker: str = "",
+        max_batch: int = 4,
+        max_joined: int = 8,
+        poll_seconds: float = 0.2,
+    ) -> None:
         self._store, self._bundle, self._poll_seconds = store, bundle, poll_seconds
         self._worker = worker or f"runner-{secrets.token_hex(4)}"
         self._closing = threading.Event()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,6 +52,7 @@ class ServeSettings(BaseModel):
     max_body_bytes: int = Field(20 * 2**20, ge=1024, description="size of a request body")
     max_pixels: int = Field(40_000_000, ge=1, description="pixels of a picture, checked before it is decoded")
     require_keys: bool = Field(False, description="answer only to API keys (see --add-key)")
+    metrics: Literal["open", "key", "off"] = Field("open", description="who may read /metrics: all, keys, or nobody")
     allow_urls: bool = Field(False, description="fetch pictures that requests name by public URL")
 
     @model_validator(mode="after")
