@@ -1,33 +1,36 @@
 """The HTTP interface over the job store. It decodes nothing but pictures, runs no model and knows nothing of Ray.
 
-Every answer that is not a success has the body ``{"error": {"code", "message", "param"}}``; no answer holds a path or a
-stack trace, and bad input never ends in a 5xx.
+Every answer that is not a success has the body ``{"error": {"code", "message", "param", "type"}}``; no answer holds a
+path or a stack trace, and bad input never ends in a 5xx.
 """
 
 from __future__ import annotations
 
-import io
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Form, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse
-from PIL import Image
+import anyio
+from fastapi import Depends, FastAPI, Form, Header, Query, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import UploadFile
 
 import cinemo
-from cinemo.animate import load_image
 from cinemo.bundle import BundleCard
-from cinemo.serving.jobs import FINAL, Job, JobStore, QueueFull
+from cinemo.serving.access import Client, KeyCheck
+from cinemo.serving.content import video_answer
+from cinemo.serving.description import answers, describe
+from cinemo.serving.events import EventStreams, is_over
+from cinemo.serving.exposition import Exposition, Observed
+from cinemo.serving.fetch import Fetcher
+from cinemo.serving.jobs import FINAL, Job, JobStore, KeyReused, QueueFull, QuotaExceeded
+from cinemo.serving.keys import KeyStore
+from cinemo.serving.refusals import BodyLimit, Refused, add_error_answers
 from cinemo.serving.schema import (
+    CancelledVideo,
     DeletedVideo,
-    ErrorBody,
-    Fault,
     Health,
     Model,
     ModelList,
@@ -37,105 +40,223 @@ from cinemo.serving.schema import (
     video_seconds,
     video_size,
 )
-from cinemo.types import InputError
+from cinemo.serving.uploads import PARAM, cleaned, data_url
 
-log = logging.getLogger(__name__)
-
-_HTTP_CODES = {
-    400: "malformed_request",
-    404: "not_found",
-    405: "method_not_allowed",
-    413: "body_too_large",
-}
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
+_POLL_MILLISECONDS = 500
+_PICTURES_AT_ONCE = 2  # a picture of 40 megapixels takes some 300 MB and a second or two to make anew
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a request may hold: bytes of the whole body, and pixels of the picture (checked before it is decoded)."""
+class ApiSettings:
+    """How the HTTP interface behaves.
+
+    Args:
+        body_bytes, body_seconds: of a request's whole body, and until it must have arrived.
+        pixels: of a picture; checked before it is decoded.
+        fetch_urls: whether ``input_reference`` may be an http(s) URL, which is then fetched under guard (`fetch`), within
+            ``fetch_seconds``, from ``fetch_ports`` alone.
+        event_seconds: between two looks at the jobs with open event streams; ``event_streams``: of them at once, in one
+            process; ``keep_alive_seconds``: of silence on a stream.
+        metrics: who may read ``/metrics``: everybody, holders of an API key, or nobody.
+    """
 
     body_bytes: int = 20 * 2**20
+    body_seconds: float = 60.0
     pixels: int = 40_000_000
-
-
-class Refused(Exception):
-    """An answer that is not a success, from inside an endpoint."""
-
-    def __init__(
-        self, status: int, code: str, message: str, param: str | None = None, headers: dict[str, str] | None = None
-    ) -> None:
-        super().__init__(message)
-        self.status, self.fault, self.headers = status, Fault(code=code, message=message, param=param), headers
+    fetch_urls: bool = False
+    fetch_seconds: float = 10.0
+    fetch_ports: tuple[int, ...] = (80, 443)
+    event_seconds: float = 0.15
+    event_streams: int = 1000
+    keep_alive_seconds: float = 15.0
+    metrics: Literal["open", "key", "off"] = "open"
 
 
 def build_api(
-    store: JobStore, card: BundleCard, ready: Callable[[], Awaitable[bool]], limits: Limits = Limits()
+    store: JobStore,
+    card: Callable[[], BundleCard],
+    ready: Callable[[], Awaitable[bool]],
+    settings: ApiSettings = ApiSettings(),
+    keys: KeyStore | None = None,
+    fetcher: Fetcher | None = None,
 ) -> FastAPI:
-    """The application. ``ready``: whether the model is loaded and its runner alive."""
-    answers = {code: {"model": ErrorBody} for code in (400, 404, 409, 413, 415, 422, 429)}
-    api = FastAPI(title="cinemo", version=cinemo.__version__, responses=answers)  # type: ignore[arg-type]
-    api.add_middleware(BodyLimit, limit=limits.body_bytes)
-    _add_error_answers(api)
+    """The application.
 
-    @api.post("/v1/videos", status_code=202)
-    async def create(form: Annotated[VideoForm, Form()]) -> Video:
+    Args:
+        card: of the bundle that is served now.
+        ready: whether a model is loaded and its runner alive.
+        keys: where given, every request under ``/v1`` needs one of them, and sees that key's jobs alone.
+        fetcher: where URLs are fetched, instead of one by the settings.
+
+    Returns:
+        the application; ``state.streams`` are its `EventStreams`.
+    """
+    api = FastAPI(
+        title="cinemo", version=cinemo.__version__, docs_url=None, redoc_url=None, responses=answers(500, 503)
+    )
+    streams = EventStreams(store, settings.event_seconds, settings.keep_alive_seconds, settings.event_streams)
+    exposition = Exposition(store.statistics, lambda: len(streams))
+    api.state.streams = streams
+    # The last one added sees a request first: who asks is known before anything of the body is taken.
+    api.add_middleware(BodyLimit, limit=settings.body_bytes, seconds=settings.body_seconds)
+    api.add_middleware(KeyCheck, keys=keys, also=("/metrics",) if settings.metrics == "key" else ())
+    api.add_middleware(Observed, exposition=exposition)
+    add_error_answers(api)
+    if settings.fetch_urls and fetcher is None:
+        fetcher = Fetcher(settings.body_bytes, settings.fetch_seconds, settings.fetch_ports)
+    _add_creation(api, store, card, settings, fetcher)
+    _add_jobs(api, store)
+    _add_events(api, store, streams)
+    _add_models(api, card)
+    _add_operation(api, store, ready, exposition if settings.metrics != "off" else None)
+    api.openapi = partial(describe, api, keys is not None)  # type: ignore[method-assign]
+    return api
+
+
+def _client(request: Request) -> Client:
+    client: Client = request.state.client
+    return client
+
+
+Asking = Annotated[Client, Depends(_client)]
+
+
+def _add_creation(
+    api: FastAPI, store: JobStore, card: Callable[[], BundleCard], settings: ApiSettings, fetcher: Fetcher | None
+) -> None:
+    places = anyio.CapacityLimiter(_PICTURES_AT_ONCE)
+
+    @api.post("/v1/videos", status_code=202, responses=answers(400, 401, 404, 408, 413, 415, 422, 429))
+    async def create(
+        form: Annotated[VideoForm, Form()],
+        client: Asking,
+        response: Response,
+        idempotency_key: Annotated[
+            str | None, Header(min_length=1, max_length=255, description="the same key again: the same job again")
+        ] = None,
+    ) -> Video:
         """Queue the animation of a picture."""
-        _check_supported(form, card)
-        content = await form.input_reference.read()
-        await run_in_threadpool(_check_picture, content, limits.pixels)
+        model = card()
+        _check_supported(form, model)
+        content, declared = await _picture(form, fetcher)
+        image = await anyio.to_thread.run_sync(cleaned, content, declared, settings.pixels, limiter=places)
+        submit = partial(
+            store.submit,
+            form.controls(model),
+            image,
+            client=client.id,
+            idempotency_key=idempotency_key,
+            timeout=form.timeout,
+            quota=client.quota,
+            drawn=() if form.seed is not None else ("seed",),
+        )
         try:
-            return Video.of(await run_in_threadpool(store.submit, form.controls(card), content))
+            job = await run_in_threadpool(submit)
         except QueueFull as full:
             message = f"{full.waiting} jobs are waiting; try again in {full.retry_after} seconds"
             raise Refused(429, "queue_full", message, headers={"Retry-After": str(full.retry_after)}) from None
+        except QuotaExceeded as quota:
+            headers = {"Retry-After": str(quota.retry_after)}
+            raise Refused(429, "quota_exceeded", quota.message, headers=headers) from None
+        except KeyReused:
+            message = "this Idempotency-Key came before with another request; use a new one"
+            raise Refused(422, "idempotency_key_reused", message, "Idempotency-Key") from None
+        response.headers["Location"] = f"/v1/videos/{job.id}"
+        return Video.of(job)
 
-    @api.get("/v1/videos")
+
+def _add_jobs(api: FastAPI, store: JobStore) -> None:
+    @api.get("/v1/videos", responses=answers(401, 422))
     def page(
+        client: Asking,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        after: str | None = None,
-        order: Annotated[str, Query(pattern="^(asc|desc)$")] = "desc",
+        after: Annotated[str | None, Query(max_length=64, description="last_id of the page before")] = None,
+        order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
         """Jobs, the newest first unless ``order=asc``."""
-        jobs = store.page(limit + 1, after, order == "desc")
+        jobs = store.page(limit + 1, after, order == "desc", client.id)
         data = [Video.of(job) for job in jobs[:limit]]
         first, last = (data[0].id, data[-1].id) if data else (None, None)
         return VideoList(data=data, has_more=len(jobs) > limit, first_id=first, last_id=last)
 
-    @api.get("/v1/videos/{video_id}")
-    def retrieve(video_id: str) -> Video:
+    @api.get("/v1/videos/{video_id}", responses=answers(401, 404))
+    def retrieve(video_id: str, client: Asking, response: Response) -> Video:
         """One job."""
-        return Video.of(_found(store, video_id))
+        job = _found(store, video_id, client)
+        if job.status not in FINAL:
+            response.headers["openai-poll-after-ms"] = str(_POLL_MILLISECONDS)
+        return Video.of(job)
 
-    @api.get("/v1/videos/{video_id}/content", response_class=FileResponse)
-    def content(video_id: str) -> FileResponse:
-        """The mp4 of a completed job."""
-        job = _found(store, video_id)
-        if job.status in ("queued", "in_progress"):
-            raise Refused(409, "video_not_ready", f"the video is {job.status} ({job.progress} %); ask again later")
-        if job.status != "completed":
-            raise Refused(
-                409, f"video_{job.status}", job.error_message or f"the job was {job.status}, there is no video"
-            )
-        path = store.media.local_path(job.media_name) if job.media_name else None
-        if path is None or not path.is_file():
-            raise _unknown(video_id)
-        return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4")
-
-    @api.delete("/v1/videos/{video_id}")
-    def delete(video_id: str) -> Video | DeletedVideo:
+    @api.delete("/v1/videos/{video_id}", responses=answers(401, 404))
+    def delete(video_id: str, client: Asking) -> DeletedVideo | CancelledVideo:
         """Cancel an unfinished job (it stays visible as cancelled), or remove a finished one with its video."""
-        job = _found(store, video_id)
-        if job.status not in FINAL and store.cancel(job.id):
-            return Video.of(_found(store, video_id))
-        if not store.delete(job.id):
+        job = _found(store, video_id, client)
+        if job.status not in FINAL and store.cancel(job.id, client.id):
+            return CancelledVideo.of(_found(store, video_id, client))
+        if not store.delete(job.id, client.id):
             raise _unknown(video_id)
         return DeletedVideo(id=job.id)
 
-    @api.get("/v1/models")
+    @api.head("/v1/videos/{video_id}/content", include_in_schema=False)
+    @api.get(
+        "/v1/videos/{video_id}/content",
+        response_class=Response,
+        responses=answers(400, 401, 404, 409, 416) | _FILE_ANSWERS,
+    )
+    def content(request: Request, video_id: str, client: Asking, variant: str = "video") -> Response:
+        """The mp4 of a completed job: whole, or one range of it. Only ``variant=video`` is kept."""
+        if variant != "video":
+            message = f"variant {variant[:32]!r} is not supported; expected 'video'"
+            raise Refused(400, "unsupported_variant", message, "variant")
+        job = _found(store, video_id, client)
+        if job.status in ("queued", "in_progress"):
+            raise Refused(409, "video_not_ready", f"the video is {job.status} ({job.progress} %); ask again later")
+        if job.status != "completed":
+            message = job.error_message or f"the job was {job.status}, there is no video"
+            raise Refused(409, f"video_{job.status}", message)
+        try:
+            return video_answer(store.media, job, request.headers, body=request.method == "GET")
+        except FileNotFoundError:
+            raise _unknown(video_id) from None
+
+
+def _add_events(api: FastAPI, store: JobStore, streams: EventStreams) -> None:
+    @api.get(
+        "/v1/videos/{video_id}/events",
+        response_class=StreamingResponse,
+        responses=answers(401, 404, 429) | _EVENT_ANSWERS,
+    )
+    async def events(
+        video_id: str, client: Asking, last_event_id: Annotated[str | None, Header(max_length=64)] = None
+    ) -> Response:
+        """Progress as server-sent events: ``progress`` at every change, then one named after the final status, each with
+        the video as data. 204: the ``Last-Event-ID`` was the last one."""
+        job = await run_in_threadpool(_found, store, video_id, client)
+        if is_over(last_event_id) and job.status in FINAL:
+            return Response(status_code=204)
+        streams.check_room()
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(streams.events(job), headers=headers, media_type="text/event-stream")
+
+
+def _add_models(api: FastAPI, card: Callable[[], BundleCard]) -> None:
+    @api.get("/v1/models", responses=answers(401))
     def models() -> ModelList:
         """The models that can be asked for: one per server."""
-        return ModelList(data=[Model.of(card)])
+        return ModelList(data=[Model.of(card())])
 
+    @api.get("/v1/models/{model}", responses=answers(401, 404))
+    def model(model: str) -> Model:
+        """One model, with what it supports and its defaults."""
+        served = card()
+        if model != served.recipe.name:
+            raise _no_model(model, served)
+        return Model.of(served)
+
+
+def _add_operation(
+    api: FastAPI, store: JobStore, ready: Callable[[], Awaitable[bool]], exposition: Exposition | None
+) -> None:
     @api.get("/healthz")
     def health() -> Health:
         """The HTTP process lives."""
@@ -146,13 +267,58 @@ def build_api(
         """The model is loaded and works jobs off (200), or not yet (503)."""
         is_ready = await ready()
         body = Health(status="ok" if is_ready else "starting", queued=await run_in_threadpool(store.waiting))
-        return JSONResponse(body.model_dump(), 200 if is_ready else 503)
+        return JSONResponse(body.model_dump(), 200 if is_ready else 503, None if is_ready else {"Retry-After": "2"})
 
-    return api
+    if exposition is not None:
+
+        @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}})
+        def metrics(accept: Annotated[str, Header()] = "") -> Response:
+            """For Prometheus."""
+            text, kind = exposition.render(accept)
+            return Response(text, media_type=kind)
 
 
-def _found(store: JobStore, video_id: str) -> Job:
-    job = store.get(video_id)
+_TEXT = {"schema": {"type": "string"}}
+_FILE = {"schema": {"type": "string", "format": "binary"}}
+_FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the mp4", "content": {"video/mp4": _FILE}},
+    206: {"description": "one range of the mp4", "content": {"video/mp4": _FILE}},
+    304: {"description": "the client's copy is the video"},
+}
+_EVENT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "events until the job is finished", "content": {"text/event-stream": _TEXT}},
+    204: {"description": "the client has had the last event"},
+}
+
+
+async def _picture(form: VideoForm, fetcher: Fetcher | None) -> tuple[bytes, str | None]:
+    """The picture as it was sent, or fetched, and its declared type."""
+    given = form.input_reference if form.image_url is None else form.image_url
+    if isinstance(given, UploadFile):
+        return await given.read(), given.content_type
+    if given is None:
+        message = "input_reference: Field required; this server animates a picture: send one as a file"
+        raise Refused(422, "missing_field", message, PARAM)
+    if given.startswith("data:"):
+        return data_url(given)
+    if fetcher is None:
+        message = "input_reference: send the picture itself, as a file or a data URL; this server fetches no URLs"
+        raise Refused(400, "url_not_supported", message, PARAM)
+    return await fetcher.fetch(given)
+
+
+def _check_supported(form: VideoForm, card: BundleCard) -> None:
+    if form.model not in (None, card.recipe.name):
+        raise _no_model(str(form.model), card)
+    for name, supported in (("size", video_size(card)), ("seconds", video_seconds(card))):
+        given = getattr(form, name)
+        if given not in (None, supported):
+            message = f"{name} {given!r} is not supported; expected {supported!r}"
+            raise Refused(400, f"unsupported_{name}", message, name)
+
+
+def _found(store: JobStore, video_id: str, client: Client) -> Job:
+    job = store.get(video_id, client.id)
     if job is None:
         raise _unknown(video_id)
     return job
@@ -162,98 +328,6 @@ def _unknown(video_id: str) -> Refused:
     return Refused(404, "video_not_found", f"there is no video {video_id[:64]!r} (or it expired)", "video_id")
 
 
-def _check_supported(form: VideoForm, card: BundleCard) -> None:
-    if form.model not in (None, card.recipe.name):
-        raise Refused(
-            404, "model_not_found", f"model {form.model!r} is not served; expected {card.recipe.name!r}", "model"
-        )
-    if form.size not in (None, video_size(card)):
-        raise Refused(
-            400, "unsupported_size", f"size {form.size!r} is not supported; expected {video_size(card)!r}", "size"
-        )
-    if form.seconds not in (None, video_seconds(card)):
-        message = f"seconds {form.seconds!r} is not supported; expected {video_seconds(card)!r}"
-        raise Refused(400, "unsupported_seconds", message, "seconds")
-
-
-def _check_picture(content: bytes, max_pixels: int) -> None:
-    """Refuse by format and by size from the header alone, then decode once to see that the rest is whole."""
-    param = "input_reference"
-    try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as picture:
-            width, height = picture.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        message = f"input_reference is no {', '.join(IMAGE_FORMATS)} picture"
-        raise Refused(415, "unsupported_image", message, param) from None
-    if width * height > max_pixels:
-        message = f"the picture has {width}x{height} pixels, expected at most {max_pixels / 1e6:.0f} megapixels"
-        raise Refused(413, "image_too_large", message, param)
-    try:
-        load_image(content, max_pixels)
-    except InputError as error:
-        raise Refused(422, "invalid_image", str(error), param) from None
-
-
-def _add_error_answers(api: FastAPI) -> None:
-    """One body for every fault, whoever found it: an endpoint, pydantic, the router, or nobody (500, logged)."""
-
-    @api.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
-        return _answer(error.status, error.fault, error.headers)
-
-    @api.exception_handler(InputError)
-    async def bad_input(_: Request, error: InputError) -> JSONResponse:
-        return _answer(422, Fault(code="invalid_request", message=str(error)))
-
-    @api.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        fault = error.errors()[0]
-        names = [str(part) for part in fault["loc"] if part not in ("body", "query", "path", "form")]
-        param = names[-1] if names else None
-        code = {"missing": "missing_field", "extra_forbidden": "unknown_field"}.get(fault["type"], "invalid_value")
-        message = str(fault["msg"]).removeprefix("Value error, ")
-        if param and not message.startswith(f"{param}:"):
-            message = f"{param}: {message}"
-        return _answer(422, Fault(code=code, message=message, param=param))
-
-    @api.exception_handler(HTTPException)
-    async def http_fault(_: Request, error: HTTPException) -> JSONResponse:
-        code = _HTTP_CODES.get(error.status_code, "refused")
-        return _answer(error.status_code, Fault(code=code, message=str(error.detail)), error.headers)
-
-    @api.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return _answer(500, Fault(code="internal_error", message="the server failed; the fault was logged"))
-
-
-def _answer(status: int, fault: Fault, headers: Any = None) -> JSONResponse:
-    return JSONResponse(ErrorBody(error=fault).model_dump(), status, headers)
-
-
-class BodyLimit:
-    """Refuse a body above ``limit`` bytes with 413: by its declared length at once, else while it arrives."""
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app, self.limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        message_413 = f"the request body is too large, expected at most {self.limit / 2**20:g} MiB"
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > self.limit:
-            await _answer(413, Fault(code="body_too_large", message=message_413))(scope, receive, send)
-            return
-        arrived = 0
-
-        async def counted() -> Message:
-            nonlocal arrived
-            message = await receive()
-            arrived += len(message.get("body", b""))
-            if arrived > self.limit:
-                raise HTTPException(413, message_413)  # the one kind that FastAPI's form parser lets through
-            return message
-
-        await self.app(scope, counted, send)
+def _no_model(name: str, card: BundleCard) -> Refused:
+    message = f"model {name[:64]!r} is not served; expected {card.recipe.name!r}"
+    return Refused(404, "model_not_found", message, "model")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Annotated, Any, Literal
 
 from fastapi import File, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from cinemo.animate import MAX_GUIDANCE, MAX_STEPS, check_text
+from cinemo.animate import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, check_text
 from cinemo.bundle import BundleCard
 from cinemo.config import MOTION_BUCKETS
 from cinemo.media.motion import strength_to_bucket
 from cinemo.serving.jobs import Job, Status
+
+MAX_TIMEOUT = 7 * 24 * 3600.0
+_INTERVAL = r"^\s*\[?\s*[0-9.eE+-]{1,24}\s*,\s*[0-9.eE+-]{1,24}\s*\]?\s*$"
 
 
 def _blank_is_absent(value: Any) -> Any:
@@ -28,22 +32,43 @@ class VideoForm(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    input_reference: Annotated[UploadFile, File(description="the picture to animate: PNG, JPEG or WebP")]
-    prompt: str = Field(description="what happens; the encoder reads the first 77 tokens")
-    negative_prompt: str = Field("", description="what should not be seen")
-    model: Annotated[str | None, _Absent] = Field(None, description="name from /v1/models")
+    input_reference: Annotated[
+        UploadFile | str | None,
+        _Absent,
+        File(
+            description="the picture to animate: a PNG, JPEG or WebP file, or its URL (data:, where enabled http(s):)"
+        ),
+    ] = None
+    image_url: Annotated[str | None, _Absent] = Field(
+        None, alias="input_reference[image_url]", description="the URL as OpenAI's reference object gives it"
+    )
+    prompt: str = Field(max_length=MAX_PROMPT, description="what happens; the encoder reads the first 77 tokens")
+    negative_prompt: str = Field("", max_length=MAX_PROMPT, description="what should not be seen")
+    model: Annotated[str | None, _Absent] = Field(None, max_length=256, description="name from /v1/models")
+    size: Annotated[str | None, _Absent] = Field(None, max_length=32, description="WIDTHxHEIGHT; one size per model")
+    seconds: Annotated[str | None, _Absent] = Field(None, max_length=32, description="one length per model")
     motion_bucket: Annotated[int | None, _Absent] = Field(
         None, ge=0, lt=MOTION_BUCKETS, description="larger = more motion; the model's default where absent"
     )
     motion_strength: Annotated[float | None, _Absent] = Field(
-        None, ge=0, le=1, description="the same as a share 0..1; give at most one of the two"
+        None, ge=0, le=1, allow_inf_nan=False, description="the same as a share 0..1; give at most one of the two"
     )
     seed: Annotated[int | None, _Absent] = Field(None, ge=0, lt=2**53, description="drawn where absent")
     num_inference_steps: Annotated[int | None, _Absent] = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: Annotated[float | None, _Absent] = Field(None, ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)
     dct_init: Annotated[bool | None, _Absent] = Field(None, description="layout of the image in the initial noise")
-    size: Annotated[str | None, _Absent] = Field(None, max_length=32, description="WIDTHxHEIGHT; one size per model")
-    seconds: Annotated[str | None, _Absent] = Field(None, max_length=32, description="one length per model")
+    solver: Annotated[Literal["ddim", "multistep"] | None, _Absent] = Field(
+        None, description="multistep: DPM-Solver++, for about 20 steps"
+    )
+    guidance_interval: Annotated[str | None, _Absent] = Field(
+        None, pattern=_INTERVAL, description="'low,high': share 0..1 of the noise range that is guided"
+    )
+    reuse_features: Annotated[int | None, _Absent] = Field(
+        None, ge=1, le=MAX_STEPS, description="run the inner layers at every Nth step only"
+    )
+    timeout: Annotated[float | None, _Absent] = Field(
+        None, gt=0, le=MAX_TIMEOUT, allow_inf_nan=False, description="seconds from now after which the job fails"
+    )
 
     @field_validator("prompt", "negative_prompt")
     @classmethod
@@ -51,10 +76,25 @@ class VideoForm(BaseModel):
         check_text(str(info.field_name), value)
         return value
 
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            low, high = (float(part) for part in value.strip(" []").split(","))
+        except ValueError:
+            raise ValueError("expected two numbers, as 0.1,0.9") from None
+        if not 0 <= low <= high <= 1:
+            raise ValueError("expected 0 <= low <= high <= 1, as 0.1,0.9")
+        return json.dumps([low, high])
+
     @model_validator(mode="after")
-    def _one_motion(self) -> VideoForm:
+    def _one_of_each(self) -> VideoForm:
         if self.motion_bucket is not None and self.motion_strength is not None:
             raise ValueError("motion_bucket and motion_strength are both given; give at most one of them")
+        if self.input_reference is not None and self.image_url is not None:
+            raise ValueError("input_reference is given twice, as itself and as input_reference[image_url]")
         return self
 
     def controls(self, card: BundleCard) -> dict[str, Any]:
@@ -63,6 +103,7 @@ class VideoForm(BaseModel):
         bucket = sample.motion_bucket if self.motion_bucket is None else self.motion_bucket
         if self.motion_strength is not None:
             bucket = strength_to_bucket(self.motion_strength)
+        interval = sample.guidance_interval if self.guidance_interval is None else json.loads(self.guidance_interval)
         return {
             "model": card.recipe.name,
             "prompt": self.prompt,
@@ -72,17 +113,22 @@ class VideoForm(BaseModel):
             "num_inference_steps": self.num_inference_steps or sample.steps,
             "guidance_scale": self.guidance_scale or sample.guidance_scale,
             "dct_init": sample.dct_init if self.dct_init is None else self.dct_init,
+            "solver": self.solver or sample.solver,
+            "guidance_interval": list(interval),
+            "reuse_features": self.reuse_features or sample.reuse_features,
             "size": video_size(card),
             "seconds": video_seconds(card),
         }
 
 
 class Fault(BaseModel):
-    """``code``: a stable slug for programs. ``message``: one line for a person. ``param``: the field it is about."""
+    """``code``: a stable slug for programs. ``message``: one line for a person. ``param``: the field it is about.
+    ``type``: the coarse class, in OpenAI's words."""
 
     code: str
     message: str
     param: str | None = None
+    type: str = "invalid_request_error"
 
 
 class ErrorBody(BaseModel):
@@ -99,16 +145,20 @@ class JobError(BaseModel):
 
 
 class Video(BaseModel):
-    """A job. Times are Unix seconds; ``size`` is WIDTHxHEIGHT; ``progress`` is a percentage."""
+    """A job. Times are Unix seconds; ``size`` is WIDTHxHEIGHT; ``progress`` is a percentage, ``step`` of ``steps`` the
+    same in the sampler's steps (0 of 0: not begun)."""
 
     id: str
     object: Literal["video"] = "video"
     status: Status
     progress: int = Field(ge=0, le=100)
+    step: int = Field(0, ge=0)
+    steps: int = Field(0, ge=0)
     created_at: int
     started_at: int | None
     completed_at: int | None
     expires_at: int | None
+    deadline_at: int | None = None
     model: str
     prompt: str
     negative_prompt: str
@@ -117,6 +167,9 @@ class Video(BaseModel):
     num_inference_steps: int
     guidance_scale: float
     dct_init: bool
+    solver: str = "ddim"
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    reuse_features: int = 1
     size: str
     seconds: str
     error: JobError | None = None
@@ -126,9 +179,17 @@ class Video(BaseModel):
         error = JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None
         times = {
             name: None if (value := getattr(job, name)) is None else int(value)
-            for name in ("created_at", "started_at", "completed_at", "expires_at")
+            for name in ("created_at", "started_at", "completed_at", "expires_at", "deadline_at")
         }
-        return cls(id=job.id, status=job.status, progress=job.progress, error=error, **times, **job.request)
+        kept = {name: value for name, value in job.request.items() if name in cls.model_fields}
+        known = {"id": job.id, "status": job.status, "progress": job.progress, "step": job.step, "steps": job.steps}
+        return cls.model_validate(kept | known | times | {"error": error})
+
+
+class CancelledVideo(Video):
+    """The answer to the deletion of an unfinished job: it stays, cancelled, until it is deleted again or expires."""
+
+    deleted: Literal[False] = False
 
 
 class VideoList(BaseModel):
@@ -146,7 +207,7 @@ class DeletedVideo(BaseModel):
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
-    deleted: bool = True
+    deleted: Literal[True] = True
 
 
 class Model(BaseModel):
@@ -154,6 +215,7 @@ class Model(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
+    created: int = 0
     owned_by: str = "cinemo"
     digest: str
     size: str
@@ -178,6 +240,9 @@ class Model(BaseModel):
                 "num_inference_steps": sample.steps,
                 "guidance_scale": sample.guidance_scale,
                 "dct_init": sample.dct_init,
+                "solver": sample.solver,
+                "guidance_interval": list(sample.guidance_interval),
+                "reuse_features": sample.reuse_features,
             },
         )
 
