@@ -29,7 +29,7 @@ from ray.serve.schema import LoggingConfig
 from cinemo import storage, tracking
 from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
 from cinemo.data.cluster import connect
-from cinemo.serving.api import build_api
+from cinemo.serving.api import ApiSettings, build_api
 from cinemo.serving.runner import JobRunner
 from cinemo.serving.scaling import QueueDemand
 from cinemo.serving.settings import ServeSettings, open_keys, open_store
@@ -159,13 +159,20 @@ class Ingress:
 
     def __init__(self, animator: Any, settings: ServeSettings) -> None:
         self._animator, self._settings = animator, settings
-        self._store, self._keys = open_store(settings), open_keys(settings)
+        self._store = open_store(settings)
         self._card = read_card(settings.bundle)
         self._heard: float | None = None
         threading.Thread(target=self._ask, name="cinemo-card", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._store, self._card, self._ready)  # type: ignore
+        keys = open_keys(self._settings) if self._settings.require_keys else None
+        limits = ApiSettings(
+            body_bytes=self._settings.max_body_bytes,
+            pixels=self._settings.max_pixels,
+            fetch_urls=self._settings.allow_urls,
+            metrics=self._settings.metrics,
+        )
+        return build_api(self._store, self._current_card, self._ready, limits, keys)
 
     def _current_card(self) -> BundleCard:
         return self._card

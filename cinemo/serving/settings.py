@@ -1,4 +1,4 @@
-"""All settings of a server: the flags of ``pipelines/serve.py``, and ``args`` of an application in Serve's config file."""
+"""All settings of a server: flags of ``pipelines/serve.py``, and ``args`` of an application in Serve's config file."""
 
 from __future__ import annotations
 

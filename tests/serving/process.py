@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,23 @@ class Server:
     """A server of its own Ray, ready when this returns.
 
     Args:
-        command: what is started, after the interpreter; a port of the server is `port`.
+        command: what is started, after the interpreter; it serves at ``port``.
+        environment: beside that of the tests, which has no ``RAY_ADDRESS``.
     """
 
-    def __init__(self, command: Sequence[str | Path], port: int, seconds: float = 240) -> None:
+    def __init__(
+        self,
+        command: Sequence[str | Path],
+        port: int,
+        environment: Mapping[str, str] | None = None,
+        seconds: float = 300,
+    ) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         self.log = tempfile.NamedTemporaryFile(prefix="serve-", suffix=".log")  # noqa: SIM115
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-        environment |= {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
+        known = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stdout=self.log, stderr=self.log,
-            start_new_session=True,
+            [sys.executable, *map(str, command)], cwd=ROOT, stdout=self.log, stderr=self.log, start_new_session=True,
+            env=known | {"PYTHONPATH": str(ROOT)} | dict(environment or {}),
         )  # fmt: skip
         self.client = httpx.Client(base_url=self.url, timeout=30)
         self.family: dict[int, psutil.Process] = {}
