@@ -53,10 +53,10 @@ class ApiSettings:
     Args:
         body_bytes, body_seconds: of a request's whole body, and until it must have arrived.
         pixels: of a picture; checked before it is decoded.
-        fetch_urls: whether ``input_reference`` may be an http(s) URL, which is then fetched under guard (`fetch`), within
-            ``fetch_seconds``, from ``fetch_ports`` alone.
-        event_seconds: between two looks at the jobs with open event streams; ``event_streams``: of them at once, in one
-            process; ``keep_alive_seconds``: of silence on a stream.
+        fetch_urls: whether ``input_reference`` may be an http(s) URL, which is then fetched under guard (`fetch`),
+            within ``fetch_seconds``, from ``fetch_ports`` alone.
+        event_seconds: between two looks at the jobs with open event streams; ``event_streams``: of them at once, in
+            one process; ``keep_alive_seconds``: of silence on a stream.
         metrics: who may read ``/metrics``: everybody, holders of an API key, or nobody.
     """
 
@@ -132,7 +132,13 @@ def _add_creation(
         client: Asking,
         response: Response,
         idempotency_key: Annotated[
-            str | None, Header(min_length=1, max_length=255, description="the same key again: the same job again")
+            str | None,
+            Header(
+                alias="Idempotency-Key",
+                min_length=1,
+                max_length=255,
+                description="the same key with the same request again: the same job again",
+            ),
         ] = None,
     ) -> Video:
         """Queue the animation of a picture."""
@@ -229,8 +235,8 @@ def _add_events(api: FastAPI, store: JobStore, streams: EventStreams) -> None:
     async def events(
         video_id: str, client: Asking, last_event_id: Annotated[str | None, Header(max_length=64)] = None
     ) -> Response:
-        """Progress as server-sent events: ``progress`` at every change, then one named after the final status, each with
-        the video as data. 204: the ``Last-Event-ID`` was the last one."""
+        """Progress as server-sent events: ``progress`` at every change, then one named after the final status, each
+        with the video as data. 204: the ``Last-Event-ID`` was the last one."""
         job = await run_in_threadpool(_found, store, video_id, client)
         if is_over(last_event_id) and job.status in FINAL:
             return Response(status_code=204)

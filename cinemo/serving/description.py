@@ -58,8 +58,13 @@ _RETRY_AFTER = {"description": "seconds", "schema": {"type": "integer"}}
 
 
 def _describe_form(document: dict[str, Any]) -> None:
-    """The form is multipart, because a file may be in it."""
+    """The form is multipart, because a file may be in it; a form has absent fields and no nulls."""
     body = document["paths"]["/v1/videos"]["post"]["requestBody"]
     (schema,) = (kind["schema"] for kind in body["content"].values())
     picture = {"contentType": "image/png, image/jpeg, image/webp"}
     body["content"] = {"multipart/form-data": {"schema": schema, "encoding": {"input_reference": picture}}}
+    form = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    for name, field in form["properties"].items():
+        kinds = [kind for kind in field.pop("anyOf", []) if kind.get("type") != "null"]
+        form["properties"][name] = field | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
+    form["anyOf"] = [{"required": ["input_reference"]}, {"required": ["input_reference[image_url]"]}]

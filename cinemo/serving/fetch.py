@@ -104,7 +104,11 @@ class Fetcher:
             raise _refused("url_fetch_failed", "the URL could not be fetched") from None
 
     async def _follow(self, pool: httpcore.AsyncConnectionPool, url: str) -> tuple[bytes, str]:
-        headers = {"Accept": "image/png, image/jpeg, image/webp", "Accept-Encoding": "identity", "User-Agent": "cinemo"}
+        headers: dict[bytes | str, bytes | str] = {
+            "Accept": "image/png, image/jpeg, image/webp",
+            "Accept-Encoding": "identity",
+            "User-Agent": "cinemo",
+        }
         was_secure = False
         for _ in range(_MAX_REDIRECTS + 1):
             was_secure = self._check(url, was_secure)

@@ -88,6 +88,9 @@ class JobRunner:
                 guidance_scale=asked["guidance_scale"],
                 seed=asked["seed"],
                 dct_init=asked["dct_init"],
+                solver=asked["solver"],
+                guidance_interval=tuple(asked["guidance_interval"]),
+                reuse_features=asked["reuse_features"],
             )
             name = video_name(job.id, job.attempts)
             with self._store.media.writing(name) as path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import File, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -175,7 +175,7 @@ class Video(BaseModel):
     error: JobError | None = None
 
     @classmethod
-    def of(cls, job: Job) -> Video:
+    def of(cls, job: Job) -> Self:
         error = JobError(code=job.error_code, message=job.error_message or "") if job.error_code else None
         times = {
             name: None if (value := getattr(job, name)) is None else int(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Iterator
@@ -12,80 +11,52 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from PIL import Image
+from small_server import MODEL, complete_one, open_store, png, small_api
 from tiny import FRAMES, SIZE, tiny_bundle
 
-from cinemo.bundle import ModelBundle, load_bundle, read_card
+from cinemo.animate import load_image
+from cinemo.bundle import ModelBundle, load_bundle
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe
-from cinemo.serving.api import Limits, build_api
-from cinemo.serving.database import Database
-from cinemo.serving.jobs import JobStore, QueueLimits
-from cinemo.serving.media import MediaStore, image_name, video_name
+from cinemo.serving.api import ApiSettings
+from cinemo.serving.fetch import Fetcher
+from cinemo.serving.jobs import JobStore
+from cinemo.serving.media import image_name, video_name
 from cinemo.serving.runner import JobRunner
 from cinemo.serving.schema import Video
+from cinemo.types import RunError
 
-
-def png(width: int = 60, height: int = 40, form: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, form)
-    return buffer.getvalue()
+ERROR = {"code", "message", "param", "type"}
 
 
 @pytest.fixture(scope="module")
-def location(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_bundle(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def bundle(location: Path) -> ModelBundle:
-    return load_bundle(location, "cpu")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    return load_bundle(tiny_bundle(tmp_path_factory.mktemp("tiny")), "cpu")
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> JobStore:
-    database = Database(f"sqlite:///{tmp_path}/state.sqlite")
-    return JobStore(database, MediaStore(str(tmp_path / "media")), QueueLimits(max_queued=3))
-
-
-class Readiness:
-    value = True
-
-    async def __call__(self) -> bool:
-        return self.value
+    return open_store(tmp_path, max_queued=3)
 
 
 @pytest.fixture
-def readiness() -> Readiness:
-    return Readiness()
-
-
-@pytest.fixture
-def client(location: Path, store: JobStore, readiness: Readiness) -> Iterator[TestClient]:
-    limits = Limits(body_bytes=200_000, pixels=10_000)
-    with TestClient(build_api(store, read_card(location), readiness, limits), raise_server_exceptions=False) as made:
+def client(store: JobStore) -> Iterator[TestClient]:
+    settings = ApiSettings(body_bytes=200_000, pixels=10_000)
+    with TestClient(small_api(store, settings), raise_server_exceptions=False) as made:
         yield made
 
 
 @pytest.fixture
 def runner(store: JobStore, bundle: ModelBundle) -> Iterator[JobRunner]:
-    made = JobRunner(store, bundle, poll_seconds=0.01)
+    made = JobRunner(store, bundle)
     yield made
     made.close()
 
 
-def file(store: JobStore, name: str) -> Path:
-    path = store.media.local_path(name)
-    assert path is not None
-    return path
-
-
-def post(client: TestClient, content: bytes | None = None, **fields: Any) -> Any:
+def post(client: TestClient, content: bytes | None = None, headers: Any = None, **fields: Any) -> Any:
     fields = {"prompt": "waves"} | fields
-    return client.post(
-        "/v1/videos", data=fields, files={"input_reference": ("a.png", png() if content is None else content)}
-    )
+    picture = png() if content is None else content
+    return client.post("/v1/videos", data=fields, files={"input_reference": ("a.png", picture)}, headers=headers)
 
 
 def wait(client: TestClient, video_id: str) -> dict[str, Any]:
@@ -97,15 +68,25 @@ def wait(client: TestClient, video_id: str) -> dict[str, Any]:
     raise AssertionError(f"not finished after 10 s: {video}")
 
 
+def file(store: JobStore, name: str) -> Path:
+    path = store.media.local_path(name)
+    assert path is not None
+    return path
+
+
 def test_a_video_from_post_to_download(client: TestClient, runner: JobRunner, tmp_path: Path) -> None:
-    answer = post(client, seed=11, motion_bucket=15, num_inference_steps=3, guidance_scale=1.5, negative_prompt="blur")
+    asked: dict[str, Any] = {
+        "seed": 11, "motion_bucket": 15, "guidance_scale": 1.5, "negative_prompt": "blur", "solver": "multistep",
+        "reuse_features": 2,
+    }  # fmt: skip
+    answer = post(client, num_inference_steps=3, guidance_interval="0.1,0.9", **asked)
     assert answer.status_code == 202
     queued = answer.json()
+    assert answer.headers["location"] == f"/v1/videos/{queued['id']}"
     assert Video.model_validate(queued).status == "queued"
     assert (queued["object"], queued["progress"], queued["size"], queued["seconds"]) == ("video", 0, "48x32", "0.75")
     early = client.get(f"/v1/videos/{queued['id']}/content")
-    assert early.status_code == 409
-    assert early.json()["error"]["code"] == "video_not_ready"
+    assert (early.status_code, early.json()["error"]["code"]) == (409, "video_not_ready")
     runner.start()
     done = wait(client, queued["id"])
     assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None)
@@ -116,20 +97,21 @@ def test_a_video_from_post_to_download(client: TestClient, runner: JobRunner, tm
     info = probe(tmp_path / "a.mp4")
     assert (info.frames, info.height, info.width) == (FRAMES, *SIZE)
     settings = json.loads(read_metadata(tmp_path / "a.mp4")["comment"])
-    asked = {"seed": 11, "motion_bucket": 15, "steps": 3, "guidance_scale": 1.5, "negative_prompt": "blur"}
     assert {name: settings[name] for name in asked} == asked
+    assert (settings["steps"], settings["guidance_interval"]) == (3, [0.1, 0.9])
 
 
 def test_absent_controls_are_the_models_defaults_and_the_seed_is_told(client: TestClient) -> None:
     defaults = client.get("/v1/models").json()["data"][0]["defaults"]
-    first, second = post(client).json(), post(client, motion_bucket="").json()
+    first, second = post(client).json(), post(client, motion_bucket="", solver="").json()
     assert {name: first[name] for name in defaults} == defaults
+    assert {name: second[name] for name in defaults} == defaults
     assert first["seed"] != second["seed"]
     assert post(client, motion_strength=1).json()["motion_bucket"] == 19
 
 
 def test_supported_size_and_seconds_are_taken(client: TestClient) -> None:
-    assert post(client, size="48x32", seconds="0.75", model="random-32x48").status_code == 202
+    assert post(client, size="48x32", seconds="0.75", model=MODEL).status_code == 202
 
 
 @pytest.mark.parametrize(
@@ -148,6 +130,14 @@ def test_supported_size_and_seconds_are_taken(client: TestClient) -> None:
         ({"seed": "1e400"}, 422, "invalid_value", "seed"),
         ({"prompt": "x" * 4001}, 422, "invalid_value", "prompt"),
         ({"prompt": "a\0b"}, 422, "invalid_value", "prompt"),
+        ({"solver": "euler"}, 422, "invalid_value", "solver"),
+        ({"guidance_interval": "0.9,0.1"}, 422, "invalid_value", "guidance_interval"),
+        ({"guidance_interval": "1-1,e"}, 422, "invalid_value", "guidance_interval"),
+        ({"guidance_interval": "nan,1"}, 422, "invalid_value", "guidance_interval"),
+        ({"reuse_features": "0"}, 422, "invalid_value", "reuse_features"),
+        ({"timeout": "0"}, 422, "invalid_value", "timeout"),
+        ({"timeout": "inf"}, 422, "invalid_value", "timeout"),
+        ({"input_reference[image_url]": "data:,"}, 422, "invalid_value", None),
         ({"steps": "9"}, 422, "unknown_field", "steps"),
     ],
 )
@@ -183,7 +173,21 @@ def test_bad_pictures(client: TestClient, store: JobStore, content: bytes, statu
     answer = post(client, content)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code), answer.text
     assert store.page() == []
-    assert store.media.uri not in answer.text
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
+def test_what_is_kept_of_a_picture_is_a_png_of_its_pixels(client: TestClient, store: JobStore, form: str) -> None:
+    sent = png(form=form)
+    kept = store.media.read(image_name(post(client, sent).json()["id"]))
+    assert kept.startswith(b"\x89PNG")
+    np.testing.assert_array_equal(load_image(kept), load_image(sent))
+
+
+def test_a_declared_type_that_is_no_picture_is_refused(client: TestClient) -> None:
+    for kind, status in [("image/gif", 415), ("text/html", 415), ("image/jpeg", 202), ("", 202)]:
+        part = ("a.png", png(), kind)
+        answer = client.post("/v1/videos", data={"prompt": "waves"}, files={"input_reference": part})
+        assert answer.status_code == status, kind
 
 
 def test_a_body_without_declared_length_is_limited_too(client: TestClient) -> None:
@@ -193,25 +197,62 @@ def test_a_body_without_declared_length_is_limited_too(client: TestClient) -> No
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
 
-@pytest.mark.parametrize("form", ["JPEG", "WEBP"])
-def test_other_picture_formats(client: TestClient, form: str) -> None:
-    assert post(client, png(form=form)).status_code == 202
+FORM = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
-def test_forms_that_are_no_forms(client: TestClient) -> None:
-    kinds = [
-        {"json": {"prompt": "waves"}},
-        {"content": b"garbage", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
-        {"content": b"garbage", "headers": {"Content-Type": "multipart/form-data"}},
-        {"data": {"prompt": "waves"}},
-        {"data": {"prompt": "waves", "input_reference": "a text"}},
-        {"files": {"input_reference": ("a.png", png())}},
-        {"data": {"input_reference": "x"}, "files": {"prompt": ("a.png", png())}},
-    ]
-    for kind in kinds:
-        answer = client.post("/v1/videos", **kind)  # type: ignore[arg-type]
-        assert answer.status_code in (400, 422), (kind, answer.text)
-        assert set(answer.json()["error"]) == {"code", "message", "param"}
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ({"json": {"prompt": "waves"}}, 415),
+        ({"content": b"garbage", "headers": {"Content-Type": "text/plain"}}, 415),
+        ({"content": b"garbage"}, 415),
+        ({"content": b"garbage", "headers": FORM}, 400),
+        ({"content": b"garbage", "headers": {"Content-Type": "multipart/form-data"}}, 400),
+        ({"content": b"--x\r\n\r\n", "headers": FORM}, 400),
+        ({"content": b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--", "headers": FORM}, 400),
+        ({"content": b'--x\r\nContent-Disposition: form-data; name="pr', "headers": FORM}, 422),
+        ({"content": b"--x--\r\n", "headers": FORM}, 422),
+        ({"content": b"prompt=%ff%fe", "headers": {"Content-Type": "application/x-www-form-urlencoded"}}, 422),
+        ({"data": {"prompt": "waves"}}, 422),
+        ({"data": {"prompt": "waves", "input_reference": "a text"}}, 400),
+        ({"files": {"input_reference": ("a.png", png())}}, 422),
+        ({"data": {"input_reference": "x"}, "files": {"prompt": ("a.png", png())}}, 422),
+        ({"data": {f"field{k}": "x" for k in range(2000)}, "files": {"input_reference": ("a", b"")}}, 400),
+    ],
+)
+def test_forms_that_are_no_forms(client: TestClient, store: JobStore, kind: Any, status: int) -> None:
+    answer = client.post("/v1/videos", **kind)
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()["error"]) == ERROR
+    assert store.page() == []
+
+
+def test_a_picture_as_data_url(client: TestClient, store: JobStore) -> None:
+    import base64
+
+    url = "data:image/png;base64," + base64.b64encode(png()).decode()
+    for name in ("input_reference", "input_reference[image_url]"):
+        answer = client.post("/v1/videos", data={"prompt": "waves", name: url})
+        assert answer.status_code == 202, answer.text
+        np.testing.assert_array_equal(load_image(store.media.read(image_name(answer.json()["id"]))), load_image(png()))
+    answer = client.post("/v1/videos", data={"prompt": "waves", "input_reference": "data:text/html;base64,aGk="})
+    assert answer.status_code == 415
+
+
+def test_urls_are_not_fetched_unless_enabled_and_then_with_care(client: TestClient, store: JobStore) -> None:
+    fields = {"prompt": "waves", "input_reference": "http://pictures.example/a.png"}
+    answer = client.post("/v1/videos", data=fields)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "url_not_supported")
+
+    async def private(name: str, port: int) -> list[str]:
+        return ["10.0.0.7"]
+
+    api = small_api(store, ApiSettings(fetch_urls=True), fetcher=Fetcher(1000, resolve=private))
+    answer = TestClient(api).post("/v1/videos", data=fields)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (422, "url_not_allowed")
+    enabled = TestClient(small_api(store, ApiSettings(fetch_urls=True)))
+    answer = enabled.post("/v1/videos", data=fields | {"input_reference": "http://169.254.169.254/latest/meta-data"})
+    assert answer.json()["error"]["code"] == "url_not_allowed"
 
 
 def test_a_full_queue_says_when_to_come_back(client: TestClient) -> None:
@@ -222,16 +263,40 @@ def test_a_full_queue_says_when_to_come_back(client: TestClient) -> None:
     assert int(answer.headers["retry-after"]) >= 1
 
 
+def test_an_idempotency_key_gives_the_same_job_again(client: TestClient, store: JobStore) -> None:
+    once = {"Idempotency-Key": "a"}
+    first, again = post(client, headers=once).json(), post(client, headers=once).json()
+    assert first == again, "though no seed was given"
+    assert post(client, headers={"Idempotency-Key": "b"}).json()["id"] != first["id"]
+    for change in ({"prompt": "wind"}, {"seed": 5}, {"content": png(61)}):
+        answer = post(client, headers=once, **change)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    assert len(store.page()) == 2
+    for bad in ("", "x" * 256):
+        assert post(client, headers={"Idempotency-Key": bad}).status_code == 422
+
+
+def test_a_timeout_becomes_a_deadline(client: TestClient, runner: JobRunner) -> None:
+    video = post(client, timeout=0.3, num_inference_steps=999).json()
+    assert video["deadline_at"] - video["created_at"] in (0, 1)
+    runner.start()
+    done = wait(client, video["id"])
+    assert (done["status"], done["error"]["code"]) == ("failed", "deadline_exceeded")
+    answer = client.get(f"/v1/videos/{video['id']}/content")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "video_failed")
+
+
 def test_unknown_things(client: TestClient) -> None:
     for method, path, status in [
         ("GET", "/v1/videos/video_none", 404), ("GET", "/v1/videos/video_none/content", 404),
-        ("DELETE", "/v1/videos/video_none", 404), ("GET", "/v2", 404), ("PUT", "/v1/videos", 405),
-        ("GET", "/v1/videos?limit=0", 422), ("GET", "/v1/videos?order=up", 422),
-        ("GET", "/v1/videos/..%2f..%2fjobs.sqlite/content", 404),
+        ("GET", "/v1/videos/video_none/events", 404), ("DELETE", "/v1/videos/video_none", 404), ("GET", "/v2", 404),
+        ("PUT", "/v1/videos", 405), ("GET", "/v1/videos?limit=0", 422), ("GET", "/v1/videos?order=up", 422),
+        ("GET", "/v1/videos/..%2f..%2fjobs.sqlite/content", 404), ("GET", "/v1/videos/%00%ff", 404),
+        ("GET", "/v1/models/sora-2", 404), ("GET", "/docs", 404), ("GET", "/redoc", 404),
     ]:  # fmt: skip
         answer = client.request(method, path)
         assert answer.status_code == status, (path, answer.text)
-        assert set(answer.json()["error"]) == {"code", "message", "param"}
+        assert set(answer.json()["error"]) == ERROR
 
 
 def test_pages(client: TestClient) -> None:
@@ -240,16 +305,18 @@ def test_pages(client: TestClient) -> None:
     assert ([video["id"] for video in page["data"]], page["has_more"], page["last_id"]) == (ids[:0:-1], True, ids[1])
     page = client.get("/v1/videos", params={"limit": 2, "after": page["last_id"]}).json()
     assert ([video["id"] for video in page["data"]], page["has_more"]) == (ids[:1], False)
+    page = client.get("/v1/videos", params={"order": "asc"}).json()
+    assert [video["id"] for video in page["data"]] == ids
 
 
 def test_delete_cancels_first_and_removes_second(client: TestClient, store: JobStore) -> None:
     video_id = post(client).json()["id"]
-    assert client.delete(f"/v1/videos/{video_id}").json()["status"] == "cancelled"
+    cancelled = client.delete(f"/v1/videos/{video_id}").json()
+    assert (cancelled["status"], cancelled["deleted"]) == ("cancelled", False)
     answer = client.get(f"/v1/videos/{video_id}/content")
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "video_cancelled")
-    assert client.delete(f"/v1/videos/{video_id}").json() == {
-        "id": video_id, "object": "video.deleted", "deleted": True,
-    }  # fmt: skip
+    gone = client.delete(f"/v1/videos/{video_id}").json()
+    assert gone == {"id": video_id, "object": "video.deleted", "deleted": True}
     assert client.get(f"/v1/videos/{video_id}").status_code == 404
     assert not file(store, image_name(video_id)).exists()
 
@@ -257,7 +324,7 @@ def test_delete_cancels_first_and_removes_second(client: TestClient, store: JobS
 def test_a_running_job_is_cancelled_between_steps(client: TestClient, runner: JobRunner, store: JobStore) -> None:
     video_id = post(client, num_inference_steps=999).json()["id"]
     runner.start()
-    while client.get(f"/v1/videos/{video_id}").json()["progress"] < 1:
+    while client.get(f"/v1/videos/{video_id}").json()["step"] < 3:
         time.sleep(0.01)
     assert client.delete(f"/v1/videos/{video_id}").json()["status"] == "cancelled"
     assert wait(client, post(client).json()["id"])["status"] == "completed"
@@ -265,46 +332,144 @@ def test_a_running_job_is_cancelled_between_steps(client: TestClient, runner: Jo
     assert not file(store, video_name(video_id, 1)).exists()
 
 
-def test_a_closed_runner_leaves_its_job_to_the_next(
-    client: TestClient, runner: JobRunner, store: JobStore, bundle: ModelBundle
-) -> None:
-    video_id = post(client, num_inference_steps=60).json()["id"]
-    runner.start()
-    while client.get(f"/v1/videos/{video_id}").json()["progress"] < 1:
-        time.sleep(0.01)
-    runner.close()
-    assert not runner.alive()
-    job = store.get(video_id)
-    assert job is not None
-    assert (job.status, job.progress, job.attempts) == ("queued", 0, 0)
-    second = JobRunner(store, bundle, poll_seconds=0.01)
-    second.start()
-    assert wait(client, video_id)["status"] == "completed"
-    second.close()
-
-
 def test_a_fault_fails_the_job_and_tells_no_secrets(client: TestClient, runner: JobRunner, store: JobStore) -> None:
     broken, good = post(client).json()["id"], post(client).json()["id"]
     file(store, image_name(broken)).unlink()
     runner.start()
     failed = wait(client, broken)
-    assert (failed["status"], failed["error"]["code"]) == ("failed", "internal_error")
+    assert failed["status"] == "failed"
     assert store.media.uri not in json.dumps(failed)
     assert wait(client, good)["status"] == "completed", "the runner goes on"
 
 
-def test_health_and_readiness(client: TestClient, readiness: Readiness) -> None:
+def test_content_whole_in_ranges_and_not_at_all(client: TestClient, store: JobStore) -> None:
+    video_id = post(client).json()["id"]
+    job = complete_one(store)
+    url, whole = f"/v1/videos/{video_id}/content", store.media.read(str(job.media_name))
+    answer = client.get(url)
+    assert (answer.status_code, answer.content) == (200, whole)
+    assert answer.headers["content-length"] == str(len(whole))
+    assert answer.headers["content-disposition"] == f'attachment; filename="{video_id}.mp4"'
+    assert answer.headers["accept-ranges"] == "bytes"
+    etag, size = answer.headers["etag"], len(whole)
+    for asked, part in [
+        ("bytes=0-9", whole[:10]), ("bytes=10-", whole[10:]), ("bytes=-7", whole[-7:]), ("bytes=5-5", whole[5:6]),
+        (f"bytes=3-{size + 50}", whole[3:]), (f"bytes=-{size + 50}", whole),
+    ]:  # fmt: skip
+        answer = client.get(url, headers={"Range": asked})
+        assert (answer.status_code, answer.content) == (206, part), asked
+        start = whole.index(part) if len(part) > 1 else 5
+        assert answer.headers["content-range"] == f"bytes {start}-{start + len(part) - 1}/{size}"
+    for ignored in ("bytes=9-3", "bytes=a-b", "bytes=-", "lines=1-2", "bytes=0-1,4-5", "bytes=" + "9" * 30 + "-"):
+        assert client.get(url, headers={"Range": ignored}).status_code == 200, ignored
+    for behind in (f"bytes={size}-", "bytes=-0"):
+        answer = client.get(url, headers={"Range": behind})
+        assert (answer.status_code, answer.headers["content-range"]) == (416, f"bytes */{size}")
+        assert answer.json()["error"]["code"] == "range_not_satisfiable"
+    assert client.get(url, headers={"If-None-Match": f'"x", W/{etag}'}).status_code == 304
+    assert client.get(url, headers={"If-None-Match": '"x"'}).status_code == 200
+    assert client.get(url, headers={"Range": "bytes=0-3", "If-Range": '"old"'}).content == whole
+    assert client.get(url, headers={"Range": "bytes=0-3", "If-Range": etag}).content == whole[:4]
+    head = client.head(url)
+    assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(size))
+    assert client.get(url, params={"variant": "video"}).status_code == 200
+    assert client.get(url, params={"variant": "thumbnail"}).json()["error"]["code"] == "unsupported_variant"
+    store.media.remove(video_id)
+    assert client.get(url).status_code == 404
+
+
+@pytest.mark.s3
+def test_content_from_s3(s3_endpoint: str, tmp_path: Path) -> None:
+    from cinemo.serving.database import Database
+    from cinemo.serving.media import MediaStore
+
+    store = JobStore(Database(f"sqlite:///{tmp_path}/s.sqlite"), MediaStore("s3://cinemo-test/http-media"))
+    client = TestClient(small_api(store))
+    video_id = post(client).json()["id"]
+    whole = store.media.read(str(complete_one(store).media_name))
+    assert client.get(f"/v1/videos/{video_id}/content").content == whole
+    answer = client.get(f"/v1/videos/{video_id}/content", headers={"Range": "bytes=4-7"})
+    assert (answer.status_code, answer.content) == (206, b"ftyp")
+
+
+def test_health_and_readiness(store: JobStore) -> None:
+    is_ready = True
+
+    async def ready() -> bool:
+        return is_ready
+
+    from small_server import card
+
+    from cinemo.serving.api import build_api
+
+    client = TestClient(build_api(store, card, ready))
     assert client.get("/healthz").json()["status"] == "ok"
     post(client)
     assert client.get("/readyz").json() == {"status": "ok", "queued": 1}
-    readiness.value = False
+    is_ready = False
     answer = client.get("/readyz")
-    assert (answer.status_code, answer.json()["status"]) == (503, "starting")
+    assert (answer.status_code, answer.json()["status"], answer.headers["retry-after"]) == (503, "starting", "2")
     assert client.get("/healthz").status_code == 200
 
 
+def test_models(client: TestClient) -> None:
+    (listed,) = client.get("/v1/models").json()["data"]
+    assert listed == client.get(f"/v1/models/{MODEL}").json()
+    assert (listed["id"], listed["size"], listed["seconds"], listed["motion_buckets"]) == (MODEL, "48x32", "0.75", 20)
+
+
+def test_a_failing_store_is_an_answer_without_its_reasons(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = TestClient(small_api(store), raise_server_exceptions=False)
+    for fault, status in [(RunError(f"{store.media.uri}: lost"), 503), (OSError(f"{store.media.uri}: lost"), 500)]:
+
+        def broken(*_: object, fault: Exception = fault) -> None:
+            raise fault
+
+        monkeypatch.setattr(JobStore, "get", broken)
+        monkeypatch.setattr(JobStore, "statistics", broken)
+        for path in ("/v1/videos/video_x", "/metrics"):
+            answer = client.get(path)
+            assert (answer.status_code, set(answer.json()["error"])) == (status, ERROR)
+            assert store.media.uri not in answer.text
+            assert ("retry-after" in answer.headers) == (status == 503)
+
+
+def test_metrics_tell_jobs_and_requests(client: TestClient, store: JobStore) -> None:
+    for _ in range(2):
+        post(client)
+    complete_one(store)
+    client.get("/v1/videos/video_secret")
+    client.get("/nowhere/secret")
+    text = client.get("/metrics").text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert lines['cinemo_jobs{status="queued"}'] == "1.0"
+    assert lines['cinemo_jobs_finished_total{status="completed"}'] == "1.0"
+    assert lines["cinemo_job_run_seconds_count"] == "1.0"
+    assert float(lines["cinemo_oldest_waiting_seconds"]) >= 0
+    assert "secret" not in text, "labels are templates, not what strangers ask"
+    asked = [line for line in lines if line.startswith("cinemo_http_request_seconds_count")]
+    assert any('route="/v1/videos/{video_id}"' in line and 'status="404"' in line for line in asked)
+    kind = client.get("/metrics", headers={"Accept": "application/openmetrics-text"}).headers["content-type"]
+    assert kind.startswith("application/openmetrics-text")
+    assert TestClient(small_api(store, ApiSettings(metrics="off"))).get("/metrics").status_code == 404
+
+
 def test_the_interface_describes_itself(client: TestClient) -> None:
-    schema = client.get("/openapi.json").json()
-    form = schema["components"]["schemas"]["VideoForm"]
-    assert {"prompt", "input_reference"} <= set(form["required"])
-    assert set(schema["paths"]["/v1/videos"]["post"]["responses"]) >= {"202", "400", "413", "415", "422", "429"}
+    document = client.get("/openapi.json").json()
+    creation = document["paths"]["/v1/videos"]["post"]
+    assert set(creation["responses"]) >= {"202", "400", "413", "415", "422", "429"}
+    assert list(creation["requestBody"]["content"]) == ["multipart/form-data"]
+    form = document["components"]["schemas"]["VideoForm"]
+    assert form["required"] == ["prompt"]
+    assert {"required": ["input_reference"]} in form["anyOf"]
+    paths = document["paths"]
+    assert "video/mp4" in paths["/v1/videos/{video_id}/content"]["get"]["responses"]["200"]["content"]
+    assert "text/event-stream" in paths["/v1/videos/{video_id}/events"]["get"]["responses"]["200"]["content"]
+    errors = [
+        answer["content"]["application/json"]["schema"]["$ref"]
+        for operations in paths.values()
+        for operation in operations.values()
+        for status, answer in operation["responses"].items()
+        if status >= "400" and "Health" not in str(answer)
+    ]
+    assert set(errors) == {"#/components/schemas/ErrorBody"}
