@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +26,12 @@ import cinemo
 from cinemo import storage
 from cinemo.bundle import ModelBundle, MotionScale
 from cinemo.config import MOTION_BUCKETS, Recipe
-from cinemo.diffusion.ddim import ddim_invert, ddim_sample
-from cinemo.diffusion.guidance import Predict, guided
-from cinemo.diffusion.multistep import multistep_sample
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket, strength_to_bucket
-from cinemo.media.mp4 import write_video
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
 from cinemo.methods.cinemo import CinemoMethod
-from cinemo.networks.attention import TextKeysValues
-from cinemo.networks.lavie_unet import DeepFeatures
-from cinemo.types import Animation, ClipError, Condition, InputError, LatentBatch, keyed_generator
-
-Progress = Callable[[int, int], None]
-"""Called as ``progress(done, steps)`` after each sampling step; an exception it raises stops the sampling."""
+from cinemo.sampling import Progress, invert_latents, sample_latents
+from cinemo.types import Animation, ClipError, Condition, InputError, keyed_generator
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow suspects a decompression bomb
 MAX_STEPS = 999
@@ -127,11 +117,56 @@ class AnimateRequest:
         }
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A request made ready for the network, on the bundle's device, a batch of one.
+
+    ``method``: the bundle's networks with the settings of this request. ``negative_BLD``: text states of the
+    unconditional branch. ``noise_BCFHW``: for frames 2..F. ``settings``: everything needed to make the result again.
+    """
+
+    method: CinemoMethod
+    condition: Condition
+    negative_BLD: Tensor
+    noise_BCFHW: Tensor
+    settings: Mapping[str, Any]
+
+    @property
+    def steps(self) -> int:
+        return int(self.settings["steps"])
+
+    @property
+    def guidance_scale(self) -> float:
+        return float(self.settings["guidance_scale"])
+
+
 def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | None = None) -> Animation:
     """Animate one image. Equal bundle, request and machine give equal frames; every draw is keyed by the seed.
 
     Returns:
         frames (F, H, W, 3) uint8 whose first one is the encoded and decoded input, the latents, and all settings.
+    """
+    with torch.inference_mode():
+        asked = prepare(bundle, request)
+        video_BCFHW = sample_latents(
+            asked.method,
+            asked.condition,
+            asked.negative_BLD,
+            asked.noise_BCFHW,
+            asked.steps,
+            asked.guidance_scale,
+            progress,
+        )
+        frames_FHWC = bundle.decoder.decode(video_BCFHW[0].transpose(0, 1))
+    return finish(asked, video_BCFHW, frames_FHWC)
+
+
+@torch.inference_mode()
+def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
+    """All that comes before the sampling: encode, take noise, and with a source video find that of its motion.
+
+    Raises:
+        InputError: the request does not fit the bundle.
     """
     recipe, settings = bundle.recipe, request.settings(bundle.recipe)
     device = bundle.device
@@ -143,32 +178,20 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
     if source_FCHW is not None and request.motion_bucket is None and request.motion_strength is None:
         settings["motion_bucket"] = _measured_bucket(source_FCHW, bundle.motion)
     posterior = keyed_generator(request.seed, "image") if recipe.encoders.latent == "sample" else None
-    with torch.inference_mode():
-        image_latent_BCHW = bundle.vae.encode(image_BCHW, posterior)
-        text_BLD, negative_BLD = bundle.text.encode([request.prompt, request.negative_prompt]).chunk(2)
-        motion_B = torch.tensor([bundle.motion.motion_id(settings["motion_bucket"])], device=device)
-        if source_FCHW is None:
-            channels, h, w = image_latent_BCHW.shape[1:]
-            shape = (1, channels, recipe.data.frames - 1, h, w)
-            noise_BCFHW = torch.randn(shape, generator=keyed_generator(request.seed, "noise")).to(device)
-            method = _sampling(bundle.method, settings, recipe.sample.dct_tau)
-        else:
-            posterior = keyed_generator(request.seed, "source") if recipe.encoders.latent == "sample" else None
-            source_BCFHW = bundle.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
-            source = Condition(source_BCFHW[:, :, 0], bundle.text.encode([request.source_prompt]), motion_B)
-            noise_BCFHW = invert_latents(bundle.method, source_BCFHW, source, settings["steps"])
-            method = _sampling(bundle.method, settings, recipe.sample.edit_dct_tau)
-        video_BCFHW = sample_latents(
-            method,
-            Condition(image_latent_BCHW, text_BLD, motion_B),
-            negative_BLD,
-            noise_BCFHW,
-            settings["steps"],
-            settings["guidance_scale"],
-            progress,
-        )
-        frames_FHWC = bundle.decoder.decode(video_BCFHW[0].transpose(0, 1))
-    if request.source is not None:
+    image_latent_BCHW = bundle.vae.encode(image_BCHW, posterior)
+    text_BLD, negative_BLD = bundle.text.encode([request.prompt, request.negative_prompt]).chunk(2)
+    motion_B = torch.tensor([bundle.motion.motion_id(settings["motion_bucket"])], device=device)
+    if source_FCHW is None:
+        channels, h, w = image_latent_BCHW.shape[1:]
+        shape = (1, channels, recipe.data.frames - 1, h, w)
+        noise_BCFHW = torch.randn(shape, generator=keyed_generator(request.seed, "noise")).to(device)
+        method = _sampling(bundle.method, settings, recipe.sample.dct_tau)
+    else:
+        posterior = keyed_generator(request.seed, "source") if recipe.encoders.latent == "sample" else None
+        source_BCFHW = bundle.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
+        source = Condition(source_BCFHW[:, :, 0], bundle.text.encode([request.source_prompt]), motion_B)
+        noise_BCFHW = invert_latents(bundle.method, source_BCFHW, source, settings["steps"])
+        method = _sampling(bundle.method, settings, recipe.sample.edit_dct_tau)
         digest = hashlib.sha256(np.ascontiguousarray(request.source).data).hexdigest()
         settings |= {"source_prompt": request.source_prompt, "source_sha256": digest}
     settings |= {
@@ -180,64 +203,12 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
         "fps": recipe.sample.fps,
         "image_sha256": hashlib.sha256(pixels.data).hexdigest(),
     }
-    return Animation(frames_FHWC, video_BCFHW[0].float().cpu(), recipe.sample.fps, settings)
+    return Prepared(method, Condition(image_latent_BCHW, text_BLD, motion_B), negative_BLD, noise_BCFHW, settings)
 
 
-def sample_latents(
-    method: CinemoMethod,
-    condition: Condition,
-    negative_text_BLD: Tensor | None,
-    noise_BCFHW: Tensor,
-    steps: int,
-    guidance_scale: float,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Noise -> video latents (B, C, F, h, w), scaled, the first frame being the condition's image.
-
-    Args:
-        noise_BCFHW: N(0, 1) for frames 2..F, float32: the sampler's arithmetic runs in its dtype.
-        negative_text_BLD: text states of the unconditional branch; not needed where ``guidance_scale`` is 1.
-    """
-    sample, train_steps = method.sample, method.schedule.train_steps
-    low, high = (round(share * (train_steps - 1)) for share in sample.guidance_interval)
-    predict = _predictor(method, sample.reuse_features)
-    denoise = guided(predict, condition, negative_text_BLD, guidance_scale, (low, high))
-    solve = ddim_sample if sample.solver == "ddim" else multistep_sample
-    report = None if progress is None else lambda i, total, _: progress(i + 1, total)
-    start_BCFHW = method.start(condition, noise_BCFHW)
-    residual_BCFHW = solve(denoise, start_BCFHW, method.schedule, steps, callback=report)
-    return method.finish(residual_BCFHW, condition)
-
-
-def _predictor(method: CinemoMethod, every: int = 1) -> Predict:
-    """``method.predict`` for the steps of one video: what depends on the text alone is computed once for a condition,
-    the network's inner features at every ``every``-th call, or where the batch changes."""
-    texts: dict[int, TextKeysValues] = {}
-    deep, calls, size = DeepFeatures() if every > 1 else None, 0, 0
-
-    def predict(x: Tensor, t: int, condition: Condition) -> Tensor:
-        nonlocal calls, size
-        if id(condition) not in texts:
-            texts[id(condition)] = method.text(condition)
-        if deep is not None and (calls % every == 0 or len(x) != size):
-            deep.kept, calls, size = None, 0, len(x)
-        calls += 1
-        return method.predict(x, t, condition, texts[id(condition)], deep)
-
-    return predict
-
-
-def invert_latents(method: CinemoMethod, video_BCFHW: Tensor, condition: Condition, steps: int) -> Tensor:
-    """Video latents -> the noise (B, C, F-1, h, w) that `sample_latents` turns back into their residuals.
-
-    DDIM inversion without guidance (the published editing code).
-
-    Args:
-        condition: the video's own first frame, its prompt and bucket.
-    """
-    residual_BCFHW = method.target(LatentBatch(video_BCFHW, condition))
-    predict = _predictor(method)
-    return ddim_invert(lambda x, t: predict(x, t, condition), residual_BCFHW, method.schedule, steps)
+def finish(prepared: Prepared, video_BCFHW: Tensor, frames_FHWC: np.ndarray) -> Animation:
+    """The result: the sampled latents (1, C, F, h, w) of what was `prepare`-d, and the frames they decode to."""
+    return Animation(frames_FHWC, video_BCFHW[0].float().cpu(), prepared.settings["fps"], prepared.settings)
 
 
 def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -303,27 +274,6 @@ def load_source(uri: str, recipe: Recipe, interval: int = 1) -> np.ndarray:
         raise InputError(f"source {uri}: {error}") from None
 
 
-def save_animation(path: str | Path, animation: Animation) -> None:
-    """Write an mp4 (local or s3://) whose metadata hold the settings: each by its name, all as JSON in ``comment``."""
-    metadata = {key: _text(value) for key, value in animation.settings.items()}
-    metadata["comment"] = json.dumps(dict(animation.settings), sort_keys=True)
-    metadata["title"] = str(animation.settings.get("prompt", ""))
-    if not storage.is_remote(str(path)):
-        write_video(storage.local_path(str(path)), animation.frames_FHWC, animation.fps, metadata)
-        return
-    with tempfile.TemporaryDirectory(prefix="cinemo-") as scratch:
-        write_video(Path(scratch) / "video.mp4", animation.frames_FHWC, animation.fps, metadata)
-        storage.write_bytes(str(path), (Path(scratch) / "video.mp4").read_bytes())
-
-
-def save_latents(path: str | Path, animation: Animation) -> None:
-    """Write ``latents`` (C, F, h, w) float32 and ``settings`` (JSON text) as .npz, atomically."""
-    buffer = io.BytesIO()
-    settings = np.array(json.dumps(dict(animation.settings), sort_keys=True))
-    np.savez(buffer, latents=animation.latents_CFHW.numpy(), settings=settings)
-    storage.write_bytes(str(path), buffer.getvalue())
-
-
 def _sampling(method: CinemoMethod, settings: Mapping[str, Any], tau: int) -> CinemoMethod:
     """The same networks with the settings of one request, and DCTInit at step ``tau``."""
     wanted = {name: settings[name] for name in ("dct_init", "solver", "reuse_features")}
@@ -351,10 +301,6 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def check_text(name: str, value: Any) -> None:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Sequence
 
 from cinemo import cli, storage
-from cinemo.animate import AnimateRequest, animate, load_image, load_source, save_animation, save_latents
+from cinemo.animate import AnimateRequest, animate, load_image, load_source
 from cinemo.bundle import load_bundle, read_card
+from cinemo.media.saving import save_animation, save_latents
 from cinemo.types import InputError
 
 _RECIPE = "(default: what the bundle's recipe says)"

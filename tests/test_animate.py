@@ -18,14 +18,13 @@ from cinemo.animate import (
     animate,
     load_image,
     load_source,
-    sample_latents,
-    save_animation,
-    save_latents,
 )
 from cinemo.bundle import ModelBundle, load_bundle
 from cinemo.media.mp4 import read_metadata, write_video
+from cinemo.media.saving import save_animation, save_latents
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
+from cinemo.sampling import sample_latents
 from cinemo.types import Condition, InputError, keyed_generator
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)

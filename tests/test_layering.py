@@ -17,7 +17,7 @@ LAYERS = [
     ["diffusion", "media"],
     ["networks"],
     ["methods"],
-    ["recipes", "bundle", "animate", "data"],
+    ["recipes", "bundle", "sampling", "animate", "data"],
     ["training", "evaluation", "serving"],
     ["cli"],
     ["pipelines"],

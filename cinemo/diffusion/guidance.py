@@ -44,7 +44,12 @@ def guided(
     def denoise(x: Tensor, t: int) -> Tensor:
         if interval is not None and not interval[0] <= t <= interval[1]:
             return predict(x, t, condition)
-        unconditional, conditional = predict(torch.cat([x, x]), t, both).to(x.dtype).chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        return combined(predict(torch.cat([x, x]), t, both).to(x.dtype), scale)
 
     return denoise
+
+
+def combined(branches: Tensor, scale: float) -> Tensor:
+    """The guided output (B, ...) of both branches' (2B, ...), the unconditional one first."""
+    unconditional, conditional = branches.chunk(2)
+    return unconditional + scale * (conditional - unconditional)

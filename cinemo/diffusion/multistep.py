@@ -1,23 +1,16 @@
-"""Fewer steps: DPM-Solver++ of second order (arXiv 2211.01095), as diffusers has it, over a plain callable."""
+"""Fewer steps: DPM-Solver++ of second order (arXiv 2211.01095), as diffusers has it, as a generator of queries."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from cinemo.diffusion.ddim import Callback, Denoise
+from cinemo.diffusion.ddim import Callback, Denoise, Queries, drive
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.types import InputError
 
 
-def multistep_sample(
-    denoise: Denoise, x_T: Tensor, schedule: NoiseSchedule, steps: int, callback: Callback | None = None
-) -> Tensor:
-    """From noise to clean data; arguments and result as `cinemo.diffusion.ddim.ddim_sample` without eta.
-
-    Steps are spread evenly in log signal-to-noise, from T-1 to 0 (evenly in t, the last of 20 would bridge most of the
-    noise range that matters), and the last level is a_0, as there. The arithmetic runs in
-    float32 or the wider dtype of ``x_T``.
-    """
+def multistep_steps(x_T: Tensor, schedule: NoiseSchedule, steps: int) -> Queries:
+    """From noise to clean data: the queries of `multistep_sample`, arguments as there."""
     from diffusers import DPMSolverMultistepScheduler
 
     if not 2 <= steps < schedule.train_steps:
@@ -32,8 +25,20 @@ def multistep_sample(
     )
     solver.set_timesteps(steps)
     x = x_T
-    for i, t in enumerate(solver.timesteps.tolist()):
-        x = solver.step(denoise(x, t), t, x).prev_sample
-        if callback is not None:
-            callback(i, steps, x)
+    for t in solver.timesteps.tolist():
+        # In x's dtype, or the solver's products with it would be rounded to the network's.
+        output = (yield x, t).to(x.dtype)
+        x = solver.step(output, t, x).prev_sample
     return x
+
+
+def multistep_sample(
+    denoise: Denoise, x_T: Tensor, schedule: NoiseSchedule, steps: int, callback: Callback | None = None
+) -> Tensor:
+    """From noise to clean data; arguments and result as `cinemo.diffusion.ddim.ddim_sample` without eta.
+
+    Steps are spread evenly in log signal-to-noise, from T-1 to 0 (evenly in t, the last of 20 would bridge most of the
+    noise range that matters), and the last level is a_0, as there. The arithmetic runs in
+    float32 or the wider dtype of ``x_T``.
+    """
+    return drive(multistep_steps(x_T, schedule, steps), denoise, steps, callback)

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from cinemo import storage, tracking
-from cinemo.animate import AnimateRequest, animate, load_image, save_animation
+from cinemo.animate import AnimateRequest, animate, load_image
 from cinemo.bundle import load_bundle, read_card
 from cinemo.config import MOTION_BUCKETS
 from cinemo.data.manifest import read_manifest
@@ -32,6 +32,7 @@ from cinemo.evaluation.figures import contact_sheet
 from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
 from cinemo.evaluation.stages import Stages, running
 from cinemo.media.motion import motion_bucket
+from cinemo.media.saving import save_animation
 from cinemo.media.synthetic import render_clip, render_clips
 from cinemo.media.video import read_frames
 from cinemo.networks.lavie_unet import LavieUNet

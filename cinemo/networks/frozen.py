@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,22 +77,23 @@ class Vae:
 
         Rounding as published: to the nearest with the plain decoder, downwards with the temporal one.
         """
-        latents = latents_FCHW.to(self.network.device, torch.float32) / self.scale + self.shift
-        rounding = 0.0 if self.temporal else 0.5
-        frames = [
-            (((image.float() / 2 + 0.5) * 255 + rounding).clamp(0, 255)).to(torch.uint8).permute(0, 2, 3, 1).cpu()
-            for image in self._images(latents.to(self.network.dtype))
-        ]
+        frames = [self.decode_piece(piece).cpu() for piece in self.pieces(latents_FCHW)]
         result: np.ndarray = torch.cat(frames).numpy()
         return result
 
-    def _images(self, latents: Tensor) -> Iterator[Tensor]:
-        height, width = (side * self.downscale for side in latents.shape[2:])
-        for chunk in torch.split(latents, _TEMPORAL_CHUNK if self.temporal else _chunk(height, width)):
-            if self.temporal:
-                yield self.network.decode(chunk, num_frames=len(chunk)).sample
-            else:
-                yield self.network.decode(chunk).sample
+    def pieces(self, latents_FCHW: Tensor) -> tuple[Tensor, ...]:
+        """Latents of frames that go through the decoder together; a piece's frames depend on that piece alone."""
+        height, width = (side * self.downscale for side in latents_FCHW.shape[2:])
+        return torch.split(latents_FCHW, _TEMPORAL_CHUNK if self.temporal else _chunk(height, width))
+
+    @torch.no_grad()
+    def decode_piece(self, latents_FCHW: Tensor) -> Tensor:
+        """Frames (F, H, W, 3), uint8, on the network's device, of one of the `pieces` of a video."""
+        latents = latents_FCHW.to(self.network.device, torch.float32) / self.scale + self.shift
+        extra = {"num_frames": len(latents)} if self.temporal else {}
+        images: Tensor = self.network.decode(latents.to(self.network.dtype), **extra).sample
+        rounding = 0.0 if self.temporal else 0.5
+        return ((images.float() / 2 + 0.5) * 255 + rounding).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 def _chunk(height: int, width: int) -> int:

@@ -7,8 +7,9 @@ import secrets
 import threading
 import time
 
-from cinemo.animate import AnimateRequest, animate, load_image, save_animation
+from cinemo.animate import AnimateRequest, animate, load_image
 from cinemo.bundle import ModelBundle
+from cinemo.media.saving import save_animation
 from cinemo.serving.jobs import Job, JobStore
 from cinemo.serving.media import image_name, video_name
 from cinemo.types import InputError

@@ -18,13 +18,13 @@ import torch
 from PIL import Image, ImageDraw
 
 from cinemo import storage
-from cinemo.animate import sample_latents
 from cinemo.config import Recipe
 from cinemo.data.shards import DatasetIndex, Members, fetch_sample, record_uri
 from cinemo.media.motion import motion_bucket
 from cinemo.media.mp4 import write_video
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import Vae
+from cinemo.sampling import sample_latents
 from cinemo.training.batch import TextStates
 from cinemo.types import Condition, LatentSample, RunError, keyed_generator
 
