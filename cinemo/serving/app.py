@@ -14,11 +14,13 @@ import os
 import secrets
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -30,6 +32,7 @@ from cinemo import storage, tracking
 from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
 from cinemo.data.cluster import connect
 from cinemo.serving.api import ApiSettings, build_api
+from cinemo.serving.proxy import proxy_environment
 from cinemo.serving.runner import JobRunner
 from cinemo.serving.scaling import QueueDemand
 from cinemo.serving.settings import ServeSettings, open_keys, open_store
@@ -40,8 +43,6 @@ log = logging.getLogger("ray.serve")
 
 _NAME = "cinemo"
 _MAX_CPUS = 8.0
-# Of the processes of a Ray that is started here. A dead proxy is missed three times before Serve starts another.
-_SERVE_ENVIRONMENT = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
 # HTTP asks the animators so often which bundle they serve; one that has not answered for `_SILENCE` is not ready.
 _ASK_SECONDS, _ANSWER_SECONDS, _SILENCE = 1.0, 3.0, 6.0
 # What a replica gets beside the drain itself: open requests, the release of jobs, its own end.
@@ -284,11 +285,13 @@ def serve_forever(
     log.setLevel(logging.ERROR)
     hangup = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: hangup.set())
-    for name, value in _SERVE_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     _handle_signals(_interrupt)
     try:
         with ExitStack() as leaving:
+            if not os.environ.get("RAY_ADDRESS"):
+                scratch = tempfile.TemporaryDirectory(prefix="cinemo-", ignore_cleanup_errors=True)
+                for name, value in proxy_environment(Path(leaving.enter_context(scratch))).items():
+                    os.environ.setdefault(name, value)
             connect()
             leaving.callback(ray.shutdown)
             _handle_signals(_interrupt)  # again: Ray's own handler of SIGTERM ends the process at once

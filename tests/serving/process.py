@@ -1,4 +1,4 @@
-"""``pipelines/serve.py`` as a process of its own, the clients that ask it, and the processes of it that can be killed."""
+"""``pipelines/serve.py`` as a process, clients that ask it, and the processes of it that can be killed."""
 
 from __future__ import annotations
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
+from serving.process import eventually
 from tiny import tiny_bundle
 
 from cinemo import cli
+from cinemo.serving.proxy import proxy_environment
 from cinemo.serving.scaling import QueueDemand
 from cinemo.serving.settings import ServeSettings, open_keys, open_store, parse_settings, read_config
 from cinemo.types import InputError
@@ -139,3 +144,22 @@ def test_demand_stays_where_no_database_answers(tmp_path: Path) -> None:
     for _ in range(20):
         assert demand(SimpleNamespace(target_num_replicas=7)) == (7, {})
     assert time.monotonic() - began < 1
+
+
+def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    wrapper = proxy_environment(tmp_path).get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    if wrapper is None:
+        pytest.skip("ray[serve] brings HAProxy on Linux alone")
+    assert "HAProxy version" in subprocess.run([wrapper, "-v"], capture_output=True, text=True, check=True).stdout
+    config = tmp_path / "haproxy.cfg"
+    config.write_text("defaults\n  mode http\n  timeout client 1s\nfrontend f\n  bind 127.0.0.1:0\n")
+    start = f"import subprocess, time; p = subprocess.Popen([{wrapper!r}, '-db', '-f', {str(config)!r}]); "
+    parent = subprocess.Popen([sys.executable, "-c", start + "print(p.pid, flush=True); time.sleep(60)"], stdout=-1)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    try:
+        eventually(lambda: "bin/haproxy" in " ".join(child.cmdline()))
+    finally:
+        parent.kill()
+        parent.wait()
+    eventually(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
