@@ -33,6 +33,7 @@ _LOCK_NUMBERS: dict[Lock, int] = {"schema": 0x63696E00, "submit": 0x63696E01, "c
 
 _SQLITE_BUSY_SECONDS = 5.0
 _SQLITE_PASSES = frozenset({5, 6})  # BUSY, LOCKED
+_SQLITE_BROKEN = frozenset({11, 26})  # CORRUPT, NOTADB
 # A process that is frozen inside a transaction loses it, so that the others go on.
 _POSTGRES_OPTIONS = "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s -c client_encoding=utf8"
 # Serialization failure, deadlock, lock timeout, too many connections, and the server going down or coming up.
@@ -81,7 +82,9 @@ class Database:
         self._writer, self._reader = _sqlite_engines(parsed) if self.is_sqlite else _postgres_engines(parsed)
         # Threads of one process queue here rather than poll for SQLite's file lock.
         self._turn = threading.Lock() if self.is_sqlite else nullcontext()
+        self._is_open = False
         self.transact(_make_tables(self.name), lock="schema")
+        self._is_open = True
 
     def transact(self, work: Callable[[Transaction], T], lock: Lock | None = None, durable: bool = True) -> T:
         """What ``work`` returns, its changes committed together; nothing is changed where it raises.
@@ -138,11 +141,12 @@ class Database:
             except NoConnectionLeft:
                 raise RunError(f"{self.name}: all connections of this process are in use; ask again later") from None
             except DBAPIError as error:
-                if not isinstance(error, OperationalError) and not error.connection_invalidated:
-                    raise  # a fault of a statement is a fault of ours
                 fault = str(error.orig).strip().partition("\n")[0]
                 if not _passes(error, fault):
-                    raise InputError(f"{self.name}: {fault}; check the database's URL, rights and room") from None
+                    if not isinstance(error, OperationalError) and not _is_broken(error):
+                        raise  # a fault of a statement is a fault of ours
+                    kind = RunError if self._is_open else InputError
+                    raise kind(f"{self.name}: {fault}; check the database's URL, rights and room") from None
                 if time.monotonic() - begun > self.patience:
                     message = f"the database has failed for {self.patience:g} s ({fault}); ask again once it answers"
                     raise RunError(f"{self.name}: {message}") from None
@@ -197,7 +201,8 @@ def _sqlite_engines(url: URL) -> tuple[Engine, Engine]:
 
 
 def _postgres_engines(url: URL) -> tuple[Engine, Engine]:
-    arguments = {"connect_timeout": 5, "application_name": "cinemo", "options": _POSTGRES_OPTIONS}
+    alive = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 20_000}
+    arguments = {"connect_timeout": 5, "application_name": "cinemo", "options": _POSTGRES_OPTIONS, **alive}
     writer = create_engine(url, connect_args=arguments, pool_size=5, max_overflow=5, pool_timeout=30)
     return writer, writer.execution_options(isolation_level="AUTOCOMMIT")
 
@@ -207,7 +212,7 @@ def _make_tables(name: str) -> Callable[[Transaction], None]:
         there = set(inspect(transaction.connection).get_table_names())
         if about.name not in there:
             if "jobs" in there:
-                message = "holds the jobs of an earlier version of this server, which this one does not read"
+                message = "holds jobs of an earlier version of this server, which this one does not read"
                 raise InputError(f"{name}: {message}; choose another database, or remove that one")
             metadata.create_all(transaction.connection)
             transaction.execute(insert(about), {"version": VERSION})
@@ -222,6 +227,8 @@ def _make_tables(name: str) -> Callable[[Transaction], None]:
 
 def _passes(error: DBAPIError, fault: str) -> bool:
     """Whether trying again makes sense."""
+    if not isinstance(error, OperationalError) and not error.connection_invalidated:
+        return False
     sqlite_code = getattr(error.orig, "sqlite_errorcode", None)
     if sqlite_code is not None:
         return sqlite_code & 0xFF in _SQLITE_PASSES
@@ -229,3 +236,8 @@ def _passes(error: DBAPIError, fault: str) -> bool:
     if state is None:  # no connection, or none any more
         return not any(sign in fault for sign in _POSTGRES_HOPELESS)
     return error.connection_invalidated or state in _POSTGRES_PASSES or state.startswith("08")
+
+
+def _is_broken(error: DBAPIError) -> bool:
+    """The file holds no sound database."""
+    return getattr(error.orig, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BROKEN

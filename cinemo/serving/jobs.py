@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from sqlalchemy import ColumnElement, Row, bindparam, delete, insert, or_, select, update
+from sqlalchemy import ColumnElement, Row, bindparam, delete, insert, select, update
 
 from cinemo.serving.admission import (
     WAITING,
@@ -31,7 +31,7 @@ from cinemo.serving.admission import (
 from cinemo.serving.counters import Statistics, count_finished, make_counters, read_statistics
 from cinemo.serving.database import Database, Transaction
 from cinemo.serving.keys import Quota
-from cinemo.serving.leases import QueueLimits, choose, claimable, end, end_overdue, fail_late, next_turns, overdue
+from cinemo.serving.leases import QueueLimits, choose, due, end, end_overdue, fail_late, next_turns
 from cinemo.serving.media import MediaStore, image_name, is_job_id
 from cinemo.serving.tables import jobs, usage
 from cinemo.types import InputError, RunError
@@ -261,7 +261,7 @@ class JobStore:
             statement = update(jobs).where(*_held(job)).values(worker=None, lease_until=None, **values)
             return bool(transaction.execute(statement).rowcount)
 
-        return self.database.transact(work)
+        return self.database.transact(work, durable=False)
 
     def cancel(self, job_id: str, client: str | None = None) -> bool:
         """queued or in_progress -> cancelled; its worker learns of it at its next beat. False: unknown, or finished."""
@@ -327,7 +327,7 @@ class JobStore:
     def _is_anything_due(self) -> bool:
         """Workers ask several times a second: they take no lock where there is nothing to do."""
         now = self._time()
-        return bool(self.database.read(select(jobs.c.number).where(or_(claimable(now), overdue(now))).limit(1)))
+        return bool(self.database.read(select(jobs.c.number).where(due(now)).limit(1)))
 
     def _finish(self, job: Job, status: Status, **values: Any) -> bool:
         def work(transaction: Transaction) -> bool:

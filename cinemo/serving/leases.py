@@ -33,18 +33,23 @@ class QueueLimits:
     stray_seconds: float = 3600.0
 
 
-def lapsed(now: float) -> ColumnElement[bool]:
-    """Running jobs whose worker has been silent for too long."""
-    return and_(jobs.c.status == "in_progress", jobs.c.lease_until <= now)
+# First of every condition, for the index: finished jobs are many.
+_UNFINISHED = jobs.c.status.in_(("queued", "in_progress"))
 
 
 def claimable(now: float) -> ColumnElement[bool]:
-    return or_(jobs.c.status == "queued", lapsed(now))
+    """Queued jobs, and running ones whose worker has been silent for too long."""
+    return and_(_UNFINISHED, or_(jobs.c.status == "queued", jobs.c.lease_until <= now))
 
 
 def overdue(now: float) -> ColumnElement[bool]:
     """Unfinished jobs behind their deadline."""
-    return and_(jobs.c.status.in_(("queued", "in_progress")), jobs.c.deadline_at <= now)
+    return and_(_UNFINISHED, jobs.c.deadline_at <= now)
+
+
+def due(now: float) -> ColumnElement[bool]:
+    """Jobs for which `JobStore.claim` may have something to do."""
+    return and_(_UNFINISHED, or_(jobs.c.status == "queued", jobs.c.lease_until <= now, jobs.c.deadline_at <= now))
 
 
 def choose(transaction: Transaction, worker: str, count: int, now: float, limits: QueueLimits) -> list[int]:
@@ -103,7 +108,8 @@ def end_overdue(transaction: Transaction, now: float, limits: QueueLimits) -> li
     late = _lock(transaction, overdue(now))
     if late:
         fail_late(transaction, late, now, limits)
-    interrupted = _lock(transaction, and_(lapsed(now), jobs.c.attempts >= limits.max_attempts))
+    lapsed = and_(jobs.c.status == "in_progress", jobs.c.lease_until <= now)
+    interrupted = _lock(transaction, and_(lapsed, jobs.c.attempts >= limits.max_attempts))
     if interrupted:
         reason = {"error_code": "interrupted", "error_message": _INTERRUPTED}
         end(transaction, interrupted, now, limits.keep_seconds, status="failed", **reason)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import os
+import contextlib
 import re
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +11,8 @@ from pathlib import Path
 
 from cinemo import storage
 
-log = logging.getLogger(__name__)
-
 _JOB_ID = re.compile(r"video_[0-9a-f]{24}")
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 4 << 20
 
 
 def is_job_id(text: str) -> bool:
@@ -73,24 +70,21 @@ class MediaStore:
         """``length`` bytes of a file from ``start`` (all that follow where None), piece by piece.
 
         Raises:
-            FileNotFoundError: before the first piece.
+            FileNotFoundError: at once, not at the first piece.
         """
         end = self.size(name)
-        end = end if length is None else min(end, start + length)
-        while start < end:
-            piece = storage.read_bytes(self._uri(name), start, min(_PIECE_BYTES, end - start))
-            if not piece:
-                return
-            yield piece
-            start += len(piece)
+        return self._pieces(name, start, end if length is None else min(end, start + length))
 
     def remove(self, job_id: str) -> None:
         """Remove all files of a job; no error where there are none."""
         storage.remove(self._uri(job_id))
 
     def remove_file(self, name: str) -> None:
-        """Remove one file; no error where there is none."""
+        """Remove one file; no error where there is none. A job's directory goes with its last file."""
         storage.remove_file(self._uri(name))
+        if (path := self.local_path(name)) is not None:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
 
     def old(self, seconds: float) -> dict[str, list[str]]:
         """Names of the files that were last written at least ``seconds`` ago, by job id; half-written ones included."""
@@ -101,8 +95,13 @@ class MediaStore:
                 found.setdefault(job_id, []).append(name)
         return found
 
+    def _pieces(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        while start < end and (piece := storage.read_bytes(self._uri(name), start, min(_PIECE_BYTES, end - start))):
+            yield piece
+            start += len(piece)
+
     def _uri(self, name: str) -> str:
         job_id, _, rest = name.partition("/")
         if not is_job_id(job_id) or "/" in rest or rest in (".", ".."):
             raise ValueError(f"{name!r} names no file of a job")
-        return f"{self.uri}{os.sep if not self.is_remote else '/'}{name}"
+        return storage.join(self.uri, name)

@@ -207,7 +207,7 @@ def test_a_batch_too_large_for_memory_is_tried_one_by_one(bundle: ModelBundle) -
 
         return check
 
-    requests = {str(k): ask(steps=4, seed=k, reuse_features=1 + k % 2) for k in range(4)}
+    requests = {str(k): ask(steps=4, seed=k, reuse_features=1 + k // 2) for k in range(4)}
     denoiser = Denoiser(bundle, max_batch=4)
     for key, request in requests.items():
         denoiser.join(key, request)
