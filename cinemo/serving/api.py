@@ -27,6 +27,7 @@ from cinemo.serving.exposition import Exposition, Observed
 from cinemo.serving.fetch import Fetcher
 from cinemo.serving.jobs import FINAL, Job, JobStore, KeyReused, QueueFull, QuotaExceeded
 from cinemo.serving.keys import KeyStore
+from cinemo.serving.page import add_page
 from cinemo.serving.refusals import BodyLimit, Refused, add_error_answers
 from cinemo.serving.schema import (
     CancelledVideo,
@@ -109,6 +110,7 @@ def build_api(
     _add_events(api, store, streams)
     _add_models(api, card)
     _add_operation(api, store, ready, exposition if settings.metrics != "off" else None)
+    add_page(api)
     api.openapi = partial(describe, api, keys is not None)  # type: ignore[method-assign]
     return api
 

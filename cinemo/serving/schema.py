@@ -10,7 +10,7 @@ from fastapi import File, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from cinemo.animate import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, check_text
-from cinemo.bundle import BundleCard
+from cinemo.bundle import BundleCard, MotionScale
 from cinemo.config import MOTION_BUCKETS
 from cinemo.media.motion import strength_to_bucket
 from cinemo.serving.jobs import Job, Status
@@ -210,6 +210,15 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
+class MotionBucket(BaseModel):
+    """What a motion bucket means to a model. ``ssim``: the mean SSIM of neighbouring frames that it stands for, from
+    and to. ``measured``: 1 - that SSIM in videos this model made at this bucket, where somebody measured it."""
+
+    bucket: int
+    ssim: tuple[float, float]
+    measured: float | None = None
+
+
 class Model(BaseModel):
     """A model that can be asked for, with what it supports and its defaults."""
 
@@ -223,6 +232,7 @@ class Model(BaseModel):
     frames: int
     fps: float
     motion_buckets: int = MOTION_BUCKETS
+    motion: list[MotionBucket]
     defaults: dict[str, Any]
 
     @classmethod
@@ -235,6 +245,7 @@ class Model(BaseModel):
             seconds=video_seconds(card),
             frames=card.recipe.data.frames,
             fps=sample.fps,
+            motion=motion_buckets(card.motion),
             defaults={
                 "motion_bucket": sample.motion_bucket,
                 "num_inference_steps": sample.steps,
@@ -257,6 +268,17 @@ class Health(BaseModel):
 
     status: Literal["ok", "starting"]
     queued: int | None = None
+
+
+def motion_buckets(scale: MotionScale) -> list[MotionBucket]:
+    """The motion scale of a bundle, stillest bucket first, with its calibration where the bundle holds one."""
+    bounds = (0.0, *scale.edges, 1.0)
+    found = scale.calibration or {}
+    measured = dict(zip(found.get("buckets", ()), found.get("mean_motion", ()), strict=False))
+    return [
+        MotionBucket(bucket=bucket, ssim=(bounds[-2 - bucket], bounds[-1 - bucket]), measured=measured.get(bucket))
+        for bucket in range(MOTION_BUCKETS)
+    ]
 
 
 def video_size(card: BundleCard) -> str:

@@ -1,0 +1,232 @@
+// The page: the form on the left, what it makes on the right, what was made before below. It speaks the public API.
+
+import * as api from "./api.js";
+import { announce, byId, calm, make } from "./dom.js";
+import { History } from "./history.js";
+import { MotionField } from "./motion.js";
+import { PictureField } from "./picture.js";
+import { drawSeed } from "./seed.js";
+import { settingsOf, Stage } from "./stage.js";
+
+const form = byId("form");
+const button = byId("animate");
+const note = byId("form-note");
+// Names that an error body may give -> the field that a person sees.
+const FIELDS = { motion_strength: "motion_bucket" };
+const PLAIN = ["prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"];
+
+let model = null;
+
+const motion = new MotionField();
+const picture = new PictureField({
+  report: (message) => tellField("input_reference", message),
+  onSettings: (settings) => {
+    fill({ ...settings, num_inference_steps: settings.steps });
+    tell("The settings of that video are filled in, with its first frame as the picture.");
+  },
+});
+const stage = new Stage({ reuse, variant: send, changed, removed: () => history.started(), shown });
+const history = new History({ show: (id) => look([id]), compare: (id) => look([stage.ids[0], id]) });
+
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  await submit();
+});
+form.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+form.addEventListener("input", (event) => event.target.id && tellField(event.target.id, ""));
+byId("dice").addEventListener("click", () => {
+  byId("seed").value = drawSeed();
+  tellField("seed", "");
+});
+byId("forget-key").addEventListener("click", () => {
+  api.key.set("");
+  location.reload();
+});
+window.addEventListener("hashchange", () => stage.show(fromAddress()));
+
+async function submit() {
+  tell("");
+  for (const name of ["input_reference", ...PLAIN]) tellField(name, "");
+  if (!picture.file) return fault({ param: "input_reference", message: "Choose a picture first." });
+  button.disabled = true;
+  const made = await send(entered(), picture.file, { note, fault, again: submit });
+  button.disabled = false;
+  if (!made) return;
+  stage.show([made.id]);
+  announce("Sent");
+  if (matchMedia("(max-width: 899px)").matches) {
+    byId("stage").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth", block: "start" });
+  }
+}
+
+// What the form holds; an empty field is the server's to fill.
+function entered() {
+  const settings = Object.fromEntries(PLAIN.map((name) => [name, byId(name).value]));
+  return { ...settings, motion_bucket: motion.value, dct_init: byId("dct_init").checked };
+}
+
+// Resolves to the new job, or null where the fault has been shown in place: {note, fault?, again?}.
+async function send(settings, file, place) {
+  const body = new FormData();
+  for (const [name, value] of Object.entries(settings)) if (value !== "" || name === "prompt") body.append(name, value);
+  body.append("input_reference", file, file.name || "picture");
+  const once = api.newIdempotencyKey();
+  try {
+    const video = await api.create(body, once).catch(async (error) => {
+      if (error.status !== 0) throw error;
+      await api.sleep(1500); // perhaps only the answer was lost: with the same key nothing is made twice
+      return api.create(body, once);
+    });
+    place.note.replaceChildren();
+    stage.pictures.set(video.id, file);
+    history.started();
+    return video;
+  } catch (error) {
+    if (error.status === 429) countDown(error, place);
+    else if (place.fault) place.fault(error);
+    else place.note.replaceChildren(make("p", {}, error.message));
+    return null;
+  }
+}
+
+// The server said when to come back: count down, then offer to try again.
+function countDown(error, place) {
+  let left = Math.max(1, Math.ceil(error.retryAfter));
+  const again = make("button", { type: "button", className: "button" });
+  place.note.replaceChildren(make("p", {}, `${error.code === "queue_full" ? "The server is busy: " : ""}${error.message}.`), again);
+  const tick = () => {
+    if (!again.isConnected) return;
+    again.disabled = left > 0;
+    again.textContent = left > 0 ? `Try again in ${left} s` : "Try again";
+    if (left-- > 0) setTimeout(tick, 1000);
+  };
+  again.addEventListener("click", () => (place.again ? place.again() : place.root.requestSubmit()));
+  tick();
+}
+
+// An error body, beside the field that it is about.
+function fault({ param, message }) {
+  const name = FIELDS[param] ?? param;
+  if (!byId(`${name}-error`)) return tell(message, "bad");
+  tellField(name, sentence(message, param));
+  const field = byId(name);
+  const fold = field.closest("details");
+  if (fold) fold.open = true;
+  field.focus();
+  return announce(message);
+}
+
+function tellField(name, message) {
+  const place = byId(`${name}-error`);
+  if (!place) return;
+  place.textContent = message;
+  place.hidden = !message;
+  if (message) byId(name).setAttribute("aria-invalid", "true");
+  else byId(name).removeAttribute("aria-invalid");
+  if (name === "input_reference") byId("drop").classList.toggle("bad", Boolean(message));
+}
+
+function tell(message, kind = "") {
+  note.replaceChildren(...(message ? [make("p", { className: kind }, message)] : []));
+}
+
+// "prompt: got 5000 characters" under the field "prompt" need not name it again.
+function sentence(message, param) {
+  const text = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message;
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}
+
+// The settings of an earlier video, and its picture: the file itself where this tab sent it, else the first frame.
+async function reuse(video) {
+  fill(settingsOf(video));
+  const own = stage.pictures.has(video.id);
+  try {
+    await picture.show(await stage.pictureOf(video), own ? stage.pictures.get(video.id).name : "First frame of that video");
+    tell(own ? "Settings and picture are filled in." : "The settings are filled in, with the video's first frame as the picture.");
+  } catch {
+    tell("The settings are filled in. Choose a picture.");
+  }
+  form.scrollIntoView({ behavior: calm.matches ? "auto" : "smooth", block: "start" });
+  byId("prompt").focus({ preventScroll: true });
+}
+
+function fill(settings) {
+  for (const name of PLAIN) if (settings[name] !== undefined) byId(name).value = settings[name];
+  for (const name of PLAIN) tellField(name, "");
+  if (settings.motion_bucket !== undefined) motion.value = settings.motion_bucket;
+  if (settings.dct_init !== undefined) byId("dct_init").checked = settings.dct_init;
+}
+
+// What is on the stage is in the address, so that it can be kept, shared, and left with the back button.
+const fromAddress = () => location.hash.slice(1).split("+").filter((id) => /^video_\w+$/.test(id)).slice(0, 2);
+
+function look(ids) {
+  stage.show(ids);
+  byId("stage").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth", block: "start" });
+}
+
+function shown(ids) {
+  const address = ids.length ? `#${ids.join("+")}` : location.pathname + location.search;
+  if (fromAddress().join() !== ids.join()) window.history.pushState(null, "", address);
+  history.mark(ids);
+}
+
+function changed(video) {
+  history.changed(video);
+  if (video.id !== stage.ids[0]) return;
+  const states = { in_progress: `${video.progress} % · Cinemo`, completed: document.hidden ? "Ready · Cinemo" : "Cinemo" };
+  document.title = states[video.status] ?? "Cinemo";
+}
+
+document.addEventListener("visibilitychange", () => {
+  if (document.title.startsWith("Ready")) document.title = "Cinemo";
+});
+
+// Resolves to true once a key was entered; several requests that are refused at once ask once.
+let asking = null;
+api.onKeyNeeded((refused) => {
+  asking ??= new Promise((resolve) => {
+    const dialog = byId("key-dialog");
+    byId("key-error").hidden = !refused;
+    byId("key").value = "";
+    dialog.returnValue = "";
+    dialog.showModal();
+    dialog.addEventListener("close", () => {
+      asking = null;
+      if (dialog.returnValue === "use") api.key.set(byId("key").value.trim());
+      byId("forget-key").hidden = !api.key.get();
+      resolve(dialog.returnValue === "use");
+    }, { once: true });
+  });
+  return asking;
+});
+
+function setModel(known) {
+  model = known;
+  stage.model = model;
+  const [width, height] = model.size.split("x").map(Number);
+  document.documentElement.style.setProperty("--shape", `${width} / ${height}`);
+  byId("model").textContent = `${model.id} · ${width} × ${height} · ${model.frames} frames, ${Number(model.seconds)} s`;
+  motion.setModel(model);
+  byId("num_inference_steps").placeholder = model.defaults.num_inference_steps;
+  byId("guidance_scale").placeholder = model.defaults.guidance_scale;
+  byId("dct_init").checked = model.defaults.dct_init;
+}
+
+// Until the server answers: a page that was opened while it starts comes to life by itself.
+for (;;) {
+  try {
+    setModel(await api.model());
+    break;
+  } catch (error) {
+    tell(`${error.message} Trying again …`, "bad");
+    await api.sleep(error.status === 401 ? 60_000 : 3000);
+  }
+}
+tell("");
+byId("forget-key").hidden = !api.key.get();
+button.disabled = false;
+stage.show(fromAddress());
+history.refresh();

@@ -1,0 +1,318 @@
+// What is being looked at: one job, or two side by side that play in step.
+
+import * as api from "./api.js";
+import { byId, announce, icon, make } from "./dom.js";
+import { readMetadata } from "./metadata.js";
+import { firstFrame } from "./picture.js";
+import { Transport } from "./player.js";
+import { VariantForm } from "./variant.js";
+
+const LONG = 280; // letters of a prompt that a table shows
+const SETTINGS = [
+  ["prompt", "Prompt"], ["negative_prompt", "Without"], ["motion_bucket", "Motion"], ["seed", "Seed"],
+  ["num_inference_steps", "Steps"], ["guidance_scale", "Guidance"], ["dct_init", "DCTInit"], ["model", "Model"],
+];
+// Ways to less work for a video, which programs may ask for: told where they are used.
+const SHORTCUTS = [["solver", "Solver", "ddim"], ["guidance_interval", "Guided share", "0,1"], ["reuse_features", "Features kept for", "1"]];
+
+export class Stage {
+  panes = [];
+  model = null;
+  pictures = new Map(); // id -> the File that was sent from this tab
+
+  // on: {reuse(video), variant(settings, file, form), changed(video), removed(id), shown(ids)}
+  constructor(on) {
+    this.on = on;
+    this.transport = new Transport();
+    this.variant = new VariantForm((change, form) => this.startVariant(change, form));
+    byId("stage-variant").append(this.variant.root);
+    document.addEventListener("keydown", (event) => this.onKey(event));
+  }
+
+  get ids() {
+    return this.panes.map((pane) => pane.id);
+  }
+
+  // ids: none, one or two. A job that stays is not asked for anew.
+  show(ids) {
+    const focused = byId("stage").contains(document.activeElement);
+    const kept = new Map(this.panes.map((pane) => [pane.id, pane]));
+    this.transport.detach();
+    this.panes = ids.map((id) => kept.get(id) ?? new Pane(id, this));
+    for (const pane of kept.values()) if (!this.panes.includes(pane)) pane.close();
+    byId("panes").replaceChildren(...this.panes.map((pane) => pane.root));
+    byId("stage").dataset.count = ids.length;
+    byId("stage-empty").hidden = ids.length > 0;
+    this.variant.close();
+    this.refresh();
+    if (focused && ids.length && document.activeElement === document.body) byId("stage").focus({ preventScroll: true });
+    this.on.shown(ids);
+  }
+
+  async pictureOf(video) {
+    return this.pictures.get(video.id) ?? firstFrame(await api.content(video.id));
+  }
+
+  async startVariant({ name, value }, form) {
+    const [pane] = this.panes;
+    const file = await this.pictureOf(pane.video);
+    const shortcuts = Object.fromEntries(SHORTCUTS.map(([each]) => [each, pane.video[each]]).filter(([, set]) => set !== undefined));
+    if (shortcuts.guidance_interval) shortcuts.guidance_interval = JSON.stringify(shortcuts.guidance_interval);
+    const made = await this.on.variant({ ...shortcuts, ...settingsOf(pane.video), [name]: value }, file, form);
+    if (made) this.show([pane.id, made.id]);
+  }
+
+  // After any change of a job: letters, tables and the player follow from what all panes hold.
+  refresh() {
+    const two = this.panes.length === 2;
+    this.panes.forEach((pane, at) => pane.arrange(two ? "AB"[at] : ""));
+    // One player for both below the two, or between a single video and its buttons: also in the order of the Tab key.
+    const { root } = this.transport;
+    if (this.panes.length === 1) this.panes[0].screen.after(root);
+    else byId("stage-controls").append(root);
+    const all = this.panes.length > 0 && this.panes.every((pane) => pane.player);
+    const players = all ? this.panes.map((pane) => pane.player) : [];
+    const same = players.length === this.transport.videos.length && players.every((each, at) => each === this.transport.videos[at]);
+    if (!same) {
+      const frames = Math.round(Math.min(...players.map((player) => player.duration)) * this.model.fps);
+      this.transport.attach(players, frames, this.model.fps);
+    }
+    const known = this.panes.every((pane) => pane.video);
+    byId("stage-settings").replaceChildren(...(this.panes.length && known ? [two ? this.differences() : this.facts()] : []));
+    if (two) this.variant.close();
+  }
+
+  facts() {
+    const { video, inside } = this.panes[0];
+    const rows = told([video]).filter(([name]) => name !== "prompt").map(([name, title]) =>
+      make("div", {}, make("dt", {}, title), make("dd", {}, said(video[name]))),
+    );
+    const box = make("div", { className: "facts" }, make("p", { className: "prompt" }, video.prompt), make("dl", {}, ...rows));
+    if (inside) box.append(inside);
+    if (video.expires_at) box.append(make("p", { className: "note" }, `Kept until ${when(video.expires_at)}.`));
+    return box;
+  }
+
+  differences() {
+    const [a, b] = this.panes.map((pane) => pane.video);
+    const rows = told([a, b]).map(([name, title]) => {
+      const differs = String(a[name]) !== String(b[name]);
+      const head = make("th", { scope: "row" }, title, differs ? make("span", { className: "visually-hidden" }, " (differs)") : null);
+      return make("tr", { className: differs ? "differs" : "" }, head, ...[a, b].map((each) => make("td", {}, said(each[name]))));
+    });
+    const head = ["Setting", "A", "B"].map((title) => make("th", { scope: "col" }, title));
+    return make("table", { className: "differences" },
+      make("caption", { className: "visually-hidden" }, "Settings of both videos; those that differ are marked"),
+      make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...rows));
+  }
+
+  onKey(event) {
+    const busy = event.target.closest("input, textarea, select, button, a, summary, dialog");
+    if (event.key === " " && !busy && this.transport.videos.length) {
+      event.preventDefault();
+      this.transport.toggle();
+    }
+  }
+}
+
+class Pane {
+  video = null;
+  player = null;
+  inside = null;
+
+  constructor(id, stage) {
+    this.id = id;
+    this.stage = stage;
+    this.leaving = new AbortController();
+    this.letter = make("span", { className: "letter" });
+    this.still = make("img", { className: "still", alt: "" });
+    this.still.hidden = true;
+    this.shut = make("button", { type: "button", className: "round shut", title: "Close" }, icon("close"));
+    this.shut.addEventListener("click", () => this.putAway());
+    this.screen = make("div", { className: "screen" }, this.still, this.letter, this.shut);
+    this.bar = make("progress", { max: 100, "aria-label": "Progress" });
+    this.words = make("p", { className: "status" });
+    this.actions = make("div", { className: "actions" });
+    this.root = make("figure", { className: "pane" }, this.screen, make("figcaption", {}, this.bar, this.words, this.actions));
+    const picture = stage.pictures.get(id);
+    if (picture) {
+      this.still.src = this.stillAddress = URL.createObjectURL(picture);
+      this.still.hidden = false;
+    }
+    this.say("Asking the server …");
+    this.follow();
+  }
+
+  close() {
+    this.leaving.abort();
+    for (const address of [this.stillAddress, this.address]) if (address) URL.revokeObjectURL(address);
+  }
+
+  putAway() {
+    this.stage.show(this.stage.ids.filter((id) => id !== this.id));
+  }
+
+  async follow() {
+    try {
+      for await (const { video, lost } of api.changes(this.id, this.leaving.signal)) {
+        if (lost) this.say(`${lost.message} The job goes on; asking again …`, "lost");
+        else await this.update(video);
+      }
+    } catch (fault) {
+      this.say(fault.message, "failed");
+      announce(fault.message);
+      this.actions.replaceChildren(this.action("close", "Close", () => this.putAway()));
+      this.bar.hidden = true;
+    }
+  }
+
+  async update(video) {
+    const before = this.video?.status;
+    this.video = video;
+    this.root.dataset.status = video.status;
+    this.screen.style.setProperty("--left", 1 - video.progress / 100);
+    if (video.status === "completed" && !this.player) await this.load();
+    if (this.leaving.signal.aborted) return;
+    this.bar.hidden = api.FINAL.has(video.status);
+    if (video.status === "in_progress") this.bar.value = video.progress;
+    else this.bar.removeAttribute("value");
+    this.tell(video);
+    if (before !== video.status) this.stage.refresh();
+    this.stage.on.changed(video);
+  }
+
+  tell(video) {
+    const left = video.status === "in_progress" ? this.timeLeft(video.progress) : "";
+    const steps = video.steps ? `Step ${video.step} of ${video.steps}` : `${video.progress} %`;
+    const texts = {
+      queued: "Waiting in the queue",
+      in_progress: video.progress >= 99 ? "Writing the video" : `${steps}${left}`,
+      completed: "",
+      failed: `This one failed: ${video.error?.message ?? "no reason was given"}`,
+      cancelled: "Cancelled",
+    };
+    this.say(texts[video.status], video.status);
+    const quarter = Math.floor(video.progress / 25) * 25;
+    announce(video.status === "in_progress" ? `${quarter} percent done` : texts[video.status] || "The video is ready");
+  }
+
+  say(text, kind = "") {
+    this.words.textContent = text;
+    this.words.dataset.kind = kind;
+  }
+
+  // From the pace since this page first saw it move: server and browser need not agree on the time.
+  timeLeft(progress) {
+    const now = performance.now();
+    this.first ??= { progress, now };
+    const seconds = (now - this.first.now) / 1000;
+    const done = progress - this.first.progress;
+    if (seconds < 2 || done < 3) return "";
+    const left = Math.ceil(((100 - progress) / done) * seconds);
+    return left < 90 ? ` · about ${left} s left` : ` · about ${Math.round(left / 60)} min left`;
+  }
+
+  async load() {
+    const blob = await api.content(this.id);
+    const player = make("video", { muted: true, playsInline: true, loop: true, preload: "auto", tabIndex: -1 });
+    player.setAttribute("aria-label", `Video: ${this.video.prompt}`);
+    this.address = player.src = URL.createObjectURL(blob);
+    await new Promise((resolve, reject) => {
+      player.addEventListener("loadeddata", resolve, { once: true });
+      player.addEventListener("error", () => reject(new Error("This browser cannot play the video; it can be downloaded.")), { once: true });
+    }).catch((error) => this.say(error.message, "failed"));
+    player.addEventListener("click", () => this.stage.transport.toggle());
+    this.still.hidden = true;
+    this.screen.prepend(player);
+    this.player = player;
+    const written = Object.entries(await readMetadata(blob)).filter(([name]) => !["comment", "title"].includes(name));
+    if (written.length) this.inside = insideFile(written);
+  }
+
+  // The letter is "" where the pane is alone.
+  arrange(letter) {
+    this.letter.textContent = letter;
+    this.letter.hidden = this.shut.hidden = !letter;
+    this.shut.setAttribute("aria-label", `Close ${letter}`);
+    const { video, stage } = this;
+    if (!video) return;
+    const buttons = [];
+    if (!api.FINAL.has(video.status)) buttons.push(this.action("close", "Cancel", () => this.remove()));
+    else {
+      if (this.player) {
+        const link = make("a", { className: "button primary", href: this.address, download: `${video.id}.mp4` }, icon("download"), make("span", {}, "Download"));
+        buttons.push(link);
+        if (!letter) buttons.push(this.action("compare", "Compare", () => stage.variant.open(video, stage.model)));
+      }
+      buttons.push(this.action("reuse", "Use settings", () => stage.on.reuse(video)));
+      if (!letter) buttons.push(this.deletion());
+    }
+    const focused = [...this.actions.children].indexOf(document.activeElement);
+    this.actions.replaceChildren(...buttons);
+    if (focused >= 0) buttons[Math.min(focused, buttons.length - 1)].focus();
+  }
+
+  // Asks once more, on the same button.
+  deletion() {
+    const button = this.action("bin", "Delete", () => {
+      if (button.classList.contains("danger")) return this.remove();
+      button.classList.replace("quiet", "danger");
+      button.lastChild.textContent = "Delete for good";
+      return setTimeout(() => {
+        button.classList.replace("danger", "quiet");
+        button.lastChild.textContent = "Delete";
+      }, 4000);
+    }, "quiet");
+    return button;
+  }
+
+  action(symbol, text, act, kind = "") {
+    const button = make("button", { type: "button", className: `button ${kind}` }, icon(symbol), make("span", {}, text));
+    button.addEventListener("click", act);
+    return button;
+  }
+
+  async remove() {
+    try {
+      const answer = await api.remove(this.id);
+      if (answer.deleted) {
+        this.putAway();
+        this.stage.on.removed(this.id);
+        announce("Deleted");
+      } else await this.update(answer);
+    } catch (fault) {
+      this.say(fault.message, "failed");
+    }
+  }
+}
+
+// What a new job needs to be like an old one.
+export function settingsOf(video) {
+  const names = ["prompt", "negative_prompt", "motion_bucket", "seed", "num_inference_steps", "guidance_scale", "dct_init"];
+  return Object.fromEntries(names.map((name) => [name, video[name]]));
+}
+
+// The settings of some videos that are worth a line.
+function told(videos) {
+  const used = ([name, , usual]) => videos.some((video) => ![undefined, usual].includes(video[name]?.toString()));
+  return [...SETTINGS.filter(([name]) => videos.some((video) => video[name] !== "")), ...SHORTCUTS.filter(used)];
+}
+
+function insideFile(written) {
+  const rows = written.map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text)));
+  return make("details", { className: "inside" }, make("summary", {}, "Settings inside the file"),
+    make("p", { className: "note" }, "Drop the downloaded file on this page to get them back."), make("dl", {}, ...rows));
+}
+
+function said(value) {
+  if (typeof value === "boolean") return value ? "on" : "off";
+  const text = String(value);
+  return text === "" ? "–" : text.length > LONG ? `${text.slice(0, LONG)} …` : text;
+}
+
+function when(seconds) {
+  const date = new Date(1000 * seconds);
+  const today = date.toDateString() === new Date().toDateString();
+  const time = date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  return today ? time : `${date.toLocaleDateString([], { weekday: "long", day: "numeric", month: "long" })}, ${time}`;
+}

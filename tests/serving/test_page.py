@@ -1,0 +1,619 @@
+"""The page for people: its files as they are served, and the page in a real Chromium with a real runner behind it."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from PIL import Image
+from tiny import FRAMES, SIZE, tiny_bundle
+
+from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
+from cinemo.media.mp4 import read_metadata
+from cinemo.media.video import probe
+from cinemo.serving.api import build_api
+from cinemo.serving.database import Database
+from cinemo.serving.jobs import JobStore, QueueLimits
+from cinemo.serving.keys import KeyStore
+from cinemo.serving.media import MediaStore, image_name
+from cinemo.serving.refusals import refusal
+from cinemo.serving.runner import JobRunner
+from cinemo.serving.schema import VideoForm
+
+# No accelerator, no sandbox inside a container, and nothing that a browser asks of its maker by itself.
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+MAX_QUEUED = 16
+LONG = 120  # sampling steps of a job that is caught while it runs
+
+
+@pytest.fixture(scope="module")
+def location(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bundle(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def bundle(location: Path) -> ModelBundle:
+    return load_bundle(location, "cpu")
+
+
+@pytest.fixture(scope="module")
+def card(location: Path) -> BundleCard:
+    """Calibrated at three buckets."""
+    card = read_card(location)
+    measured = {"buckets": [0, 10, 19], "mean_motion": [0.02, 0.12, 0.31]}
+    return replace(card, motion=replace(card.motion, calibration=measured))
+
+
+def open_store(directory: Path) -> JobStore:
+    database = Database(f"sqlite:///{directory}/state.sqlite")
+    return JobStore(database, MediaStore(str(directory / "media")), QueueLimits(max_queued=MAX_QUEUED))
+
+
+async def always() -> bool:
+    return True
+
+
+class Server:
+    """The real interface under uvicorn on a port of its own, with a store and a runner; may go away and come back."""
+
+    def __init__(self, card: BundleCard, bundle: ModelBundle, directory: Path) -> None:
+        self.card, self.bundle = card, bundle
+        self.store = open_store(directory)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = int(free.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}/"
+        self.runner: JobRunner | None = None
+
+    def start(self, around: Callable[[Any], Any] = lambda app: app, **parts: Any) -> None:
+        app = build_api(self.store, lambda: self.card, always, **parts)
+        config = uvicorn.Config(around(app), port=self.port, log_level="warning", timeout_graceful_shutdown=1)
+        self.http = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.http.run, daemon=True)
+        self.thread.start()
+        until(lambda: self.http.started)
+
+    def work(self) -> None:
+        self.runner = JobRunner(self.store, self.bundle)
+        self.runner.start()
+
+    def rest(self) -> None:
+        if self.runner:
+            self.runner.close()
+        self.runner = None
+
+    def submit(self, prompt: str) -> None:
+        """A job that somebody else asked for."""
+        form = VideoForm.model_construct(prompt=prompt, negative_prompt="", seed=1, num_inference_steps=1)
+        self.store.submit(form.controls(self.card), png())
+
+    def stop(self) -> None:
+        self.http.should_exit = True
+        self.thread.join(timeout=20)
+
+    def close(self) -> None:
+        self.rest()
+        self.stop()
+
+
+@pytest.fixture
+def server(card: BundleCard, bundle: ModelBundle, tmp_path: Path) -> Iterator[Server]:
+    made = Server(card, bundle, tmp_path)
+    made.start()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no chromium on this machine")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """A tab with the page in it, and everything that it asked for and complained about."""
+
+    def __init__(self, context: Any, url: str) -> None:
+        self.page = context.new_page()
+        self.url, self.requests, self.complaints = url, list[str](), list[str]()
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("console", lambda line: line.type == "error" and self.complaints.append(line.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.goto(url)
+
+    def ready(self) -> Tab:
+        self.page.wait_for_selector("#animate:enabled")
+        return self
+
+    def ask(self, prompt: str = "waves", picture: Path | None = None, **fields: Any) -> None:
+        """Fill the form and send it."""
+        if picture:
+            self.page.set_input_files("#input_reference", picture)
+            self.page.wait_for_selector("#drop.filled")
+        self.page.fill("#prompt", prompt)
+        if fields:
+            self.page.locator(".fold").evaluate("fold => fold.open = true")
+        for name, value in fields.items():
+            self.page.fill(f"#{name}", str(value))
+        self.page.click("#animate")
+
+    def see(self, script: str, *wanted: Any, seconds: float = 60) -> Any:
+        """What an expression gives, as soon as that is true (or one of ``wanted``).
+
+        The page's policy forbids the eval that Playwright's own waiting needs.
+        """
+        return until(lambda: self.page.evaluate(script), *wanted, seconds=seconds)
+
+    def done(self, videos: int = 1) -> None:
+        self.see("document.querySelectorAll('.pane .screen video').length", videos)
+
+    def error(self, field: str) -> str:
+        self.page.wait_for_selector(f"#{field}-error:not([hidden])")
+        return str(self.page.text_content(f"#{field}-error"))
+
+
+@pytest.fixture
+def open_tab(chromium: Any, server: Server) -> Iterator[Callable[..., Tab]]:
+    contexts = []
+
+    def opened(beside: Tab | None = None, **options: Any) -> Tab:
+        context = beside.page.context if beside else chromium.new_context(**{"viewport": DESKTOP} | options)
+        context.set_default_timeout(20_000)
+        contexts.append(context)
+        return Tab(context, server.url)
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+def until(look: Callable[[], Any], *wanted: Any, seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while True:
+        found = look()
+        if found in wanted if wanted else found:
+            return found
+        assert time.monotonic() < deadline, f"still {found!r}, expected {wanted or 'something'}"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An upright photograph of a phone: stored lying, with EXIF orientation 6."""
+    path = tmp_path_factory.mktemp("pictures") / "phone.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).resize((900, 600)).save(path, exif=exif)
+    return path
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# --- the files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(card: BundleCard, tmp_path: Path) -> TestClient:
+    return TestClient(build_api(open_store(tmp_path), lambda: card, always))
+
+
+def test_the_files_name_no_other_origin_and_are_kept_by_their_tag(client: TestClient) -> None:
+    front = client.get("/")
+    assert front.headers["content-type"].startswith("text/html")
+    names = ["page/page.css", "page/page.js", "page/icon.svg"]
+    assert all(name in front.text for name in names)
+    for path in ["", *names, "page/api.js", "page/stage.js"]:
+        answer = client.get(f"/{path}")
+        assert answer.status_code == 200, path
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        outside = answer.text.replace("http://www.w3.org/2000/svg", "").replace("https://html.spec.whatwg.org", "")
+        assert "http://" not in outside, path
+        assert "https://" not in outside, path
+        tag = answer.headers["etag"]
+        again = client.get(f"/{path}", headers={"If-None-Match": f'"other", W/{tag}'})
+        assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+        assert client.get(f"/{path}", headers={"If-None-Match": '"other"'}).status_code == 200
+        assert client.head(f"/{path}").content == b""
+
+
+def test_nothing_else_is_served_and_nothing_is_written_into_the_api_document(client: TestClient) -> None:
+    for path in ("/page/", "/page/..%2fapi.py", "/page/../api.py", "/page/index.html", "/page/page.py"):
+        assert client.get(path).status_code == 404, path
+    assert client.post("/").status_code == 405
+    assert not [path for path in client.get("/openapi.json").json()["paths"] if path == "/" or "page" in path]
+
+
+def test_a_model_says_what_its_motion_buckets_mean(client: TestClient, card: BundleCard) -> None:
+    motion = client.get("/v1/models").json()["data"][0]["motion"]
+    assert [each["bucket"] for each in motion] == list(range(20))
+    assert [each["bucket"] for each in motion if each["measured"] is not None] == [0, 10, 19]
+    assert motion[10]["measured"] == 0.12
+    # The stillest bucket has the most alike frames; together they cover 0..1 without a gap.
+    assert (motion[0]["ssim"][1], motion[19]["ssim"][0]) == (1.0, 0.0)
+    assert all(left["ssim"][0] == right["ssim"][1] for left, right in itertools.pairwise(motion))
+    assert motion[3]["ssim"] == [card.motion.edges[15], card.motion.edges[16]]
+
+
+# --- the page in a browser -------------------------------------------------------------------------------------------
+
+browser = pytest.mark.browser
+
+
+@browser
+def test_a_video_from_picture_to_file(
+    open_tab: Callable[..., Tab], server: Server, picture: Path, tmp_path: Path
+) -> None:
+    tab = open_tab().ready()
+    page = tab.page
+    # The preview is what the model will see: upright, in the model's shape.
+    assert "Measured" in page.text_content("#motion-note") or "measured" in page.text_content("#motion-note")
+    page.set_input_files("#input_reference", picture)
+    page.wait_for_selector("#drop.filled")
+    assert page.text_content("#picture-size") == "600 × 900"
+    shape = page.locator("#drop").bounding_box()
+    assert shape["width"] / shape["height"] == pytest.approx(SIZE[1] / SIZE[0], rel=0.02)
+    page.focus("#motion_bucket")
+    page.keyboard.press("Home")
+    assert "differ by 2 %" in page.text_content("#motion-note")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    tab.ask("a boat, café 🚤", num_inference_steps=LONG, seed=4711, guidance_scale=1.5, negative_prompt="rain")
+    page.wait_for_selector(".pane[data-status=queued]")
+    assert page.text_content(".status") == "Waiting in the queue"
+    server.work()
+    seen = set()
+    while not page.query_selector(".pane[data-status=completed]"):
+        seen.add(page.evaluate("document.querySelector('.pane progress')?.value ?? 0"))
+        time.sleep(0.02)
+    assert len(seen) >= 5, f"progress was seen to move through {sorted(seen)}"
+    assert any(url.endswith("/events") for url in tab.requests)
+    tab.done()
+    # It plays by itself, in a loop, and is scrubbed frame by frame.
+    video = "document.querySelector('.pane .screen video')"
+    assert tab.page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [SIZE[1], SIZE[0]]
+    before = page.evaluate(f"{video}.currentTime")
+    tab.see(f"{video}.currentTime !== {before} && !{video}.paused")
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_role("slider", name="Frame").focus()
+    page.keyboard.press("End")
+    assert page.text_content(".counter") == f"{FRAMES} / {FRAMES}"
+    assert page.evaluate(f"{video}.currentTime") == pytest.approx((FRAMES - 0.5) / 8, abs=0.01)
+    # What is downloaded holds the settings, and the page says so.
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    download.value.save_as(tmp_path / "a.mp4")
+    info = probe(tmp_path / "a.mp4")
+    assert (info.frames, info.height, info.width) == (FRAMES, *SIZE)
+    metadata = read_metadata(tmp_path / "a.mp4")
+    settings = json.loads(metadata["comment"])
+    asked = {
+        "prompt": "a boat, café 🚤", "negative_prompt": "rain", "seed": 4711, "steps": LONG, "guidance_scale": 1.5,
+        "motion_bucket": 2, "dct_init": True,
+    }  # fmt: skip
+    assert {name: settings[name] for name in asked} == asked
+    page.click("text=Settings inside the file")
+    assert metadata["bundle"] in page.text_content(".inside")
+    # Dropped on the page, the file gives its settings back.
+    page.fill("#prompt", "")
+    page.fill("#seed", "1")
+    page.set_input_files("#input_reference", tmp_path / "a.mp4")
+    tab.see("document.getElementById('prompt').value", "a boat, café 🚤")
+    filled = {name: page.input_value(f"#{name}") for name in ("seed", "motion_bucket", "num_inference_steps")}
+    assert filled == {"seed": "4711", "motion_bucket": "2", "num_inference_steps": str(LONG)}
+    assert all(url.startswith((server.url, "blob:", "data:")) for url in tab.requests), tab.requests
+    assert tab.complaints == []
+
+
+@browser
+def test_cancel(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
+    server.work()
+    tab = open_tab().ready()
+    tab.ask(picture=picture, num_inference_steps=999)
+    tab.see("document.querySelector('.pane progress')?.value > 0")
+    tab.page.get_by_role("button", name="Cancel").click()
+    tab.page.wait_for_selector(".pane[data-status=cancelled]")
+    assert tab.page.text_content(".status") == "Cancelled"
+    assert [job.status for job in server.store.page()] == ["cancelled"]
+    tab.see("document.querySelector('.card .badge')?.textContent", "cancelled")
+    tab.ask("again", num_inference_steps=2)
+    tab.done()
+    assert tab.complaints == []
+
+
+@browser
+def test_errors_are_told_where_they_belong(open_tab: Callable[..., Tab], picture: Path, tmp_path: Path) -> None:
+    tab = open_tab().ready()
+    tab.page.click("#animate")
+    assert tab.error("input_reference") == "Choose a picture first."
+    (tmp_path / "notes.txt").write_text("no picture")
+    tab.page.set_input_files("#input_reference", tmp_path / "notes.txt")
+    tab.see("document.getElementById('input_reference-error').textContent.includes('notes.txt is not a PNG')")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 50)
+    tab.page.set_input_files("#input_reference", tmp_path / "broken.png")
+    tab.see("document.getElementById('input_reference-error').textContent.includes('damaged')")
+    assert not tab.page.query_selector("#drop.filled")
+    # What only the server knows: its own words, beside the field, which is unfolded and has the focus.
+    tab.ask("x" * 4001, picture)
+    assert "at most 4000 characters" in tab.error("prompt")
+    assert tab.page.evaluate("document.activeElement.id") == "prompt"
+    tab.page.fill("#prompt", "waves")
+    assert tab.page.is_hidden("#prompt-error"), "it goes away with the next key"
+    tab.page.locator(".fold").evaluate("fold => fold.open = true")
+    tab.page.fill("#guidance_scale", "1000")
+    tab.page.locator(".fold").evaluate("fold => fold.open = false")
+    tab.page.click("#animate")
+    assert "50" in tab.error("guidance_scale")
+    assert tab.page.is_visible("#guidance_scale")
+    assert tab.page.get_attribute("#guidance_scale", "aria-invalid") == "true"
+    tab.page.fill("#guidance_scale", "")
+    tab.page.fill("#seed", "seven")
+    tab.page.click("#animate")
+    assert "integer" in tab.error("seed")
+    small = tmp_path / "small.png"
+    Image.new("RGB", (100, 4)).save(small)
+    tab.page.fill("#seed", "")
+    tab.ask(picture=small)
+    assert "100x4" in tab.error("input_reference")
+
+
+@browser
+def test_a_full_queue_counts_down_and_tries_again(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
+    server.work()
+    tab = open_tab().ready()
+    tab.ask("the first", picture)  # says how long a job takes, and so how long to wait
+    tab.done()
+    server.rest()
+    for _ in range(MAX_QUEUED):
+        server.submit("in the way")
+    tab.ask("one too many")
+    again = tab.page.get_by_role("button", name="Try again")
+    again.wait_for()
+    assert again.is_disabled()
+    assert f"{MAX_QUEUED} jobs are waiting" in tab.page.text_content("#form-note")
+    server.work()
+    tab.see("document.querySelector('#form-note button').textContent", "Try again")
+    until(lambda: server.store.waiting() < MAX_QUEUED)
+    again.click()
+    tab.see("document.querySelector('.facts .prompt')?.textContent", "one too many")
+    tab.done()
+    assert tab.page.text_content("#form-note") == ""
+
+
+@browser
+def test_a_server_that_goes_away_and_comes_back(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
+    tab = open_tab().ready()
+    tab.ask("patience", picture, num_inference_steps=8)
+    tab.page.wait_for_selector(".pane[data-status=queued]")
+    server.stop()
+    tab.see("document.querySelector('.status').textContent.includes('cannot be reached')")
+    tab.page.fill("#prompt", "nobody hears this")
+    tab.page.click("#animate")
+    tab.see("document.getElementById('form-note').textContent.includes('cannot be reached')")
+    server.start()
+    server.work()
+    tab.done()
+
+
+@browser
+def test_two_tabs_side_by_side(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
+    server.work()
+    left = open_tab().ready()
+    right = open_tab(beside=left).ready()
+    left.ask("left", picture, num_inference_steps=60)
+    right.ask("right", picture, num_inference_steps=6)
+    for tab in (left, right):
+        tab.done()
+        tab.see("document.querySelectorAll('.card[data-status=completed]').length", 2)
+    assert [tab.page.text_content(".facts .prompt") for tab in (left, right)] == ["left", "right"]
+    right.page.get_by_role("button", name="Delete").click()
+    assert len(server.store.page()) == 2, "it asks once more"
+    right.page.get_by_role("button", name="Delete for good").click()
+    left.see("document.querySelectorAll('.card').length", 1)
+    assert left.page.is_visible(".pane .screen video")
+    assert left.complaints + right.complaints == []
+
+
+@browser
+def test_history_in_pages_with_thumbnails(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
+    for number in range(15):
+        server.submit(f"number {number}")
+    server.work()
+    until(lambda: server.store.page(1)[0].status == "completed")
+    tab = open_tab().ready()
+    tab.see("document.querySelectorAll('.card').length", 12)
+    assert tab.page.text_content(".card-title") == "number 14"
+    tab.page.get_by_role("button", name="Show more").click()
+    tab.see("document.querySelectorAll('.card').length", 15)
+    assert tab.page.is_hidden("#history-more")
+    tab.page.locator(".card").last.scroll_into_view_if_needed()
+    tab.see("document.querySelectorAll('.card canvas').length", 15)
+    # A later visit: settings are taken over with the first frame, and the address names what is shown.
+    tab.page.locator(".card-main").nth(3).click()
+    tab.done()
+    assert tab.page.url == f"{server.url}#{server.store.page(4)[3].id}"
+    tab.page.get_by_role("button", name="Use settings").click()
+    tab.see("document.getElementById('prompt').value", "number 11")
+    tab.see("document.getElementById('picture-size').textContent", f"{SIZE[1]} × {SIZE[0]}")
+    tab.page.reload()
+    tab.ready().done()
+    assert tab.page.text_content(".facts .prompt") == "number 11"
+    assert tab.complaints == []
+
+
+@browser
+def test_two_settings_side_by_side_in_step(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
+    server.work()
+    tab = open_tab().ready()
+    page = tab.page
+    tab.ask("a boat", picture, seed=3, num_inference_steps=4)
+    tab.done()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.get_by_label("Change").select_option("motion_bucket")
+    page.get_by_label("to", exact=True).fill("18")
+    page.get_by_role("button", name="Animate and compare").click()
+    tab.done(2)
+    assert [row.text_content() for row in page.query_selector_all(".differences .differs")] == ["Motion (differs)718"]
+    first, second = server.store.page(2)[::-1]
+    assert {**first.request, "motion_bucket": 18} == second.request
+    sent = [server.store.media.read(image_name(job.id)) for job in (first, second)]
+    assert sent[0] == sent[1]
+    times = "[...document.querySelectorAll('.screen video')].map(video => video.currentTime)"
+    apart = []
+    for _ in range(30):
+        left, right = page.evaluate(times)
+        apart.append(min(abs(left - right), FRAMES / 8 - abs(left - right)))
+        time.sleep(0.05)
+    assert sorted(apart)[15] < 0.06, f"seconds apart: {apart}"
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_role("slider", name="Frame").focus()
+    page.keyboard.press("End")
+    page.keyboard.press("Home")
+    assert page.evaluate(times) == [0.0625, 0.0625]
+    page.get_by_role("button", name="Close A").click()
+    tab.see("document.querySelectorAll('.pane').length", 1)
+    assert page.text_content(".facts dd") == "18"
+    # From the list, too.
+    page.locator(".card").nth(1).hover()
+    page.locator(".card-compare:visible").click()
+    tab.done(2)
+    assert tab.complaints == []
+
+
+@browser
+def test_a_server_with_keys(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
+    """The page asks for the key, sends it everywhere (events and videos too), and forgets it with the tab."""
+    server.stop()
+    keys = KeyStore(server.store.database)
+    _, token = keys.create("somebody")
+    server.start(keys=keys)
+    server.work()
+    tab = open_tab()
+    page = tab.page
+    page.wait_for_selector("#key-dialog[open]")
+    page.fill("#key", "cin_wrong")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#key-error:not([hidden])")
+    page.fill("#key", token)
+    page.keyboard.press("Enter")
+    tab.ready().ask(picture=picture, num_inference_steps=3)
+    tab.done()
+    tab.see("document.querySelectorAll('.card canvas').length", 1)
+    assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
+    open_tab(beside=tab).page.wait_for_selector("#key-dialog[open]")
+    page.get_by_role("button", name="Forget key").click()
+    page.wait_for_selector("#key-dialog[open]")
+
+
+@browser
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE, {"width": 320, "height": 640}], ids=["desktop", "phone", "small"])
+def test_nothing_is_wider_than_the_screen(
+    open_tab: Callable[..., Tab], server: Server, picture: Path, viewport: dict[str, int]
+) -> None:
+    server.work()
+    tab = open_tab(viewport=viewport, reduced_motion="reduce", color_scheme="dark").ready()
+    wide = "document.documentElement.scrollWidth"
+    assert tab.page.evaluate(wide) == viewport["width"]
+    tab.ask("unbreakable" * 30, picture, num_inference_steps=2)
+    tab.done()
+    assert tab.page.evaluate("document.querySelector('.screen video').paused"), (
+        "reduced motion: nothing moves by itself"
+    )
+    tab.page.click("text=Settings inside the file")
+    assert tab.page.evaluate(wide) == viewport["width"]
+    tab.page.get_by_role("button", name="Compare", exact=True).click()
+    assert tab.page.evaluate(wide) == viewport["width"]
+    tab.page.get_by_role("button", name="Animate and compare").click()
+    tab.done(2)
+    assert tab.page.evaluate(wide) == viewport["width"]
+    targets = "[...document.querySelectorAll('button, a.button, input:not(.visually-hidden), select')]"
+    shown = f"{targets}.filter(each => each.checkVisibility())"
+    small = tab.page.evaluate(
+        f"{shown}.filter(each => each.getBoundingClientRect().height < 26).map(each => each.outerHTML)"
+    )
+    assert small == []
+
+
+@browser
+def test_everything_has_a_name_and_can_be_reached_by_keyboard(
+    open_tab: Callable[..., Tab], server: Server, picture: Path
+) -> None:
+    server.work()
+    tab = open_tab().ready()
+    tab.ask(picture=picture, num_inference_steps=2)
+    tab.done()
+    tab.see("document.querySelectorAll('.card canvas').length", 1)
+    nameless = tab.page.evaluate(
+        "[...document.querySelectorAll('button, a, input, textarea, select')].filter(each => each.checkVisibility() &&"
+        "!(each.ariaLabel || each.labels?.length || each.textContent.trim())).map(each => each.outerHTML)"
+    )
+    assert nameless == []
+    reached = set()
+    tab.page.evaluate("document.activeElement.blur()")
+    for _ in range(40):
+        tab.page.keyboard.press("Tab")
+        reached.add(tab.page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
+    wanted = {
+        "input_reference",
+        "prompt",
+        "motion_bucket",
+        "seed",
+        "dice",
+        "num_inference_steps",
+        "dct_init",
+        "animate",
+    }
+    assert wanted | {"Download", "Compare", "Use settings", "Delete"} <= reached
+
+
+@browser
+def test_progress_where_something_between_keeps_the_stream_back(
+    open_tab: Callable[..., Tab], server: Server, picture: Path
+) -> None:
+    server.stop()
+    server.start(WithoutEvents)
+    server.work()
+    tab = open_tab().ready()
+    tab.ask(picture=picture, num_inference_steps=LONG)
+    tab.see("document.querySelector('.pane progress')?.value > 0")
+    tab.done()
+    assert len([url for url in tab.requests if url.endswith("/events")]) == 1
+
+
+class WithoutEvents:
+    """A proxy that knows no event streams."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        refused = scope["type"] == "http" and scope["path"].endswith("/events")
+        answer = refusal(501, "not_here", "no event streams here") if refused else self.app
+        await answer(scope, receive, send)
