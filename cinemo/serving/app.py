@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.schema import LoggingConfig
@@ -71,6 +72,8 @@ class Animator:
     """
 
     def __init__(self, settings: ServeSettings) -> None:
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        torch.set_num_threads(max(1, round(cpus)))  # Ray leaves the OMP_NUM_THREADS=1 of our clusters alone
         self._settings = settings
         self._runner: JobRunner | None = None
         self._served: Served | None = None

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
-from serving.process import eventually
+from serving.process import eventually, free_port
 from tiny import tiny_bundle
 
 from cinemo import cli
@@ -152,7 +152,7 @@ def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
         pytest.skip("ray[serve] brings HAProxy on Linux alone")
     assert "HAProxy version" in subprocess.run([wrapper, "-v"], capture_output=True, text=True, check=True).stdout
     config = tmp_path / "haproxy.cfg"
-    config.write_text("defaults\n  mode http\n  timeout client 1s\nfrontend f\n  bind 127.0.0.1:0\n")
+    config.write_text(f"defaults\n  mode http\n  timeout client 1s\nfrontend f\n  bind 127.0.0.1:{free_port()}\n")
     start = f"import subprocess, time; p = subprocess.Popen([{wrapper!r}, '-db', '-f', {str(config)!r}]); "
     parent = subprocess.Popen([sys.executable, "-c", start + "print(p.pid, flush=True); time.sleep(60)"], stdout=-1)
     assert parent.stdout is not None
