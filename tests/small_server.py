@@ -1,4 +1,4 @@
-"""A whole server in this process: the HTTP interface on a real port, a real store, and a worker that makes no effort."""
+"""A whole server in this process: the HTTP interface on a real port, a real store, and an idle worker."""
 
 from __future__ import annotations
 

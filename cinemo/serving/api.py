@@ -21,7 +21,7 @@ import cinemo
 from cinemo.bundle import BundleCard
 from cinemo.serving.access import Client, KeyCheck
 from cinemo.serving.content import video_answer
-from cinemo.serving.description import answers, describe
+from cinemo.serving.description import EVENT, answers, describe
 from cinemo.serving.events import EventStreams, is_over
 from cinemo.serving.exposition import Exposition, Observed
 from cinemo.serving.fetch import Fetcher
@@ -294,7 +294,7 @@ _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     304: {"description": "the client's copy is the video"},
 }
 _EVENT_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "events until the job is finished", "content": {"text/event-stream": _TEXT}},
+    200: {"description": "events until the job is finished", "content": {"text/event-stream": {"schema": EVENT}}},
     204: {"description": "the client has had the last event"},
 }
 

@@ -1,7 +1,8 @@
 """One database behind every process of a server: an SQLite file on one machine, or PostgreSQL among several.
 
 What is committed survives the death of any process. SQLite runs in WAL mode: readers never wait for the writer.
-A durable transaction survives a power cut as well; of the others (heartbeats and claims) a power cut may lose the last.
+A durable transaction survives a power cut and a crash of PostgreSQL as well; of the others (heartbeats) they may lose
+the last second. Claims are durable: one that was forgotten would give its attempt's number to two workers.
 Faults that pass by themselves (a restart of PostgreSQL, a locked file) are met with patience, then `RunError`.
 """
 
@@ -92,7 +93,7 @@ class Database:
         Args:
             work: may be called again after a passing fault; where the answer to a commit was lost, with ``repeated``.
             lock: one transaction with this name at a time (SQLite: one writing transaction at a time anyway).
-            durable: also against a power cut.
+            durable: also against a power cut and a crash of PostgreSQL.
         """
         repeated = False
 

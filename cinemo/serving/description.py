@@ -26,6 +26,22 @@ _MEANINGS = {
 }
 
 
+EVENT = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "description": "the sampler's step, or the final status"},
+        "event": {"enum": ["progress", "completed", "failed", "cancelled", "deleted"]},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/Video"},
+        },
+    },
+    "required": ["id", "event", "data"],
+}
+"""One of the events of a stream."""
+
+
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The answers that are not a success, for a route's ``responses``."""
     return {status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in statuses}

@@ -201,7 +201,7 @@ class JobStore:
             count_finished(transaction, "failed", ended, now)
             return [taken[number] for number in chosen]
 
-        return [_job(row) for row in self.database.transact(work, lock="claim", durable=False)]
+        return [_job(row) for row in self.database.transact(work, lock="claim")]
 
     def beat(self, worker: str, progress: Mapping[str, tuple[int, int]]) -> dict[str, str]:
         """Note how far a worker's jobs are and renew their leases.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
@@ -77,6 +77,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> tuple[KeyStore, str]:
     return store, store.create("a")[1]
 
 
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_no_other_text_opens_a_key(lasting: tuple[KeyStore, str], data: st.DataObject) -> None:
     store, token = lasting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,12 +75,12 @@ def test_lists_are_followed_over_pages(client: openai.OpenAI) -> None:
 
 
 def test_a_picture_as_openais_reference_object(client: openai.OpenAI) -> None:
-    import base64
-
     url = "data:image/png;base64," + base64.b64encode(png()).decode()
-    assert client.videos.create(prompt="waves", input_reference={"image_url": url}).status == "queued"
+    body = {"input_reference": {"image_url": url}}  # as an argument this client takes files alone, against its types
+    assert client.videos.create(prompt="waves", extra_body=body).status == "queued"
+    body["input_reference"]["image_url"] = "https://pictures.example/a.png"
     with pytest.raises(openai.BadRequestError) as caught:
-        client.videos.create(prompt="waves", input_reference={"image_url": "https://pictures.example/a.png"})
+        client.videos.create(prompt="waves", extra_body=body)
     assert (caught.value.code, caught.value.param) == ("url_not_supported", "input_reference")
 
 
