@@ -25,7 +25,8 @@ export class History {
       last?.nextElementSibling?.querySelector("button").focus();
     });
     this.seen = new IntersectionObserver((entries) => {
-      for (const { isIntersecting, target } of entries) if (isIntersecting) this.cards.get(target.dataset.id)?.picture();
+      const near = entries.filter((entry) => entry.isIntersecting);
+      for (const { target } of near) this.cards.get(target.dataset.id)?.picture();
     }, { rootMargin: "200px" });
     // Other tabs of this browser say when they started, cancelled or deleted something.
     this.channel = new BroadcastChannel("cinemo");
@@ -106,9 +107,11 @@ class Card {
     this.badge = make("span", { className: "badge" });
     this.title = make("span", { className: "card-title" });
     this.meta = make("span", { className: "card-meta" });
-    this.main = make("button", { type: "button", className: "card-main" }, make("span", { className: "thumb-box" }, this.thumb, this.badge), this.title, this.meta);
+    const box = make("span", { className: "thumb-box" }, this.thumb, this.badge);
+    this.main = make("button", { type: "button", className: "card-main" }, box, this.title, this.meta);
     this.main.addEventListener("click", () => on.show(this.id));
-    this.compare = make("button", { type: "button", className: "round card-compare", title: "Compare with the video above" }, icon("compare"));
+    this.compare = make("button", { type: "button", className: "round card-compare" }, icon("compare"));
+    this.compare.title = "Compare with the video above";
     this.compare.addEventListener("click", () => on.compare(this.id));
     this.root = make("li", { className: "card" }, this.main, this.compare);
     this.root.dataset.id = this.id;
@@ -155,8 +158,9 @@ class Card {
   async play() {
     if (calm.matches || !this.still || this.video) return;
     const blob = await api.content(this.id);
-    this.video = make("video", { muted: true, loop: true, playsInline: true, src: URL.createObjectURL(blob), "aria-hidden": "true" });
-    const { video } = this;
+    const video = make("video", { muted: true, loop: true, playsInline: true, "aria-hidden": "true" });
+    video.src = URL.createObjectURL(blob);
+    this.video = video;
     video.addEventListener("playing", () => this.video === video && this.thumb.replaceChildren(video), { once: true });
     video.play().catch(() => {});
   }

@@ -2,7 +2,10 @@
 
 import { byId, make } from "./dom.js";
 
-const WORDS = [[0, "as good as still"], [4, "gentle"], [8, "moderate"], [12, "lively"], [16, "strong"], [19, "most there is"]];
+// From which bucket on they hold.
+const WORDS = [
+  [0, "almost still"], [4, "gentle"], [8, "moderate"], [12, "lively"], [16, "strong"], [19, "most there is"],
+];
 
 export class MotionField {
   constructor() {
@@ -70,11 +73,13 @@ export class MotionField {
     const percent = (share) => `${Math.round(100 * share)} %`;
     if (points.length) {
       const much = percent(between(points, bucket));
-      if (here.measured === null) return `Between two measured settings: neighbouring frames differ by about ${much} (1 − SSIM).`;
-      return `Measured on this model: neighbouring frames differ by ${much} (1 − SSIM).`;
+      return here.measured === null
+        ? `Between two measured settings: neighbouring frames differ by about ${much} (1 − SSIM).`
+        : `Measured on this model: neighbouring frames differ by ${much} (1 − SSIM).`;
     }
     const [low, high] = here.ssim;
-    return `Asks for neighbouring frames that differ by ${percent(1 - high)} to ${percent(1 - low)} (1 − SSIM). Not yet measured on this model.`;
+    const range = `${percent(1 - high)} to ${percent(1 - low)}`;
+    return `Asks for neighbouring frames that differ by ${range} (1 − SSIM). Not yet measured on this model.`;
   }
 }
 

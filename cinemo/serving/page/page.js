@@ -95,7 +95,8 @@ async function send(settings, file, place) {
 function countDown(error, place) {
   let left = Math.max(1, Math.ceil(error.retryAfter));
   const again = make("button", { type: "button", className: "button" });
-  place.note.replaceChildren(make("p", {}, `${error.code === "queue_full" ? "The server is busy: " : ""}${error.message}.`), again);
+  const why = error.code === "queue_full" ? "The server is busy: " : "";
+  place.note.replaceChildren(make("p", {}, `${why}${error.message}.`), again);
   const tick = () => {
     if (!again.isConnected) return;
     again.disabled = left > 0;
@@ -135,7 +136,8 @@ function tell(message, kind = "") {
 // "prompt: got 5000 characters" under the field "prompt" need not name it again.
 function sentence(message, param) {
   const text = message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message;
-  return text.charAt(0).toUpperCase() + text.slice(1);
+  const plain = text.replace(/^(String|Input) should/, "This should");
+  return plain.charAt(0).toUpperCase() + plain.slice(1);
 }
 
 // The settings of an earlier video, and its picture: the file itself where this tab sent it, else the first frame.
@@ -143,8 +145,9 @@ async function reuse(video) {
   fill(settingsOf(video));
   const own = stage.pictures.has(video.id);
   try {
-    await picture.show(await stage.pictureOf(video), own ? stage.pictures.get(video.id).name : "First frame of that video");
-    tell(own ? "Settings and picture are filled in." : "The settings are filled in, with the video's first frame as the picture.");
+    const file = await stage.pictureOf(video);
+    await picture.show(file, own ? file.name : "First frame of that video");
+    tell(own ? "Settings and picture are filled in." : "Filled in, with the video's first frame as the picture.");
   } catch {
     tell("The settings are filled in. Choose a picture.");
   }
@@ -176,8 +179,9 @@ function shown(ids) {
 function changed(video) {
   history.changed(video);
   if (video.id !== stage.ids[0]) return;
-  const states = { in_progress: `${video.progress} % · Cinemo`, completed: document.hidden ? "Ready · Cinemo" : "Cinemo" };
-  document.title = states[video.status] ?? "Cinemo";
+  const ready = video.status === "completed" && document.hidden ? "Ready" : "";
+  const state = video.status === "in_progress" ? `${video.progress} %` : ready;
+  document.title = state ? `${state} · Cinemo` : "Cinemo";
 }
 
 document.addEventListener("visibilitychange", () => {
@@ -208,7 +212,8 @@ function setModel(known) {
   stage.model = model;
   const [width, height] = model.size.split("x").map(Number);
   document.documentElement.style.setProperty("--shape", `${width} / ${height}`);
-  byId("model").textContent = `${model.id} · ${width} × ${height} · ${model.frames} frames, ${Number(model.seconds)} s`;
+  const length = `${model.frames} frames, ${Number(model.seconds)} s`;
+  byId("model").textContent = `${model.id} · ${width} × ${height} · ${length}`;
   motion.setModel(model);
   byId("num_inference_steps").placeholder = model.defaults.num_inference_steps;
   byId("guidance_scale").placeholder = model.defaults.guidance_scale;

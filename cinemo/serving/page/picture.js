@@ -42,7 +42,7 @@ export class PictureField {
   async take(file) {
     if (file.type.startsWith("video/")) {
       const settings = await readSettings(file);
-      if (!settings) return this.refuse(`${file.name} is a video without settings of this system inside. Choose a picture.`);
+      if (!settings) return this.refuse(`${file.name} is a video that was not made here. Choose a picture.`);
       this.show(await firstFrame(file), `First frame of ${file.name}`);
       return this.onSettings(settings);
     }
@@ -109,7 +109,8 @@ export async function frameOf(blob, share) {
   }
 }
 
-function happened(video, name) {
+// Resolves at the next event of that name; rejects where the video turns out to be unplayable.
+export function happened(video, name) {
   return new Promise((resolve, reject) => {
     video.addEventListener(name, resolve, { once: true });
     video.addEventListener("error", () => reject(new Error("the video cannot be played")), { once: true });

@@ -11,12 +11,15 @@ export class Transport {
   constructor() {
     this.playButton = make("button", { type: "button", className: "round" });
     this.playButton.addEventListener("click", () => this.toggle());
-    this.scrubber = make("input", { type: "range", min: 0, max: 0, step: 1, value: 0, className: "scrub", "aria-label": "Frame" });
+    this.scrubber = make("input", { type: "range", className: "scrub", min: 0, max: 0, "aria-label": "Frame" });
     this.scrubber.addEventListener("input", () => this.seek(Number(this.scrubber.value)));
     this.counter = make("output", { className: "counter", "aria-hidden": "true" });
-    this.loopButton = make("button", { type: "button", className: "round quiet", title: "Loop", "aria-label": "Loop", "aria-pressed": "true" }, icon("loop"));
+    this.loopButton = make("button", { type: "button", className: "round quiet", title: "Loop" }, icon("loop"));
+    this.loopButton.setAttribute("aria-label", "Loop");
+    this.loopButton.setAttribute("aria-pressed", "true");
     this.loopButton.addEventListener("click", () => this.setLoop(!this.looping));
-    this.root = make("div", { className: "transport", role: "group", "aria-label": "Player" }, this.playButton, this.scrubber, this.counter, this.loopButton);
+    const parts = [this.playButton, this.scrubber, this.counter, this.loopButton];
+    this.root = make("div", { className: "transport", role: "group", "aria-label": "Player" }, ...parts);
     this.root.hidden = true;
   }
 

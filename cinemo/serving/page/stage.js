@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { byId, announce, icon, make } from "./dom.js";
 import { readMetadata } from "./metadata.js";
-import { firstFrame } from "./picture.js";
+import { firstFrame, happened } from "./picture.js";
 import { Transport } from "./player.js";
 import { VariantForm } from "./variant.js";
 
@@ -13,7 +13,9 @@ const SETTINGS = [
   ["num_inference_steps", "Steps"], ["guidance_scale", "Guidance"], ["dct_init", "DCTInit"], ["model", "Model"],
 ];
 // Ways to less work for a video, which programs may ask for: told where they are used.
-const SHORTCUTS = [["solver", "Solver", "ddim"], ["guidance_interval", "Guided share", "0,1"], ["reuse_features", "Features kept for", "1"]];
+const SHORTCUTS = [
+  ["solver", "Solver", "ddim"], ["guidance_interval", "Guided share", "0,1"], ["reuse_features", "Features kept", "1"],
+];
 
 export class Stage {
   panes = [];
@@ -56,9 +58,9 @@ export class Stage {
   async startVariant({ name, value }, form) {
     const [pane] = this.panes;
     const file = await this.pictureOf(pane.video);
-    const shortcuts = Object.fromEntries(SHORTCUTS.map(([each]) => [each, pane.video[each]]).filter(([, set]) => set !== undefined));
-    if (shortcuts.guidance_interval) shortcuts.guidance_interval = JSON.stringify(shortcuts.guidance_interval);
-    const made = await this.on.variant({ ...shortcuts, ...settingsOf(pane.video), [name]: value }, file, form);
+    const shortcuts = SHORTCUTS.filter(([each]) => pane.video[each] !== undefined);
+    const asBefore = Object.fromEntries(shortcuts.map(([each]) => [each, String(pane.video[each])]));
+    const made = await this.on.variant({ ...asBefore, ...settingsOf(pane.video), [name]: value }, file, form);
     if (made) this.show([pane.id, made.id]);
   }
 
@@ -72,13 +74,13 @@ export class Stage {
     else byId("stage-controls").append(root);
     const all = this.panes.length > 0 && this.panes.every((pane) => pane.player);
     const players = all ? this.panes.map((pane) => pane.player) : [];
-    const same = players.length === this.transport.videos.length && players.every((each, at) => each === this.transport.videos[at]);
-    if (!same) {
+    const playing = this.transport.videos;
+    if (players.length !== playing.length || players.some((each, at) => each !== playing[at])) {
       const frames = Math.round(Math.min(...players.map((player) => player.duration)) * this.model.fps);
       this.transport.attach(players, frames, this.model.fps);
     }
-    const known = this.panes.every((pane) => pane.video);
-    byId("stage-settings").replaceChildren(...(this.panes.length && known ? [two ? this.differences() : this.facts()] : []));
+    const known = this.panes.length > 0 && this.panes.every((pane) => pane.video);
+    byId("stage-settings").replaceChildren(...(known ? [two ? this.differences() : this.facts()] : []));
     if (two) this.variant.close();
   }
 
@@ -87,7 +89,8 @@ export class Stage {
     const rows = told([video]).filter(([name]) => name !== "prompt").map(([name, title]) =>
       make("div", {}, make("dt", {}, title), make("dd", {}, said(video[name]))),
     );
-    const box = make("div", { className: "facts" }, make("p", { className: "prompt" }, video.prompt), make("dl", {}, ...rows));
+    const prompt = make("p", { className: "prompt" }, video.prompt);
+    const box = make("div", { className: "facts" }, prompt, make("dl", {}, ...rows));
     if (inside) box.append(inside);
     if (video.expires_at) box.append(make("p", { className: "note" }, `Kept until ${when(video.expires_at)}.`));
     return box;
@@ -97,8 +100,9 @@ export class Stage {
     const [a, b] = this.panes.map((pane) => pane.video);
     const rows = told([a, b]).map(([name, title]) => {
       const differs = String(a[name]) !== String(b[name]);
-      const head = make("th", { scope: "row" }, title, differs ? make("span", { className: "visually-hidden" }, " (differs)") : null);
-      return make("tr", { className: differs ? "differs" : "" }, head, ...[a, b].map((each) => make("td", {}, said(each[name]))));
+      const marked = differs ? make("span", { className: "visually-hidden" }, " (differs)") : null;
+      const cells = [a, b].map((each) => make("td", {}, said(each[name])));
+      return make("tr", { className: differs ? "differs" : "" }, make("th", { scope: "row" }, title, marked), ...cells);
     });
     const head = ["Setting", "A", "B"].map((title) => make("th", { scope: "col" }, title));
     return make("table", { className: "differences" },
@@ -119,6 +123,7 @@ class Pane {
   video = null;
   player = null;
   inside = null;
+  trouble = ""; // why the video cannot be shown
 
   constructor(id, stage) {
     this.id = id;
@@ -133,7 +138,8 @@ class Pane {
     this.bar = make("progress", { max: 100, "aria-label": "Progress" });
     this.words = make("p", { className: "status" });
     this.actions = make("div", { className: "actions" });
-    this.root = make("figure", { className: "pane" }, this.screen, make("figcaption", {}, this.bar, this.words, this.actions));
+    const caption = make("figcaption", {}, this.bar, this.words, this.actions);
+    this.root = make("figure", { className: "pane" }, this.screen, caption);
     const picture = stage.pictures.get(id);
     if (picture) {
       this.still.src = this.stillAddress = URL.createObjectURL(picture);
@@ -171,7 +177,7 @@ class Pane {
     this.video = video;
     this.root.dataset.status = video.status;
     this.screen.style.setProperty("--left", 1 - video.progress / 100);
-    if (video.status === "completed" && !this.player) await this.load();
+    if (video.status === "completed" && !this.address) await this.load();
     if (this.leaving.signal.aborted) return;
     this.bar.hidden = api.FINAL.has(video.status);
     if (video.status === "in_progress") this.bar.value = video.progress;
@@ -187,11 +193,11 @@ class Pane {
     const texts = {
       queued: "Waiting in the queue",
       in_progress: video.progress >= 99 ? "Writing the video" : `${steps}${left}`,
-      completed: "",
+      completed: this.trouble,
       failed: `This one failed: ${video.error?.message ?? "no reason was given"}`,
       cancelled: "Cancelled",
     };
-    this.say(texts[video.status], video.status);
+    this.say(texts[video.status], this.trouble ? "failed" : video.status);
     const quarter = Math.floor(video.progress / 25) * 25;
     announce(video.status === "in_progress" ? `${quarter} percent done` : texts[video.status] || "The video is ready");
   }
@@ -212,19 +218,31 @@ class Pane {
     return left < 90 ? ` · about ${left} s left` : ` · about ${Math.round(left / 60)} min left`;
   }
 
+  async fetch() {
+    while (!this.leaving.signal.aborted) {
+      try {
+        return await api.content(this.id);
+      } catch (fault) {
+        if (fault.status >= 400 && fault.status < 500) throw fault;
+        this.say(`${fault.message} The video is kept; asking again …`, "lost");
+        await api.sleep(2000, this.leaving.signal);
+      }
+    }
+    return null;
+  }
+
   async load() {
-    const blob = await api.content(this.id);
+    const blob = await this.fetch();
+    if (!blob) return;
     const player = make("video", { muted: true, playsInline: true, loop: true, preload: "auto", tabIndex: -1 });
     player.setAttribute("aria-label", `Video: ${this.video.prompt}`);
     this.address = player.src = URL.createObjectURL(blob);
-    await new Promise((resolve, reject) => {
-      player.addEventListener("loadeddata", resolve, { once: true });
-      player.addEventListener("error", () => reject(new Error("This browser cannot play the video; it can be downloaded.")), { once: true });
-    }).catch((error) => this.say(error.message, "failed"));
+    const unplayable = "This browser cannot play the video; it can be downloaded.";
+    await happened(player, "loadeddata").catch(() => (this.trouble = unplayable));
     player.addEventListener("click", () => this.stage.transport.toggle());
     this.still.hidden = true;
     this.screen.prepend(player);
-    this.player = player;
+    if (!this.trouble) this.player = player;
     const written = Object.entries(await readMetadata(blob)).filter(([name]) => !["comment", "title"].includes(name));
     if (written.length) this.inside = insideFile(written);
   }
@@ -239,10 +257,12 @@ class Pane {
     const buttons = [];
     if (!api.FINAL.has(video.status)) buttons.push(this.action("close", "Cancel", () => this.remove()));
     else {
-      if (this.player) {
-        const link = make("a", { className: "button primary", href: this.address, download: `${video.id}.mp4` }, icon("download"), make("span", {}, "Download"));
+      if (this.address) {
+        const words = make("span", {}, "Download");
+        const link = make("a", { className: "button primary", href: this.address }, icon("download"), words);
+        link.download = `${video.id}.mp4`;
         buttons.push(link);
-        if (!letter) buttons.push(this.action("compare", "Compare", () => stage.variant.open(video, stage.model)));
+        if (!letter && this.player) buttons.push(this.action("compare", "Compare", () => stage.variant.open(video, stage.model)));
       }
       buttons.push(this.action("reuse", "Use settings", () => stage.on.reuse(video)));
       if (!letter) buttons.push(this.deletion());
@@ -267,7 +287,8 @@ class Pane {
   }
 
   action(symbol, text, act, kind = "") {
-    const button = make("button", { type: "button", className: `button ${kind}` }, icon(symbol), make("span", {}, text));
+    const words = make("span", {}, text);
+    const button = make("button", { type: "button", className: `button ${kind}` }, icon(symbol), words);
     button.addEventListener("click", act);
     return button;
   }
@@ -288,7 +309,7 @@ class Pane {
 
 // What a new job needs to be like an old one.
 export function settingsOf(video) {
-  const names = ["prompt", "negative_prompt", "motion_bucket", "seed", "num_inference_steps", "guidance_scale", "dct_init"];
+  const names = SETTINGS.map(([name]) => name).filter((name) => name !== "model");
   return Object.fromEntries(names.map((name) => [name, video[name]]));
 }
 
@@ -300,8 +321,9 @@ function told(videos) {
 
 function insideFile(written) {
   const rows = written.map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text)));
-  return make("details", { className: "inside" }, make("summary", {}, "Settings inside the file"),
-    make("p", { className: "note" }, "Drop the downloaded file on this page to get them back."), make("dl", {}, ...rows));
+  const title = make("summary", {}, "Settings inside the file");
+  const hint = make("p", { className: "note" }, "Drop the downloaded file on this page to get them back.");
+  return make("details", { className: "inside" }, title, hint, make("dl", {}, ...rows));
 }
 
 function said(value) {

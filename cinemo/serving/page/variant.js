@@ -32,13 +32,15 @@ export class VariantForm {
   open(video, model) {
     const number = (input) => Number(input.value);
     const last = model.motion_buckets - 1;
+    const numeric = (min, max, step = 1) => ({ type: "number", min, max, step });
+    const motion = video.motion_bucket > last / 2 ? 2 : last - 2;
     // name, title, what to begin with, properties of the input, how to read it
     this.choices = [
-      ["motion_bucket", "motion", video.motion_bucket > last / 2 ? 2 : last - 2, { type: "number", min: 0, max: last }, number],
-      ["seed", "seed", drawSeed(), { type: "number", min: 0, max: Number.MAX_SAFE_INTEGER }, number],
+      ["motion_bucket", "motion", motion, numeric(0, last), number],
+      ["seed", "seed", drawSeed(), numeric(0, Number.MAX_SAFE_INTEGER), number],
       ["dct_init", "DCTInit", !video.dct_init, { type: "checkbox", role: "switch" }, (input) => input.checked],
-      ["num_inference_steps", "steps", Math.min(999, 2 * video.num_inference_steps), { type: "number", min: 1, max: 999 }, number],
-      ["guidance_scale", "guidance", video.guidance_scale > 1 ? 1 : 7.5, { type: "number", min: 1, max: 50, step: 0.1 }, number],
+      ["num_inference_steps", "steps", Math.min(999, 2 * video.num_inference_steps), numeric(1, 999), number],
+      ["guidance_scale", "guidance", video.guidance_scale > 1 ? 1 : 7.5, numeric(1, 50, 0.1), number],
     ];
     this.select.replaceChildren(...this.choices.map(([name, title]) => make("option", { value: name }, title)));
     this.note.replaceChildren();
