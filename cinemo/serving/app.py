@@ -113,14 +113,14 @@ class Animator:
     def _begin(self, location: str) -> None:
         refused = None
         try:
-            bundle, card = self._load(location)
-        except (InputError, RunError) as error:
+            card, bundle = read_card(location), self._load(location)
+        except Exception as error:
             if location == self._settings.bundle:
                 raise
             # An update that was refused is still Serve's target: a replica that starts later must not fail of it.
             refused, location = f"{location}: {error}", self._settings.bundle
-            log.error("bundle %s is refused, %s is served: %s", refused, location, error)
-            bundle, card = self._load(location)
+            log.error("bundle %s is refused, %s is served", refused, location)
+            card, bundle = read_card(location), self._load(location)
         worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         store = open_store(self._settings)
         self._runner = JobRunner(
@@ -138,7 +138,11 @@ class Animator:
             before = self._served
             self._served = replace(before, loading=True, refused=None)
             try:
-                bundle, card = self._load(location)
+                card = read_card(location)
+                if card.digest == before.card.digest:
+                    self._served = Served(location, card)
+                    return
+                bundle = self._load(location)
             except Exception as error:  # whatever is wrong with the new one, the old one works
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 log.error("bundle %s is refused, %s is served on: %s", location, before.location, reason)
@@ -148,11 +152,10 @@ class Animator:
             self._served = Served(location, card)
             log.warning("bundle %s (%s) is served", location, card.digest[:12])
 
-    def _load(self, location: str) -> tuple[ModelBundle, BundleCard]:
-        card = read_card(location)
+    def _load(self, location: str) -> ModelBundle:
         bundle = load_bundle(location)
         warm_up(bundle, self._settings.max_batch)
-        return bundle, card
+        return bundle
 
 
 class Ingress:
@@ -203,9 +206,8 @@ def build(args: ServeSettings) -> serve.Application:
     """
     settings = args.absolute()
     if settings.bundle.startswith("models:/"):
-        settings = settings.model_copy(
-            update={"bundle": tracking.pinned(settings.bundle)}
-        )  # the same for every replica
+        pinned = tracking.pinned(settings.bundle)  # the same for replicas that start later
+        settings = settings.model_copy(update={"bundle": pinned})
     card = read_card(settings.bundle)
     storage.check_writable(settings.state)
     open_store(settings)  # made here once, and refused here in one line
@@ -302,7 +304,7 @@ def serve_forever(
             # The application alone: on a shared cluster others may use Serve too.
             leaving.callback(_delete, settings)
             leaving.callback(_handle_signals, signal.SIG_IGN)
-            serve.run(build(settings), name=_NAME)
+            _deploy(settings)
             print(f"{card.recipe.name} ({card.digest[:12]}) at http://{host}:{port}/v1/videos", flush=True)
             while True:
                 hangup.wait()
@@ -312,13 +314,28 @@ def serve_forever(
         print("stopped; unfinished jobs go on at the next start", flush=True)
 
 
+def _deploy(settings: ServeSettings) -> None:
+    """Start the application, or change the running one; returns when it serves.
+
+    Raises:
+        InputError: as `build`.
+        RunError: no animator came up.
+    """
+    application = build(settings)
+    try:
+        serve.run(application, name=_NAME)
+    except RuntimeError as error:
+        causes = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RunError(f"bundle {settings.bundle}: no animator starts: {causes[-1]}") from None
+
+
 def _take_bundle(settings: ServeSettings, reload: Callable[[], ServeSettings] | None) -> ServeSettings:
     """Have the bundle served that ``reload`` names; says what came of it, and returns what is served from now on."""
     try:
         asked = reload().absolute() if reload else settings
         wanted = settings.model_copy(update={"bundle": asked.bundle})
         digest = read_card(wanted.bundle).digest
-        serve.run(build(wanted), name=_NAME)
+        _deploy(wanted)
         served = _wait_for_update(digest)
     except (InputError, RunError) as error:
         print(f"update refused: {error}; the served bundle stays", flush=True)
@@ -327,8 +344,10 @@ def _take_bundle(settings: ServeSettings, reload: Callable[[], ServeSettings] | 
         print(f"{served.card.recipe.name} ({digest[:12]}) is served now", flush=True)
         return wanted
     print(f"update refused: {served.refused}; {served.card.digest[:12]} is served on", flush=True)
-    with contextlib.suppress(InputError):  # or a replica that starts later would look for the refused one first
-        serve.run(build(settings), name=_NAME)
+    with contextlib.suppress(
+        InputError, RunError
+    ):  # or a replica that starts later would look for the refused one first
+        _deploy(settings)
     return settings
 
 
