@@ -36,7 +36,7 @@ from cinemo.serving.api import ApiSettings, build_api
 from cinemo.serving.proxy import proxy_environment
 from cinemo.serving.runner import JobRunner
 from cinemo.serving.scaling import QueueDemand
-from cinemo.serving.settings import ServeSettings, open_keys, open_store
+from cinemo.serving.settings import ServeSettings, open_keys, open_store, parse_settings
 from cinemo.serving.warmup import warm_up
 from cinemo.types import InputError, RunError
 
@@ -198,13 +198,13 @@ class Ingress:
             time.sleep(_ASK_SECONDS)
 
 
-def build(args: ServeSettings) -> serve.Application:
-    """The Serve application of some settings; what a config file's ``import_path`` names.
+def build(args: ServeSettings | dict[str, Any]) -> serve.Application:
+    """The Serve application of some settings; what a config file's ``import_path`` names, called with its ``args``.
 
     Raises:
-        InputError: no whole bundle there, or state or database cannot be used.
+        InputError: bad settings, no whole bundle there, or state or database cannot be used.
     """
-    settings = args.absolute()
+    settings = (args if isinstance(args, ServeSettings) else parse_settings(args)).absolute()
     if settings.bundle.startswith("models:/"):
         pinned = tracking.pinned(settings.bundle)  # the same for replicas that start later
         settings = settings.model_copy(update={"bundle": pinned})

@@ -80,6 +80,8 @@ class Server:
 
     def _is_ready(self) -> bool:
         assert self.process.poll() is None, self.output()
+        assert "DEPLOY_FAILED" not in (output := self.output()), output
+        assert "Exception importing application" not in output, output
         return self.client.get("/readyz").status_code == 200
 
     def output(self) -> str:
