@@ -43,6 +43,8 @@ ONLY_IN = {
         f"serving.{room}" for room in ("tables", "database", "admission", "leases", "counters", "jobs", "keys")
     ],
     "psycopg": ["serving.database"],
+    "httpcore": ["serving.fetch"],
+    "prometheus_client": ["serving.exposition"],
     "kornia": ["media.motion"],
     "matplotlib": ["evaluation"],
 }

@@ -232,7 +232,7 @@ def _add_events(api: FastAPI, store: JobStore, streams: EventStreams) -> None:
     @api.get(
         "/v1/videos/{video_id}/events",
         response_class=StreamingResponse,
-        responses=answers(401, 404, 429) | _EVENT_ANSWERS,
+        responses=answers(401, 404, 422, 429) | _EVENT_ANSWERS,
     )
     async def events(
         video_id: str, client: Asking, last_event_id: Annotated[str | None, Header(max_length=64)] = None

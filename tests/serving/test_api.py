@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -419,7 +420,6 @@ def test_models(client: TestClient) -> None:
 
 
 def test_a_failing_store_is_an_answer_without_its_reasons(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = TestClient(small_api(store), raise_server_exceptions=False)
     for fault, status in [(RunError(f"{store.media.uri}: lost"), 503), (OSError(f"{store.media.uri}: lost"), 500)]:
 
         def broken(*_: object, fault: Exception = fault) -> None:
@@ -427,6 +427,7 @@ def test_a_failing_store_is_an_answer_without_its_reasons(store: JobStore, monke
 
         monkeypatch.setattr(JobStore, "get", broken)
         monkeypatch.setattr(JobStore, "statistics", broken)
+        client = TestClient(small_api(store), raise_server_exceptions=False)
         for path in ("/v1/videos/video_x", "/metrics"):
             answer = client.get(path)
             assert (answer.status_code, set(answer.json()["error"])) == (status, ERROR)
@@ -473,3 +474,5 @@ def test_the_interface_describes_itself(client: TestClient) -> None:
         if status >= "400" and "Health" not in str(answer)
     ]
     assert set(errors) == {"#/components/schemas/ErrorBody"}
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert named <= set(document["components"]["schemas"]), "no reference leads nowhere"
