@@ -178,6 +178,10 @@ def test_a_released_attempt_does_not_count(store: JobStore) -> None:
         released = there(store, job.id)
         assert (released.status, released.progress, released.attempts, released.started_at) == ("queued", 0, 0, None)
     assert store.beat("a", {job.id: (6, 10)}) == {job.id: "lost"}
+    [anothers] = store.claim("b", 1)
+    assert anothers.attempts == claimed.attempts
+    assert not store.complete(claimed, "a's"), "the number of the attempt alone does not tell whose it is"
+    assert store.complete(anothers, "b's")
 
 
 def test_cancelling_reaches_the_worker_at_its_next_beat(store: JobStore) -> None:
