@@ -74,12 +74,12 @@ export class MotionField {
     if (points.length) {
       const much = percent(between(points, bucket));
       return here.measured === null
-        ? `Between two measured settings: neighbouring frames differ by about ${much} (1 − SSIM).`
-        : `Measured on this model: neighbouring frames differ by ${much} (1 − SSIM).`;
+        ? `Between two measured settings: neighbouring frames differ by about ${much} (1\u00a0−\u00a0SSIM).`
+        : `Measured on this model: neighbouring frames differ by ${much} (1\u00a0−\u00a0SSIM).`;
     }
     const [low, high] = here.ssim;
     const range = `${percent(1 - high)} to ${percent(1 - low)}`;
-    return `Asks for neighbouring frames that differ by ${range} (1 − SSIM). Not yet measured on this model.`;
+    return `Asks for neighbouring frames that differ by ${range} (1\u00a0−\u00a0SSIM). Not yet measured on this model.`;
   }
 }
 
