@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench import TINY, fill, table
+from bench_denoiser import denoiser_part
 from serving.process import Server, free_port, png
 from tiny import tiny_bundle
 
@@ -150,7 +151,11 @@ def server_part(scratch: Path) -> str:
     return SERVER.format(rows=table(("server", "value", "target", ""), rows), cores=os.cpu_count())
 
 
-def main(parts: Sequence[Callable[[Path], str]] = (server_part,)) -> None:
+def engine_part(_: Path) -> str:
+    return "\n" + table(("batching, process CPU time", "value", ""), denoiser_part()) + "\n"
+
+
+def main(parts: Sequence[Callable[[Path], str]] = (server_part, engine_part)) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="put the tables into BENCHMARKS.md")
     arguments = parser.parse_args()
