@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -213,7 +214,10 @@ def test_serve_run_does_the_same(bundles: Path, tmp_path: Path) -> None:
         (animator,) = server.replicas("animator")
         dashboard = re.search(r"http://[\d.]+:\d+", server.output())
         assert dashboard, server.output()
-        subprocess.run([sys.executable, *command, "deploy", config, "-a", dashboard[0]], check=True, timeout=120)
+        subprocess.run(
+            [sys.executable, *command, "deploy", config, "-a", dashboard[0]],
+            check=True, timeout=120, env=os.environ | {"RAY_AUTH_MODE": "token"},
+        )  # fmt: skip
 
         def updated() -> bool:
             video_id = server.submit(num_inference_steps=2)
