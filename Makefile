@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 OUT   ?= demo
 CLIPS ?=
 
-.PHONY: setup demo test check format bench bench-network bench-precompute bench-scale bench-train chaos chaos-train clean
+.PHONY: setup demo test check format bench bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
 
 setup: $(VENV)/.ready
 
@@ -50,11 +50,17 @@ bench-scale: setup
 bench-train: setup
 	$(PY) tests/bench_train.py
 
+bench-serve: setup
+	$(PY) tests/bench_serve.py --write
+
 chaos: setup
 	$(PY) tests/chaos.py $(ARGS)
 
 chaos-train: setup
 	$(PY) tests/chaos_train.py $(ARGS)
+
+soak: setup
+	$(PY) tests/soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

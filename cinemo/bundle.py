@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 
 import cinemo
-from cinemo import cache, storage
+from cinemo import cache, storage, tracking
 from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, parse_recipe
 from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod
@@ -154,13 +154,16 @@ def read_card(location: str | Path, full: bool = False) -> BundleCard:
     """The recipe, motion scale and digest of a bundle, after checking that its files are whole.
 
     Args:
-        location: a directory or ``s3://``.
+        location: a directory, ``s3://``, or ``models:/`` as `tracking.pinned` takes it.
         full: also hash the weight files, whose size alone is checked otherwise.
 
     Raises:
         InputError: no bundle there, or a file of it is missing or damaged.
     """
-    root = cache.localize(str(location))
+    return _read_card(_localize(location), location, full)
+
+
+def _read_card(root: Path, location: str | Path, full: bool) -> BundleCard:
     record = _read_record(root, location)
     files = record["files"]
     if _digest(files) != record["digest"]:
@@ -233,8 +236,8 @@ def load_bundle(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if device.type == "cpu":
         keep_freed_memory()
-    card = read_card(location, full)
-    root = cache.localize(str(location))
+    root = _localize(location)
+    card = _read_card(root, location, full)
     places = card.recipe.encoders
     unet = load_unet(card.recipe.model, str(root / "unet"), dtype)
     method = build_method(card.recipe, unet).to(device).eval().requires_grad_(False)
@@ -312,6 +315,12 @@ def _kept_calibration(root: Path, digest: str) -> Mapping[str, Any] | None:
         return found if found["bundle"] == digest else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _localize(location: str | Path) -> Path:
+    if str(location).startswith("models:/"):
+        return tracking.download_bundle(str(location))
+    return cache.localize(str(location))
 
 
 def _read_record(root: Path, location: str | Path) -> dict[str, Any]:

@@ -6,16 +6,19 @@ else, for an s3:// output, the same two in the current directory. mlflow is impo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
+import re
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cinemo import storage
+from cinemo import cache, storage
 from cinemo.config import Recipe
 from cinemo.types import InputError
 
@@ -23,6 +26,7 @@ EXPERIMENT = "cinemo"
 _FLUSH_COUNT, _FLUSH_SECONDS = 200, 5.0
 _PARAM_LENGTH, _BATCH = 500, 100  # MLflow servers before 2.8 refuse longer values; 100 parameters per request
 _SQLITE = "sqlite:///"
+_MODEL = re.compile(r"models:/(?P<name>[^/@]+)(/(?P<version>\d+|latest)|@(?P<alias>[^/@]+))")
 _GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # never there, or deleted in the page
 # A dead server is noticed within seconds and a silent one within two minutes; mlflow's own patience is a quarter hour.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
@@ -223,6 +227,82 @@ def register_bundle(directory: Path, run_id: str, uri: str, name: str, tags: Map
     except MlflowException as error:
         raise InputError(f"MLflow {uri}: model {name!r}: {str(error).splitlines()[0]}") from None
     return int(made.version)
+
+
+def pinned(location: str) -> str:
+    """``models:/NAME/latest`` or ``models:/NAME@ALIAS`` as the ``models:/NAME/VERSION`` that it means right now.
+
+    The registry is that of ``$MLFLOW_TRACKING_URI``.
+
+    Raises:
+        InputError: no such model or version there, no registry, or it cannot be reached.
+    """
+    version = _model_version(location)
+    return f"models:/{version.name}/{version.version}"
+
+
+def download_bundle(location: str) -> Path:
+    """The files of a registered bundle, fetched once and kept in the cache directory.
+
+    Args:
+        location: as `pinned` takes it.
+
+    Raises:
+        InputError: as `pinned`, or its files cannot be fetched.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    version = _model_version(location)
+    # A version's files never change; two registries, or one that was made anew, may both have a version 1.
+    origin = json.dumps([os.environ["MLFLOW_TRACKING_URI"], version.name, version.version, version.source])
+    key = hashlib.sha256(f"{origin} {version.creation_timestamp}".encode()).hexdigest()[:32]
+    target = cache.cache_directory() / key / "bundle"
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        try:
+            fetched = download_artifacts(artifact_uri=version.source, dst_path=scratch)
+        except (MlflowException, OSError) as error:
+            raise InputError(f"{location}: its files cannot be fetched ({_first_line(error)})") from None
+        try:
+            os.replace(fetched, target)
+        except OSError:
+            if not target.is_dir():  # another process may have fetched it meanwhile, which is as good
+                raise
+    return target
+
+
+def _model_version(location: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    found = _MODEL.fullmatch(location)
+    if found is None:
+        raise InputError(f"{location}: expected models:/NAME/VERSION, models:/NAME/latest or models:/NAME@ALIAS")
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        raise InputError(f"{location}: MLFLOW_TRACKING_URI is not set, so there is no registry to ask")
+    if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():  # mlflow would make an empty one
+        raise InputError(f"MLflow {uri}: no such file; expected the database that knows {location}")
+    for variable, value in _PATIENCE.items():
+        os.environ.setdefault(variable, value)
+    name, client = found["name"], _client(uri)
+    try:
+        if found["alias"]:
+            return client.get_model_version_by_alias(name, found["alias"])
+        if found["version"] != "latest":
+            return client.get_model_version(name, found["version"])
+        versions = client.search_model_versions(f"name = '{name}'", max_results=1, order_by=["version_number DESC"])
+        if versions:
+            return versions[0]
+    except MlflowException as error:
+        raise InputError(f"MLflow {uri}: {location} cannot be read ({_first_line(error)})") from None
+    raise InputError(f"MLflow {uri}: {location}: no version of {name!r} is registered there")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _client(uri: str) -> Any:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import random_unet, tiny_bundle, tiny_recipe
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from cinemo import storage
+from cinemo import storage, tracking
 from cinemo.bundle import RECORD, load_bundle, read_card, save_bundle
 from cinemo.types import Condition, InputError
 
@@ -53,6 +53,17 @@ def test_a_bundle_needs_nothing_outside_itself(written: Path, tmp_path: Path) ->
         assert load_bundle(moved, "cpu").text.encode(["a"]).shape == (1, 77, 32)
     finally:
         (tmp_path / "hidden").rename(hidden)
+
+
+def test_a_bundle_comes_from_the_model_registry(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CINEMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = tracking.Run(str(tmp_path), "train")
+    run.finish()
+    tracking.register_bundle(written, run.run_id, run.uri, "walker")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
+    loaded = load_bundle("models:/walker/latest", "cpu", full=True)
+    assert (loaded.digest, loaded.location) == (read_card(written).digest, "models:/walker/latest")
 
 
 def test_the_scheduler_is_what_diffusers_would_load(written: Path) -> None:

