@@ -44,9 +44,9 @@ block goes back to the system at once, so that the peak is that of tensors. "As 
 """
 NOTE = """
 Activations alone come out within 4% of the resident memory of the same forward and backward pass, in float32 and in
-bfloat16. In bfloat16 the prediction of a CPU has {kernels:.0f} MB more for what oneDNN keeps of its kernels (measured:
-what a first pass leaves behind). "As it runs" is not within 15% with gradient checkpointing, with several micro batches
-and at ZeRO 3: freed memory that stays is more than that share of the activations there. Replayed in an allocator
+bfloat16. In bfloat16 the prediction of a CPU has {kernels:.0f} MB more for what oneDNN keeps of its kernels (measured on
+the tiny network: what a first pass leaves behind). "As it runs" misses 15% where freed memory that stays is more than
+that share of the activations: the share was fitted to two of these cases. Replayed in an allocator
 that takes the smallest hole that fits, the activations alone leave almost none; why more stays was not found out. On
 accelerators nothing of this was measured: there torch's own allocator keeps blocks, and the plan leaves
 {reserved:.0f} GB of the memory to it, to CUDA and its libraries.
