@@ -44,7 +44,7 @@ block goes back to the system at once, so that the peak is that of tensors. "As 
 """
 NOTE = """
 Activations alone come out within 4% of the resident memory of the same forward and backward pass, in float32 and in
-bfloat16. In bfloat16 the prediction of a CPU has {kernels:.0f} MB more for what oneDNN keeps of its kernels (measured on
+bfloat16. In bfloat16 the prediction of a CPU has {kernels:.0f} MB more for what oneDNN keeps of its kernels (seen on
 the tiny network: what a first pass leaves behind). "As it runs" misses 15% where freed memory that stays is more than
 that share of the activations: the share was fitted to two of these cases. Replayed in an allocator
 that takes the smallest hole that fits, the activations alone leave almost none; why more stays was not found out. On

@@ -1,7 +1,7 @@
 """What stands before the HTTP replicas of a Ray that is started here: HAProxy, which `ray[serve]` brings on Linux.
 
 Serve's own proxy is a Python process, and every request goes through it as a call of an actor. Measured on one core of
-two, a status poll costs 4.5 ms of CPU there and 5.3 in the replica; behind HAProxy 0 and 2.2. A cluster decides for
+two, a status poll costs 4.5 ms of CPU there and 5.3 in the replica; behind HAProxy 0.1 and 2.2. A cluster decides for
 itself: ``RAY_SERVE_ENABLE_HA_PROXY=1`` where Ray is started.
 """
 
@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 import socket
 import sys
 from pathlib import Path
 
+from cinemo.types import RunError
+
 # A dead proxy is missed three times before Serve starts another.
 _HEALTH = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
+# Replicas listen with SO_REUSEPORT: with the same ports, two servers on one machine would answer each other's clients.
+_PORTS_OF_REPLICAS = 100
+_LOWEST_PORT, _HIGHEST_PORT = 12_000, 32_000  # below those that systems give out by themselves
 # HAProxy would live on when the process that started it is killed, and keep the port.
 _DIES_WITH_ITS_PARENT = """#!{python} -IS
 import ctypes, os, sys
@@ -47,11 +53,37 @@ def proxy_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        **_replica_ports(),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # A stopping replica waits so long for HAProxy to forget it; there is one machine to tell.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
         "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
     }
+
+
+def _replica_ports() -> dict[str, str]:
+    """A range of ports for this server's replicas in which nothing listens now."""
+    starts = list(range(_LOWEST_PORT, _HIGHEST_PORT, 2 * _PORTS_OF_REPLICAS))
+    random.shuffle(starts)
+    for start in starts:
+        middle, end = start + _PORTS_OF_REPLICAS, start + 2 * _PORTS_OF_REPLICAS
+        if all(map(_is_free, range(start, end))):
+            ranges = {"HTTP": (start, middle - 1), "GRPC": (middle, end - 1)}
+            return {
+                f"RAY_SERVE_DIRECT_INGRESS_{bound}_{kind}_PORT": str(port)
+                for kind, ports in ranges.items()
+                for bound, port in zip(("MIN", "MAX"), ports, strict=True)
+            }
+    raise RunError(f"no {2 * _PORTS_OF_REPLICAS} free ports in a row in {_LOWEST_PORT}..{_HIGHEST_PORT}; free some")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as tried:
+        try:
+            tried.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 def _free_port() -> int:
