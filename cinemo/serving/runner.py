@@ -70,7 +70,7 @@ class JobRunner:
         worker: str | None = None,
         max_batch: int = 4,
         max_joined: int | None = None,
-        poll_seconds: float = 0.2,
+        poll_seconds: float = 0.05,
     ) -> None:
         self._store, self._max_batch, self._poll_seconds = store, max_batch, poll_seconds
         self._max_joined = max_joined or 2 * max_batch
