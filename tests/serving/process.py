@@ -138,7 +138,11 @@ class Server:
     def stop(self, with_signal: int = signal.SIGTERM, seconds: float = 90) -> str:
         """What it printed; it must leave with 0."""
         self.process.send_signal(with_signal)
-        self.process.wait(timeout=seconds)
+        try:
+            self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"still there {seconds:g} s after signal {with_signal}: {self.output()}") from None
         self.client.close()
         assert self.process.returncode == 0, self.output()
         return self.output()
