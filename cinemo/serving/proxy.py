@@ -18,7 +18,8 @@ from cinemo.types import RunError
 
 # A dead proxy is missed three times before Serve starts another.
 _HEALTH = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
-# Replicas listen with SO_REUSEPORT: with the same ports, two servers on one machine would answer each other's clients.
+# Replicas, and Serve's own proxy to which HAProxy falls back while there are none, listen with SO_REUSEPORT: with the
+# same ports, two servers on one machine would answer each other's clients.
 _PORTS_OF_REPLICAS = 100
 _LOWEST_PORT, _HIGHEST_PORT = 12_000, 32_000  # below those that systems give out by themselves
 # HAProxy would live on when the process that started it is killed, and keep the port.
@@ -53,7 +54,7 @@ def proxy_environment(directory: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        **_replica_ports(),
+        **_own_ports(),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # A stopping replica waits so long for HAProxy to forget it; there is one machine to tell.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
@@ -61,19 +62,19 @@ def proxy_environment(directory: Path) -> dict[str, str]:
     }
 
 
-def _replica_ports() -> dict[str, str]:
-    """A range of ports for this server's replicas in which nothing listens now."""
+def _own_ports() -> dict[str, str]:
+    """Ports for this server's replicas and the proxy behind them, where nothing listens now."""
     starts = list(range(_LOWEST_PORT, _HIGHEST_PORT, 2 * _PORTS_OF_REPLICAS))
     random.shuffle(starts)
     for start in starts:
         middle, end = start + _PORTS_OF_REPLICAS, start + 2 * _PORTS_OF_REPLICAS
         if all(map(_is_free, range(start, end))):
-            ranges = {"HTTP": (start, middle - 1), "GRPC": (middle, end - 1)}
-            return {
-                f"RAY_SERVE_DIRECT_INGRESS_{bound}_{kind}_PORT": str(port)
-                for kind, ports in ranges.items()
-                for bound, port in zip(("MIN", "MAX"), ports, strict=True)
-            }
+            ports = {}
+            for kind, first, last in (("HTTP", start, middle - 1), ("GRPC", middle, end - 1)):
+                ports[f"RAY_SERVE_FALLBACK_PROXY_{kind}_PORT"] = str(first)
+                ports[f"RAY_SERVE_DIRECT_INGRESS_MIN_{kind}_PORT"] = str(first + 1)
+                ports[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"] = str(last)
+            return ports
     raise RunError(f"no {2 * _PORTS_OF_REPLICAS} free ports in a row in {_LOWEST_PORT}..{_HIGHEST_PORT}; free some")
 
 

@@ -25,11 +25,13 @@ def test_replicas_of_two_servers_share_no_port(monkeypatch: pytest.MonkeyPatch) 
     with ExitStack() as open_sockets:
         taken: list[range] = []
         for _ in range(3):
-            ports = {name: int(port) for name, port in proxy._replica_ports().items()}
+            ports = {name: int(port) for name, port in proxy._own_ports().items()}
             for kind in ("HTTP", "GRPC"):
                 low, high = (ports[f"RAY_SERVE_DIRECT_INGRESS_{bound}_{kind}_PORT"] for bound in ("MIN", "MAX"))
+                assert ports[f"RAY_SERVE_FALLBACK_PROXY_{kind}_PORT"] == low - 1
+                low -= 1
                 assert all(high < other.start or low >= other.stop for other in taken), "a range is given twice"
                 taken.append(range(low, high + 1))
             open_sockets.enter_context(listen(taken[-2][-1]))
         with pytest.raises(RunError, match="no 200 free ports in a row"):
-            proxy._replica_ports()
+            proxy._own_ports()
