@@ -319,7 +319,7 @@ def check_writable(uri: str) -> None:
     except (InputError, RunError):
         raise
     except Exception as error:
-        raise InputError(f"{uri}: cannot write there ({s3.brief(error)}); choose another --output") from None
+        raise InputError(f"{uri}: cannot write there ({s3.brief(error)}); choose another place") from None
 
 
 def arrow_filesystem(uri: str) -> tuple[Any, str]:
