@@ -25,7 +25,7 @@ from cinemo.recipes import load_recipe
 from cinemo.serving.denoiser import Denoiser
 
 TINY = load_recipe("cinemo-tiny")
-STEPS, REPEATS = 10, 2
+STEPS, REPEATS = 10, 5
 
 
 def denoiser_part() -> Iterator[tuple[str, str, str]]:
