@@ -95,6 +95,9 @@ class DiffusionConfig(Part):
     beta_end: float = 0.02
     beta_schedule: Literal["linear", "scaled_linear"] = "linear"
     prediction: Literal["epsilon", "v"] = "epsilon"
+    data_scale: float = Field(
+        1.0, gt=0, description="what is diffused is the data times this: its inverse deviation gives unit energy"
+    )
 
 
 class TrainConfig(Part):
@@ -117,6 +120,11 @@ class TrainConfig(Part):
     motion_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without a motion embedding")
     min_snr_gamma: float | None = Field(
         None, gt=0, description="min-SNR loss weights (arXiv 2303.09556, which uses 5); null: none"
+    )
+    timestep_shift: float = Field(
+        1.0,
+        gt=0,
+        description="above 1, timesteps are drawn towards pure noise (arXiv 2403.03206, eq. 23); 1: uniformly",
     )
     noise_offset: float = Field(
         0.0, ge=0, description="size of noise that is one value for all frames and cells of a channel"

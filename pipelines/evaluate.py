@@ -1,11 +1,13 @@
-"""Measure a bundle on samples of a dataset: metrics.json, calibration.json (motion control) and report.html."""
+"""Measure a bundle: on samples of a dataset (metrics.json, calibration.json and report.html), or with --rendered on
+unseen rendered scenes whose true motion is known (motion.json): does what it makes move as it was asked to?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from cinemo import cli
-from cinemo.evaluation.evaluate import evaluate
+from cinemo.evaluation.evaluate import evaluate, evaluate_rendered
+from cinemo.types import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -13,7 +15,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://"
     )
-    parser.add_argument("--data", required=True, metavar="URI", help="dataset written by pipelines/precompute.py")
+    parser.add_argument("--data", metavar="URI", help="dataset written by pipelines/precompute.py")
+    parser.add_argument(
+        "--rendered", type=int, metavar="N", help="measure motion on N rendered scenes of each kind, with no dataset"
+    )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the three files go, local or s3://")
     parser.add_argument("--limit", type=int, default=4, metavar="N", help="samples; each costs six videos")
     parser.add_argument("--steps", type=int, help="DDIM steps (default: what the bundle's recipe says)")
@@ -23,6 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--into-bundle", action="store_true", help="keep the calibration in the bundle too: the server's page shows it"
     )
     arguments = parser.parse_args(argv)
+    if (arguments.data is None) == (arguments.rendered is None):
+        raise InputError("--data and --rendered: expected one of them, the dataset or the number of rendered scenes")
+    if arguments.rendered is not None:
+        evaluate_rendered(
+            arguments.bundle, arguments.output, arguments.rendered, arguments.steps, arguments.seed, arguments.device
+        )
+        return
     metrics = evaluate(
         arguments.bundle,
         arguments.data,

@@ -1,86 +1,51 @@
 """Train the base UNet that ships with the package and that `cinemo-tiny` starts from, as the paper starts from LaVie.
 
-render -> precompute -> train from scratch -> export -> unet/ (half precision). Stopped, it goes on.
+Renders and encodes clips, trains the UNet and the text model on them, and writes unet/, text_encoder/ and made.json.
+Stopped, it goes on. Then `pipelines/evaluate.py --rendered` measures a bundle made with them.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from cinemo import cli
 from cinemo.types import InputError
 
-VIEWS = 4
-
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.parser(__doc__, recipe=None)
+    parser = cli.parser(__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where unet/ and the stages go")
-    parser.add_argument("--count", type=int, default=1600, help="clips to render")
-    parser.add_argument("--clips", type=Path, metavar="DIR", help="folder of real videos to use beside them")
-    parser.add_argument("--hold-out", action="append", default=[], metavar="NAME", help="file not to use; repeat")
-    parser.add_argument("--repeats", type=int, default=30, help=f"times {VIEWS} samples of each real video")
-    parser.add_argument("--max-steps", type=int, default=4000, help="training steps of 8 samples")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: where the CPU is good at it"
-    )
+    parser.add_argument("--count", type=int, default=6000, help="clips to render")
+    parser.add_argument("--share", type=float, default=1.0, help="of the planned samples: 0.1 trains a tenth as long")
+    parser.add_argument("--batch", type=int, default=8, help="samples of a step")
     parser.add_argument("--seed", type=int, default=101, help="of clips and training; the demo's clips have another")
+    parser.add_argument("--processes", type=int, default=2, help="that render, and on a CPU that train")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16: accelerators, and CPUs with AMX")
+    parser.add_argument("--init", metavar="DIR", help="a UNet's folder to start from, or package:tiny/unet")
     arguments = parser.parse_args(argv)
-    if min(arguments.count, arguments.repeats, arguments.max_steps) < 1:
-        raise InputError("--count, --repeats and --max-steps: expected numbers above 0")
+    if min(arguments.count, arguments.batch, arguments.processes) < 1 or arguments.share <= 0:
+        raise InputError("--count, --batch, --processes and --share: expected numbers above 0")
+    recipe = cli.recipe_of(arguments)
 
-    from cinemo.evaluation.stages import Stages  # late: --help and bad flags need none of it
-    from cinemo.training.encoders.frames import clip_files
+    # Late: --help and bad flags need none of it.
+    from cinemo.training.tiny_base import TrainSettings, make_clips, planned, train_base
 
-    real = clip_files(arguments.clips, arguments.hold_out)[0] if arguments.clips else []
+    def say(line: str) -> None:
+        print(line, flush=True)
 
-    output = arguments.output
-    stages = Stages(output, Path(__file__).resolve().parent)
-    rendered, dataset, run, bundle = (output / name for name in ("rendered", "dataset", "run", "bundle"))
-    words = [
-        stages.note("precompute", "precompute", "--manifest", output / "manifest.jsonl", "--output", dataset,
-                    "--set", f"data.views={VIEWS}", "--set", "data.encode_actors=2"),
-        stages.note("train", "train", "--data", dataset, "--output", run, "--max-steps", arguments.max_steps,
-                    "--set", "train.init=null", "--set", "train.lr=1.5e-3", "--set", f"train.seed={arguments.seed}",
-                    "--set", "train.checkpoint_every=500", "--set", "train.sample_every=500",
-                    "--set", f"train.precision={arguments.precision}"),
-        stages.note("export", "export", "--checkpoint", run, "--output", bundle),
-    ]  # fmt: skip
-
-    def render() -> None:
-        from cinemo.media.synthetic import render_clips
-
-        rows = [json.loads(line) for line in render_clips(rendered, arguments.count, arguments.seed).open()]
-        rows = [row | {"uri": f"rendered/{row['uri']}"} for row in rows]
-        for path in real:
-            row = {"uri": str(path.resolve()), "caption": " ".join(path.stem.split("_"))}
-            rows += [row | {"clip_id": f"{path.stem}-{turn:03d}"} for turn in range(arguments.repeats)]
-        (output / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    inputs = [arguments.count, arguments.seed, str(arguments.clips), arguments.hold_out, arguments.repeats]
-    stages.run("render", inputs, ["rendered", "manifest.jsonl"], render)
-    stages.run("precompute", [], ["dataset"], lambda: stages.command("precompute", words[0]))
-    stages.run("train", [arguments.max_steps, arguments.precision], ["run"], lambda: stages.command("train", words[1]))
-    stages.run("export", [], ["bundle"], lambda: stages.command("export", words[2]))
-
-    from cinemo.bundle import load_bundle
-    from cinemo.networks.weights import save_unet
-
-    save_unet(load_bundle(bundle).method.unet.half(), output / "unet")
-    with (run / "loss.csv").open() as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    tenth = max(1, len(losses) // 10)
-    facts = {
-        "seconds": stages.seconds,
-        "samples": json.loads((dataset / "dataset.json").read_text())["samples"],
-        "loss, first tenth": round(sum(losses[:tenth]) / tenth, 4),
-        "loss, last tenth": round(sum(losses[-tenth:]) / tenth, 4),
-    }
-    (output / "unet" / "made.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"{output / 'unet'}: {json.dumps(facts)}")
+    clips = make_clips(arguments.output / "clips", recipe, arguments.count, arguments.seed, arguments.processes, say)
+    processes = arguments.processes if arguments.device == "cpu" else 1
+    settings = TrainSettings(
+        arguments.init, arguments.batch, arguments.seed, arguments.device, arguments.bf16, processes=processes
+    )
+    made = train_base(arguments.output, recipe, clips, planned(arguments.share), settings, say)
+    facts = made | {"clips": arguments.count, "phases": [asdict(phase) for phase in planned(arguments.share)]}
+    (arguments.output / "unet" / "made.json").write_text(json.dumps(facts, indent=2) + "\n")
+    say(f"{arguments.output / 'unet'}: {json.dumps(made)}")
 
 
 if __name__ == "__main__":

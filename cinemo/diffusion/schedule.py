@@ -22,6 +22,7 @@ class NoiseSchedule:
 
     ``alpha_bar``: a_t for t = 0..T-1, float32, kept on the CPU so that reading one value never waits for a device.
     ``prediction``: ``epsilon`` (the noise) or ``v`` = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (arXiv 2202.00512).
+    ``data_scale``: x_0 is data times this number: a method multiplies by it before, and divides by it after.
 
     Steps ``t`` are an int (the same for the whole batch) or an integer tensor of shape (B,). Results have the dtype and
     device of the first tensor argument.
@@ -29,6 +30,7 @@ class NoiseSchedule:
 
     alpha_bar: Tensor
     prediction: Literal["epsilon", "v"] = "epsilon"
+    data_scale: float = 1.0
 
     @property
     def train_steps(self) -> int:
@@ -91,4 +93,4 @@ def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:
     else:
         root = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, config.train_steps, dtype=torch.float32)
         beta = root**2
-    return NoiseSchedule(torch.cumprod(1 - beta, 0), config.prediction)
+    return NoiseSchedule(torch.cumprod(1 - beta, 0), config.prediction, config.data_scale)

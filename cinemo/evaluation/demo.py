@@ -24,18 +24,21 @@ from PIL import Image
 
 from cinemo import storage, tracking
 from cinemo.animate import AnimateRequest, animate, load_image
-from cinemo.bundle import load_bundle, read_card
+from cinemo.bundle import load_bundle, read_card, save_bundle
 from cinemo.config import MOTION_BUCKETS
 from cinemo.data.manifest import read_manifest
 from cinemo.data.shards import DatasetIndex
 from cinemo.evaluation.figures import contact_sheet
+from cinemo.evaluation.rendered import measure_motion
 from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
 from cinemo.evaluation.stages import Stages, running
 from cinemo.media.motion import motion_bucket
 from cinemo.media.saving import save_animation
-from cinemo.media.synthetic import render_clip, render_clips
+from cinemo.media.synthetic import CLIP_FRAMES, render_clips, render_scene
 from cinemo.media.video import read_frames
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.weights import load_unet
+from cinemo.recipes import load_recipe
 from cinemo.types import ClipError, InputError, RunError
 
 IMAGES = 3
@@ -43,8 +46,9 @@ SAMPLES = 200  # about what a dataset of the demo holds: views per clip follow f
 _STEPS = 25  # DDIM steps of the demo's videos: half the published number looks the same here and takes half the time
 _QUANTILES = (0.05, 0.95)
 _READY_SECONDS, _JOB_SECONDS = 240.0, 240.0
-# Kinds of rendered clips (object, pan, flow) whose first frames are animated; their seed is not that of the clips.
-_UNSEEN_SEED, _UNSEEN = 1004, (0, 1, 3)
+# Rendered scenes whose first frames are animated; their seed is neither that of the clips nor of the test scenes.
+_UNSEEN_SEED, _UNSEEN = 1004, ("object", "pan", "flow")
+_MEASURED = 8  # unseen clips of each kind that both models are measured on
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,9 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     shown = [picture.prompt for picture in pictures]
     stages.run("animate", [shown, buckets, _STEPS, settings.seed], ["videos"], make_videos)
 
+    base, measured = output / "base", output / "motion.json"
+    stages.run("measure", [_MEASURED], ["motion.json", "base"], lambda: _measure(base, bundle, measured))
+
     port = _free_port()
     serve = stages.note("serve", "serve", "--bundle", bundle, "--port", port, "--state", output / "serve")
     served = output / "served"
@@ -126,6 +133,18 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     _report(output, stages, index, pictures, buckets)
     print(f"\n{time.monotonic() - begun:.0f} s; open {output / 'report.html'}")
     print(tracking.locate(str(run))[2])
+
+
+def _measure(base: Path, tuned: Path, target: Path) -> None:
+    """Does what they make move as asked? Of the shipped weights, and of what this training made of them."""
+    recipe = load_recipe("cinemo-tiny")
+    assert recipe.train.init is not None
+    save_bundle(base, recipe, load_unet(recipe.model, recipe.train.init), {"made": "from the shipped weights"})
+    figures = {}
+    for name, place in (("base", base), ("tuned", tuned)):
+        print(f"   {name}", flush=True)
+        figures[name] = measure_motion(load_bundle(place), _MEASURED, say=lambda line: print(f"   {line}", flush=True))
+    storage.write_json(str(target), figures)
 
 
 def motion_buckets(index: DatasetIndex) -> list[int]:
@@ -159,11 +178,10 @@ def _pictures(directory: Path, table: Any, size: tuple[int, int]) -> list[_Pictu
     model's size, because the published image preparation scales without antialiasing)."""
     found: list[tuple[str, str, np.ndarray]] = []
     if table is None:
-        for number in _UNSEEN:
-            clip = render_clip(_UNSEEN_SEED, number, frames=2)
+        for number, kind in enumerate(_UNSEEN):
+            scene = render_scene(_UNSEEN_SEED, number, kind=kind)
             # How fast is for the motion bucket to say.
-            prompt = clip.caption.replace(f" {clip.motion['speed']}", "")
-            found.append((f"unseen-{clip.motion['kind']}", prompt, clip.frames_FHWC[0]))
+            found.append((f"unseen-{kind}", scene.without_speed(), scene.draw(CLIP_FRAMES / 4)))
     else:
         rows = table.to_pylist()
         first_choice = np.linspace(0, len(rows) - 1, IMAGES).round().astype(int).tolist()
@@ -277,6 +295,7 @@ def _report(
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LavieUNet(**card.recipe.model.model_dump()).parameters())
     facts = DemoFacts(
+        motion=storage.read_json(str(output / "motion.json")),
         dataset=index,
         losses=losses,
         samples=samples,

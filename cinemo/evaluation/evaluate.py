@@ -15,8 +15,10 @@ from cinemo.data.shards import DatasetIndex, Members, read_sample, record_uri, t
 from cinemo.evaluation.calibration import calibrate
 from cinemo.evaluation.figures import contact_sheet
 from cinemo.evaluation.metrics import first_frame_consistency, motion, psnr
+from cinemo.evaluation.rendered import BARS, STEPS, measure_motion, misses
 from cinemo.evaluation.report import write_evaluation_report
 from cinemo.media.motion import motion_bucket
+from cinemo.media.synthetic import CLIP_FRAMES
 from cinemo.types import InputError, LatentSample
 
 _SHOWN = 8
@@ -86,6 +88,42 @@ def evaluate(
     title = f"Evaluation of {bundle.recipe.name}"
     write_evaluation_report(storage.join(output, "report.html"), title, means, rows, calibration, index, sheet)
     return metrics
+
+
+def evaluate_rendered(
+    bundle_location: str,
+    output: str,
+    count: int,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Write ``motion.json`` under ``output``: `cinemo.evaluation.rendered` for one bundle; returns its figures.
+
+    Args:
+        count: rendered scenes of each kind.
+
+    Raises:
+        InputError: no bundle there, or its recipe asks for more frames than a rendered scene has.
+    """
+    if count < 2:
+        raise InputError(f"--rendered is {count}, expected at least 2")
+    storage.check_writable(output)
+    bundle = load_bundle(bundle_location, device)
+    data = bundle.recipe.data
+    if data.frame_interval[0] * (data.frames - 1) >= CLIP_FRAMES:
+        raise InputError(
+            f"--rendered: recipe {bundle.recipe.name} needs {data.frame_interval[0] * (data.frames - 1) + 1} frames "
+            f"of a scene (interval {data.frame_interval[0]}), rendered ones have {CLIP_FRAMES}"
+        )
+    figures = measure_motion(bundle, count, steps or STEPS, seed, say)
+    missed = misses(figures)
+    for name, (sign, bar) in BARS.items():
+        shown = f"missed by {missed[name]:.3f}" if name in missed else "met"
+        say(f"{name}: {figures[name]:.3f} ({sign} {bar:g}: {shown})")
+    storage.write_json(storage.join(output, "motion.json"), {"bundle": bundle.digest} | figures)
+    return figures
 
 
 def compare(truth_FHWC: np.ndarray, made_FHWC: np.ndarray) -> dict[str, float]:

@@ -43,9 +43,10 @@ class CinemoMethod(nn.Module):
         self.min_snr_gamma = min_snr_gamma
 
     def target(self, batch: LatentBatch) -> Tensor:
-        """M = (z_2 - z_1, ..., z_N - z_1): (B, C, F-1, h, w), float32."""
+        """M = (z_2 - z_1, ..., z_N - z_1) times the schedule's ``data_scale``: (B, C, F-1, h, w), float32."""
         video = batch.video_BCFHW.float()
-        return video[:, :, 1:] - video[:, :, :1]
+        motion = video[:, :, 1:] - video[:, :, :1]
+        return motion if self.schedule.data_scale == 1 else motion * self.schedule.data_scale
 
     def forward(
         self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor, each: bool = False, weighted: bool = True
@@ -105,4 +106,6 @@ class CinemoMethod(nn.Module):
     def finish(self, x_0: Tensor, condition: Condition) -> Tensor:
         """(B, C, F, h, w): z_1, then z_1 + M."""
         z_1 = condition.image_BCHW[:, :, None].to(x_0.device, x_0.dtype)
+        if self.schedule.data_scale != 1:
+            x_0 = x_0 / self.schedule.data_scale
         return torch.cat([z_1, z_1 + x_0], dim=2)

@@ -50,7 +50,8 @@ class Vae:
         )
         self.network.to(device).eval().requires_grad_(False)
         config = self.network.config
-        self.scale, self.shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+        # Numbers, or (c, 1, 1) where the configuration has statistics of each channel.
+        self.scale, self.shift = _normalisation(config)
         self.latent_channels = int(config.latent_channels)
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
 
@@ -69,7 +70,7 @@ class Vae:
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator)
             latents = latents + torch.cat([m.std for m in moments]).float() * noise.to(latents.device)
-        return (latents - self.shift) * self.scale
+        return (latents - _on(self.shift, latents)) * _on(self.scale, latents)
 
     @torch.no_grad()
     def decode(self, latents_FCHW: Tensor) -> np.ndarray:
@@ -89,11 +90,29 @@ class Vae:
     @torch.no_grad()
     def decode_piece(self, latents_FCHW: Tensor) -> Tensor:
         """Frames (F, H, W, 3), uint8, on the network's device, of one of the `pieces` of a video."""
-        latents = latents_FCHW.to(self.network.device, torch.float32) / self.scale + self.shift
+        latents = latents_FCHW.to(self.network.device, torch.float32)
+        latents = latents / _on(self.scale, latents) + _on(self.shift, latents)
         extra = {"num_frames": len(latents)} if self.temporal else {}
         images: Tensor = self.network.decode(latents.to(self.network.dtype), **extra).sample
         rounding = 0.0 if self.temporal else 0.5
         return ((images.float() / 2 + 0.5) * 255 + rounding).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _normalisation(config: Any) -> tuple[Tensor | float, Tensor | float]:
+    """(scale, shift): latents of an encoder become (latents - shift) * scale.
+
+    ``latents_mean`` and ``latents_std``, one number a channel as newer diffusers autoencoders carry them, give every
+    channel mean 0 and deviation 1 before ``scaling_factor``; without them all channels share one factor.
+    """
+    scale, shift = float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+    mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is None or deviation is None:
+        return scale, shift
+    return scale / torch.tensor(deviation).view(-1, 1, 1), shift + torch.tensor(mean).view(-1, 1, 1)
+
+
+def _on(value: Tensor | float, latents: Tensor) -> Tensor | float:
+    return value.to(latents.device) if isinstance(value, Tensor) else value
 
 
 def _chunk(height: int, width: int) -> int:

@@ -76,7 +76,7 @@ def motion_dropped(seed: int, step: int, key: str, *turn: int, probability: floa
 def host_batch(
     samples: Sequence[LatentSample], step: int, recipe: Recipe, turns: Sequence[int] | None = None
 ) -> HostBatch:
-    """A micro batch with its draws: t ~ Uniform{0..T-1}, noise ~ N(0, 1) of shape (B, C, F-1, H, W).
+    """A micro batch with its draws: t by `drawn_timestep`, noise ~ N(0, 1) of shape (B, C, F-1, H, W).
 
     ``turns``: how many epochs after the one in which the step begins a sample comes (all 0 where absent).
 
@@ -101,7 +101,7 @@ def host_batch(
         video_CFHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32)).transpose(0, 1)
         videos.append(video_CFHW)
         generator = keyed_generator(train.seed, "t", step, *key)
-        steps.append(torch.randint(recipe.diffusion.train_steps, (), generator=generator))
+        steps.append(drawn_timestep(recipe.diffusion.train_steps, train.timestep_shift, generator))
         generator = keyed_generator(train.seed, "noise", step, *key)
         noise_CFHW = torch.randn(video_CFHW[:, 1:].shape, generator=generator)
         if train.noise_offset:
@@ -122,6 +122,17 @@ def host_batch(
         tuple("" if drop else sample.caption for drop, sample in zip(dropped, samples, strict=True)),
         tuple(sample.key for sample in samples),
     )
+
+
+def drawn_timestep(train_steps: int, shift: float, generator: torch.Generator) -> Tensor:
+    """A diffusion step 0..T-1: uniform (Algorithm 1, line 6), or where ``shift`` s is not 1, u moved to
+    s u / (1 + (s - 1) u) (arXiv 2403.03206, equation 23): with s = 4 half of the steps lie in the last fifth.
+    """
+    if shift == 1:
+        return torch.randint(train_steps, (), generator=generator)
+    share = torch.rand((), generator=generator, dtype=torch.float64)
+    moved = shift * share / (1 + (shift - 1) * share)
+    return (moved * train_steps).long().clamp(max=train_steps - 1)
 
 
 def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:

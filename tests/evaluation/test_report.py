@@ -12,6 +12,7 @@ from tiny import FRAMES, SIZE, write_dataset
 
 from cinemo.data.shards import DatasetIndex
 from cinemo.evaluation.demo import motion_buckets
+from cinemo.evaluation.rendered import BARS
 from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
 
 SHAPE = (FRAMES, 4, SIZE[0] // 8, SIZE[1] // 8)
@@ -31,7 +32,9 @@ def test_motion_buckets_span_the_dataset(index: DatasetIndex, tmp_path: Path) ->
 def test_the_page_holds_everything_and_escapes_what_users_wrote(index: DatasetIndex, tmp_path: Path) -> None:
     image = np.zeros((32, 48, 3), np.uint8)
     samples = [Sample(image, prompt, bucket, b"mp4") for prompt in ("<b>ball</b>", "sky") for bucket in (1, 7)]
+    figures = {name: bar for name, (_, bar) in BARS.items()} | {"clips_of_each_kind": 8}
     facts = DemoFacts(
+        motion={"base": figures, "tuned": figures | {"pan_flow_gain": 0.8125}},
         dataset=index, losses=[(5, 1.0), (10, 0.5)], samples=samples, sheet=Image.new("RGB", (80, 40)), served=b"mp4",
         serving={"prompt": "<i>sky</i>"}, seconds={"render": 12.0, "train": 240.0}, bundle="b" * 64,
         parameters=5_000_000,
@@ -44,4 +47,7 @@ def test_the_page_holds_everything_and_escapes_what_users_wrote(index: DatasetIn
     assert "<i>sky" not in page
     assert "&lt;b&gt;ball" in page
     assert "4.2 min" in page
+    assert "5.0 million parameters, 48×32 pixels" in page
+    assert "<td>0.700</td>" in re.sub(r' class="\w+"', "", page)
+    assert "0.812" in page
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]+)"', page))

@@ -99,6 +99,21 @@ def test_algorithm_1_line_by_line() -> None:
     torch.testing.assert_close(loss, (answer[:, :, 1:] - noise).square().mean())
 
 
+def test_what_is_diffused_is_scaled_and_scaled_back() -> None:
+    data, t, noise = batch()
+    network = Recorder(torch.zeros_like(data.video_BCFHW))
+    plain, scaled = (
+        CinemoMethod(network, noise_schedule(DiffusionConfig(data_scale=scale)), RECIPE.sample)  # type: ignore[arg-type]
+        for scale in (1.0, 2.5)
+    )
+    torch.testing.assert_close(scaled.target(data), 2.5 * plain.target(data))
+    torch.testing.assert_close(scaled.finish(scaled.target(data), data.condition), data.video_BCFHW)
+    scaled(data, t, noise)
+    z_1 = data.video_BCFHW[:, :, :1]
+    expected = scaled.schedule.add_noise(2.5 * (data.video_BCFHW[:, :, 1:] - z_1), noise, t)
+    torch.testing.assert_close(network.seen[0], torch.cat([z_1, z_1 + expected], dim=2))
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_min_snr_weighs_what_is_returned(prediction: str) -> None:
     torch.manual_seed(0)

@@ -48,6 +48,22 @@ def test_encoding_is_scaled_and_frame_by_frame(vae: Vae) -> None:
     assert not latents.is_inference()  # they may be used in training
 
 
+def test_statistics_of_channels_normalise_each_of_them(encoders: Path, vae: Vae, tmp_path: Path) -> None:
+    """As newer diffusers autoencoders carry them: (z - mean) / std * scaling_factor, and back."""
+    copy = Path(shutil.copytree(encoders / "vae", tmp_path / "vae"))
+    config = json.loads((copy / "config.json").read_text())
+    mean, deviation = [0.5, -1.0, 0.0, 2.0], [1.0, 0.25, 3.0, 0.5]
+    statistics = {"latents_mean": mean, "latents_std": deviation, "scaling_factor": 0.5}
+    (copy / "config.json").write_text(json.dumps(config | statistics))
+    normal, pixels = Vae(str(copy)), frames(3)
+    latents = normal.encode(pixels)
+    plain = vae.network.encode(pixels).latent_dist.mode()
+    expected = (plain - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None] * 0.5
+    torch.testing.assert_close(latents, expected)
+    np.testing.assert_array_equal(normal.decode(latents), vae.decode(plain * vae.network.config.scaling_factor))
+    assert network_digest(str(copy)) != network_digest(str(encoders / "vae"))
+
+
 def test_sampling_depends_on_the_generator_alone(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cinemo.networks.frozen._CHUNK_PIXELS", 7 * 16 * 24)
     pixels = frames(20)  # more than one chunk

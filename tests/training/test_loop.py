@@ -135,6 +135,18 @@ def test_a_training_that_drops_everything_stays_finite(small: Recipe, dataset: s
     assert all(np.isfinite(report.loss) and np.isfinite(report.grad_norm) for report in reports)
 
 
+@pytest.mark.parametrize("shift", [1.0, 4.0])
+def test_timesteps_are_drawn_uniformly_or_towards_noise(small: Recipe, shift: float) -> None:
+    samples, recipe = moving_samples(8), _changed(small, timestep_shift=shift)
+    drawn = torch.cat([batches.host_batch(samples, step, recipe).t_B for step in range(150)])
+    assert int(drawn.min()) >= 0
+    assert int(drawn.max()) <= recipe.diffusion.train_steps - 1
+    # u in 0..1 goes to s u / (1 + (s - 1) u).
+    for share in (0.25, 0.5, 0.75):
+        place = shift * share / (1 + (shift - 1) * share) * recipe.diffusion.train_steps
+        assert float((drawn < place).double().mean()) == pytest.approx(share, abs=0.05)
+
+
 def test_offset_noise_is_one_value_a_channel(small: Recipe) -> None:
     samples, recipe = moving_samples(4), _changed(small, noise_offset=0.5)
     added = []

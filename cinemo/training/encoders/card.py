@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 
 from cinemo.training.encoders.frames import BlockPCA, FrameSets, gather, psnr
 from cinemo.training.encoders.text import train_text
-from cinemo.training.encoders.vae import ARCHITECTURE, LEAF_SHARE, STAGES, latent_deviation, reconstruct, train_vae
+from cinemo.training.encoders.vae import ARCHITECTURE, LEAF_SHARE, STAGES, reconstruct, train_vae
 
 SIZE = (64, 96)
 LEAF_IMAGES = 2800
@@ -89,7 +89,6 @@ def card_text(
         return f"- `{name}`: {licences.get(name, 'licence not stated')}"
 
     parameters = sum(parameter.numel() for parameter in vae.parameters())
-    deviation = latent_deviation(vae, frames.train_NHWC[:: max(1, len(frames.train_NHWC) // 800)])
     stages = ", ".join(f"{name} {share:.0%}" for name, (share, *_) in STAGES.items())
     return "\n".join(
         [
@@ -122,8 +121,8 @@ def card_text(
             f"diffusers `AutoencoderKL`, widths {tuple(ARCHITECTURE['block_out_channels'])}, 8x down, "
             f"{vae.config.latent_channels} latent channels, {parameters / 1e6:.2f} M parameters, stored as float16. "
             f"Squared error and a KL weight of 1e-5; no perceptual or adversarial loss. Training starts at a linear "
-            f"codec in closed form. Scaling factor {vae.config.scaling_factor}: scaled latents of training crops have "
-            f"a standard deviation of {deviation * vae.config.scaling_factor:.3f}.",
+            "codec in closed form. Mean and deviation of every channel, measured on training crops, stand in its "
+            "configuration (`latents_mean`, `latents_std`): latents are normalised by them.",
             "",
             f"PSNR in dB over 24 whole frames a clip at {SIZE[0]}x{SIZE[1]}, mean latent, against PCA of 8x8 blocks "
             "with 16 components fitted on the same training crops:",

@@ -21,13 +21,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cinemo.media.synthetic import render_clip
+from cinemo.media.synthetic import render_scene
 from cinemo.types import keyed_generator, keyed_seed
 
 MAX_TOKENS = 32
 MERGES = 1000
 VIEW = (32, 48)
-VIEW_FRAMES = (0, 4, 8, 12)
+VIEW_FRAMES = (20, 60, 100, 140)  # far enough apart to see a slow one move
 TEMPERATURE = 0.07
 # A base of everyday words, so that prompts about other things than rendered clips split into few pieces.
 EVERYDAY = """
@@ -62,10 +62,10 @@ class MotionPairs:
 
 
 def rendered_pairs(count: int, seed: int) -> MotionPairs:
-    clips = [render_clip(seed, index, VIEW, frames=max(VIEW_FRAMES) + 1) for index in range(count)]
-    views = np.stack([clip.frames_FHWC[list(VIEW_FRAMES)] for clip in clips])
+    scenes = [render_scene(seed, index, VIEW) for index in range(count)]
+    views = np.stack([scene.frames(VIEW_FRAMES) for scene in scenes])
     channels = views.transpose(0, 1, 4, 2, 3).reshape(count, 3 * len(VIEW_FRAMES), *VIEW)
-    return MotionPairs(channels, tuple(clip.caption for clip in clips))
+    return MotionPairs(channels, tuple(scene.caption for scene in scenes))
 
 
 def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:

@@ -79,9 +79,9 @@ def train_vae(frames: FrameSets, minutes: float, seed: int, checkpoints: Path | 
         _stage(name, vae, [vae], lambda x: _joint_loss(vae, x), frames, rng, minutes, log, None, checkpoints)
 
     vae = vae.to(memory_format=torch.contiguous_format).eval()
-    deviation = latent_deviation(vae, frames.train_NHWC[:: max(1, len(frames.train_NHWC) // 800)])
-    vae.register_to_config(scaling_factor=round(1 / deviation, 5))
-    log(f"vae: {time.monotonic() - started:.0f} s, latent deviation {deviation:.4f}")
+    mean, deviation = latent_statistics(vae, frames.train_NHWC[:: max(1, len(frames.train_NHWC) // 800)])
+    vae.register_to_config(scaling_factor=1.0, latents_mean=mean, latents_std=deviation)
+    log(f"vae: {time.monotonic() - started:.0f} s, deviation of the latents' channels {deviation}")
     return vae
 
 
@@ -97,13 +97,15 @@ def reconstruct(vae: AutoencoderKL, frames_FHWC: np.ndarray, batch: int = 16) ->
 
 
 @torch.no_grad()
-def latent_deviation(vae: AutoencoderKL, frames_NHWC: np.ndarray) -> float:
-    """Standard deviation of unscaled latents over all channels and frames."""
+def latent_statistics(vae: AutoencoderKL, frames_NHWC: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of the unscaled latents, over all frames and cells."""
     parts = [
         vae.encode(_to_unit(torch.from_numpy(frames_NHWC[start : start + 32]))).latent_dist.mode()
         for start in range(0, len(frames_NHWC), 32)
     ]
-    return float(torch.cat(parts).std())
+    latents = torch.cat(parts)
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    return [round(value, 4) for value in mean.tolist()], [round(value, 4) for value in deviation.tolist()]
 
 
 def _stage(

@@ -1,0 +1,368 @@
+"""Trains the tiny base UNet, and with it the text model, on rendered frames: what `cinemo-tiny` starts from.
+
+Frames are rendered and encoded right here, no video files between, and everything is kept on one device: the script
+needs torch, numpy and this package, and goes on where it was stopped. What makes motion learnable in so little time:
+
+- Timesteps near pure noise (`train.timestep_shift`): there motion is decided, while residuals are cleaned elsewhere.
+- First pans alone, where direction is the whole of what there is to know; then everything; at first half the frames.
+- The text model learns along, so that its states say what decides motion. It starts from the contrastive one.
+- A clip backwards is a clip of the opposite direction: every other sample.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+
+from cinemo.config import Recipe
+from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
+from cinemo.media.synthetic import CLIP_FRAMES, render_scene, turned
+from cinemo.methods import build_method
+from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.memory import keep_freed_memory
+from cinemo.networks.weights import load_unet, save_unet
+from cinemo.training.batch import drawn_timestep
+from cinemo.types import Condition, InputError, LatentBatch, keyed_generator
+
+CHUNK = 200  # clips of one file
+REVERSED, PROMPT_DROPPED = 0.5, 0.1
+STATE = "state.pt"
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``samples`` seen at learning rate ``lr``, of the first ``frames`` frames, of ``kinds`` (None: all)."""
+
+    name: str
+    samples: int
+    frames: int
+    lr: float
+    shift: float
+    kinds: tuple[str, ...] | None = None
+
+
+PHASES = (
+    Phase("pans, half the frames", 1_600, 8, 1.5e-3, 4.0, ("pan",)),
+    Phase("all kinds, half the frames", 8_000, 8, 1.2e-3, 4.0),
+    Phase("all kinds, all frames", 8_000, 16, 1.0e-3, 4.0),
+    Phase("every noise level", 2_400, 16, 6e-4, 2.5),
+)
+
+
+def planned(share: float) -> tuple[Phase, ...]:
+    """`PHASES` with a share of their samples."""
+    return tuple(replace(phase, samples=max(64, round(phase.samples * share))) for phase in PHASES)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """``latents_NFCHW``: float16, normalised as the autoencoder says. ``facts``: kind, caption, direction, SSIM."""
+
+    latents_NFCHW: np.ndarray
+    facts: Sequence[dict[str, Any]]
+
+
+def make_clips(output: Path, recipe: Recipe, count: int, seed: int, processes: int, log: Log) -> Clips:
+    """Render and encode ``count`` clips in files of `CHUNK`, those that are there as they are."""
+    output.mkdir(parents=True, exist_ok=True)
+    chunks = range(-(-count // CHUNK))
+    missing = [chunk for chunk in chunks if not _facts_file(output, chunk).exists()]
+    began = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(min(processes, max(1, len(missing)))) as pool:
+        work = [(output, recipe, seed, chunk) for chunk in missing]
+        for done, _ in enumerate(pool.imap_unordered(_make_chunk, work), 1):
+            rate = done * CHUNK / (time.monotonic() - began)
+            log(f"clips: {done * CHUNK} of {len(missing) * CHUNK}, {rate:.1f}/s")
+    latents = np.concatenate([np.load(_latents_file(output, chunk)) for chunk in chunks])[:count]
+    facts = [row for chunk in chunks for row in json.loads(_facts_file(output, chunk).read_text())]
+    return Clips(latents, facts[:count])
+
+
+def train_base(
+    output: Path, recipe: Recipe, clips: Clips, phases: Sequence[Phase], settings: TrainSettings, log: Log
+) -> dict[str, Any]:
+    """Train through ``phases``; writes ``unet/`` and ``text_encoder/`` (averaged weights, float16) under ``output``.
+
+    Returns:
+        What was done: samples seen, minutes, the mean of the last losses.
+    """
+    if settings.processes > 1:
+        rendezvous = output / ".rendezvous"
+        rendezvous.unlink(missing_ok=True)
+        work = (output, recipe, clips, phases, settings, f"file://{rendezvous}")
+        spawn(_one_of, work, settings.processes)  # type: ignore[no-untyped-call]
+    else:
+        _train(output, recipe, clips, phases, settings, log)
+    state = torch.load(output / STATE, map_location="cpu", weights_only=True)
+    export(output, recipe)
+    return {"samples": state["samples"], "minutes": round(state["seconds"] / 60, 1), "loss": round(state["loss"], 4)}
+
+
+def _one_of(
+    rank: int, output: Path, recipe: Recipe, clips: Clips, phases: Sequence[Phase], settings: TrainSettings, place: str
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=settings.processes)
+    _train(output, recipe, clips, phases, settings, lambda line: print(line, flush=True) if rank == 0 else None)
+    dist.destroy_process_group()
+
+
+def _train(
+    output: Path, recipe: Recipe, clips: Clips, phases: Sequence[Phase], settings: TrainSettings, log: Log
+) -> None:
+    """In each of ``settings.processes``: all hold the same weights and take their share of every batch."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    device = torch.device(settings.device)
+    keep_freed_memory()
+    unet = load_unet(recipe.model, settings.init, torch.float32) if settings.init else None
+    torch.manual_seed(settings.seed)
+    method = build_method(recipe, unet).to(device).train()
+    text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device)
+    text.network.requires_grad_(True).train()
+    networks = {"unet": method.unet, "text_encoder": text.network}
+    parameters = [parameter for network in networks.values() for parameter in network.parameters()]
+    matrices = [p for name, p in method.unet.named_parameters() if is_matrix(name, p)]
+    others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
+    adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers: dict[str, torch.optim.Optimizer] = {"muon": Muon(matrices), "adam": adam}
+    averages = [parameter.detach().clone() for parameter in parameters]
+    ids = _token_ids(text, clips)
+    step, seconds = 0, 0.0
+    state_file = output / STATE
+    if state_file.exists():
+        state = torch.load(state_file, map_location=device, weights_only=True)
+        for name, network in networks.items():
+            network.load_state_dict(state[name])
+        for name, optimizer in optimizers.items():
+            if name in state:
+                optimizer.load_state_dict(state[name])
+        averages = list(state["averages"])
+        step, seconds = state["step"], state["seconds"]
+        log(f"goes on at step {step}")
+
+    def store() -> None:
+        if rank:
+            return
+        state = {name: network.state_dict() for name, network in networks.items()}
+        state |= {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        loss = float(torch.stack(losses[-200:]).mean()) if losses else float("nan")
+        rest = {"averages": averages, "step": step, "seconds": seconds, "samples": step * batch, "loss": loss}
+        torch.save(state | rest, state_file.with_suffix(".part"))
+        os.replace(state_file.with_suffix(".part"), state_file)
+
+    batch = settings.batch
+    ends = np.cumsum([phase.samples // batch for phase in phases])
+    began, losses = time.monotonic(), []
+    before, first = seconds, step
+    while step < ends[-1]:
+        number = int(np.searchsorted(ends, step, side="right"))
+        phase, within = phases[number], step - (ends[number] - phases[number].samples // batch)
+        warm = min(1.0, (within + 1) / 50)
+        fall = (
+            0.5 * (1 + math.cos(math.pi * within / (ends[number] - step + within))) if number == len(phases) - 1 else 1
+        )
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = phase.lr * warm * max(0.02, fall)
+        latents, t_B, noise = _batch(clips, ids, phase, settings, step, rank, text, recipe, device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+            loss: Tensor = method(latents, t_B, noise)
+        for parameter in parameters:
+            parameter.grad = None
+        torch.autograd.backward(loss)
+        if dist.is_initialized():
+            _average([parameter.grad for parameter in parameters if parameter.grad is not None])
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        step += 1
+        decay = min(0.998, (1 + step) / (10 + step))
+        torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - decay)
+        losses.append(loss.detach())
+        if step % 50 == 0:
+            seconds = before + time.monotonic() - began
+            rate = (step - first) * batch / (time.monotonic() - began)
+            left = (ends[-1] - step) * batch / rate / 60
+            mean = float(torch.stack(losses[-100:]).mean())
+            log(f"{phase.name}: step {step} of {ends[-1]}, loss {mean:.4f}, {rate:.1f} samples/s, {left:.0f} min left")
+        if step % settings.checkpoint_every == 0:
+            store()
+    seconds = before + time.monotonic() - began
+    store()
+
+
+def _average(gradients: Sequence[Tensor]) -> None:
+    """Over all processes, in one exchange."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    means = torch.split(flat, [gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """``init``: a UNet's folder to start from (None: from nothing). ``batch``: samples of a step, of all ``processes``.
+    On CPUs two processes with a thread each are half as fast again as one with two."""
+
+    init: str | None = None
+    batch: int = 8
+    seed: int = 101
+    device: str = "cpu"
+    bf16: bool = False
+    checkpoint_every: int = 200
+    processes: int = 1
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal before each step (K. Jordan 2024), by Newton and Schulz's iteration.
+
+    It took two thirds of AdamW's samples here. PyTorch's own takes matrices alone; a convolution's kernel is one of its
+    outputs by everything else. Steps have AdamW's usual size (arXiv 2502.16982), so that both share a learning rate.
+    """
+
+    def __init__(self, matrices: Sequence[nn.Parameter], momentum: float = 0.95, iterations: int = 4) -> None:
+        super().__init__(matrices, {"lr": 1.0, "momentum": momentum, "iterations": iterations, "weight_decay": 0.01})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                update = parameter.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                update = orthogonal(update, group["iterations"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * max(update.shape) ** 0.5
+                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
+
+
+def orthogonal(matrix: Tensor, iterations: int) -> Tensor:
+    """Nearly the orthogonal matrix next to ``matrix``: its singular values are brought to about 1."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x: Tensor = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-12)
+    for _ in range(iterations):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether `Muon` learns a parameter of the UNet: what maps features to features, neither ends nor biases."""
+    ends = ("conv_in", "conv_out", "linear_1", "relative_attention_bias")
+    return parameter.ndim >= 2 and not any(end in name for end in ends)
+
+
+def export(output: Path, recipe: Recipe) -> None:
+    """``unet/`` and ``text_encoder/`` in half precision, from the averages of ``state.pt``."""
+    if not (output / STATE).exists():
+        raise InputError(f"{output}: no {STATE} there; train first")
+    state = torch.load(output / STATE, map_location="cpu", weights_only=True)
+    unet = build_method(recipe).unet
+    text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer)
+    parameters = [*unet.parameters(), *text.network.parameters()]
+    with torch.no_grad():
+        for parameter, average in zip(parameters, state["averages"], strict=True):
+            parameter.copy_(average)
+    save_unet(unet.half(), output / "unet")
+    text.network.half().save_pretrained(output / "text_encoder")
+
+
+def _make_chunk(work: tuple[Path, Recipe, int, int]) -> None:
+    output, recipe, seed, chunk = work
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    vae, data = Vae(recipe.encoders.vae), recipe.data
+    latents, facts = [], []
+    for index in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+        scene = render_scene(seed, index, data.size)
+        generator = keyed_generator(seed, "view", index)
+        low, high = data.frame_interval
+        interval = int(torch.randint(low, high + 1, (), generator=generator))
+        start = int(torch.randint(CLIP_FRAMES - interval * (data.frames - 1), (), generator=generator))
+        frames_FHWC = scene.frames(start + interval * k for k in range(data.frames))
+        pixels = torch.from_numpy(frames_FHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents.append(vae.encode(pixels).half().numpy())
+        row = {"kind": scene.motion["kind"], "caption": scene.caption, "direction": scene.motion.get("direction")}
+        facts.append(row | {"ssim": mean_adjacent_ssim(frames_FHWC, data.ssim)})
+    np.save(_latents_file(output, chunk), np.stack(latents))
+    _facts_file(output, chunk).write_text(json.dumps(facts))  # last: the chunk is whole
+
+
+def _latents_file(output: Path, chunk: int) -> Path:
+    return output / f"chunk-{chunk:04d}.npy"
+
+
+def _facts_file(output: Path, chunk: int) -> Path:
+    return output / f"chunk-{chunk:04d}.json"
+
+
+def _token_ids(text: TextEncoder, clips: Clips) -> dict[str, Tensor]:
+    captions = {""}
+    for row in clips.facts:
+        captions.add(row["caption"])
+        if row["direction"]:
+            captions.add(turned(row["caption"], row["direction"]))
+    words = sorted(captions)
+    tokens = text.tokenizer(words, padding="max_length", truncation=True, max_length=text.length, return_tensors="pt")
+    return dict(zip(words, tokens.input_ids, strict=True))
+
+
+def _batch(
+    clips: Clips,
+    ids: dict[str, Tensor],
+    phase: Phase,
+    settings: TrainSettings,
+    step: int,
+    rank: int,
+    text: TextEncoder,
+    recipe: Recipe,
+    device: torch.device,
+) -> tuple[LatentBatch, Tensor, Tensor]:
+    """A process's share of a batch and its draws, all keyed by the step: they do not depend on how many share it."""
+    generator = keyed_generator(settings.seed, "base", step)
+    among = [i for i, row in enumerate(clips.facts) if phase.kinds is None or row["kind"] in phase.kinds]
+    picked = [among[int(k)] for k in torch.randint(len(among), (settings.batch,), generator=generator)]
+    backwards = torch.rand(settings.batch, generator=generator) < REVERSED
+    dropped = torch.rand(settings.batch, generator=generator) < PROMPT_DROPPED
+    draws = [drawn_timestep(recipe.diffusion.train_steps, phase.shift, generator) for _ in picked]
+    channels, (rows, columns) = clips.latents_NFCHW.shape[2], clips.latents_NFCHW.shape[3:]
+    noise = torch.randn(settings.batch, channels, phase.frames - 1, rows, columns, generator=generator)
+    own = slice(rank * settings.batch // settings.processes, (rank + 1) * settings.batch // settings.processes)
+    picked, t_B, noise = picked[own], torch.stack(draws[own]), noise[own]
+    videos, captions = [], []
+    for index, back, drop in zip(picked, backwards[own].tolist(), dropped[own].tolist(), strict=True):
+        latents_FCHW, row = clips.latents_NFCHW[index][: phase.frames], clips.facts[index]
+        caption = row["caption"]
+        if back:
+            latents_FCHW = latents_FCHW[::-1]
+            caption = turned(caption, row["direction"]) if row["direction"] else caption
+        videos.append(torch.from_numpy(latents_FCHW.astype(np.float32)).transpose(0, 1))
+        captions.append("" if drop else caption)
+    video_BCFHW = torch.stack(videos)
+    buckets = [float(motion_bucket(clips.facts[i]["ssim"], recipe.data.bucket_edges)) for i in picked]
+    states_BLD = text.network(torch.stack([ids[caption] for caption in captions]).to(device)).last_hidden_state
+    video_BCFHW = video_BCFHW.to(device)
+    condition = Condition(video_BCFHW[:, :, 0], states_BLD, torch.tensor(buckets, device=device))
+    return LatentBatch(video_BCFHW, condition), t_B.to(device), noise.to(device)
