@@ -231,6 +231,11 @@ class Recipe(Part):
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
 
+    @property
+    def toy(self) -> bool:
+        """Whether its videos are too small for anything but to see the method work."""
+        return min(self.data.size) < 128
+
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 

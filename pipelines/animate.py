@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     storage.check_writable(arguments.output.rpartition("/")[0] or ".")
     bundle = load_bundle(arguments.bundle, arguments.device)
+    if bundle.recipe.toy:
+        height, width = bundle.recipe.data.size
+        print(f"{bundle.recipe.name} is a toy of {width}x{height} pixels: to see the method work", file=sys.stderr)
     begun = time.monotonic()
 
     def progress(done: int, steps: int) -> None:

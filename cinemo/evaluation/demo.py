@@ -25,10 +25,10 @@ from PIL import Image
 from cinemo import storage, tracking
 from cinemo.animate import AnimateRequest, animate, load_image
 from cinemo.bundle import load_bundle, read_card, save_bundle
-from cinemo.config import MOTION_BUCKETS
+from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.data.manifest import read_manifest
 from cinemo.data.shards import DatasetIndex
-from cinemo.evaluation.figures import contact_sheet
+from cinemo.evaluation.figures import animated_sheet, contact_sheet, save_animated
 from cinemo.evaluation.rendered import measure_motion
 from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
 from cinemo.evaluation.stages import Stages, running
@@ -48,6 +48,7 @@ _QUANTILES = (0.05, 0.95)
 _READY_SECONDS, _JOB_SECONDS = 240.0, 240.0
 # Rendered scenes whose first frames are animated; their seed is neither that of the clips nor of the test scenes.
 _UNSEEN_SEED, _UNSEEN = 1004, ("object", "pan", "flow")
+_SHOWN = (0, 7, 14)  # motion buckets of the shipped base's videos, which the README shows
 _MEASURED = 8  # unseen clips of each kind that both models are measured on
 
 
@@ -107,7 +108,7 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     buckets = motion_buckets(index)
     pictures = _pictures(output / "images", table, read_card(bundle).recipe.data.size)
     first = pictures[0]
-    video = output / "videos" / f"{first.name}-bucket-{buckets[0]:02d}.mp4"
+    video = output / "videos" / _video_name(first, buckets[0])
     words_animate = stages.note(
         "animate", "animate", "--bundle", bundle, "--image", first.path, "--prompt", first.prompt,
         "--motion-bucket", buckets[0], "--steps", _STEPS, "--seed", settings.seed, "--output", video,
@@ -123,6 +124,12 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     base, measured = output / "base", output / "motion.json"
     stages.run("measure", [_MEASURED], ["motion.json", "base"], lambda: _measure(base, bundle, measured))
 
+    def show_base() -> None:
+        _animate_rest(base, pictures, _SHOWN, settings.seed, output / "base-videos")
+        _animated(output / "animation.gif", output / "base-videos", pictures, read_card(base).recipe)
+
+    stages.run("base videos", [shown, _SHOWN], ["base-videos", "animation.gif"], show_base)
+
     port = _free_port()
     serve = stages.note("serve", "serve", "--bundle", bundle, "--port", port, "--state", output / "serve")
     served = output / "served"
@@ -133,6 +140,19 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     _report(output, stages, index, pictures, buckets)
     print(f"\n{time.monotonic() - begun:.0f} s; open {output / 'report.html'}")
     print(tracking.locate(str(run))[2])
+
+
+def _animated(target: Path, videos: Path, pictures: Sequence[_Picture], recipe: Recipe) -> None:
+    """The README's moving picture: every picture at every bucket of `_SHOWN`."""
+    frames = range(recipe.data.frames)
+    rows = [[read_frames(videos / _video_name(picture, b), frames) for b in _SHOWN] for picture in pictures]
+    titles = [f"motion bucket {bucket}" for bucket in _SHOWN]
+    sheet = animated_sheet(rows, titles, [picture.prompt for picture in pictures])
+    save_animated(target, sheet, recipe.sample.fps)
+
+
+def _video_name(picture: _Picture, bucket: int) -> str:
+    return f"{picture.name}-bucket-{bucket:02d}.mp4"
 
 
 def _measure(base: Path, tuned: Path, target: Path) -> None:
@@ -208,9 +228,10 @@ def _pictures(directory: Path, table: Any, size: tuple[int, int]) -> list[_Pictu
 def _animate_rest(bundle: Path, pictures: Sequence[_Picture], buckets: Sequence[int], seed: int, videos: Path) -> None:
     """Every other video, with the bundle loaded once: what ``animate.py`` does, without its start-up."""
     loaded = load_bundle(bundle)
+    videos.mkdir(exist_ok=True)
     for picture in pictures:
         for bucket in buckets:
-            path = videos / f"{picture.name}-bucket-{bucket:02d}.mp4"
+            path = videos / _video_name(picture, bucket)
             if path.exists():
                 continue
             image = load_image(picture.path)
@@ -284,7 +305,7 @@ def _report(
     samples, frames, labels = [], [], []
     for picture in pictures:
         for bucket in buckets:
-            path = output / "videos" / f"{picture.name}-bucket-{bucket:02d}.mp4"
+            path = output / "videos" / _video_name(picture, bucket)
             samples.append(Sample(load_image(picture.path), picture.prompt, bucket, path.read_bytes()))
             frames.append(read_frames(path, range(card.recipe.data.frames)))
             labels.append(f"bucket {bucket}: {picture.prompt}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -53,6 +54,43 @@ def contact_sheet(
             picture = Image.fromarray(video[index]).resize(cell, Image.Resampling.BICUBIC)
             sheet.paste(picture, (left + column * (cell[0] + gap), top))
     return sheet
+
+
+def animated_sheet(
+    rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str], labels: Sequence[str], cell_width: int = 192
+) -> list[Image.Image]:
+    """Frames of one picture in which videos (F, H, W, 3) uint8 play side by side: a row for each label, its videos
+    under ``titles``. They pause on the first frame and on the last, so that one sees where they begin again."""
+    font = ImageFont.load_default(15)
+    height, width = rows[0][0].shape[1:3]
+    cell = (cell_width, round(cell_width * height / width))
+    left, top, gap = 190, 30, 6
+    size = (left + len(titles) * (cell[0] + gap), top + len(rows) * (cell[1] + gap))
+    count = len(rows[0][0])
+    pictures = []
+    for index in [0, 0, *range(count), count - 1, count - 1]:
+        sheet = Image.new("RGB", size, "white")
+        draw = ImageDraw.Draw(sheet)
+        for column, title in enumerate(titles):
+            middle = left + column * (cell[0] + gap) + cell[0] / 2
+            draw.text((middle, top / 2), title, fill=INK, font=font, anchor="mm")
+        for row, (label, videos) in enumerate(zip(labels, rows, strict=True)):
+            y = top + row * (cell[1] + gap)
+            draw.multiline_text(
+                (8, y + cell[1] / 2), _wrap(label, font, 175), fill=INK, font=font, anchor="lm", spacing=5
+            )
+            for column, video in enumerate(videos):
+                picture = Image.fromarray(video[index]).resize(cell, Image.Resampling.BICUBIC)
+                sheet.paste(picture, (left + column * (cell[0] + gap), y))
+        pictures.append(sheet)
+    return pictures
+
+
+def save_animated(path: str | Path, pictures: Sequence[Image.Image], fps: float) -> None:
+    """A GIF that plays for ever."""
+    palette = pictures[len(pictures) // 2].quantize(255)
+    frames = [picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for picture in pictures]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
 
 def motion_histogram(dataset: DatasetIndex, edges: Sequence[float] | None = None) -> Figure:

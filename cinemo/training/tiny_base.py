@@ -11,6 +11,8 @@ needs torch, numpy and this package, and goes on where it was stopped. What make
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import math
 import multiprocessing
@@ -59,8 +61,8 @@ class Phase:
 PHASES = (
     Phase("pans, half the frames", 1_600, 8, 1.5e-3, 4.0, ("pan",)),
     Phase("all kinds, half the frames", 8_000, 8, 1.2e-3, 4.0),
-    Phase("all kinds, all frames", 8_000, 16, 1.0e-3, 4.0),
-    Phase("every noise level", 2_400, 16, 6e-4, 2.5),
+    Phase("all kinds, all frames", 6_400, 16, 1.0e-3, 4.0),
+    Phase("every noise level", 2_400, 16, 7e-4, 2.5),
 )
 
 
@@ -77,19 +79,21 @@ class Clips:
     facts: Sequence[dict[str, Any]]
 
 
-def make_clips(output: Path, recipe: Recipe, count: int, seed: int, processes: int, log: Log) -> Clips:
-    """Render and encode ``count`` clips in files of `CHUNK`, those that are there as they are."""
+def make_clips(
+    output: Path, recipe: Recipe, count: int, seed: int, processes: int, log: Log, chunk: int = CHUNK
+) -> Clips:
+    """Render and encode ``count`` clips in files of ``chunk``, those that are there as they are."""
     output.mkdir(parents=True, exist_ok=True)
-    chunks = range(-(-count // CHUNK))
-    missing = [chunk for chunk in chunks if not _facts_file(output, chunk).exists()]
+    numbers = range(-(-count // chunk))
+    missing = [number for number in numbers if not _facts_file(output, number).exists()]
     began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(min(processes, max(1, len(missing)))) as pool:
-        work = [(output, recipe, seed, chunk) for chunk in missing]
+        work = [(output, recipe, seed, number, chunk) for number in missing]
         for done, _ in enumerate(pool.imap_unordered(_make_chunk, work), 1):
-            rate = done * CHUNK / (time.monotonic() - began)
-            log(f"clips: {done * CHUNK} of {len(missing) * CHUNK}, {rate:.1f}/s")
-    latents = np.concatenate([np.load(_latents_file(output, chunk)) for chunk in chunks])[:count]
-    facts = [row for chunk in chunks for row in json.loads(_facts_file(output, chunk).read_text())]
+            rate = done * chunk / (time.monotonic() - began)
+            log(f"clips: {done * chunk} of {len(missing) * chunk}, {rate:.1f}/s")
+    latents = np.concatenate([np.load(_latents_file(output, number)) for number in numbers])[:count]
+    facts = [row for number in numbers for row in json.loads(_facts_file(output, number).read_text())]
     return Clips(latents, facts[:count])
 
 
@@ -166,11 +170,11 @@ def _train(
         os.replace(state_file.with_suffix(".part"), state_file)
 
     batch = settings.batch
-    ends = np.cumsum([phase.samples // batch for phase in phases])
+    ends = list(itertools.accumulate(phase.samples // batch for phase in phases))
     began, losses = time.monotonic(), []
     before, first = seconds, step
     while step < ends[-1]:
-        number = int(np.searchsorted(ends, step, side="right"))
+        number = bisect.bisect_right(ends, step)
         phase, within = phases[number], step - (ends[number] - phases[number].samples // batch)
         warm = min(1.0, (within + 1) / 50)
         fall = (
@@ -226,7 +230,7 @@ class TrainSettings:
     seed: int = 101
     device: str = "cpu"
     bf16: bool = False
-    checkpoint_every: int = 200
+    checkpoint_every: int = 100
     processes: int = 1
 
 
@@ -289,13 +293,13 @@ def export(output: Path, recipe: Recipe) -> None:
     text.network.half().save_pretrained(output / "text_encoder")
 
 
-def _make_chunk(work: tuple[Path, Recipe, int, int]) -> None:
-    output, recipe, seed, chunk = work
+def _make_chunk(work: tuple[Path, Recipe, int, int, int]) -> None:
+    output, recipe, seed, number, size = work
     torch.set_num_threads(1)
     keep_freed_memory()
     vae, data = Vae(recipe.encoders.vae), recipe.data
     latents, facts = [], []
-    for index in range(chunk * CHUNK, (chunk + 1) * CHUNK):
+    for index in range(number * size, (number + 1) * size):
         scene = render_scene(seed, index, data.size)
         generator = keyed_generator(seed, "view", index)
         low, high = data.frame_interval
@@ -306,16 +310,16 @@ def _make_chunk(work: tuple[Path, Recipe, int, int]) -> None:
         latents.append(vae.encode(pixels).half().numpy())
         row = {"kind": scene.motion["kind"], "caption": scene.caption, "direction": scene.motion.get("direction")}
         facts.append(row | {"ssim": mean_adjacent_ssim(frames_FHWC, data.ssim)})
-    np.save(_latents_file(output, chunk), np.stack(latents))
-    _facts_file(output, chunk).write_text(json.dumps(facts))  # last: the chunk is whole
+    np.save(_latents_file(output, number), np.stack(latents))
+    _facts_file(output, number).write_text(json.dumps(facts))  # last: the chunk is whole
 
 
-def _latents_file(output: Path, chunk: int) -> Path:
-    return output / f"chunk-{chunk:04d}.npy"
+def _latents_file(output: Path, number: int) -> Path:
+    return output / f"chunk-{number:04d}.npy"
 
 
-def _facts_file(output: Path, chunk: int) -> Path:
-    return output / f"chunk-{chunk:04d}.json"
+def _facts_file(output: Path, number: int) -> Path:
+    return output / f"chunk-{number:04d}.json"
 
 
 def _token_ids(text: TextEncoder, clips: Clips) -> dict[str, Tensor]:

@@ -58,7 +58,10 @@ def test_the_truth_passes_every_bar_that_videos_can_pass(base: ModelBundle, monk
     assert not short, figures
     assert figures["pan_direction_cosine"] > 0.99
     assert figures["object_iou"] > 0.95
-    assert all(figures[f"{kind}_flow_gain"] == pytest.approx(1, abs=0.25) for kind in ("pan", "object", "fluid"))
+    assert figures["pan_flow_gain"] == pytest.approx(1, abs=0.1)
+    assert figures["fluid_flow_gain"] == pytest.approx(1, abs=0.15)
+    # Optical flow finds nothing to hold on to inside a shape of one colour.
+    assert figures["object_flow_gain"] > 0.6
 
 
 def test_a_still_picture_fails_all_that_is_about_motion(base: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:

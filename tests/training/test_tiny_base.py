@@ -1,0 +1,160 @@
+"""How the shipped base is made: it goes on where it stopped, whatever it is cut into, and learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cinemo.config import Recipe
+from cinemo.media.synthetic import DIRECTIONS
+from cinemo.networks.frozen import TextEncoder
+from cinemo.networks.weights import load_unet
+from cinemo.recipes import load_recipe
+from cinemo.training import tiny_base
+from cinemo.training.tiny_base import Clips, Muon, Phase, TrainSettings, make_clips, orthogonal, planned, train_base
+
+PHASES = (Phase("a", 16, 4, 1e-3, 4.0, ("pan",)), Phase("b", 16, 6, 1e-3, 2.0))
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    keys = ["model.block_out_channels=[32,32]", "model.norm_num_groups=8", "data.size=[32,48]", "data.frames=6"]
+    return load_recipe("cinemo-tiny", [*keys, "train.init=null"])
+
+
+@pytest.fixture(scope="module")
+def clips(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Clips:
+    directory = tmp_path_factory.mktemp("clips")
+    made = make_clips(directory, recipe, 24, 3, 1, lambda line: None, chunk=12)
+    (directory / "chunk-0001.json").unlink()  # as if stopped while it was written
+    again = make_clips(directory, recipe, 24, 3, 1, lambda line: None, chunk=12)
+    np.testing.assert_array_equal(made.latents_NFCHW, again.latents_NFCHW)
+    assert made.facts == again.facts
+    return made
+
+
+def settings(**changed: object) -> TrainSettings:
+    return TrainSettings(batch=4, checkpoint_every=2, **changed)  # type: ignore[arg-type]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(output / "state.pt", weights_only=True)
+    return {**state["unet"], **{f"text.{name}": value for name, value in state["text_encoder"].items()}}
+
+
+@pytest.fixture(scope="module")
+def straight(recipe: Recipe, clips: Clips, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("straight")
+    made = train_base(output, recipe, clips, PHASES, settings(), lambda line: None)
+    assert made["samples"] == 32
+    return output
+
+
+def test_stopped_and_taken_up_it_ends_at_the_same_weights(
+    recipe: Recipe, clips: Clips, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, calls = tiny_base._batch, 0
+
+    def breaks(*arguments: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return batch(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tiny_base, "_batch", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train_base(tmp_path, recipe, clips, PHASES, settings(), lambda line: None)
+    lines: list[str] = []
+    train_base(tmp_path, recipe, clips, PHASES, settings(), lines.append)
+    assert "goes on at step 4" in lines
+    for name, value in weights(straight).items():
+        torch.testing.assert_close(weights(tmp_path)[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_two_processes_learn_what_one_does(recipe: Recipe, clips: Clips, straight: Path, tmp_path: Path) -> None:
+    train_base(tmp_path, recipe, clips, PHASES, settings(processes=2), lambda line: None)
+    one, two = weights(straight), weights(tmp_path)
+    start = {**build(recipe), **text_start(recipe)}
+    moved = sum(float((one[name] - start[name]).square().sum()) for name in start)
+    apart = sum(float((one[name] - two[name]).square().sum()) for name in start)
+    assert apart < 0.01 * moved
+
+
+def build(recipe: Recipe) -> dict[str, torch.Tensor]:
+    from cinemo.methods import build_method
+
+    torch.manual_seed(settings().seed)
+    return build_method(recipe).unet.state_dict()
+
+
+def text_start(recipe: Recipe) -> dict[str, torch.Tensor]:
+    text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer)
+    return {f"text.{name}": value for name, value in text.network.state_dict().items()}
+
+
+def test_what_it_writes_loads_and_is_the_average(recipe: Recipe, straight: Path) -> None:
+    unet = load_unet(recipe.model, str(straight / "unet"))
+    state = torch.load(straight / "state.pt", weights_only=True)
+    for parameter, average in zip(unet.parameters(), state["averages"], strict=False):
+        torch.testing.assert_close(parameter, average.half())
+    text = TextEncoder(str(straight / "text_encoder"), recipe.encoders.tokenizer)
+    assert text.encode(["the camera pans up"]).shape == (1, 32, recipe.model.cross_attention_dim)
+
+
+def test_a_clip_backwards_has_the_opposite_words(recipe: Recipe, clips: Clips) -> None:
+    text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer)
+    ids = tiny_base._token_ids(text, clips)
+    seen: dict[bytes, set[str]] = {}
+    words = {tuple(tokens.tolist()): caption for caption, tokens in ids.items()}
+    shown: list[str] = []
+
+    def states(tokens: torch.Tensor) -> object:
+        shown[:] = [words[tuple(row.tolist())] for row in tokens]
+
+        class Output:
+            last_hidden_state = torch.zeros(len(tokens), 32, 64)
+
+        return Output()
+
+    text.network = states
+    for step in range(12):
+        batch, _, noise = tiny_base._batch(
+            clips, ids, PHASES[0], settings(), step, 0, text, recipe, torch.device("cpu")
+        )
+        assert noise.shape[2] == PHASES[0].frames - 1
+        for video, caption in zip(batch.video_BCFHW, shown, strict=True):
+            seen.setdefault(video[:, 0].numpy().tobytes(), set()).add(caption)
+    kinds = [caption for captions in seen.values() for caption in captions if caption]
+    assert all("pans" in caption for caption in kinds)
+    # One clip has two first frames, its own and its last, and each of them words for one direction alone.
+    for captions in seen.values():
+        named = {way for way in DIRECTIONS for caption in captions if caption.split(" across ")[0].endswith(way)}
+        assert len(named) <= 1
+
+
+def test_orthogonal_brings_singular_values_to_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((16, 40), (40, 16)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape), 5))
+        assert float(values.min()) > 0.5
+        assert float(values.max()) < 1.5
+
+
+def test_muon_finds_the_minimum_of_a_quadratic() -> None:
+    torch.manual_seed(0)
+    target, weight = torch.randn(8, 12), torch.nn.Parameter(torch.zeros(8, 12))
+    muon = Muon([weight])
+    for step in range(300):
+        muon.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+        weight.grad = weight.detach() - target
+        muon.step()
+    assert float((weight.detach() - target).abs().max()) < 0.2
+
+
+def test_a_share_of_the_plan_keeps_its_phases() -> None:
+    assert [phase.name for phase in planned(0.1)] == [phase.name for phase in planned(1)]
+    assert sum(phase.samples for phase in planned(0.5)) == sum(phase.samples for phase in planned(1)) / 2
