@@ -88,7 +88,7 @@ def cinemo_tiny() -> Recipe:
     - train.timestep_shift 4 and train.prompt_dropout 0.1: with uniform timesteps and half of the prompts dropped, no
       direction is learnt in such a time. It is decided near pure noise, and by the prompt.
     - data.bucket_edges: those that rendered clips fill. encoders.latent: the posterior's mode.
-    - sample.guidance_scale 1: the prompt is obeyed without guidance, at half the price. sample.steps: 25.
+    - sample.guidance_scale 2: without guidance the direction is right and the motion half as fast as it should be.
     """
     return Recipe(
         name="cinemo-tiny",
@@ -110,7 +110,7 @@ def cinemo_tiny() -> Recipe:
             global_batch=8,
             micro_batch=4,
             max_steps=300,
-            lr=5e-4,
+            lr=2e-4,
             warmup_steps=20,
             schedule="cosine",
             prompt_dropout=0.1,
@@ -122,7 +122,7 @@ def cinemo_tiny() -> Recipe:
             checkpoint_every=100,
             sample_every=100,
         ),
-        sample=SampleConfig(steps=25, guidance_scale=1.0),
+        sample=SampleConfig(steps=25, guidance_scale=2.0),
     )
 
 

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default="demo", metavar="DIR", help="new, empty, or an earlier demo")
     parser.add_argument("--clips", metavar="DIR", help="a folder of videos to use; absent: clips are rendered")
     parser.add_argument("--count", type=int, default=96, help="clips to render")
-    parser.add_argument("--max-steps", type=int, default=300, help="training steps")
+    parser.add_argument("--max-steps", type=int, default=100, help="training steps")
     parser.add_argument("--seed", type=int, default=0, help="of clips, training and videos")
     parser.add_argument("--fresh", action="store_true", help="begin anew, removing what an earlier demo left there")
     arguments = parser.parse_args(argv)

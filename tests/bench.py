@@ -92,7 +92,12 @@ def sampling(scratch: Path) -> Iterator[tuple[str, ...]]:
         calls.update(whole=0, outer=0)
         begun = time.process_time()
         made = [
-            animate(bundle, AnimateRequest(p.frames_FHWC[0], p.caption, motion_bucket=7, **{"steps": 50, **option}))
+            animate(
+                bundle,
+                AnimateRequest(
+                    p.frames_FHWC[0], p.caption, motion_bucket=7, guidance_scale=2, **{"steps": 50, **option}
+                ),
+            )
             for p in pictures
         ]
         seconds = time.process_time() - begun

@@ -26,6 +26,7 @@ from cinemo.evaluation.metrics import psnr
 from cinemo.media.flow import dense_flow
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
 from cinemo.media.synthetic import CLIP_FRAMES, Scene, render_scene
+from cinemo.media.transforms import prepare_image
 from cinemo.types import Condition, LatentBatch, keyed_generator
 
 SEED = 7001  # of the test scenes; the shipped weights are trained on others
@@ -261,10 +262,14 @@ def _shape(clip: TestClip, video_FHWC: np.ndarray) -> dict[str, float]:
 
 
 def _first_frame_gap(bundle: ModelBundle, clip: TestClip, video_FHWC: np.ndarray) -> float:
-    """How many dB the video's first frame is further from the picture than what the autoencoder makes of it."""
-    pixels = torch.from_numpy(clip.frames_FHWC[:1]).permute(0, 3, 1, 2).float() / 127.5 - 1
-    coded = bundle.decoder.decode(bundle.vae.encode(pixels))[0]
-    return psnr(clip.frames_FHWC[0], coded) - psnr(clip.frames_FHWC[0], video_FHWC[0])
+    """How many dB the video's first frame is further from the picture than what the autoencoder makes of it.
+
+    The picture as the network is given it: the published preparation cuts half a pixel off its edges.
+    """
+    pixels_CHW = prepare_image(clip.frames_FHWC[0], bundle.recipe.data.size)
+    picture = ((pixels_CHW / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    coded = bundle.decoder.decode(bundle.vae.encode(pixels_CHW[None]))[0]
+    return psnr(picture, coded) - psnr(picture, video_FHWC[0])
 
 
 def _bucket_ranks(

@@ -54,8 +54,8 @@ def test_the_truth_passes_every_bar_that_videos_can_pass(base: ModelBundle, monk
         return np.asarray(clip.scene.frames(clip.times[0] + pace * (time - clip.times[0]) for time in clip.times))
 
     figures = measured(base, monkeypatch, truth)
-    short = {name: by for name, by in misses(figures).items() if not name.startswith("unexplained")}
-    assert not short, figures
+    # The network is not asked here, and the first frame is compared with the picture as a network is given it.
+    assert not misses(figures).keys() - {"unexplained", "unexplained_opposite_prompt", "first_frame_psnr_gap"}, figures
     assert figures["pan_direction_cosine"] > 0.99
     assert figures["object_iou"] > 0.95
     assert figures["pan_flow_gain"] == pytest.approx(1, abs=0.1)
