@@ -49,7 +49,7 @@ def with_fields(
 
 @pytest.fixture(scope="session")
 def small_recipe(encoders: Path) -> Recipe:
-    """6 frames of 32x48 at interval 1-3, four clips a shard, a random VAE."""
+    """6 frames of 32x48 at interval 1-3, four clips a shard, a random VAE, samples of its posterior."""
     return override(
         cinemo_tiny(),
         [
@@ -58,6 +58,7 @@ def small_recipe(encoders: Path) -> Recipe:
             "data.frame_interval=[1,3]",
             "data.clips_per_shard=4",
             f"encoders.vae={encoders / 'vae'}",
+            "encoders.latent=sample",
         ],
     )
 

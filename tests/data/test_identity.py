@@ -27,7 +27,7 @@ COVERED: dict[str, Any] = {
     "data.decoder": "decord",
     "data.ssim": "rgb",
     "data.encode_gpus": 1.0,
-    "encoders.latent": "sample",
+    "encoders.latent": "mode",
 }
 # And for those that do not. How shards are cut is part of the plan's identity; fields have fingerprints of their own.
 UNCOVERED: dict[str, Any] = {
