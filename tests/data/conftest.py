@@ -8,7 +8,7 @@ import pytest
 from data.small_data import film
 from tiny import save_encoders, save_image_encoder
 
-from cinemo.config import Recipe, override
+from cinemo.config import DataConfig, Recipe, override
 from cinemo.data.precompute import run
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import cinemo_tiny
@@ -59,6 +59,7 @@ def small_recipe(encoders: Path) -> Recipe:
             "data.clips_per_shard=4",
             f"encoders.vae={encoders / 'vae'}",
             "encoders.latent=sample",
+            f"data.bucket_edges={list(DataConfig().bucket_edges)}",
         ],
     )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cinemo import storage
-from cinemo.config import Recipe
+from cinemo.config import DataConfig, Recipe
 from cinemo.data import identity, shards
 from cinemo.recipes import load_recipe
 from cinemo.types import LatentSample, keyed_seed
@@ -73,6 +73,7 @@ def small(encoders: dict[str, str]) -> Recipe:
     """cinemo-tiny made smaller still, for one worker, with the paper's draws."""
     places = [f"encoders.{name}={location}" for name, location in encoders.items()]
     paper = ["train.timestep_shift=1", "train.prompt_dropout=0.5", "diffusion.data_scale=1", "encoders.latent=sample"]
+    paper.append(f"data.bucket_edges={list(DataConfig().bucket_edges)}")
     one = ["train.workers=1", "train.lanes=2", "train.global_batch=4", "train.micro_batch=2"]
     return load_recipe("cinemo-tiny", [*SMALL, *places, *paper, *one])
 
