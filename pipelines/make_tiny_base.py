@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if min(arguments.count, arguments.batch, arguments.processes) < 1 or arguments.share <= 0:
         raise InputError("--count, --batch, --processes and --share: expected numbers above 0")
+    if arguments.batch % arguments.processes:
+        raise InputError(f"--batch is {arguments.batch}, expected a multiple of --processes {arguments.processes}")
     recipe = cli.recipe_of(arguments)
 
     # Late: --help and bad flags need none of it.

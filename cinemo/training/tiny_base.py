@@ -12,11 +12,13 @@ needs torch, numpy and this package, and goes on where it was stopped. What make
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,11 +31,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
+from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
 from cinemo.media.synthetic import CLIP_FRAMES, render_scene, turned
 from cinemo.methods import build_method
-from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.frozen import TextEncoder, Vae, network_digest
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import load_unet, save_unet
 from cinemo.training.batch import drawn_timestep
@@ -92,9 +95,9 @@ def make_clips(
         for done, _ in enumerate(pool.imap_unordered(_make_chunk, work), 1):
             rate = done * chunk / (time.monotonic() - began)
             log(f"clips: {done * chunk} of {len(missing) * chunk}, {rate:.1f}/s")
-    latents = np.concatenate([np.load(_latents_file(output, number)) for number in numbers])[:count]
-    facts = [row for number in numbers for row in json.loads(_facts_file(output, number).read_text())]
-    return Clips(latents, facts[:count])
+    chunks = [_read_chunk(output, recipe, seed, number, chunk) for number in numbers]
+    facts = [row for _, rows in chunks for row in rows]
+    return Clips(np.concatenate([latents for latents, _ in chunks])[:count], facts[:count])
 
 
 def train_base(
@@ -112,8 +115,8 @@ def train_base(
         spawn(_one_of, work, settings.processes)  # type: ignore[no-untyped-call]
     else:
         _train(output, recipe, clips, phases, settings, log)
-    state = torch.load(output / STATE, map_location="cpu", weights_only=True)
     export(output, recipe)
+    state = _read_state(output / STATE, "cpu")
     return {"samples": state["samples"], "minutes": round(state["seconds"] / 60, 1), "loss": round(state["loss"], 4)}
 
 
@@ -149,7 +152,7 @@ def _train(
     step, seconds = 0, 0.0
     state_file = output / STATE
     if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
+        state = _read_state(state_file, device)
         for name, network in networks.items():
             network.load_state_dict(state[name])
         for name, optimizer in optimizers.items():
@@ -173,13 +176,15 @@ def _train(
     ends = list(itertools.accumulate(phase.samples // batch for phase in phases))
     began, losses = time.monotonic(), []
     before, first = seconds, step
+    if step >= ends[-1]:
+        return  # what is stored is the end of it
     while step < ends[-1]:
         number = bisect.bisect_right(ends, step)
-        phase, within = phases[number], step - (ends[number] - phases[number].samples // batch)
+        phase = phases[number]
+        length = phase.samples // batch
+        within = step - (ends[number] - length)
         warm = min(1.0, (within + 1) / 50)
-        fall = (
-            0.5 * (1 + math.cos(math.pi * within / (ends[number] - step + within))) if number == len(phases) - 1 else 1
-        )
+        fall = 0.5 * (1 + math.cos(math.pi * within / length)) if phase is phases[-1] else 1
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * warm * max(0.02, fall)
@@ -278,11 +283,25 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and not any(end in name for end in ends)
 
 
+def _read_state(path: Path, device: torch.device | str) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        missing = {"unet", "text_encoder", "averages", "step", "seconds"} - state.keys()
+    except (OSError, RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: is no training state ({reason}); remove it to begin anew") from None
+    if missing:
+        raise InputError(
+            f"{path}: is no training state ({', '.join(sorted(missing))} missing); remove it to begin anew"
+        )
+    return state
+
+
 def export(output: Path, recipe: Recipe) -> None:
     """``unet/`` and ``text_encoder/`` in half precision, from the averages of ``state.pt``."""
     if not (output / STATE).exists():
         raise InputError(f"{output}: no {STATE} there; train first")
-    state = torch.load(output / STATE, map_location="cpu", weights_only=True)
+    state = _read_state(output / STATE, "cpu")
     unet = build_method(recipe).unet
     text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer)
     parameters = [*unet.parameters(), *text.network.parameters()]
@@ -311,7 +330,33 @@ def _make_chunk(work: tuple[Path, Recipe, int, int, int]) -> None:
         row = {"kind": scene.motion["kind"], "caption": scene.caption, "direction": scene.motion.get("direction")}
         facts.append(row | {"ssim": mean_adjacent_ssim(frames_FHWC, data.ssim)})
     np.save(_latents_file(output, number), np.stack(latents))
-    _facts_file(output, number).write_text(json.dumps(facts))  # last: the chunk is whole
+    # Last, and at once: a chunk that has it is whole.
+    storage.write_json(str(_facts_file(output, number)), {"made_of": _made_of(recipe, seed, size), "clips": facts})
+
+
+def _made_of(recipe: Recipe, seed: int, size: int) -> str:
+    """What decides the clips of a chunk; another seed or recipe must not go on with them."""
+    data = recipe.data
+    covers = [seed, size, data.size, data.frames, data.frame_interval, data.ssim, network_digest(recipe.encoders.vae)]
+    return hashlib.sha256(json.dumps(covers).encode()).hexdigest()
+
+
+def _read_chunk(output: Path, recipe: Recipe, seed: int, number: int, size: int) -> tuple[np.ndarray, list[Any]]:
+    """Latents and facts of a chunk.
+
+    Raises:
+        InputError: it was made of something else, or is damaged.
+    """
+    path = _facts_file(output, number)
+    try:
+        facts = json.loads(path.read_text())
+        latents = np.load(_latents_file(output, number))
+        known = facts["made_of"], len(facts["clips"]) == len(latents)
+    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove the chunk, it is then rendered again") from None
+    if known != (_made_of(recipe, seed, size), True):
+        raise InputError(f"{path}: holds clips of another seed, recipe or autoencoder; choose another --output")
+    return latents, facts["clips"]
 
 
 def _latents_file(output: Path, number: int) -> Path:

@@ -15,6 +15,7 @@ from cinemo.networks.weights import load_unet
 from cinemo.recipes import load_recipe
 from cinemo.training import tiny_base
 from cinemo.training.tiny_base import Clips, Muon, Phase, TrainSettings, make_clips, orthogonal, planned, train_base
+from cinemo.types import InputError
 
 PHASES = (Phase("a", 16, 4, 1e-3, 4.0, ("pan",)), Phase("b", 16, 6, 1e-3, 2.0))
 
@@ -34,6 +35,25 @@ def clips(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Clips:
     np.testing.assert_array_equal(made.latents_NFCHW, again.latents_NFCHW)
     assert made.facts == again.facts
     return made
+
+
+def test_chunks_of_something_else_or_damaged_ones_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    make_clips(tmp_path, recipe, 2, 3, 1, lambda line: None, chunk=2)
+    with pytest.raises(InputError, match=r"chunk-0000\.json: holds clips of another seed"):
+        make_clips(tmp_path, recipe, 2, 4, 1, lambda line: None, chunk=2)
+    latents = tmp_path / "chunk-0000.npy"
+    latents.write_bytes(latents.read_bytes()[:-100])
+    with pytest.raises(InputError, match="remove the chunk, it is then rendered again"):
+        make_clips(tmp_path, recipe, 2, 3, 1, lambda line: None, chunk=2)
+
+
+@pytest.mark.parametrize("lie", [b"not a checkpoint", b""])
+def test_a_state_that_is_none_is_said_in_one_line(recipe: Recipe, clips: Clips, tmp_path: Path, lie: bytes) -> None:
+    (tmp_path / "state.pt").write_bytes(lie)
+    with pytest.raises(InputError, match="is no training state") as caught:
+        train_base(tmp_path, recipe, clips, PHASES, settings(), lambda line: None)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "state.pt").read_bytes() == lie  # nothing stored is lost
 
 
 def settings(**changed: object) -> TrainSettings:
