@@ -30,7 +30,7 @@ from cinemo import cache, storage, tracking
 from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, parse_recipe
 from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod
-from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.frozen import Statistics, TextEncoder, Vae, normalised
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import convert_pickled, load_unet, resolve, save_unet
@@ -125,17 +125,21 @@ def save_bundle(
         index: dict[str, Any] = {"_class_name": "CinemoPipeline", "_cinemo_version": cinemo.__version__}
         save_unet(unet, staged / "unet")
         index["unet"] = ["cinemo.networks.lavie_unet", "LavieUNet"]
-        places = {}
+        places: dict[str, Any] = {}
         for field, (folder, library) in _ENCODERS.items():
             location = getattr(recipe.encoders, field)
             if location is None:
                 continue
             _copy_component(location, staged / folder)
+            if field.startswith("vae") and recipe.encoders.statistics:
+                _normalise(staged / folder / "config.json", recipe.encoders.statistics)
             index[folder] = [library, _class_name(staged / folder, field)]
             places[field] = folder
         _write_json(staged / "scheduler" / "scheduler_config.json", _scheduler_config(recipe.diffusion))
         index["scheduler"] = ["diffusers", "DDIMScheduler"]
         _write_json(staged / "model_index.json", index)
+        # The copied autoencoder carries the statistics itself.
+        places |= {"normalize": False, "latents_mean": None, "latents_std": None}
         inside = recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update=places)})
         (staged / "recipe.json").write_text(inside.to_json())
         _write_json(staged / "motion.json", _motion_json(recipe.data, scale))
@@ -271,6 +275,11 @@ def _copy_component(location: str, target: Path) -> None:
     for pickled, converted in _CONVERTED.items():
         if (source / pickled).is_file() and not any(target.glob("*.safetensors")):
             convert_pickled(source / pickled, target / converted, f"encoder {location}")
+
+
+def _normalise(path: Path, statistics: Statistics) -> None:
+    config = json.loads(path.read_bytes())
+    _write_json(path, config | normalised(config, statistics))
 
 
 def _class_name(folder: Path, field: str) -> str:

@@ -72,6 +72,31 @@ class EncodersConfig(Part):
     tokenizer: str = "package:tiny/tokenizer"
     image_encoder: str | None = Field(None, description="CLIP's image model, for the field image_tokens")
     latent: Literal["sample", "mode"] = Field("sample", description="published code draws a sample of the posterior")
+    normalize: bool = Field(
+        False,
+        description="train on channels of mean 0 and deviation 1, by what precompute measured of the dataset; "
+        "false: on the autoencoder's own scaling, as published",
+    )
+    latents_mean: tuple[float, ...] | None = Field(
+        None, description="of each stored channel; with normalize, train.py takes both from the dataset"
+    )
+    latents_std: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> EncodersConfig:
+        mean, deviation = self.latents_mean, self.latents_std
+        if (mean is None) != (deviation is None) or len(mean or ()) != len(deviation or ()):
+            raise ValueError("latents_mean and latents_std: expected both, one number for each latent channel")
+        if min(deviation or (1.0,)) <= 0:
+            raise ValueError(f"latents_std is {deviation}, expected numbers above 0")
+        return self
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """(mean, deviation) of each stored latent channel where training normalises by them."""
+        if not self.normalize or self.latents_mean is None or self.latents_std is None:
+            return None
+        return self.latents_mean, self.latents_std
 
 
 class ModelConfig(Part):
@@ -125,6 +150,9 @@ class TrainConfig(Part):
         1.0,
         gt=0,
         description="above 1, timesteps are drawn towards pure noise (arXiv 2403.03206, eq. 23); 1: uniformly",
+    )
+    timestep_shift_steps: int | None = Field(
+        None, ge=0, description="training steps with timestep_shift, uniform ones after them; null: all steps"
     )
     noise_offset: float = Field(
         0.0, ge=0, description="size of noise that is one value for all frames and cells of a channel"

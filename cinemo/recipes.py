@@ -32,10 +32,11 @@ def cinemo_320x512() -> Recipe:
       in every step (sample.guidance_interval, sample.reuse_features).
     - Section 3. train.init: LaVie's base weights; train.trainable: all parameters (3.1). data.bucket_edges: SSIM cut
       uniformly into buckets 0..19 (3.2). diffusion.prediction: the noise (equation 3), with equal weights
-      (train.min_snr_gamma). train.noise_offset: none (Algorithm 1, line 7). train.timestep_shift: none (line 6).
-      diffusion.data_scale: 1 (line 5). sample.dct_init (3.3).
+      (train.min_snr_gamma). train.noise_offset: none (Algorithm 1, line 7). train.timestep_shift,
+      train.timestep_shift_steps: none (line 6). diffusion.data_scale: 1 (line 5). sample.dct_init (3.3).
     - Stable Diffusion v1.4, which LaVie (arXiv 2309.15103) is built on, and so the published code and weights.
-      encoders.vae, encoders.text_encoder, encoders.tokenizer. model.in_channels, model.out_channels,
+      encoders.vae, encoders.text_encoder, encoders.tokenizer. encoders.normalize: off, one published factor scales all
+      channels (encoders.latents_mean, encoders.latents_std: none). model.in_channels, model.out_channels,
       model.block_out_channels, model.layers_per_block, model.norm_num_groups, model.cross_attention_dim,
       model.attention_head_dim.
     - The published code, where the paper is silent. model.addition_time_embed_dim: 256. diffusion.train_steps,

@@ -24,6 +24,7 @@ from cinemo.data import shards
 from cinemo.data.identity import differences, fingerprint
 from cinemo.data.journal import Journal, probe
 from cinemo.data.plan import Plan, PlannedRows
+from cinemo.data.statistics import latent_statistics
 from cinemo.types import InputError, Refusal
 
 _READERS = 16
@@ -207,9 +208,16 @@ class Dataset:
         place = storage.join(self.uri, "index.parquet")
         if not storage.exists(place) or storage.read_bytes(place) != table:
             storage.write_bytes(place, table)
-        self._store({**summary, "complete": True})
+        self._store({**summary, "latent_statistics": self._latent_statistics(summary), "complete": True})
         self.journal.remove()
         storage.sweep(self.uri, "shards", "quarantine")
+
+    def _latent_statistics(self, summary: dict[str, Any]) -> dict[str, Any] | None:
+        """Of the shards as they are; not measured again where none came."""
+        if self.stored and self.stored.get("shards") == summary["shards"] and self.stored.get("latent_statistics"):
+            return dict(self.stored["latent_statistics"])
+        sizes = {number: record["samples"] for number, record in self.records.items() if record["samples"]}
+        return latent_statistics(self.uri, sizes) if sizes else None
 
     def _store(self, values: dict[str, Any]) -> None:
         data = self.recipe.data

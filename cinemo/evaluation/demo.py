@@ -26,10 +26,12 @@ from cinemo import storage, tracking
 from cinemo.animate import AnimateRequest, animate, load_image
 from cinemo.bundle import load_bundle, read_card, save_bundle
 from cinemo.config import MOTION_BUCKETS, Recipe
+from cinemo.data.loader import LatentLoader
 from cinemo.data.manifest import read_manifest
 from cinemo.data.shards import DatasetIndex
+from cinemo.evaluation.dataset_report import equal_population_edges
 from cinemo.evaluation.figures import animated_sheet, contact_sheet, save_animated
-from cinemo.evaluation.rendered import measure_motion
+from cinemo.evaluation.rendered import explained_samples, measure_motion
 from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
 from cinemo.evaluation.stages import Stages, running
 from cinemo.media.motion import motion_bucket
@@ -49,6 +51,7 @@ _READY_SECONDS, _JOB_SECONDS = 240.0, 240.0
 # Rendered scenes whose first frames are animated; their seed is neither that of the clips nor of the test scenes.
 _UNSEEN_SEED, _UNSEEN = 1004, ("object", "pan", "flow")
 _SHOWN = (0, 7, 14)  # motion buckets of the shipped base's videos, which the README shows
+_GIVEN = 24  # samples of the dataset that they are measured on
 _MEASURED = 4  # unseen clips of each kind that both models are measured on
 
 
@@ -97,15 +100,18 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     stages.run("precompute", [inputs, words[3:]], ["dataset"], lambda: stages.command("precompute", words))
     index = DatasetIndex.load(str(dataset))
 
+    # Buckets are those of rendered clips; others fill them by their own scores.
+    edges = index.info["bucket_edges"] if table is None else equal_population_edges(index.ssim_histogram)
+    own_edges = () if table is None else ("--set", f"data.bucket_edges={json.dumps(edges)}")
     train = stages.note(
         "train", "train", "--data", dataset, "--output", run, "--max-steps", settings.max_steps,
-        "--set", f"train.seed={settings.seed}", "--set", "train.sample_every=0",
+        "--set", f"train.seed={settings.seed}", "--set", "train.sample_every=0", *own_edges,
     )  # fmt: skip
     stages.run("train", train[3:], ["run"], lambda: stages.command("train", train))
     export = stages.note("export", "export", "--checkpoint", run, "--output", bundle)
     stages.run("export", [], ["bundle"], lambda: stages.command("export", export))
 
-    buckets = motion_buckets(index)
+    buckets = motion_buckets(index, edges)
     pictures = _pictures(output / "images", table, read_card(bundle).recipe.data.size)
     first = pictures[0]
     video = output / "videos" / _video_name(first, buckets[0])
@@ -122,7 +128,7 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     stages.run("animate", [shown, buckets, _STEPS, settings.seed], ["videos"], make_videos)
 
     base, measured = output / "base", output / "motion.json"
-    stages.run("measure", [_MEASURED], ["motion.json", "base"], lambda: _measure(base, bundle, measured))
+    stages.run("measure", [_MEASURED], ["motion.json", "base"], lambda: _measure(base, bundle, index, measured))
 
     def show_base() -> None:
         _animate_rest(base, pictures, _SHOWN, settings.seed, output / "base-videos")
@@ -155,24 +161,28 @@ def _video_name(picture: _Picture, bucket: int) -> str:
     return f"{picture.name}-bucket-{bucket:02d}.mp4"
 
 
-def _measure(base: Path, tuned: Path, target: Path) -> None:
-    """Does what they make move as asked? Of the shipped weights, and of what this training made of them."""
+def _measure(base: Path, tuned: Path, index: DatasetIndex, target: Path) -> None:
+    """Does what they make move as asked? Of the shipped weights, and of what this training made of them; on unseen
+    rendered scenes and, as ``given``, on samples of the dataset."""
     recipe = load_recipe("cinemo-tiny")
     assert recipe.train.init is not None
     save_bundle(base, recipe, load_unet(recipe.model, recipe.train.init), {"made": "from the shipped weights"})
-    figures = {}
+    loader = LatentLoader(index, global_batch=_GIVEN, lanes=1, seed=0)
+    samples, figures = loader.batch(0).samples, {}
     for name, place in (("base", base), ("tuned", tuned)):
         print(f"   {name}", flush=True)
-        figures[name] = measure_motion(load_bundle(place), _MEASURED, say=lambda line: print(f"   {line}", flush=True))
+        bundle = load_bundle(place)
+        figures[name] = measure_motion(bundle, _MEASURED, say=lambda line: print(f"   {line}", flush=True))
+        figures[name]["given"] = explained_samples(bundle, samples)
     storage.write_json(str(target), figures)
 
 
-def motion_buckets(index: DatasetIndex) -> list[int]:
+def motion_buckets(index: DatasetIndex, edges: Sequence[float]) -> list[int]:
     """Three different buckets at equal distances: little, medium and much motion as the dataset has it."""
     histogram = index.ssim_histogram
     shares = np.cumsum(histogram) / histogram.sum()
     middles = [(int(np.searchsorted(shares, 1 - share)) + 0.5) / len(histogram) for share in _QUANTILES]
-    low, high = (motion_bucket(ssim, index.info["bucket_edges"]) for ssim in middles)
+    low, high = (motion_bucket(ssim, edges) for ssim in middles)
     low = min(low, MOTION_BUCKETS - 3)
     high = max(high, low + 2)
     return [low, (low + high) // 2, high]
@@ -318,6 +328,7 @@ def _report(
     facts = DemoFacts(
         motion=storage.read_json(str(output / "motion.json")),
         dataset=index,
+        edges=card.motion.edges,
         losses=losses,
         samples=samples,
         sheet=sheet,

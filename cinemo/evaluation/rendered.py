@@ -11,6 +11,7 @@ each pixel went, where the shape is, which way the words point. Two kinds of fig
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ from cinemo.media.flow import dense_flow
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
 from cinemo.media.synthetic import CLIP_FRAMES, Scene, render_scene
 from cinemo.media.transforms import prepare_image
-from cinemo.types import Condition, LatentBatch, keyed_generator
+from cinemo.types import Condition, LatentBatch, LatentSample, keyed_generator
 
 SEED = 7001  # of the test scenes; the shipped weights are trained on others
 STEPS = 25
@@ -174,36 +175,65 @@ def misses(figures: Mapping[str, Any]) -> dict[str, float]:
 _ASKED = ("unexplained", "unexplained_opposite_prompt", "unexplained_other_prompt", "unexplained_other_bucket")
 
 
+@dataclass(frozen=True)
+class Question:
+    """A clip's latents (C, F, h, w), scaled, and by name the caption and bucket that the network is given for it."""
+
+    video_CFHW: Tensor
+    asked: Mapping[str, tuple[str, int]]
+
+
 @torch.inference_mode()
-def explained(bundle: ModelBundle, clips: Sequence[TestClip], seed: int = 0) -> dict[str, float]:
+def unexplained(bundle: ModelBundle, questions: Sequence[Question], seed: int = 0) -> dict[str, float]:
     """error / M^2 at the last timestep: what x_0, predicted from pure noise, leaves of the residuals' energy.
 
-    0 is perfect, 1 as good as a standing picture. All asked with the same noise: with the clip's own words and bucket,
-    the opposite direction, the words of another clip, a bucket ten away.
+    0 is perfect, 1 as good as a standing picture. Everything about a clip is asked with the same noise.
     """
     method, schedule = bundle.method, bundle.method.schedule
-    errors, energy = dict.fromkeys(_ASKED, 0.0), 0.0
-    last = schedule.train_steps - 1
-    for number, clip in enumerate(clips):
-        pixels = torch.from_numpy(clip.frames_FHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
-        video_BCFHW = bundle.vae.encode(pixels).transpose(0, 1)[None].to(bundle.device)
-        other = clips[(number + len(clips) // 2) % len(clips)].scene.caption
-        words = [clip.scene.caption, clip.scene.opposite(), other, clip.scene.caption]
-        buckets = [clip.bucket, clip.bucket, clip.bucket, (clip.bucket + 10) % 20]
+    errors, energy, last = Counter[str](), 0.0, schedule.train_steps - 1
+    for number, question in enumerate(questions):
+        video_BCFHW = question.video_CFHW[None].to(bundle.device)
+        words, buckets = zip(*question.asked.values(), strict=True)
         condition = Condition(
-            video_BCFHW[:, :, 0].expand(4, -1, -1, -1),
+            video_BCFHW[:, :, 0].expand(len(words), -1, -1, -1),
             bundle.text.encode(words),
             torch.tensor([bundle.motion.motion_id(bucket) for bucket in buckets], device=bundle.device),
         )
         target = method.target(LatentBatch(video_BCFHW, condition))
         noise = torch.randn(target.shape, generator=keyed_generator(seed, "explained", number)).to(bundle.device)
-        x_t = schedule.add_noise(target, noise, last).expand(4, *target.shape[1:])
+        x_t = schedule.add_noise(target, noise, last).expand(len(words), *target.shape[1:])
         x_0, _ = schedule.split(x_t, method.predict(x_t, last, condition), last)
         squares: Tensor = (x_0.float() - target).square().flatten(1).sum(1)
-        for name, value in zip(_ASKED, squares.tolist(), strict=True):
-            errors[name] += value
+        errors.update(dict(zip(question.asked, squares.tolist(), strict=True)))
         energy += float(target.square().sum())
     return {name: value / energy for name, value in errors.items()}
+
+
+def explained(bundle: ModelBundle, clips: Sequence[TestClip], seed: int = 0) -> dict[str, float]:
+    """`unexplained` of rendered clips with their own words and bucket, the opposite direction, the words of another
+    clip, and a bucket ten away."""
+    questions = []
+    for number, clip in enumerate(clips):
+        pixels = torch.from_numpy(clip.frames_FHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+        other = clips[(number + len(clips) // 2) % len(clips)].scene.caption
+        words = [clip.scene.caption, clip.scene.opposite(), other, clip.scene.caption]
+        buckets = [clip.bucket, clip.bucket, clip.bucket, (clip.bucket + 10) % 20]
+        asked = dict(zip(_ASKED, zip(words, buckets, strict=True), strict=True))
+        questions.append(Question(bundle.vae.encode(pixels).transpose(0, 1), asked))
+    return unexplained(bundle, questions, seed)
+
+
+def explained_samples(bundle: ModelBundle, samples: Sequence[LatentSample], seed: int = 0) -> dict[str, float]:
+    """The same of a dataset's samples, whose opposite nobody knows; they were encoded with the bundle's autoencoder."""
+    questions = []
+    for number, sample in enumerate(samples):
+        other = samples[(number + len(samples) // 2) % len(samples)].caption
+        bucket = motion_bucket(sample.ssim, bundle.motion.edges)
+        answers = [(sample.caption, bucket), (other, bucket), (sample.caption, (bucket + 10) % 20)]
+        latents_CFHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32)).transpose(0, 1)
+        names = (_ASKED[0], *_ASKED[2:])
+        questions.append(Question(latents_CFHW, dict(zip(names, answers, strict=True))))
+    return unexplained(bundle, questions, seed)
 
 
 # --- what the videos do ---------------------------------------------------------------------------------------------

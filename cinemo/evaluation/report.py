@@ -38,11 +38,12 @@ class DemoFacts:
     """Everything the demo's page shows.
 
     ``motion``: figures of `cinemo.evaluation.rendered` for ``base`` and ``tuned``. ``losses``: (step, loss).
-    ``seconds``: stage -> time, in this order.
+    ``seconds``: stage -> time, in this order. ``edges``: between the model's motion buckets.
     """
 
     motion: Mapping[str, Mapping[str, Any]]
     dataset: DatasetIndex
+    edges: Sequence[float]
     losses: Sequence[tuple[int, float]]
     samples: Sequence[Sample]
     sheet: Image.Image
@@ -87,7 +88,7 @@ def write_demo_report(uri: str, facts: DemoFacts) -> None:
             (duration_bars(dict(facts.seconds)), "Seconds per stage, process start included."),
         ),
         f'<p class="note">Every parameter and metric is in MLflow: <code>{html.escape(facts.mlflow)}</code></p>',
-        *_dataset_part(facts.dataset),
+        *_dataset_part(facts.dataset, facts.edges),
         section("Serving", "One job, asked for over HTTP as any client would: post, poll, download."),
         _served(facts),
         section("Run it yourself", "The commands behind this page."),
@@ -127,7 +128,7 @@ def write_evaluation_report(
         section("Samples", "Odd rows: the clip, as its latents decode. Even rows: generated from its first frame."),
         picture(sheet),
         table(list(rows[0]), [[html.escape(number(value)) for value in row.values()] for row in rows]),
-        *_dataset_part(dataset, histogram=False),
+        *_dataset_part(dataset),
     ]
     write_page(uri, title, body)
 
@@ -155,6 +156,13 @@ _MOTION_ROWS = {
 }
 
 
+_GIVEN_ROWS = {
+    "unexplained": "samples of the dataset: unexplained by one step from noise",
+    "unexplained_other_prompt": "the same, with the words of another sample (should be larger)",
+    "unexplained_other_bucket": "the same, with a bucket ten away (should be larger)",
+}
+
+
 def motion_part(motion: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What the models make of unseen rendered scenes whose true motion is known, against the bars they are held to."""
     rows = []
@@ -163,14 +171,18 @@ def motion_part(motion: Mapping[str, Mapping[str, Any]]) -> list[str]:
         shown = "≥ twice that" if name == "unexplained_opposite_prompt" else f"{sign.replace('=', '')}= {bar:g}"
         shown = shown.replace(">=", "≥").replace("<=", "≤")
         rows.append([html.escape(text), *(f"{figures[name]:.3f}" for figures in motion.values()), shown])
+    if all("given" in figures for figures in motion.values()):
+        for name, text in _GIVEN_ROWS.items():
+            rows.append([html.escape(text), *(f"{figures['given'][name]:.3f}" for figures in motion.values()), ""])
     clips = next(iter(motion.values()))["clips_of_each_kind"]
     text = f"Unseen rendered scenes, {clips} of each kind, whose true motion the renderer knows. SSIM cannot see this."
     names = {"base": "shipped base", "tuned": "fine-tuned here"}
     return [section("Does it move as asked?", text), table(["", *(names.get(n, n) for n in motion), "bar"], rows)]
 
 
-def _dataset_part(dataset: DatasetIndex, histogram: bool = True) -> list[str]:
-    """Totals, the motion buckets, and what was refused: one row per stage and reason, with an example."""
+def _dataset_part(dataset: DatasetIndex, edges: Sequence[float] | None = None) -> list[str]:
+    """Totals, the motion buckets where their ``edges`` are given, and what was refused: one row per stage and reason,
+    with an example."""
     info = dataset.info
     height, width = info["size"]
     text = f"{info['samples']} samples of {info['frames']} frames at {width}×{height}; {info['quarantined']} refused."
@@ -182,9 +194,9 @@ def _dataset_part(dataset: DatasetIndex, histogram: bool = True) -> list[str]:
     if refused:
         rows = [[*key, str(len(details)), html.escape(details[0])] for key, details in sorted(refused.items())]
         reasons = table(["stage", "reason", "clips", "for example"], rows)
-    if not histogram:
+    if edges is None:
         return [section("Data", text), reasons]
-    buckets = chart(motion_histogram(dataset), "Motion buckets of the samples, from their stored SSIM.")
+    buckets = chart(motion_histogram(dataset, edges), "Motion buckets of the samples, from their stored SSIM.")
     return [section("Data", text), f'<div class="pair">{buckets}<div>{reasons}</div></div>']
 
 

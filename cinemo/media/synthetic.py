@@ -81,7 +81,7 @@ class Scene:
         draw: frame number (may be fractional) to (H, W, 3) uint8.
         flow: two frame numbers to where each pixel of the first has gone in the second, (H, W, 2) pixels, x then y.
         moving: frame number to the part that moves by itself, (H, W) in 0..1: the shape, the fluid; all for a camera.
-        paint, backdrop: of a moving shape, its colour (RGB 0..255) and what is behind it, (H, W, 3) uint8.
+        paint, backdrop: of a moving shape, its colour (RGB 0..255) before shading and what is behind it, (H, W, 3) uint8.
     """
 
     caption: str
@@ -206,13 +206,16 @@ def _object(rng: np.random.Generator, size: tuple[int, int], frames: int) -> Sce
     middle = np.array([width, height]) * (0.5 + rng.uniform(-0.18, 0.18, 2) * (np.array(velocity) == 0))
     paint = np.array(COLOURS[colour], np.float32)
     pace = np.array(velocity)
+    # Carried along: inside one flat colour neither an eye nor optical flow sees motion.
+    grain = 0.3 * (_noise(rng, size, detail=1.0)[..., None] - 0.5)
 
     def moving(k: float) -> np.ndarray:
         return _mask(shape, middle + (k - frames / 2) * pace, radius, size)
 
     def draw(k: float) -> np.ndarray:
         mask = moving(k)[..., None]
-        return _to_uint8(canvas * (1 - mask) + paint * mask)
+        way = (k - frames / 2) * pace
+        return _to_uint8(canvas * (1 - mask) + (paint + _shifted(grain, *way)[..., None]) * mask)
 
     def flow(k: float, later: float) -> np.ndarray:
         return np.asarray((moving(k) > 0.5)[..., None] * (later - k) * pace, np.float32)

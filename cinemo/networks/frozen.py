@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,17 +30,27 @@ _CHUNK_PIXELS = 2**19
 _TEMPORAL_CHUNK = 14
 
 
+Statistics = tuple[Sequence[float], Sequence[float]]
+
+
 class Vae:
     """An image autoencoder, with SVD's temporal decoder or without.
 
     Args:
         location: directory with ``config.json`` (an ``AutoencoderKL`` or ``AutoencoderKLTemporalDecoder``) and weights.
+        statistics: (mean, deviation) of each channel of its scaled latents, to normalise them by.
 
     Raises:
         InputError: something is missing in the directory, or the class is another one.
     """
 
-    def __init__(self, location: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        location: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        statistics: Statistics | None = None,
+    ) -> None:
         import diffusers
 
         directory, name = check_vae(location)
@@ -50,6 +61,8 @@ class Vae:
         )
         self.network.to(device).eval().requires_grad_(False)
         config = self.network.config
+        if statistics:
+            config = SimpleNamespace(**{**config, **normalised(config, statistics)})
         # Numbers, or (c, 1, 1) where the configuration has statistics of each channel.
         self.scale, self.shift = _normalisation(config)
         self.latent_channels = int(config.latent_channels)
@@ -109,6 +122,26 @@ def _normalisation(config: Any) -> tuple[Tensor | float, Tensor | float]:
     if mean is None or deviation is None:
         return scale, shift
     return scale / torch.tensor(deviation).view(-1, 1, 1), shift + torch.tensor(mean).view(-1, 1, 1)
+
+
+def normalised(config: Mapping[str, Any], statistics: Statistics) -> dict[str, list[float]]:
+    """What an autoencoder's ``config.json`` has to say for its latents to be normalised by ``statistics``.
+
+    These are of latents as the configuration scales them now; what it already has is taken into account.
+
+    Raises:
+        InputError: there are not as many numbers as latent channels.
+    """
+    channels, scale = int(config.get("latent_channels", 4)), float(config.get("scaling_factor", _SCALING_FACTOR))
+    mean, deviation = statistics
+    if not len(mean) == len(deviation) == channels:
+        raise InputError(f"latents_mean has {len(mean)} numbers, the autoencoder {channels} latent channels")
+    mean_before = config.get("latents_mean") or [0.0] * channels
+    std_before = config.get("latents_std") or [1.0] * channels
+    return {
+        "latents_mean": [m0 + m * s0 / scale for m, m0, s0 in zip(mean, mean_before, std_before, strict=True)],
+        "latents_std": [s0 * s for s, s0 in zip(deviation, std_before, strict=True)],
+    }
 
 
 def _on(value: Tensor | float, latents: Tensor) -> Tensor | float:

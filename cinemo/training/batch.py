@@ -87,6 +87,8 @@ def host_batch(
         InputError: a sample has another shape than the recipe asks for.
     """
     train, expected = recipe.train, latent_shape(recipe)
+    shifted = train.timestep_shift_steps is None or step < train.timestep_shift_steps
+    shift = train.timestep_shift if shifted else 1.0
     steps, noises, videos = [], [], []
     keys: list[tuple[str] | tuple[str, int]] = [
         (sample.key, turn) if turn else (sample.key,)
@@ -98,10 +100,10 @@ def host_batch(
                 f"sample {sample.key}: latents are {dimensions(sample.latents_FCHW.shape)}, recipe {recipe.name} "
                 f"expects {dimensions(expected)} (frames x channels x rows x columns); precompute it with this recipe"
             )
-        video_CFHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32)).transpose(0, 1)
+        video_CFHW = stored_latents(sample, recipe).transpose(0, 1)
         videos.append(video_CFHW)
         generator = keyed_generator(train.seed, "t", step, *key)
-        steps.append(drawn_timestep(recipe.diffusion.train_steps, train.timestep_shift, generator))
+        steps.append(drawn_timestep(recipe.diffusion.train_steps, shift, generator))
         generator = keyed_generator(train.seed, "noise", step, *key)
         noise_CFHW = torch.randn(video_CFHW[:, 1:].shape, generator=generator)
         if train.noise_offset:
@@ -122,6 +124,15 @@ def host_batch(
         tuple("" if drop else sample.caption for drop, sample in zip(dropped, samples, strict=True)),
         tuple(sample.key for sample in samples),
     )
+
+
+def stored_latents(sample: LatentSample, recipe: Recipe) -> Tensor:
+    """A sample's latents (F, C, h, w) as the network learns them, float32: normalised where the recipe asks for it."""
+    latents_FCHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32))
+    if not (statistics := recipe.encoders.statistics):
+        return latents_FCHW
+    mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
+    return (latents_FCHW - mean) / deviation
 
 
 def drawn_timestep(train_steps: int, shift: float, generator: torch.Generator) -> Tensor:

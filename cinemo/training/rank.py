@@ -125,7 +125,8 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
         if rank == 0 or engine.sharded:
             animated = sheet_latents(recipe, method, text, samples, device)
         if rank == 0:
-            vae = Vae(recipe.encoders.vae_decoder or recipe.encoders.vae, device, engine.dtype)
+            encoders = recipe.encoders
+            vae = Vae(encoders.vae_decoder or encoders.vae, device, engine.dtype, encoders.statistics)
             post(Sheet(done, write_samples(output, recipe, done, vae, samples, animated)))
 
     post(Resumed(step, tuple(history)))

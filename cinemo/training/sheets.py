@@ -25,7 +25,7 @@ from cinemo.media.mp4 import write_video
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import Vae
 from cinemo.sampling import sample_latents
-from cinemo.training.batch import TextStates
+from cinemo.training.batch import TextStates, stored_latents
 from cinemo.types import Condition, LatentSample, RunError, keyed_generator
 
 BUCKETS = (3, 16)
@@ -53,7 +53,7 @@ def sheet_latents(
     """Animated latents (len(BUCKETS), C, F, h, w) of each sample's first frame. Under ZeRO-3 every rank calls this."""
     made = []
     for sample in samples:
-        first_CHW = torch.from_numpy(np.array(sample.latents_FCHW[0])).float().to(device)
+        first_CHW = stored_latents(sample, recipe)[0].to(device)
         states_BLD = text([sample.caption, ""])
         generator = keyed_generator(recipe.train.seed, "sheet", sample.key)
         noise_CFHW = torch.randn(first_CHW.shape[0], recipe.data.frames - 1, *first_CHW.shape[1:], generator=generator)
@@ -76,11 +76,13 @@ def sheet_latents(
     return made
 
 
-def decoded(vae: Vae, samples: Sequence[LatentSample], animated: Sequence[torch.Tensor]) -> list[list[np.ndarray]]:
+def decoded(
+    recipe: Recipe, vae: Vae, samples: Sequence[LatentSample], animated: Sequence[torch.Tensor]
+) -> list[list[np.ndarray]]:
     """For each sample its own frames, then those of `sheet_latents`' animations: uint8 (F, H, W, 3)."""
     made = []
     for sample, video_BCFHW in zip(samples, animated, strict=True):
-        truth_FCHW = torch.from_numpy(np.array(sample.latents_FCHW)).float().to(video_BCFHW.device)
+        truth_FCHW = stored_latents(sample, recipe).to(video_BCFHW.device)
         with torch.no_grad():
             made.append([vae.decode(frames) for frames in (truth_FCHW, *video_BCFHW.transpose(1, 2))])
     return made
@@ -133,7 +135,7 @@ def write_samples(
     animated: Sequence[torch.Tensor],
 ) -> tuple[str, ...]:
     """Store ``samples/step-000100.png`` and the mp4s of ``samples/step-000100/`` under a run's output; their URIs."""
-    frames, name = decoded(vae, samples, animated), f"step-{step:06d}"
+    frames, name = decoded(recipe, vae, samples, animated), f"step-{step:06d}"
     root = storage.join(output, "samples")
     with tempfile.TemporaryDirectory(prefix="cinemo-samples-") as scratch:
         (Path(scratch) / f"{name}.png").write_bytes(draw_sheet(recipe, samples, frames))

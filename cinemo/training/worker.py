@@ -21,10 +21,11 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cinemo import storage
-from cinemo.config import Recipe
+from cinemo.config import Recipe, parse_recipe
 from cinemo.data.cluster import connect
 from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
+from cinemo.data.statistics import with_statistics
 from cinemo.methods import check_trainable
 from cinemo.training import checkpoints, rank
 from cinemo.training.base_weights import check_base
@@ -49,6 +50,8 @@ _FIXED = (
         "diffusion",
         "encoders.text_encoder",
         "encoders.tokenizer",
+        "encoders.latents_mean",
+        "encoders.latents_std",
         "data.frames",
         "data.size",
         "data.bucket_edges",
@@ -74,6 +77,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     data, output = storage.absolute(data), storage.absolute(output)
     index = DatasetIndex.load(data)
     check_dataset(index, recipe)
+    recipe = with_statistics(recipe, index)
     check_trainable(recipe)
     base_note = check_base(recipe)
     digest = dataset_digest(index)
@@ -168,7 +172,9 @@ def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> Ch
             f"checkpoint {card.uri}: was trained on dataset {card.dataset}, --data is {digest}; "
             "give the same --data, or start anew with train.init and another --output"
         )
-    old, new = card.recipe, recipe.model_dump(mode="json")
+    # Parsed, so that keys that are younger than the checkpoint have their defaults.
+    old = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}").model_dump(mode="json")
+    new = recipe.model_dump(mode="json")
     changed = [f"{key} {_pick(old, key)} -> {_pick(new, key)}" for key in _FIXED if _pick(old, key) != _pick(new, key)]
     if changed:
         raise InputError(

@@ -54,6 +54,12 @@ def test_layout_and_totals(dataset: Path, clips_folder: Path) -> None:
     assert (info["size"], info["frames"], info["latent_shape"]) == ([32, 48], 6, [6, 4, 4, 6])
     assert info["recipe"]["name"] == "cinemo-tiny"
     assert len(info["bucket_edges"]) == 19
+    statistics, index = info["latent_statistics"], DatasetIndex.load(str(dataset))
+    loader = LatentLoader(index, global_batch=9, lanes=1, seed=0)
+    latents = np.stack([sample.latents_FCHW for sample in loader.batch(0).samples]).astype(np.float64)
+    assert statistics["samples"] == 9
+    np.testing.assert_allclose(statistics["mean"], latents.mean((0, 1, 3, 4)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(statistics["std"], latents.std((0, 1, 3, 4)), rtol=1e-4)
     lines = [json.loads(line) for ledger in ledgers for line in (dataset / ledger).read_text().splitlines()]
     assert {line["clip_id"]: line["reason"] for line in lines} == {
         "film-1b": "unreadable",

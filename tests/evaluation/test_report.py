@@ -24,17 +24,19 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> DatasetIndex:
 
 
 def test_motion_buckets_span_the_dataset(index: DatasetIndex, tmp_path: Path) -> None:
-    assert motion_buckets(index) == [1, 7, 13]
+    assert motion_buckets(index, index.info["bucket_edges"]) == [1, 7, 13]
     still = DatasetIndex.load(str(write_dataset(tmp_path / "one", SHAPE, (1,))))
-    assert motion_buckets(still) == [13, 14, 15], "three different ones, whatever the data"
+    assert motion_buckets(still, still.info["bucket_edges"]) == [13, 14, 15], "three different ones, whatever the data"
 
 
 def test_the_page_holds_everything_and_escapes_what_users_wrote(index: DatasetIndex, tmp_path: Path) -> None:
     image = np.zeros((32, 48, 3), np.uint8)
     samples = [Sample(image, prompt, bucket, b"mp4") for prompt in ("<b>ball</b>", "sky") for bucket in (1, 7)]
     figures = {name: bar for name, (_, bar) in BARS.items()} | {"clips_of_each_kind": 8}
+    given = {"unexplained": 0.111, "unexplained_other_prompt": 0.888, "unexplained_other_bucket": 0.999}
+    tuned = figures | {"pan_flow_gain": 0.8125, "given": given}
     facts = DemoFacts(
-        motion={"base": figures, "tuned": figures | {"pan_flow_gain": 0.8125}},
+        motion={"base": figures | {"given": given}, "tuned": tuned}, edges=index.info["bucket_edges"],
         dataset=index, losses=[(5, 1.0), (10, 0.5)], samples=samples, sheet=Image.new("RGB", (80, 40)), served=b"mp4",
         serving={"prompt": "<i>sky</i>"}, seconds={"render": 12.0, "train": 240.0}, bundle="b" * 64,
         parameters=5_000_000,
@@ -50,4 +52,5 @@ def test_the_page_holds_everything_and_escapes_what_users_wrote(index: DatasetIn
     assert "5.0 million parameters, 48×32 pixels" in page
     assert "<td>0.700</td>" in re.sub(r' class="\w+"', "", page)
     assert "0.812" in page
+    assert page.count("0.888") == 2
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]+)"', page))

@@ -83,7 +83,11 @@ def test_a_shape_moves_as_its_caption_says_over_what_stands_still(index: int) ->
     outside = np.maximum(scene.moving(0), scene.moving(CLIP_FRAMES - 1)) == 0
     np.testing.assert_array_equal(scene.draw(0)[outside], scene.backdrop[outside])
     inside = scene.moving(50) == 1
-    np.testing.assert_allclose(scene.draw(50)[inside].mean(0), scene.paint, atol=1)
+    # Shaded about its colour, and the shading goes with it.
+    shape = scene.draw(50)[inside].astype(np.float32)
+    np.testing.assert_allclose(shape.mean(0), scene.paint, atol=20)
+    assert np.abs(shape - np.array(scene.paint)).max() < 0.15 * 255 + 1
+    assert shape.std(0).max() > 4
 
 
 def test_opposites_and_words_for_speed_are_read_out_of_captions() -> None:

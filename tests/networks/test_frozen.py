@@ -10,7 +10,7 @@ import torch
 from goldens import golden_files
 from tiny import WIDTH, save_encoders, save_image_encoder
 
-from cinemo.networks.frozen import ImageEncoder, TextEncoder, Vae, network_digest, vae_scaling
+from cinemo.networks.frozen import ImageEncoder, TextEncoder, Vae, network_digest, normalised, vae_scaling
 from cinemo.training.activations import PeakMemory
 from cinemo.types import InputError
 
@@ -62,6 +62,27 @@ def test_statistics_of_channels_normalise_each_of_them(encoders: Path, vae: Vae,
     torch.testing.assert_close(latents, expected)
     np.testing.assert_array_equal(normal.decode(latents), vae.decode(plain * vae.network.config.scaling_factor))
     assert network_digest(str(copy)) != network_digest(str(encoders / "vae"))
+
+
+def test_measured_statistics_normalise_latents_as_they_are_scaled_now(encoders: Path, vae: Vae, tmp_path: Path) -> None:
+    """Given to the class or written into the configuration: (l - mean) / std of its scaled latents l, and back."""
+    copy = Path(shutil.copytree(encoders / "vae", tmp_path / "vae"))
+    config, pixels = json.loads((copy / "config.json").read_text()), frames(3)
+    config |= {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [1.0, 0.25, 3.0, 0.5], "shift_factor": 0.1}
+    for known in (config, {key: config[key] for key in config if not key.startswith("latents_")}):
+        (copy / "config.json").write_text(json.dumps(known))
+        before = Vae(str(copy))
+        latents = before.encode(pixels)
+        statistics = latents.mean((0, 2, 3)).tolist(), latents.std((0, 2, 3)).tolist()
+        given = Vae(str(copy), statistics=statistics)
+        (copy / "config.json").write_text(json.dumps(known | normalised(known, statistics)))
+        for one in (given, Vae(str(copy))):
+            normal = one.encode(pixels)
+            torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
+            torch.testing.assert_close(normal.std((0, 2, 3)), torch.ones(4))
+            np.testing.assert_array_equal(one.decode(normal), before.decode(latents))
+    with pytest.raises(InputError, match="latents_mean has 3 numbers, the autoencoder 4 latent channels"):
+        normalised(config, ([0.0] * 3, [1.0] * 3))
 
 
 def test_sampling_depends_on_the_generator_alone(vae: Vae, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,20 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cinemo.bundle import load_bundle, save_bundle
 from cinemo.config import Recipe
 from cinemo.data.loader import LatentLoader, StepBatch
 from cinemo.data.shards import DatasetIndex
+from cinemo.data.statistics import latent_statistics, with_statistics
 from cinemo.methods import build_method
-from cinemo.networks.frozen import TextEncoder
+from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.training import batch as batches
 from cinemo.training.dataset_check import check_dataset
 from cinemo.training.engine import Engine
@@ -56,6 +60,47 @@ def test_draws_depend_on_sample_and_step_alone(small: Recipe) -> None:
     twice = batches.host_batch([samples[2], samples[2]], 5, small, [0, 1])
     assert torch.equal(twice.noise_BCFHW[0], whole.noise_BCFHW[2])
     assert not torch.allclose(twice.noise_BCFHW[0], twice.noise_BCFHW[1])
+
+
+def test_high_noise_first_then_all(small: Recipe) -> None:
+    """`train.timestep_shift` holds for `timestep_shift_steps` steps; after them the draws are those without it."""
+    scheduled = _changed(small, timestep_shift=6.0, timestep_shift_steps=30)
+
+    def drawn(recipe: Recipe, steps: range) -> torch.Tensor:
+        return torch.cat([batches.host_batch(moving_samples(8), step, recipe).t_B for step in steps])
+
+    assert torch.equal(drawn(scheduled, range(30)), drawn(_changed(small, timestep_shift=6.0), range(30)))
+    assert float(drawn(scheduled, range(30)).float().mean()) > 700
+    assert torch.equal(drawn(scheduled, range(30, 40)), drawn(small, range(30, 40)))
+
+
+def test_normalised_batches_have_channels_alike(small: Recipe, dataset: str, tmp_path: Path) -> None:
+    """`encoders.normalize` takes its numbers from the dataset; without it, latents are what is stored."""
+    index = DatasetIndex.load(dataset)
+    samples = LatentLoader(index, global_batch=8, lanes=1, seed=0).batch(0).samples
+    stored = torch.from_numpy(np.stack([sample.latents_FCHW for sample in samples]).astype(np.float32))
+    assert with_statistics(small, index) is small
+    assert torch.equal(batches.host_batch(samples, 0, small).video_BCFHW, stored.transpose(1, 2))
+
+    encoders = small.encoders.model_copy(update={"normalize": True})
+    asking = small.model_copy(update={"encoders": encoders})
+    with pytest.raises(InputError, match=r"has no latent_statistics, which encoders\.normalize needs"):
+        with_statistics(asking, index)
+    sizes = dict(zip(index.shards, index.samples_of_shards.tolist(), strict=True))
+    measured = replace(index, info=index.info | {"latent_statistics": latent_statistics(dataset, sizes)})
+    normal = with_statistics(asking, measured)
+    everything = LatentLoader(index, global_batch=index.info["samples"], lanes=1, seed=0).batch(0).samples
+    video = batches.host_batch(everything, 0, normal).video_BCFHW
+    torch.testing.assert_close(video.mean((0, 2, 3, 4)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(video.std((0, 2, 3, 4)), torch.ones(4), atol=1e-3, rtol=0)
+    assert normal.encoders.statistics is not None
+    # Whoever loads the bundle gets latents normalised alike, from the autoencoder's own configuration.
+    save_bundle(tmp_path / "bundle", normal, build_method(normal).unet, {"made": "by a test"})
+    bundle = load_bundle(tmp_path / "bundle", "cpu")
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in normal.encoders.statistics)
+    torch.testing.assert_close(bundle.vae.encode(pixels), (Vae(small.encoders.vae).encode(pixels) - mean) / deviation)
+    assert not bundle.recipe.encoders.normalize
 
 
 def test_draws_have_the_right_distribution(small: Recipe) -> None:

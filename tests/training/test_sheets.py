@@ -62,7 +62,7 @@ def test_a_sheet_and_its_videos(dataset: str, small: Recipe, tmp_path: Path) -> 
     settings = json.loads(read_metadata(uris[4])["comment"])
     assert settings | {"step": 100, "sample": "clip001_0", "motion_bucket": 16, "prompt": "a red car"} == settings
     shown = read_frames(uris[4], range(4)).astype(float)
-    frames = sheets.decoded(vae, samples, made)
+    frames = sheets.decoded(small, vae, samples, made)
     away = {(i, k): np.abs(shown - one).mean() for i, rows in enumerate(frames) for k, one in enumerate(rows)}
     assert min(away, key=away.__getitem__) == (1, 2)  # nothing else is as near: second image, high bucket
 

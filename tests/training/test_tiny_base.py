@@ -17,7 +17,7 @@ from cinemo.training import tiny_base
 from cinemo.training.tiny_base import Clips, Muon, Phase, TrainSettings, make_clips, orthogonal, planned, train_base
 from cinemo.types import InputError
 
-PHASES = (Phase("a", 16, 4, 1e-3, 4.0, ("pan",)), Phase("b", 16, 6, 1e-3, 2.0))
+PHASES = (Phase("a", 16, 4, 1e-3, 4.0, {"pan": 1}), Phase("b", 16, 6, 1e-3, 2.0, {"pan": 1, "object": 2, "flow": 1}))
 
 
 @pytest.fixture(scope="module")
