@@ -85,7 +85,6 @@ def test_a_shape_moves_as_its_caption_says_over_what_stands_still(index: int) ->
     inside = scene.moving(50) == 1
     # Shaded about its colour, and the shading goes with it.
     shape = scene.draw(50)[inside].astype(np.float32)
-    np.testing.assert_allclose(shape.mean(0), scene.paint, atol=20)
     assert np.abs(shape - np.array(scene.paint)).max() < 0.15 * 255 + 1
     assert shape.std(0).max() > 4
 
