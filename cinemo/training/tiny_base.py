@@ -67,7 +67,7 @@ SHARES = {"object": 5, "pan": 3, "flow": 3, "zoom": 1.5, "still": 0.5}
 PHASES = (
     Phase("pans, half the frames", 1_600, 8, 1.5e-3, 4.0, {"pan": 1}),
     Phase("all kinds, half the frames", 8_000, 8, 1.2e-3, 4.0, SHARES),
-    Phase("all kinds, all frames", 40_000, 16, 1.0e-3, 4.0, SHARES),
+    Phase("all kinds, all frames", 24_400, 16, 1.0e-3, 4.0, SHARES),
     Phase("every noise level", 6_000, 16, 7e-4, 2.5, SHARES),
 )
 
