@@ -139,6 +139,10 @@ class Prepared:
     def guidance_scale(self) -> float:
         return float(self.settings["guidance_scale"])
 
+    def generator(self) -> torch.Generator:
+        """A new one for the fresh noise of its steps."""
+        return keyed_generator(self.settings["seed"], "fresh noise")
+
 
 def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | None = None) -> Animation:
     """Animate one image. Equal bundle, request and machine give equal frames; every draw is keyed by the seed.
@@ -156,6 +160,7 @@ def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | N
             asked.steps,
             asked.guidance_scale,
             progress,
+            asked.generator(),
         )
         frames_FHWC = bundle.decoder.decode(video_BCFHW[0].transpose(0, 1))
     return finish(asked, video_BCFHW, frames_FHWC)

@@ -27,7 +27,7 @@ import torch
 
 import cinemo
 from cinemo import cache, storage, tracking
-from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, parse_recipe
+from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, SampleConfig, parse_recipe
 from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import Statistics, TextEncoder, Vae, normalised
@@ -135,7 +135,7 @@ def save_bundle(
                 _normalise(staged / folder / "config.json", recipe.encoders.statistics)
             index[folder] = [library, _class_name(staged / folder, field)]
             places[field] = folder
-        _write_json(staged / "scheduler" / "scheduler_config.json", _scheduler_config(recipe.diffusion))
+        _write_json(staged / "scheduler" / "scheduler_config.json", _scheduler_config(recipe.diffusion, recipe.sample))
         index["scheduler"] = ["diffusers", "DDIMScheduler"]
         _write_json(staged / "model_index.json", index)
         # The copied autoencoder carries the statistics itself.
@@ -290,8 +290,8 @@ def _class_name(folder: Path, field: str) -> str:
     return str(config.get("_class_name") or config["architectures"][0])
 
 
-def _scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
-    """DDIM as the published pipeline sets it (no clipping, leading spacing with offset 1, last level a_0)."""
+def _scheduler_config(diffusion: DiffusionConfig, sample: SampleConfig) -> dict[str, Any]:
+    """DDIM for diffusers, as the recipe samples (without clipping; leading spacing with offset 1, as published)."""
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": diffusion.train_steps,
@@ -300,11 +300,11 @@ def _scheduler_config(diffusion: DiffusionConfig) -> dict[str, Any]:
         "beta_schedule": diffusion.beta_schedule,
         "prediction_type": "epsilon" if diffusion.prediction == "epsilon" else "v_prediction",
         "clip_sample": False,
-        "set_alpha_to_one": False,
+        "set_alpha_to_one": sample.final_level == "clean",
         "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "timestep_spacing": sample.spacing,
         "thresholding": False,
-        "rescale_betas_zero_snr": False,
+        "rescale_betas_zero_snr": diffusion.zero_terminal_snr,
     }
 
 

@@ -123,6 +123,20 @@ class DiffusionConfig(Part):
     data_scale: float = Field(
         1.0, gt=0, description="what is diffused is the data times this: its inverse deviation gives unit energy"
     )
+    zero_terminal_snr: bool = Field(
+        False, description="leave no signal at the last step (arXiv 2305.08891); needs prediction v"
+    )
+    dynamic_rescale: float | None = Field(
+        None, gt=0, le=1, description="clean data times this from step 400 on, times 1 at step 0 (DynamiCrafter's code)"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DiffusionConfig:
+        if self.zero_terminal_snr and self.prediction != "v":
+            raise ValueError(
+                "zero_terminal_snr is true with prediction epsilon, expected v: noise alone says nothing of the data"
+            )
+        return self
 
 
 class TrainConfig(Part):
@@ -233,6 +247,16 @@ class SampleConfig(Part):
     motion_bucket: int = Field(10, ge=0, lt=MOTION_BUCKETS)
     fps: float = Field(8, gt=0)
     solver: Literal["ddim", "multistep"] = Field("ddim", description="multistep: DPM-Solver++, for about 20 steps")
+    eta: float = Field(0.0, ge=0, le=1, description="fresh noise in each DDIM step: 0 none, 1 as much as DDPM")
+    spacing: Literal["leading", "trailing"] = Field(
+        "leading", description="DDIM steps: leading ends at 1 (of 1000, 50 steps begin at 981), trailing begins at 999"
+    )
+    final_level: Literal["a_0", "clean"] = Field(
+        "a_0", description="where the last DDIM step goes: step 0, or no noise"
+    )
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=1, description="bring guided outputs this far back to the deviation of unguided ones"
+    )
     guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="share of the noise range with guidance")
     reuse_features: int = Field(1, ge=1, description="run the inner layers at every Nth step only (DeepCache)")
     edit_guidance_scale: float = Field(1.0, ge=1, description="editing: the published code's; the paper says 7.5")
@@ -243,6 +267,8 @@ class SampleConfig(Part):
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval is {self.guidance_interval}, expected 0 <= low <= high <= 1")
+        if self.solver != "ddim" and (self.eta, self.spacing, self.final_level) != (0.0, "leading", "a_0"):
+            raise ValueError(f"eta, spacing and final_level are those of solver ddim, got them with {self.solver}")
         return self
 
 

@@ -29,11 +29,12 @@ def cinemo_320x512() -> Recipe:
       (train.gpus_per_worker). train.global_batch: 80; train.micro_batch: 10 of them on each GPU. train.prompt_dropout:
       0.5; train.image_dropout, train.motion_dropout: only prompts are dropped. train.weight_decay: Adam, with the
       train.betas of its own paper (arXiv 1412.6980). sample.solver: DDIM. sample.steps: 50. sample.guidance_scale: 7.5,
-      in every step (sample.guidance_interval, sample.reuse_features).
+      in every step (sample.guidance_interval, sample.reuse_features), as it is (sample.guidance_rescale).
     - Section 3. train.init: LaVie's base weights; train.trainable: all parameters (3.1). data.bucket_edges: SSIM cut
       uniformly into buckets 0..19 (3.2). diffusion.prediction: the noise (equation 3), with equal weights
-      (train.min_snr_gamma). train.noise_offset: none (Algorithm 1, line 7). train.timestep_shift,
-      train.timestep_shift_steps: none (line 6). diffusion.data_scale: 1 (line 5). sample.dct_init (3.3).
+      (train.min_snr_gamma), on the schedule as it is (diffusion.zero_terminal_snr, diffusion.dynamic_rescale).
+      train.noise_offset: none (Algorithm 1, line 7). train.timestep_shift, train.timestep_shift_steps: none (line 6).
+      diffusion.data_scale: 1 (line 5). sample.dct_init (3.3).
     - Stable Diffusion v1.4, which LaVie (arXiv 2309.15103) is built on, and so the published code and weights.
       encoders.vae, encoders.text_encoder, encoders.tokenizer. encoders.normalize: off, one published factor scales all
       channels (encoders.latents_mean, encoders.latents_std: none). model.in_channels, model.out_channels,
@@ -43,6 +44,7 @@ def cinemo_320x512() -> Recipe:
       diffusion.beta_start, diffusion.beta_end, diffusion.beta_schedule: LaVie's, not Stable Diffusion's.
       encoders.vae_decoder: SVD's temporal one. encoders.latent: a sample of the posterior. sample.dct_tau: 975.
       sample.dct_keep: 0.23. sample.dct_mode: rows and columns, where the paper says 3D. sample.fps: 8.
+      sample.spacing, sample.final_level, sample.eta: diffusers' "leading" from 981, ending at a_0, without fresh noise.
       sample.edit_guidance_scale: 1, where the paper says 7.5. sample.edit_dct_tau: 985.
     - Our choice, what is learnt. train.lr: 1e-4 (DynamiCrafter, arXiv 2310.12190, begins with it), constant
       (train.schedule, train.warmup_steps). train.max_steps: 100 000, where the paper says one week. train.grad_clip: 1.
@@ -69,8 +71,8 @@ def cinemo_320x512() -> Recipe:
     )
 
 
-# Between the buckets of rendered clips (`cinemo.media.synthetic`): at equal distances in sqrt(1 - SSIM), which grows with
-# the way that things go, up to what one clip in fifty passes. What stands still is in bucket 0.
+# Between the buckets of rendered clips (`cinemo.media.synthetic`): at equal distances in sqrt(1 - SSIM), which grows
+# as displacement does, up to what one clip in fifty exceeds. What stands still is in bucket 0.
 RENDERED_EDGES = tuple(round(1 - (0.0083 * k) ** 2, 6) for k in range(19, 0, -1))
 
 

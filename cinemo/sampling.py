@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from cinemo.diffusion.ddim import Queries, ddim_invert, ddim_steps, drive
@@ -30,24 +31,37 @@ def sample_latents(
     steps: int,
     guidance_scale: float,
     progress: Progress | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Noise -> video latents (B, C, F, h, w), scaled, the first frame being the condition's image.
 
     Args:
+        generator: of the fresh noise that ``sample.eta`` asks for.
         noise_BCFHW: N(0, 1) for frames 2..F, float32: the sampler's arithmetic runs in its dtype.
         negative_text_BLD: text states of the unconditional branch; not needed where ``guidance_scale`` is 1.
     """
     predict = _predictor(method, method.sample.reuse_features)
-    denoise = guided(predict, condition, negative_text_BLD, guidance_scale, guided_steps(method))
+    rescale = method.sample.guidance_rescale
+    denoise = guided(predict, condition, negative_text_BLD, guidance_scale, guided_steps(method), rescale)
     report = None if progress is None else lambda i, total, _: progress(i + 1, total)
-    return drive(latent_steps(method, condition, noise_BCFHW, steps), denoise, steps, report)
+    return drive(latent_steps(method, condition, noise_BCFHW, steps, generator), denoise, steps, report)
 
 
-def latent_steps(method: CinemoMethod, condition: Condition, noise_BCFHW: Tensor, steps: int) -> Queries:
+def latent_steps(
+    method: CinemoMethod,
+    condition: Condition,
+    noise_BCFHW: Tensor,
+    steps: int,
+    generator: torch.Generator | None = None,
+) -> Queries:
     """The queries of `sample_latents`: ``steps`` of them, by the solver of ``method.sample``."""
-    solve = ddim_steps if method.sample.solver == "ddim" else multistep_steps
+    sample, schedule = method.sample, method.schedule
     start_BCFHW = method.start(condition, noise_BCFHW)
-    residual_BCFHW = yield from solve(start_BCFHW, method.schedule, steps)
+    if sample.solver == "ddim":
+        solver = ddim_steps(start_BCFHW, schedule, steps, sample.eta, generator, sample.spacing, sample.final_level)
+    else:
+        solver = multistep_steps(start_BCFHW, schedule, steps)
+    residual_BCFHW = yield from solver
     return method.finish(residual_BCFHW, condition)
 
 
@@ -85,4 +99,5 @@ def invert_latents(method: CinemoMethod, video_BCFHW: Tensor, condition: Conditi
     """
     residual_BCFHW = method.target(LatentBatch(video_BCFHW, condition))
     predict = _predictor(method)
-    return ddim_invert(lambda x, t: predict(x, t, condition), residual_BCFHW, method.schedule, steps)
+    spacing = method.sample.spacing
+    return ddim_invert(lambda x, t: predict(x, t, condition), residual_BCFHW, method.schedule, steps, spacing=spacing)

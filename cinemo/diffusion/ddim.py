@@ -3,7 +3,7 @@
 `ddim_steps` and `ddim_invert_steps` yield (x, t), are sent the network's output and return the result, so that whoever
 drives them decides what runs the network: `drive` asks a callable, a server asks for several videos at once.
 
-Steps are spaced as in the published pipeline: r = T // steps, t_i = i r + 1 ("leading", offset 1); below step 0 the
+Unless asked otherwise, steps are spaced as in Cinemo's published pipeline ("leading", offset 1), and below step 0 the
 level is a_0, not 1. Inversion evaluates the network at the level it is going to, as the published editing code does.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from itertools import count
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +26,25 @@ Queries = Generator[tuple[Tensor, int], Tensor, Tensor]
 query (at the end: the result) is where the step led to."""
 
 
-def timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """The steps visited, descending: 50 of 1000 are 981, 961, ..., 1."""
-    if not 1 <= steps < schedule.train_steps:
-        raise InputError(f"steps is {steps}, expected 1..{schedule.train_steps - 1}")
-    stride = schedule.train_steps // steps
+Spacing = Literal["leading", "trailing"]
+FinalLevel = Literal["a_0", "clean"]
+
+
+def timesteps(schedule: NoiseSchedule, steps: int, spacing: Spacing = "leading") -> list[int]:
+    """The steps visited, descending, ``steps`` of them whether or not they divide T.
+
+    ``leading``: i r + 1 with r = T // steps; 50 of 1000 are 981, 961, ..., 1, and 30 begin at 958. Where that would
+    begin below three quarters of T (334 at 667), floor(i T / steps) + 1. ``trailing``: round(i T / steps) - 1; 50 of
+    1000 are 999, 979, ..., 19: what zero terminal SNR needs, as it begins at pure noise.
+    """
+    total, limit = schedule.train_steps, schedule.train_steps - (spacing == "leading")
+    if not 1 <= steps <= limit:
+        raise InputError(f"steps is {steps}, expected 1..{limit}")
+    if spacing == "trailing":
+        return [round(i * total / steps) - 1 for i in range(steps, 0, -1)]
+    stride = total // steps
+    if steps > 3 and (steps - 1) * stride + 1 < 0.75 * total:
+        return [i * total // steps + 1 for i in reversed(range(steps))]
     return [i * stride + 1 for i in reversed(range(steps))]
 
 
@@ -56,25 +71,56 @@ def drive(queries: Queries, denoise: Denoise, steps: int, callback: Callback | N
 
 
 def ddim_steps(
-    x_T: Tensor, schedule: NoiseSchedule, steps: int, eta: float = 0.0, generator: torch.Generator | None = None
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    steps: int,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+    spacing: Spacing = "leading",
+    final: FinalLevel = "a_0",
 ) -> Queries:
     """From noise to clean data: the queries of `ddim_sample`, arguments as there."""
     if eta > 0 and generator is None:
         raise InputError(f"eta is {eta}, expected a generator for its noise: pass generator=torch.Generator()")
-    visited, stride = timesteps(schedule, steps), schedule.train_steps // steps
+    visited = timesteps(schedule, steps, spacing)
     x = x_T
-    for t in visited:
-        below = max(t - stride, 0)
-        x_0, noise = schedule.split(x, (yield x, t), t)
-        signal, spread = schedule.scales(below)
-        if eta == 0:
-            x = signal * x_0 + spread * noise
-        else:
-            here, there = float(schedule.alpha_bar[t]), float(schedule.alpha_bar[below])
-            sigma = eta * ((1 - there) / (1 - here) * (1 - here / there)) ** 0.5
+    for t, below in zip(visited, [*visited[1:], None], strict=True):
+        output = yield x, t
+        fresh = None
+        if eta > 0:
             fresh = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=_device(generator)).to(x.device)
-            x = signal * x_0 + max(1 - there - sigma**2, 0.0) ** 0.5 * noise + sigma * fresh
+        x, _ = ddim_step(schedule, x, output, t, below, eta, fresh, final)
     return x
+
+
+def ddim_step(
+    schedule: NoiseSchedule,
+    x: Tensor,
+    output: Tensor,
+    t: int,
+    below: int | None,
+    eta: float = 0.0,
+    fresh: Tensor | None = None,
+    final: FinalLevel = "a_0",
+) -> tuple[Tensor, Tensor]:
+    """(x at step ``below``, predicted x_0) from x and the network's output at step ``t`` (arXiv 2010.02502, eq. 12).
+
+    Args:
+        below: None at the last step, which goes to ``final``: a_0, the least noise of training, or none at all.
+            There x_0 keeps the schedule's ``clean_scale`` of ``t``, as published.
+        fresh: N(0, 1), shaped like ``x``; with ``eta`` above 0.
+    """
+    x_0, noise = schedule.split(x, output, t)
+    if below is not None and schedule.clean_scale is not None:
+        x_0 = x_0 * schedule.scale_change(t, below)
+    level = below or 0
+    clean = below is None and final == "clean"
+    signal, spread = (1.0, 0.0) if clean else schedule.scales(level)
+    if eta == 0 or fresh is None:
+        return signal * x_0 + spread * noise, x_0
+    here, there = float(schedule.alpha_bar[t]), 1.0 if clean else float(schedule.alpha_bar[level])
+    sigma = eta * ((1 - there) / (1 - here) * (1 - here / there)) ** 0.5
+    return signal * x_0 + max(1 - there - sigma**2, 0.0) ** 0.5 * noise + sigma * fresh, x_0
 
 
 def ddim_sample(
@@ -85,6 +131,8 @@ def ddim_sample(
     eta: float = 0.0,
     callback: Callback | None = None,
     generator: torch.Generator | None = None,
+    spacing: Spacing = "leading",
+    final: FinalLevel = "a_0",
 ) -> Tensor:
     """From noise to clean data.
 
@@ -92,26 +140,35 @@ def ddim_sample(
         denoise, callback: as `drive` has them.
         x_T: initial noise, any shape. The arithmetic runs in its dtype: pass float32 even when the network is bf16.
         eta: 0 is deterministic, 1 is DDPM-like; above 0 noise comes from ``generator`` alone.
+        spacing: as `timesteps` has it. ``final``: as `ddim_step` has it.
     """
-    return drive(ddim_steps(x_T, schedule, steps, eta, generator), denoise, steps, callback)
+    queries = ddim_steps(x_T, schedule, steps, eta, generator, spacing, final)
+    return drive(queries, denoise, steps, callback)
 
 
-def ddim_invert_steps(x_0: Tensor, schedule: NoiseSchedule, steps: int) -> Queries:
+def ddim_invert_steps(x_0: Tensor, schedule: NoiseSchedule, steps: int, spacing: Spacing = "leading") -> Queries:
     """From clean data to noise: the queries of `ddim_invert`, arguments as there."""
-    visited, stride = timesteps(schedule, steps), schedule.train_steps // steps
+    visited = timesteps(schedule, steps, spacing)
     x = x_0
-    for t in reversed(visited):
-        clean, noise = schedule.split(x, (yield x, t), max(t - stride, 0))
+    for t, below in zip(reversed(visited), [0, *reversed(visited[1:])], strict=True):
+        clean, noise = schedule.split(x, (yield x, t), below)
+        if schedule.clean_scale is not None:
+            clean = clean * schedule.scale_change(below, t)
         signal, spread = schedule.scales(t)
         x = signal * clean + spread * noise
     return x
 
 
 def ddim_invert(
-    denoise: Denoise, x_0: Tensor, schedule: NoiseSchedule, steps: int, callback: Callback | None = None
+    denoise: Denoise,
+    x_0: Tensor,
+    schedule: NoiseSchedule,
+    steps: int,
+    callback: Callback | None = None,
+    spacing: Spacing = "leading",
 ) -> Tensor:
     """From clean data to the noise that `ddim_sample` would (nearly) turn back into it; arguments as there."""
-    return drive(ddim_invert_steps(x_0, schedule, steps), denoise, steps, callback)
+    return drive(ddim_invert_steps(x_0, schedule, steps, spacing), denoise, steps, callback)
 
 
 def _device(generator: torch.Generator | None) -> torch.device:

@@ -15,10 +15,14 @@ def multistep_steps(x_T: Tensor, schedule: NoiseSchedule, steps: int) -> Queries
 
     if not 2 <= steps < schedule.train_steps:
         raise InputError(f"steps is {steps}, expected 2..{schedule.train_steps - 1} for a multistep solver")
-    betas = 1 - schedule.alpha_bar[1:] / schedule.alpha_bar[:-1]
+    if schedule.clean_scale is not None:
+        raise InputError("solver multistep: x_0 is another at every step with dynamic_rescale; use solver ddim")
+    # Pure noise (zero terminal SNR) has no log-SNR: it begins at the last step that holds a trace of signal.
+    alpha_bar = schedule.alpha_bar[schedule.alpha_bar >= 2.0**-24]
+    betas = 1 - alpha_bar[1:] / alpha_bar[:-1]
     solver = DPMSolverMultistepScheduler(
-        num_train_timesteps=schedule.train_steps,
-        trained_betas=[float(1 - schedule.alpha_bar[0]), *betas.tolist()],
+        num_train_timesteps=len(alpha_bar),
+        trained_betas=[float(1 - alpha_bar[0]), *betas.tolist()],
         prediction_type="epsilon" if schedule.prediction == "epsilon" else "v_prediction",
         final_sigmas_type="sigma_min",
         use_lu_lambdas=True,

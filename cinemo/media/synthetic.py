@@ -81,7 +81,8 @@ class Scene:
         draw: frame number (may be fractional) to (H, W, 3) uint8.
         flow: two frame numbers to where each pixel of the first has gone in the second, (H, W, 2) pixels, x then y.
         moving: frame number to the part that moves by itself, (H, W) in 0..1: the shape, the fluid; all for a camera.
-        paint, backdrop: of a moving shape, its colour (RGB 0..255) before shading and what is behind it, (H, W, 3) uint8.
+        paint, backdrop: of a moving shape, its colour before shading (RGB 0..255) and what is behind it, (H, W, 3)
+            uint8.
     """
 
     caption: str

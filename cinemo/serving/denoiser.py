@@ -50,7 +50,7 @@ class _Video:
     def __init__(self, key: str, number: int, bundle: ModelBundle, request: AnimateRequest) -> None:
         self.key, self.number = key, number
         self.asked = asked = prepare(bundle, request)
-        self.queries = latent_steps(asked.method, asked.condition, asked.noise_BCFHW, asked.steps)
+        self.queries = latent_steps(asked.method, asked.condition, asked.noise_BCFHW, asked.steps, asked.generator())
         self.x, self.t = next(self.queries)
         self.done = 0
         texts = [asked.condition.text_BLD]
@@ -89,7 +89,7 @@ class _Video:
         """Go on to the next query, or to the end: then ``x`` are the video's latents (1, C, F, h, w)."""
         output = output.to(self.x.dtype)
         if self.rows == 2:
-            output = combined(output, self.asked.guidance_scale)
+            output = combined(output, (self.asked.guidance_scale,), self.asked.method.sample.guidance_rescale)
         try:
             self.x, self.t = self.queries.send(output)
         except StopIteration as end:

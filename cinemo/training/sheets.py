@@ -71,6 +71,7 @@ def sheet_latents(
                 noise_CFHW.to(device).expand(count, -1, -1, -1, -1),
                 STEPS,
                 recipe.sample.guidance_scale,
+                generator=keyed_generator(recipe.train.seed, "fresh noise", sample.key),
             )
         made.append(video_BCFHW)
     return made

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cinemo.config import DiffusionConfig
-from cinemo.diffusion.ddim import ddim_invert, ddim_sample, timesteps
+from cinemo.diffusion.ddim import Spacing, ddim_invert, ddim_sample, timesteps
 from cinemo.diffusion.guidance import guided
 from cinemo.diffusion.schedule import noise_schedule
 from cinemo.types import Condition, InputError
@@ -67,9 +67,20 @@ def _run_case(golden: Golden, kind: str, case: dict, dtype: torch.dtype, tally: 
 def test_published_spacing() -> None:
     assert timesteps(SCHEDULE, 50) == list(range(981, 0, -20))
     assert timesteps(SCHEDULE, 30)[:2] == [958, 925]
+    assert timesteps(SCHEDULE, 50, "trailing") == list(range(999, 0, -20))
     for steps in (0, 1000):
         with pytest.raises(InputError, match="steps is"):
             timesteps(SCHEDULE, steps)
+    assert timesteps(SCHEDULE, 1000, "trailing")[-1] == 0
+
+
+@given(st.integers(1, 999), st.sampled_from(["leading", "trailing"]))
+def test_as_many_steps_as_asked_for_from_the_noise_on(steps: int, spacing: Spacing) -> None:
+    visited = timesteps(SCHEDULE, steps, spacing)
+    assert len(visited) == steps
+    assert visited == sorted(set(visited), reverse=True)
+    assert 0 <= visited[-1] <= visited[0] <= 999
+    assert visited[0] == 999 if spacing == "trailing" else steps < 4 or visited[0] >= 750
 
 
 @settings(max_examples=15, deadline=None)
@@ -94,6 +105,26 @@ def test_a_perfect_noise_predictor_is_undone_exactly() -> None:
         x_T = schedule.add_noise(x_0, noise, 981)
         got = ddim_sample(lambda x, t, s=schedule: s.target(x_0, noise, t), x_T, schedule, 50)
         torch.testing.assert_close(got, schedule.add_noise(x_0, noise, 0), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("base", [None, 0.7])
+def test_the_last_step_may_end_without_noise(spacing: Spacing, base: float | None) -> None:
+    """And with it data are themselves again, but for the clean scale of the last step visited, as published."""
+    schedule = noise_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True, dynamic_rescale=base))
+    x_0, noise = torch.randn(2, 3, 5, dtype=torch.float64)
+    visited = timesteps(schedule, 40, spacing)
+    x_T = schedule.add_noise(x_0, noise, visited[0])
+
+    def perfect(x: Tensor, t: int) -> Tensor:
+        return schedule.target(x_0, noise, t)
+
+    got = ddim_sample(perfect, x_T, schedule, 40, spacing=spacing, final="clean")
+    last = 1.0 if base is None else 1 - 0.3 * visited[-1] / 399
+    torch.testing.assert_close(got, x_0 * last, rtol=0, atol=1e-5)
+    noisy = noise_schedule(DiffusionConfig(dynamic_rescale=base))
+    up = ddim_invert(lambda x, t: noise, noisy.add_noise(x_0, noise, 0), noisy, 40, spacing=spacing)
+    torch.testing.assert_close(up, noisy.add_noise(x_0, noise, visited[0]), rtol=0, atol=1e-4)
 
 
 def test_eta_draws_from_its_generator_only() -> None:

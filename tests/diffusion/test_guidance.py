@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from cinemo.diffusion.guidance import guided
+from cinemo.diffusion.guidance import combined, guided, needed
 from cinemo.types import Condition, InputError
 
 CONDITION = Condition(torch.randn(2, 4, 3, 3), torch.randn(2, 5, 6), torch.tensor([3.0, 9.0]))
@@ -55,3 +57,29 @@ def test_outside_its_interval_guidance_is_a_single_conditional_pass() -> None:
         assert torch.equal(denoise(x, t), predict(x, t, CONDITION))
     for t in (200, 600):
         assert torch.equal(denoise(x, t), guided(predict, CONDITION, NEGATIVE, 7.5)(x, t))
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 1.5, 7.5]), min_size=1, max_size=4))
+def test_branches_that_cancel_out_are_not_needed(scales: list[float]) -> None:
+    outputs = torch.randn(len(scales) + 1, 2, 3, dtype=torch.float64)
+    kept, between = needed(scales)
+    fewer = combined(outputs[list(kept)].flatten(0, 1), between)
+    torch.testing.assert_close(fewer, combined(outputs.flatten(0, 1), scales))
+    assert len(kept) == 1 + len(between)
+    assert 1.0 not in between[:1]
+    assert 0.0 not in between[-1:]
+
+
+def test_one_scale_asks_for_what_it_must() -> None:
+    assert needed((7.5,)) == ((0, 1), (7.5,))
+    assert needed((1.0,)) == ((1,), ())
+    assert needed((0.0,)) == ((0,), ())
+    assert needed((7.5, 7.5)) == ((0, 2), (7.5,))  # of image and text alike: two calls instead of three
+
+
+def test_rescaled_outputs_have_the_deviation_of_the_last_branch() -> None:
+    outputs = torch.randn(2, 3, 4, 5, 6) * torch.tensor([1.0, 4.0]).view(2, 1, 1, 1, 1)
+    branches = outputs.flatten(0, 1)
+    plain, full = combined(branches, (7.5,)), combined(branches, (7.5,), 1.0)
+    torch.testing.assert_close(full.flatten(1).std(1), outputs[1].flatten(1).std(1))
+    torch.testing.assert_close(combined(branches, (7.5,), 0.3), 0.3 * full + 0.7 * plain)

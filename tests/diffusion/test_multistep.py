@@ -36,3 +36,13 @@ def test_callback_and_refusal() -> None:
     assert seen == [(i, 4) for i in range(4)]
     with pytest.raises(InputError, match="steps is 1"):
         multistep_sample(lambda x, t: x, torch.ones(2), schedule, 1)
+
+
+def test_zero_terminal_snr_begins_just_above_pure_noise_and_dynamic_rescale_is_refused() -> None:
+    schedule = noise_schedule(DiffusionConfig(prediction="v", zero_terminal_snr=True))
+    x_0, noise = torch.randn(2, 3, 5, dtype=torch.float64)
+    got = multistep_sample(lambda x, t: schedule.target(x_0, noise, t), noise, schedule, 20)
+    torch.testing.assert_close(got, schedule.add_noise(x_0, noise, 0), rtol=0, atol=1e-2)
+    rescaled = noise_schedule(DiffusionConfig(dynamic_rescale=0.7))
+    with pytest.raises(InputError, match="use solver ddim"):
+        multistep_sample(lambda x, t: x, noise, rescaled, 20)

@@ -62,3 +62,31 @@ def test_min_snr_weights_in_closed_form(t: int, gamma: float) -> None:
 def test_betas_out_of_order_are_refused() -> None:
     with pytest.raises(InputError, match="beta_start"):
         noise_schedule(DiffusionConfig(beta_start=0.5, beta_end=0.1))
+
+
+def test_zero_terminal_snr_leaves_no_signal_and_the_first_level_as_it_was() -> None:
+    plain, zero = (
+        noise_schedule(DiffusionConfig(beta_schedule="scaled_linear", prediction="v", zero_terminal_snr=there))
+        for there in (False, True)
+    )
+    assert float(zero.alpha_bar[-1]) == 0
+    assert float(zero.alpha_bar[0]) == pytest.approx(float(plain.alpha_bar[0]), abs=1e-12)
+    assert (zero.alpha_bar.diff() < 0).all()
+    x_0, noise = torch.randn(2, 1, 2, 3, 4)
+    torch.testing.assert_close(zero.add_noise(x_0, noise, 999), noise)
+    torch.testing.assert_close(zero.split(noise, zero.target(x_0, noise, 999), 999)[0], x_0)
+    with pytest.raises(ValueError, match="prediction epsilon, expected v"):
+        DiffusionConfig(zero_terminal_snr=True)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 999), st.integers(0, 999), st.floats(0.1, 1))
+def test_clean_scale_is_that_of_each_step(first: int, second: int, base: float) -> None:
+    schedule = noise_schedule(DiffusionConfig(prediction="v", dynamic_rescale=base))
+    x_0, noise = torch.randn(2, 2, 3, 2, 4, 4, dtype=torch.float64)
+    t_B = torch.tensor([first, second])
+    scaled, _ = schedule.split(schedule.add_noise(x_0, noise, t_B), schedule.target(x_0, noise, t_B), t_B)
+    for row, t in enumerate((first, second)):
+        expected = 1 - (1 - base) * min(t, 399) / 399
+        torch.testing.assert_close(scaled[row], x_0[row] * expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(scaled[row] * schedule.scale_change(t, 0), x_0[row], atol=1e-5, rtol=0)
