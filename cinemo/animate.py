@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ import cinemo
 from cinemo import storage
 from cinemo.bundle import ModelBundle, MotionScale
 from cinemo.config import MOTION_BUCKETS, Recipe
+from cinemo.diffusion.guidance import Sampling
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket, strength_to_bucket
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
 from cinemo.methods.cinemo import CinemoMethod
-from cinemo.sampling import Progress, invert_latents, sample_latents
+from cinemo.sampling import run
 from cinemo.types import Animation, ClipError, Condition, InputError, keyed_generator
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow suspects a decompression bomb
@@ -121,49 +122,32 @@ class AnimateRequest:
 class Prepared:
     """A request made ready for the network, on the bundle's device, a batch of one.
 
-    ``method``: the bundle's networks with the settings of this request. ``negative_BLD``: text states of the
-    unconditional branch. ``noise_BCFHW``: for frames 2..F. ``settings``: everything needed to make the result again.
+    ``sampling``: asks ``calls`` times, and returns the video's latents (1, C, F, h, w). ``settings``: everything needed
+    to make the result again.
     """
 
-    method: CinemoMethod
-    condition: Condition
-    negative_BLD: Tensor
-    noise_BCFHW: Tensor
+    sampling: Sampling
+    calls: int
     settings: Mapping[str, Any]
 
-    @property
-    def steps(self) -> int:
-        return int(self.settings["steps"])
 
-    @property
-    def guidance_scale(self) -> float:
-        return float(self.settings["guidance_scale"])
-
-    def generator(self) -> torch.Generator:
-        """A new one for the fresh noise of its steps."""
-        return keyed_generator(self.settings["seed"], "fresh noise")
-
-
-def animate(bundle: ModelBundle, request: AnimateRequest, progress: Progress | None = None) -> Animation:
+def animate(
+    bundle: ModelBundle, request: AnimateRequest, progress: Callable[[int, int], None] | None = None
+) -> Animation:
     """Animate one image. Equal bundle, request and machine give equal frames; every draw is keyed by the seed.
+
+    Args:
+        progress: called as ``progress(done, calls)`` after each call of the network; what it raises stops the sampling.
 
     Returns:
         frames (F, H, W, 3) uint8 whose first one is the encoded and decoded input, the latents, and all settings.
     """
     with torch.inference_mode():
         asked = prepare(bundle, request)
-        video_BCFHW = sample_latents(
-            asked.method,
-            asked.condition,
-            asked.negative_BLD,
-            asked.noise_BCFHW,
-            asked.steps,
-            asked.guidance_scale,
-            progress,
-            asked.generator(),
-        )
+        report = None if progress is None else lambda done: progress(done, asked.calls)
+        video_BCFHW = run(bundle.method, asked.sampling, report)
         frames_FHWC = bundle.decoder.decode(video_BCFHW[0].transpose(0, 1))
-    return finish(asked, video_BCFHW, frames_FHWC)
+    return finish(asked.settings, video_BCFHW, frames_FHWC)
 
 
 @torch.inference_mode()
@@ -194,8 +178,9 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     else:
         posterior = keyed_generator(request.seed, "source") if recipe.encoders.latent == "sample" else None
         source_BCFHW = bundle.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
-        source = Condition(source_BCFHW[:, :, 0], bundle.text.encode([request.source_prompt]), motion_B)
-        noise_BCFHW = invert_latents(bundle.method, source_BCFHW, source, settings["steps"])
+        source_text_BLD = bundle.text.encode([request.source_prompt])
+        source = Condition(image=source_BCFHW[:, :, 0], text=source_text_BLD, motion_bucket=motion_B)
+        noise_BCFHW = run(bundle.method, bundle.method.inversion(source_BCFHW, source, settings["steps"]))
         method = _sampling(bundle.method, settings, recipe.sample.edit_dct_tau)
         digest = hashlib.sha256(np.ascontiguousarray(request.source).data).hexdigest()
         settings |= {"source_prompt": request.source_prompt, "source_sha256": digest}
@@ -208,12 +193,15 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
         "fps": recipe.sample.fps,
         "image_sha256": hashlib.sha256(pixels.data).hexdigest(),
     }
-    return Prepared(method, Condition(image_latent_BCHW, text_BLD, motion_B), negative_BLD, noise_BCFHW, settings)
+    steps, scale = int(settings["steps"]), float(settings["guidance_scale"])
+    condition = Condition(image=image_latent_BCHW, text=text_BLD, motion_bucket=motion_B)
+    fresh = keyed_generator(request.seed, "fresh noise")
+    return Prepared(method.sampling(condition, negative_BLD, noise_BCFHW, steps, scale, fresh), steps, settings)
 
 
-def finish(prepared: Prepared, video_BCFHW: Tensor, frames_FHWC: np.ndarray) -> Animation:
+def finish(settings: Mapping[str, Any], video_BCFHW: Tensor, frames_FHWC: np.ndarray) -> Animation:
     """The result: the sampled latents (1, C, F, h, w) of what was `prepare`-d, and the frames they decode to."""
-    return Animation(frames_FHWC, video_BCFHW[0].float().cpu(), prepared.settings["fps"], prepared.settings)
+    return Animation(frames_FHWC, video_BCFHW[0].float().cpu(), settings["fps"], settings)
 
 
 def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -8,7 +8,7 @@ Shape legend, used as suffixes of tensor names everywhere:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -119,23 +119,38 @@ class Refusal:
     detail: str
 
 
-@dataclass(frozen=True)
-class Condition:
-    """What a motion method is conditioned on.
+class Condition(dict[str, Any]):
+    """What a network is told beside x and t: named tensors, or tuples and dictionaries of such, batch first.
 
-    ``image_BCHW``: first-frame latent (scaled); zeros where none is given. ``text_BLD``: text states.
-    ``motion_bucket_B``: 0..19 as float, larger = more motion; NaN where none is given.
+    Only the method that declares a name knows what it means; everything else treats all names alike. Cinemo's are
+    ``image`` (B, C, h, w), the first frame's scaled latent, zeros where none is given; ``text`` (B, L, D), text states;
+    ``motion_bucket`` (B,), 0..19 as float, larger = more motion, NaN where none is given.
     """
-
-    image_BCHW: Tensor
-    text_BLD: Tensor
-    motion_bucket_B: Tensor
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Condition:
         """The same condition on another device or in another floating dtype."""
-        return Condition(
-            self.image_BCHW.to(device, dtype), self.text_BLD.to(device, dtype), self.motion_bucket_B.to(device, dtype)
-        )
+        return Condition(_each(lambda x: x.to(device, dtype if x.is_floating_point() else None), dict(self)))
+
+    def expand(self, count: int) -> Condition:
+        """A single row (views of it) ``count`` times."""
+        return Condition(_each(lambda x: x.expand(count, *x.shape[1:]), dict(self)))
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """The rows of all ``parts``, one after the other. They have the same names."""
+        import torch
+
+        return Condition(_each(lambda *tensors: torch.cat(tensors), *map(dict, parts)))
+
+
+def _each(function: Callable[..., Tensor], *trees: Any) -> Any:
+    """``function`` of the tensors at each place of ``trees``, which are shaped alike."""
+    first = trees[0]
+    if isinstance(first, Mapping):
+        return {name: _each(function, *(tree[name] for tree in trees)) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_each(function, *parts) for parts in zip(*trees, strict=True))
+    return function(*trees)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def networks() -> Iterator[tuple[str, str, str]]:
     method = build_method(TINY)
     video = torch.randn(4, channels, 16, height // 8, width // 8)
     text = torch.randn(4, 32, TINY.model.cross_attention_dim)
-    batch = LatentBatch(video, Condition(video[:, :, 0], text, torch.full((4,), 5.0)))
+    batch = LatentBatch(video, Condition(image=video[:, :, 0], text=text, motion_bucket=torch.full((4,), 5.0)))
     noise, t = torch.randn(4, channels, 15, height // 8, width // 8), torch.full((4,), 500)
 
     def step() -> None:

@@ -24,7 +24,7 @@ from cinemo.media.mp4 import read_metadata, write_video
 from cinemo.media.saving import save_animation, save_latents
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
-from cinemo.sampling import sample_latents
+from cinemo.sampling import run
 from cinemo.types import Condition, InputError, keyed_generator
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -124,13 +124,12 @@ def test_a_batch_gives_what_its_members_give_alone(bundle: ModelBundle) -> None:
     negative_BLD = bundle.text.encode(["", "blur"])
     bucket_B = torch.tensor([2.0, 15.0])
     with torch.inference_mode():
-        both = sample_latents(
-            bundle.method, Condition(image_BCHW, text_BLD, bucket_B), negative_BLD, noise_BCFHW, 3, 4.0
-        )
+        condition, method = Condition(image=image_BCHW, text=text_BLD, motion_bucket=bucket_B), bundle.method
+        both = run(method, method.sampling(condition, negative_BLD, noise_BCFHW, 3, 4.0))
         for k in range(2):
             one = slice(k, k + 1)
-            condition = Condition(image_BCHW[one], text_BLD[one], bucket_B[one])
-            alone = sample_latents(bundle.method, condition, negative_BLD[one], noise_BCFHW[one], 3, 4.0)
+            own = Condition({name: tensor[one] for name, tensor in condition.items()})
+            alone = run(method, method.sampling(own, negative_BLD[one], noise_BCFHW[one], 3, 4.0))
             torch.testing.assert_close(both[one], alone, rtol=1e-4, atol=1e-4)
     assert both.shape == (2, 4, FRAMES, 4, 6)
     torch.testing.assert_close(both[:, :, 0], image_BCHW)

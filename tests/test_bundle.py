@@ -96,13 +96,14 @@ def test_a_compiled_network_gives_the_same(tmp_path: Path) -> None:
     torch._dynamo.reset()
     plain = load_bundle(tiny_bundle(tmp_path / "plain"), "cpu")
     compiled = load_bundle(tiny_bundle(tmp_path / "compiled", compiled=True), "cpu")
-    condition = Condition(torch.randn(1, 4, 4, 6), plain.text.encode(["a red ball"]), torch.tensor([7.0]))
+    condition = Condition(
+        image=torch.randn(1, 4, 4, 6), text=plain.text.encode(["a red ball"]), motion_bucket=torch.tensor([7.0])
+    )
     noise_BCFHW = torch.randn(1, 4, 3, 4, 6)
     with torch.inference_mode():
         for step in (900, 40):
             expected, got = (
-                bundle.method.predict(noise_BCFHW, step, condition, bundle.method.text(condition))
-                for bundle in (plain, compiled)
+                bundle.method.predict(noise_BCFHW, step, bundle.method.ready(condition)) for bundle in (plain, compiled)
             )
             torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # not one for each step

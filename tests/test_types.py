@@ -37,8 +37,22 @@ def test_a_clip_error_survives_pickling() -> None:
     assert (error.stage, error.reason, error.detail) == ("decode", "too_few_frames", "12 frames, recipe needs 46")
 
 
+def condition(rows: int, value: float = 0.0) -> Condition:
+    parts = {"deep": (torch.full((rows, 2), value), torch.full((rows, 3), value))}
+    return Condition(image=torch.full((rows, 4, 8, 8), value), frame=torch.arange(rows), parts=parts)
+
+
 def test_a_condition_moves_as_one() -> None:
-    condition = Condition(torch.zeros(2, 4, 8, 8), torch.zeros(2, 5, 6), torch.tensor([0.0, 19.0])).to(
-        dtype=torch.bfloat16
-    )
-    assert {t.dtype for t in (condition.image_BCHW, condition.text_BLD, condition.motion_bucket_B)} == {torch.bfloat16}
+    moved = condition(2).to(dtype=torch.bfloat16)
+    assert isinstance(moved, Condition)
+    assert {tensor.dtype for tensor in (moved["image"], *moved["parts"]["deep"])} == {torch.bfloat16}
+    assert moved["frame"].dtype == torch.int64  # a number of something stays one
+
+
+def test_rows_of_conditions_join_whatever_their_names() -> None:
+    joined = Condition.cat([condition(2, 1.0), condition(1, 5.0)])
+    assert joined["image"].flatten(1).mean(1).tolist() == [1, 1, 5]
+    assert [part.shape for part in joined["parts"]["deep"]] == [(3, 2), (3, 3)]
+    many = condition(1, 5.0).expand(3)
+    assert many["image"].shape == (3, 4, 8, 8)
+    assert many["parts"]["deep"][1].tolist() == [[5.0] * 3] * 3

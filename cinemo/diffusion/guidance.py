@@ -1,54 +1,90 @@
-"""Classifier-free guidance (arXiv 2207.12598) as a wrapper: a conditional predictor becomes a denoise callable."""
+"""Classifier-free guidance (arXiv 2207.12598) of any number of branches, as a generator around a sampler's queries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from cinemo.diffusion.ddim import Denoise
-from cinemo.types import Condition, InputError
+from cinemo.diffusion.ddim import Queries
+from cinemo.types import Condition
 
-Predict = Callable[[Tensor, int, Condition], Tensor]
+
+class Query(NamedTuple):
+    """What a network is to be asked: R rows of ``x``, all at step ``t``, each with its row of ``condition``.
+
+    ``features``: "keep" what its inner layers make, or answer with those that were kept "again" (`reusing`).
+    """
+
+    x: Tensor
+    t: int
+    condition: Condition
+    features: str = ""
+
+
+Sampling = Generator[Query, Tensor, Tensor]
+"""Yields what to ask, is sent the network's output, shaped like the query's x, and returns the video's latents."""
 
 
 def guided(
-    predict: Predict,
-    condition: Condition,
-    negative_text_BLD: Tensor | None,
-    scale: float,
+    queries: Queries,
+    branches: Sequence[Condition],
+    scales: Sequence[float],
     interval: tuple[int, int] | None = None,
     rescale: float = 0.0,
-) -> Denoise:
-    """``e = e_u + scale (e_c - e_u)``, both branches in one batch ordered [unconditional, conditional].
-
-    Only the text is dropped: image and motion are the same in both branches. With ``scale <= 1`` there is a single
-    conditional pass and ``negative_text_BLD`` is not used.
+    ready: Callable[[Condition], Condition] = lambda condition: condition,
+) -> Sampling:
+    """A sampler's ``queries``, each answered by the guided output of ``branches``, all in one batch in their order.
 
     Args:
-        interval: first and last diffusion step with guidance (arXiv 2404.07724); outside there is a single conditional
-            pass. None: guidance at every step.
+        branches: conditions from the least to the most that is told; the last one is what is asked for.
+        scales: one less than branches, see `combined`. Branches that the result does not depend on are not asked.
+        interval: first and last diffusion step with guidance (arXiv 2404.07724); outside the last branch alone.
+            None: guidance at every step.
         rescale: as `combined` has it.
+        ready: what is to be made of a condition once for all steps that ask with it.
     """
-    if scale <= 1:
-        return lambda x, t: predict(x, t, condition)
-    if negative_text_BLD is None:
-        raise InputError(
-            f"guidance scale is {scale}, expected text states of the negative prompt: pass negative_text_BLD"
-        )
-    both = Condition(
-        torch.cat([condition.image_BCHW] * 2),
-        torch.cat([negative_text_BLD.to(condition.text_BLD), condition.text_BLD]),
-        torch.cat([condition.motion_bucket_B] * 2),
-    )
+    kept, between = needed(scales)
+    asked: dict[tuple[int, ...], Condition] = {}
+    x, t = next(queries)
+    while True:
+        outside = interval is not None and not interval[0] <= t <= interval[1]
+        now = (len(branches) - 1,) if outside else kept
+        if now not in asked:
+            asked[now] = ready(
+                Condition.cat([branches[branch] for branch in now]) if len(now) > 1 else branches[now[0]]
+            )
+        if len(now) == 1:
+            output = (yield Query(x, t, asked[now])).to(x.dtype)
+        else:
+            outputs = yield Query(torch.cat([x] * len(now)), t, asked[now])
+            output = combined(outputs.to(x.dtype), between, rescale)
+        try:
+            x, t = queries.send(output)
+        except StopIteration as end:
+            result: Tensor = end.value
+            return result
 
-    def denoise(x: Tensor, t: int) -> Tensor:
-        if interval is not None and not interval[0] <= t <= interval[1]:
-            return predict(x, t, condition)
-        return combined(predict(torch.cat([x, x]), t, both).to(x.dtype), (scale,), rescale)
 
-    return denoise
+def reusing(sampling: Sampling, every: int) -> Sampling:
+    """``sampling`` with the inner features of every ``every``-th call used again by those after it, while the number of
+    rows stays the same (DeepCache, arXiv 2312.00858)."""
+    if every == 1:
+        return (yield from sampling)
+    query, calls, rows = next(sampling), 0, 0
+    while True:
+        again = calls % every != 0 and len(query.x) == rows
+        if not again:
+            calls, rows = 0, len(query.x)
+        calls += 1
+        output = yield query._replace(features="again" if again else "keep")
+        try:
+            query = sampling.send(output)
+        except StopIteration as end:
+            result: Tensor = end.value
+            return result
 
 
 def needed(scales: Sequence[float]) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -195,9 +195,9 @@ def unexplained(bundle: ModelBundle, questions: Sequence[Question], seed: int = 
         video_BCFHW = question.video_CFHW[None].to(bundle.device)
         words, buckets = zip(*question.asked.values(), strict=True)
         condition = Condition(
-            video_BCFHW[:, :, 0].expand(len(words), -1, -1, -1),
-            bundle.text.encode(words),
-            torch.tensor([bundle.motion.motion_id(bucket) for bucket in buckets], device=bundle.device),
+            image=video_BCFHW[:, :, 0].expand(len(words), -1, -1, -1),
+            text=bundle.text.encode(words),
+            motion_bucket=torch.tensor([bundle.motion.motion_id(bucket) for bucket in buckets], device=bundle.device),
         )
         target = method.target(LatentBatch(video_BCFHW, condition))
         noise = torch.randn(target.shape, generator=keyed_generator(seed, "explained", number)).to(bundle.device)

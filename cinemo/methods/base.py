@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
+from cinemo.networks.lavie_unet import DeepFeatures
 from cinemo.types import Condition, LatentBatch
 
 
@@ -41,12 +43,27 @@ class MotionMethod(Protocol):
         """x_T for sampling from N(0, 1) noise shaped like `target`."""
         ...
 
-    def predict(self, x_t: Tensor, t: Tensor | int, condition: Condition) -> Tensor:
-        """The network's output for x_t, shaped like it."""
+    def predict(self, x_t: Tensor, t: Tensor | int, condition: Condition, deep: DeepFeatures | None = None) -> Tensor:
+        """The network's output for x_t, shaped like it; ``condition`` as it is, or as `sampling` asks with it.
+
+        ``deep``: inner features to keep or to use again, where `sampling` says so.
+        """
         ...
 
     def finish(self, x_0: Tensor, condition: Condition) -> Tensor:
         """Latents of the whole video (B, C, F, h, w), the given frame first."""
+        ...
+
+    def sampling(
+        self,
+        condition: Condition,
+        negative_text_BLD: Tensor | None,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | None = None,
+    ) -> Sampling:
+        """From noise, shaped like `target`, to a video: solver and guidance, as a generator of queries."""
         ...
 
 

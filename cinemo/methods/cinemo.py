@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from cinemo.config import SampleConfig
 from cinemo.diffusion.dct import dct_init
+from cinemo.diffusion.ddim import ddim_invert_steps, ddim_steps
+from cinemo.diffusion.guidance import Sampling, guided, reusing
+from cinemo.diffusion.multistep import multistep_steps
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.methods.base import diffusion_loss
-from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet
 from cinemo.types import Condition, InputError, LatentBatch
 
@@ -74,38 +76,75 @@ class CinemoMethod(nn.Module):
         if not self.sample.dct_init:
             return noise
         alpha_bar_tau = float(self.schedule.alpha_bar[self.sample.dct_tau])
-        z_1 = condition.image_BCHW[:, :, None].to(noise.device, noise.dtype)
+        z_1 = condition["image"][:, :, None].to(noise.device, noise.dtype)
         return dct_init(z_1, noise, alpha_bar_tau, self.sample.dct_keep, self.sample.dct_mode)
 
-    def text(self, condition: Condition) -> TextKeysValues:
-        """What `predict` needs of the text, made once for all its steps."""
-        return self.unet.keys_values(condition.text_BLD.to(next(self.unet.parameters()).device, self.unet.dtype))
+    def ready(self, condition: Condition) -> Condition:
+        """A condition for many calls of `predict`: keys and values of its text, made once, in the text's place."""
+        condition = condition.to(next(self.unet.parameters()).device)
+        keys_values = self.unet.keys_values(condition["text"].to(self.unet.dtype))
+        return Condition(image=condition["image"], text=keys_values, motion_bucket=condition["motion_bucket"])
 
-    def predict(
-        self,
-        x_t: Tensor,
-        t: Tensor | int,
-        condition: Condition,
-        text: TextKeysValues | None = None,
-        deep: DeepFeatures | None = None,
-    ) -> Tensor:
+    def predict(self, x_t: Tensor, t: Tensor | int, condition: Condition, deep: DeepFeatures | None = None) -> Tensor:
         """The network sees X_t = cat([z_1, z_1 + M_t]) along frames; its answer for z_1 itself is dropped (line 9).
 
-        ``text``: from `text`, where there are many steps. ``deep``: inner features of a nearby step, see
+        ``condition``: as it is, or `ready`. ``deep``: inner features of a nearby step, see
         `cinemo.networks.lavie_unet.DeepFeatures`.
         """
         condition = condition.to(x_t.device)
         dtype = self.unet.dtype
         if not isinstance(t, Tensor):  # a compiler would build a number in
             t = torch.full((), t, device=x_t.device)
-        z_1 = condition.image_BCHW[:, :, None].to(x_t.dtype)
+        z_1, text = condition["image"][:, :, None].to(x_t.dtype), condition["text"]
         frames = torch.cat([z_1, z_1 + x_t], dim=2).to(dtype)
-        output: Tensor = self.unet(frames, t, text or condition.text_BLD.to(dtype), condition.motion_bucket_B, deep)
+        text = text.to(dtype) if isinstance(text, Tensor) else text
+        output: Tensor = self.unet(frames, t, text, condition["motion_bucket"], deep)
         return output[:, :, 1:]
+
+    def sampling(
+        self,
+        condition: Condition,
+        negative_text_BLD: Tensor | None,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | None = None,
+    ) -> Sampling:
+        """Noise -> video latents (B, C, F, h, w), scaled, the first being the condition's image: ``steps`` queries.
+
+        Args:
+            noise: N(0, 1) for frames 2..F, float32: the sampler's arithmetic runs in its dtype.
+            negative_text_BLD: text states of the unconditional branch, the only thing that it is told otherwise; not
+                needed where ``guidance_scale`` is 1.
+            generator: of the fresh noise that ``sample.eta`` asks for.
+        """
+        sample, last = self.sample, self.schedule.train_steps - 1
+        if guidance_scale > 1 and negative_text_BLD is None:
+            raise InputError(f"guidance scale is {guidance_scale}, expected text states of the negative prompt")
+        negative = condition["text"] if negative_text_BLD is None else negative_text_BLD.to(condition["text"])
+        branches = (Condition(condition, text=negative), condition)
+        x_T = self.start(condition, noise)
+        if sample.solver == "ddim":
+            queries = ddim_steps(x_T, self.schedule, steps, sample.eta, generator, sample.spacing, sample.final_level)
+        else:
+            queries = multistep_steps(x_T, self.schedule, steps)
+        low, high = (round(share * last) for share in sample.guidance_interval)
+        asked = guided(queries, branches, (guidance_scale,), (low, high), sample.guidance_rescale, self.ready)
+        return self.finish((yield from reusing(asked, sample.reuse_features)), condition)
+
+    def inversion(self, video_BCFHW: Tensor, condition: Condition, steps: int) -> Sampling:
+        """Video latents -> the noise (B, C, F-1, h, w) that `sampling` turns back into their residuals.
+
+        DDIM inversion without guidance (the published editing code). ``condition``: the video's own first frame, its
+        prompt and bucket.
+        """
+        motion = self.target(LatentBatch(video_BCFHW, condition))
+        queries = ddim_invert_steps(motion, self.schedule, steps, self.sample.spacing)
+        return (yield from guided(queries, (condition,), (), ready=self.ready))
 
     def finish(self, x_0: Tensor, condition: Condition) -> Tensor:
         """(B, C, F, h, w): z_1, then z_1 + M."""
-        z_1 = condition.image_BCHW[:, :, None].to(x_0.device, x_0.dtype)
+        z_1 = condition["image"][:, :, None].to(x_0.device, x_0.dtype)
         if self.schedule.data_scale != 1:
             x_0 = x_0 / self.schedule.data_scale
         return torch.cat([z_1, z_1 + x_0], dim=2)

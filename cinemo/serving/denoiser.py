@@ -1,8 +1,8 @@
 """Denoises several videos at once, each at its own timestep: they join and leave between steps.
 
 A step is one call of the network for up to ``max_batch`` videos, taken in turns from all that joined, so that a short
-one is not stuck behind long ones. Every video keeps its own sampler (`cinemo.sampling.latent_steps`), guidance and
-features to use again; what shares a batch with it changes its result by rounding alone.
+one is not stuck behind long ones. Every video keeps its own sampling (a generator of queries that owns solver and
+guidance) and features to use again; what shares a batch with it changes its result by rounding alone.
 
 The host never waits for the step it has just given to an accelerator, only for the one before: the device always has
 work, and yet a step is reported when it was done and not when it was asked for.
@@ -20,10 +20,7 @@ from torch import Tensor
 
 from cinemo.animate import AnimateRequest, finish, prepare
 from cinemo.bundle import ModelBundle
-from cinemo.diffusion.guidance import combined
-from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.lavie_unet import DeepFeatures
-from cinemo.sampling import guided_steps, latent_steps
 from cinemo.types import Animation, Condition, InputError
 
 log = logging.getLogger(__name__)
@@ -45,55 +42,26 @@ class Outcome:
 
 
 class _Video:
-    """One joined request: where its sampler stands, and what it brings to every batch."""
+    """One joined request: what its sampling asks next, and what it brings to every batch."""
 
     def __init__(self, key: str, number: int, bundle: ModelBundle, request: AnimateRequest) -> None:
         self.key, self.number = key, number
-        self.asked = asked = prepare(bundle, request)
-        self.queries = latent_steps(asked.method, asked.condition, asked.noise_BCFHW, asked.steps, asked.generator())
-        self.x, self.t = next(self.queries)
+        self.asked = prepare(bundle, request)
+        self.query = next(self.asked.sampling)
+        self.x = self.query.x  # at the end the video's latents (1, C, F, h, w)
         self.done = 0
-        texts = [asked.condition.text_BLD]
-        if asked.guidance_scale > 1:
-            texts.insert(0, asked.negative_BLD.to(texts[0]))
-        condition = Condition(asked.condition.image_BCHW, torch.cat(texts), asked.condition.motion_bucket_B)
-        self.text = asked.method.text(condition)
-        self.guided = guided_steps(asked.method)
-        self.every = asked.method.sample.reuse_features
+        self.is_sampled = False
         self.inner: Tensor | None = None  # of the last call that ran the whole network
-        self.inner_rows, self.inner_calls = 0, 0
         self.undecoded: deque[Tensor] = deque()
         self.frames: list[Tensor] = []
 
-    @property
-    def is_sampled(self) -> bool:
-        return self.done == self.asked.steps
-
-    @property
-    def rows(self) -> int:
-        """Of the next query in a batch: the unconditional branch where there is guidance, then the conditional one."""
-        return 2 if self.asked.guidance_scale > 1 and self.guided[0] <= self.t <= self.guided[1] else 1
-
-    @property
-    def uses_inner_again(self) -> bool:
-        """Whether the next query is one that `cinemo.sampling.sample_latents` would answer with kept features."""
-        return self.every > 1 and self.inner_calls % self.every != 0 and self.inner_rows == self.rows
-
-    def keep_inner(self, inner: Tensor | None) -> None:
-        """``inner``: new features; None: the kept ones were used."""
-        if inner is not None:
-            self.inner, self.inner_rows, self.inner_calls = inner, self.rows, 0
-        self.inner_calls += 1
-
     def take(self, output: Tensor) -> None:
-        """Go on to the next query, or to the end: then ``x`` are the video's latents (1, C, F, h, w)."""
-        output = output.to(self.x.dtype)
-        if self.rows == 2:
-            output = combined(output, (self.asked.guidance_scale,), self.asked.method.sample.guidance_rescale)
+        """Go on to the next query, or to the end."""
         try:
-            self.x, self.t = self.queries.send(output)
+            self.query = self.asked.sampling.send(output)
+            self.x = self.query.x
         except StopIteration as end:
-            self.x, self.inner = end.value, None
+            self.x, self.inner, self.is_sampled = end.value, None, True
         self.done += 1
 
 
@@ -124,7 +92,7 @@ class Denoiser:
         self._turns: deque[_Video] = deque()
         self._decoding: deque[_Video] = deque()
         self._flights: deque[_Flight] = deque()
-        self._constants: dict[tuple[tuple[int, int], ...], tuple[Condition, TextKeysValues]] = {}
+        self._conditions: dict[tuple[int, ...], tuple[list[Condition], Condition]] = {}
         # A view of one entry is a timestep on the device without a copy to it.
         self._t_T = torch.arange(bundle.method.schedule.train_steps, device=bundle.device)
 
@@ -151,7 +119,7 @@ class Denoiser:
         self._numbers += 1
         self._videos[key] = video
         self._turns.append(video)
-        return video.asked.steps
+        return video.asked.calls
 
     def leave(self, key: str) -> None:
         """Free a video's place at once; nothing more is heard of it. No error where it is not here."""
@@ -161,7 +129,7 @@ class Denoiser:
         for line in (self._turns, self._decoding):
             if video in line:
                 line.remove(video)
-        self._constants.clear()
+        self._conditions.clear()
 
     @torch.inference_mode()
     def step(self) -> Outcome:
@@ -176,7 +144,7 @@ class Denoiser:
         outcome = Outcome()
         turn = [self._turns[k] for k in range(min(self._places, len(self._turns)))]
         self._turns.rotate(-len(turn))
-        anew, again = ([video for video in turn if video.uses_inner_again is kind] for kind in (False, True))
+        again, anew = ([v for v in turn if (v.query.features == "again") is kind] for kind in (True, False))
         steps = self._advance(anew, False, outcome) + self._advance(again, True, outcome)
         pieces = self._decode(outcome)
         if steps or pieces:
@@ -208,8 +176,8 @@ class Denoiser:
     def _go_on(self, video: _Video, output: Tensor, inner: Tensor | None, outcome: Outcome) -> list[tuple[_Video, int]]:
         """Lead one video's sampler to its next query, or the video to its decoding."""
         try:
-            if video.every > 1:
-                video.keep_inner(inner)
+            if inner is not None:
+                video.inner = inner
             video.take(output)
         except Exception as error:
             self._fail(video, fault_of(error), outcome)
@@ -222,39 +190,34 @@ class Denoiser:
 
     def _answers(self, videos: Sequence[_Video], again: bool) -> list[tuple[_Video, Tensor, Tensor | None]]:
         """One call of the network: each video's output, and its inner features where they are new and to be kept."""
-        condition, text = self._constant(videos)
-        x_BCFHW = torch.cat([video.x for video in videos for _ in range(video.rows)])
-        t_B = torch.cat([self._t_T[video.t : video.t + 1] for video in videos for _ in range(video.rows)])
-        deep = DeepFeatures() if any(video.every > 1 for video in videos) else None
+        queries = [video.query for video in videos]
+        rows = [len(query.x) for query in queries]
+        x_BCFHW = torch.cat([query.x for query in queries])
+        t_B = torch.cat(
+            [self._t_T[query.t : query.t + 1].expand(count) for query, count in zip(queries, rows, strict=True)]
+        )
+        deep = DeepFeatures() if any(query.features for query in queries) else None
         if deep is not None and again:
             deep.kept = torch.cat([video.inner for video in videos if video.inner is not None])
-        output = self.bundle.method.predict(x_BCFHW, t_B, condition, text, deep)
-        rows = [video.rows for video in videos]
+        output = self.bundle.method.predict(x_BCFHW, t_B, self._condition(videos), deep)
         inner: Sequence[Tensor | None] = [None] * len(videos)
         if deep is not None and deep.kept is not None and not again:
             per_row = len(deep.kept) // len(x_BCFHW)
             # Copies, or the features of all would live as long as those of one.
-            inner = [part.clone() for part in torch.split(deep.kept, [per_row * count for count in rows])]
+            parts = torch.split(deep.kept, [per_row * count for count in rows])
+            inner = [part.clone() if query.features else None for part, query in zip(parts, queries, strict=True)]
         return list(zip(videos, torch.split(output, rows), inner, strict=True))
 
-    def _constant(self, videos: Sequence[_Video]) -> tuple[Condition, TextKeysValues]:
-        """What the rows of a batch bring along that is the same at every step: put together when the batch changes."""
-        key = tuple((video.number, video.rows) for video in videos)
-        if key not in self._constants:
-            while len(self._constants) >= _BATCHES:
-                del self._constants[next(iter(self._constants))]
-            own = [video.asked.condition for video in videos for _ in range(video.rows)]
-            image_BCHW = torch.cat([condition.image_BCHW for condition in own])
-            motion_B = torch.cat([condition.motion_bucket_B for condition in own])
-            text = {
-                attention: tuple(
-                    torch.cat([video.text[attention][part][-video.rows :] for video in videos]) for part in (0, 1)
-                )
-                for attention in videos[0].text
-            }
-            # The text itself is not read: its keys and values take its place.
-            self._constants[key] = Condition(image_BCHW, image_BCHW.new_empty(0), motion_B), text  # type: ignore[assignment]
-        return self._constants[key]
+    def _condition(self, videos: Sequence[_Video]) -> Condition:
+        """What the rows of a batch are told is mostly the same at every step: put together when it changes."""
+        own = [video.query.condition for video in videos]
+        key = tuple(map(id, own))
+        if key not in self._conditions:
+            while len(self._conditions) >= _BATCHES:
+                del self._conditions[next(iter(self._conditions))]
+            # With its parts, or another object could come to have an id of one that is gone.
+            self._conditions[key] = own, Condition.cat(own)
+        return self._conditions[key][1]
 
     def _decode(self, outcome: Outcome) -> list[tuple[_Video, Tensor, Tensor | None]]:
         """Frames of the next pieces of the videos that are sampled, the oldest first."""
@@ -292,13 +255,13 @@ class Denoiser:
                 message = f"the sampling went out of range at step {done}; try a lower guidance scale or another seed"
                 self._fail(video, ("not_finite", message), outcome)
             else:
-                outcome.progress[video.key] = (done, video.asked.steps)
+                outcome.progress[video.key] = (done, video.asked.calls)
         for video, frames, latents in flight.pieces:
             if self._videos.get(video.key) is not video:
                 continue
             video.frames.append(frames)
             if latents is not None:
-                outcome.finished[video.key] = finish(video.asked, latents, torch.cat(video.frames).numpy())
+                outcome.finished[video.key] = finish(video.asked.settings, latents, torch.cat(video.frames).numpy())
                 self.leave(video.key)
 
     def _fail(self, video: _Video, fault: tuple[str, str], outcome: Outcome) -> None:

@@ -89,7 +89,9 @@ def activation_bytes(recipe: Recipe, checkpointing: bool) -> int:
             video_BCFHW = torch.empty(train.micro_batch, channels, frames, rows, columns)
             text_BLD = torch.empty(train.micro_batch, TOKENS, recipe.model.cross_attention_dim, dtype=dtype)
             steps_B = torch.zeros(train.micro_batch, dtype=torch.long)
-            batch = LatentBatch(video_BCFHW, Condition(video_BCFHW[:, :, 0], text_BLD, torch.empty(train.micro_batch)))
+            motion_B = torch.empty(train.micro_batch)
+            condition = Condition(image=video_BCFHW[:, :, 0], text=text_BLD, motion_bucket=motion_B)
+            batch = LatentBatch(video_BCFHW, condition)
             memory = PeakMemory()
             with memory:
                 method(batch, steps_B, torch.empty_like(video_BCFHW[:, :, 1:]), each=True).mean().backward()

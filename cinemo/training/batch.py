@@ -181,9 +181,9 @@ def on_device(
     image_given_B = batch.image_given_B.to(device, non_blocking=True)
     motion_given_B = batch.motion_given_B.to(device, non_blocking=True)
     condition = Condition(
-        torch.where(image_given_B[:, None, None, None], video_BCFHW[:, :, 0], 0.0),
-        text(batch.captions).to(device, dtype),
-        torch.where(motion_given_B, batch.motion_bucket_B.to(device, non_blocking=True), torch.nan),
+        image=torch.where(image_given_B[:, None, None, None], video_BCFHW[:, :, 0], 0.0),
+        text=text(batch.captions).to(device, dtype),
+        motion_bucket=torch.where(motion_given_B, batch.motion_bucket_B.to(device, non_blocking=True), torch.nan),
     )
     made = LatentBatch(video_BCFHW, condition, batch.keys)
     return made, batch.t_B.to(device, non_blocking=True), batch.noise_BCFHW.to(device, non_blocking=True)

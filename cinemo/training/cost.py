@@ -57,7 +57,7 @@ def sample_flops(recipe: Recipe) -> SampleFlops:
         mark_trainable(method, recipe.train)
         video_BCFHW = torch.empty(1, channels, frames, rows, columns)
         text_BLD = torch.empty(1, TOKENS, recipe.model.cross_attention_dim)
-        condition = Condition(video_BCFHW[:, :, 0], text_BLD, torch.empty(1))
+        condition = Condition(image=video_BCFHW[:, :, 0], text=text_BLD, motion_bucket=torch.empty(1))
         target = method.target(LatentBatch(video_BCFHW, condition))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             method.predict(target, torch.empty(1), condition)

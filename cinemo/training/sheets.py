@@ -24,7 +24,7 @@ from cinemo.media.motion import motion_bucket
 from cinemo.media.mp4 import write_video
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import Vae
-from cinemo.sampling import sample_latents
+from cinemo.sampling import run
 from cinemo.training.batch import TextStates, stored_latents
 from cinemo.types import Condition, LatentSample, RunError, keyed_generator
 
@@ -58,21 +58,19 @@ def sheet_latents(
         generator = keyed_generator(recipe.train.seed, "sheet", sample.key)
         noise_CFHW = torch.randn(first_CHW.shape[0], recipe.data.frames - 1, *first_CHW.shape[1:], generator=generator)
         count = len(BUCKETS)
-        condition = Condition(
-            first_CHW.expand(count, -1, -1, -1),
-            states_BLD[:1].expand(count, -1, -1),
-            torch.tensor(BUCKETS, dtype=torch.float32, device=device),
+        buckets_B = torch.tensor(BUCKETS, dtype=torch.float32, device=device)
+        asked = {"image": first_CHW[None], "text": states_BLD[:1]}
+        condition = Condition(Condition(asked).expand(count), motion_bucket=buckets_B)
+        sampling = method.sampling(
+            condition,
+            states_BLD[1:].expand(count, -1, -1),
+            noise_CFHW.to(device).expand(count, -1, -1, -1, -1),
+            STEPS,
+            recipe.sample.guidance_scale,
+            keyed_generator(recipe.train.seed, "fresh noise", sample.key),
         )
         with torch.no_grad():
-            video_BCFHW = sample_latents(
-                method,
-                condition,
-                states_BLD[1:].expand(count, -1, -1),
-                noise_CFHW.to(device).expand(count, -1, -1, -1, -1),
-                STEPS,
-                recipe.sample.guidance_scale,
-                generator=keyed_generator(recipe.train.seed, "fresh noise", sample.key),
-            )
+            video_BCFHW = run(method, sampling)
         made.append(video_BCFHW)
     return made
 

@@ -67,7 +67,7 @@ SHARES = {"object": 5, "pan": 3, "flow": 3, "zoom": 1.5, "still": 0.5}
 PHASES = (
     Phase("pans, half the frames", 1_600, 8, 1.5e-3, 4.0, {"pan": 1}),
     Phase("all kinds, half the frames", 8_000, 8, 1.2e-3, 4.0, SHARES),
-    Phase("all kinds, all frames", 24_400, 16, 1.0e-3, 4.0, SHARES),
+    Phase("all kinds, all frames", 20_400, 16, 1.0e-3, 4.0, SHARES),
     Phase("every noise level", 6_000, 16, 7e-4, 2.5, SHARES),
 )
 
@@ -420,5 +420,6 @@ def _batch(
     buckets = [float(motion_bucket(clips.facts[i]["ssim"], recipe.data.bucket_edges)) for i in picked]
     states_BLD = text.network(torch.stack([ids[caption] for caption in captions]).to(device)).last_hidden_state
     video_BCFHW = video_BCFHW.to(device)
-    condition = Condition(video_BCFHW[:, :, 0], states_BLD, torch.tensor(buckets, device=device))
+    motion_B = torch.tensor(buckets, device=device)
+    condition = Condition(image=video_BCFHW[:, :, 0], text=states_BLD, motion_bucket=motion_B)
     return LatentBatch(video_BCFHW, condition), t_B.to(device), noise.to(device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cinemo.config import DiffusionConfig
 from cinemo.diffusion.ddim import Spacing, ddim_invert, ddim_sample, timesteps
-from cinemo.diffusion.guidance import guided
+from cinemo.diffusion.guidance import combined, needed
 from cinemo.diffusion.schedule import noise_schedule
 from cinemo.types import Condition, InputError
 
@@ -19,8 +19,8 @@ SCHEDULE = noise_schedule(DiffusionConfig())
 def toy(x: Tensor, t: int, condition: Condition) -> Tensor:
     """The analytic predictor of the golden files."""
     u, wide = t / 1000, (-1, 1, 1, 1, 1)
-    text = condition.text_BLD.mean((1, 2)).view(wide)
-    given = 0.3 * text + 0.05 * condition.image_BCHW[:, :, None] + 0.02 * (condition.motion_bucket_B.view(wide) / 19)
+    text = condition["text"].mean((1, 2)).view(wide)
+    given = 0.3 * text + 0.05 * condition["image"][:, :, None] + 0.02 * (condition["motion_bucket"].view(wide) / 19)
     return u * x + (1 - u) * 0.1 * torch.tanh(x) + (1.002 - u) * given
 
 
@@ -40,9 +40,14 @@ def _run_case(golden: Golden, kind: str, case: dict, dtype: torch.dtype, tally: 
     name = case["name"]
     bucket = torch.tensor(case["bucket"], dtype=dtype).flatten().expand(case["batch"])
     base, text = golden.tensor(f"{name}.base_content", dtype), golden.tensor(f"{name}.text_cond", dtype)
-    condition = Condition(base[:, :, 0], text, bucket)
+    condition = Condition(image=base[:, :, 0], text=text, motion_bucket=bucket)
     negative = golden.tensor(f"{name}.text_uncond", dtype) if golden.has(f"{name}.text_uncond") else None
-    denoise = guided(toy, condition, negative, case.get("guidance", 1.0))
+    branches = (Condition(condition, text=text if negative is None else negative), condition)
+    kept, between = needed((case.get("guidance", 1.0),))
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        return combined(torch.cat([toy(x, t, branches[branch]) for branch in kept]), between)
+
     trajectory: list[Tensor] = []
     run = ddim_sample if kind == "ddim" else ddim_invert
     final = run(

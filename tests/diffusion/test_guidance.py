@@ -1,62 +1,104 @@
 from __future__ import annotations
 
-import pytest
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cinemo.diffusion.guidance import combined, guided, needed
-from cinemo.types import Condition, InputError
+from cinemo.config import DiffusionConfig
+from cinemo.diffusion.ddim import Queries, ddim_steps
+from cinemo.diffusion.guidance import Query, Sampling, combined, guided, needed, reusing
+from cinemo.diffusion.schedule import noise_schedule
+from cinemo.types import Condition
 
-CONDITION = Condition(torch.randn(2, 4, 3, 3), torch.randn(2, 5, 6), torch.tensor([3.0, 9.0]))
-NEGATIVE = torch.randn(2, 5, 6)
+CONDITION = Condition(image=torch.randn(2, 4, 3, 3), text=torch.randn(2, 5, 6), motion_bucket=torch.tensor([3.0, 9.0]))
+WITHOUT_TEXT = Condition(CONDITION, text=torch.randn(2, 5, 6))
 
 
 def predict(x: Tensor, t: int, condition: Condition) -> Tensor:
-    per_item = condition.text_BLD.mean((1, 2)) + condition.image_BCHW.mean((1, 2, 3)) + condition.motion_bucket_B
+    per_item = condition["text"].mean((1, 2)) + condition["image"].mean((1, 2, 3)) + condition["motion_bucket"]
     return x * t + per_item.view(-1, 1, 1, 1, 1)
 
 
-def test_branches_differ_in_text_only_and_are_combined() -> None:
-    x = torch.randn(2, 4, 3, 3, 3)
-    without_text = Condition(CONDITION.image_BCHW, NEGATIVE, CONDITION.motion_bucket_B)
-    unconditional, conditional = predict(x, 3, without_text), predict(x, 3, CONDITION)
+def one_step(x: Tensor, t: int) -> Queries:
+    """A sampler of a single query, whose result is the answer to it."""
+    return (yield x, t)
+
+
+def answer(sampling: Sampling, seen: list[Query] | None = None) -> Tensor:
+    """What ``sampling`` returns when `predict` answers it."""
+    query = next(sampling)
+    while True:
+        if seen is not None:
+            seen.append(query)
+        try:
+            query = sampling.send(predict(query.x, query.t, query.condition))
+        except StopIteration as end:
+            return end.value
+
+
+def test_branches_are_asked_in_one_batch_and_combined() -> None:
+    x, seen = torch.randn(2, 4, 3, 3, 3), []
+    unconditional, conditional = predict(x, 3, WITHOUT_TEXT), predict(x, 3, CONDITION)
     expected = unconditional + 7.5 * (conditional - unconditional)
-    torch.testing.assert_close(guided(predict, CONDITION, NEGATIVE, 7.5)(x, 3), expected)
-
-
-def test_unconditional_branch_comes_first() -> None:
-    seen: list[Condition] = []
-
-    def spy(x: Tensor, t: int, condition: Condition) -> Tensor:
-        seen.append(condition)
-        return x
-
-    guided(spy, CONDITION, NEGATIVE, 2.0)(torch.randn(2, 4, 1, 3, 3), 1)
-    assert torch.equal(seen[0].text_BLD, torch.cat([NEGATIVE, CONDITION.text_BLD]))
-    assert torch.equal(seen[0].motion_bucket_B, torch.tensor([3.0, 9.0, 3.0, 9.0]))
+    got = answer(guided(one_step(x, 3), (WITHOUT_TEXT, CONDITION), (7.5,)), seen)
+    torch.testing.assert_close(got, expected)
+    (query,) = seen
+    assert query.x.shape == (4, 4, 3, 3, 3)
+    assert torch.equal(query.condition["text"], torch.cat([WITHOUT_TEXT["text"], CONDITION["text"]]))
+    assert query.condition["motion_bucket"].tolist() == [3, 9, 3, 9]
 
 
 def test_scale_one_is_a_single_conditional_pass() -> None:
-    x = torch.randn(2, 4, 3, 3, 3)
-    assert torch.equal(guided(predict, CONDITION, None, 1.0)(x, 5), predict(x, 5, CONDITION))
-    barely = guided(predict, CONDITION, NEGATIVE, 1 + 1e-6)(x, 5)
+    x, seen = torch.randn(2, 4, 3, 3, 3), []
+    assert torch.equal(
+        answer(guided(one_step(x, 5), (WITHOUT_TEXT, CONDITION), (1.0,)), seen), predict(x, 5, CONDITION)
+    )
+    assert len(seen[0].x) == 2
+    barely = answer(guided(one_step(x, 5), (WITHOUT_TEXT, CONDITION), (1 + 1e-6,)))
     torch.testing.assert_close(barely, predict(x, 5, CONDITION), rtol=1e-4, atol=1e-4)
 
 
-def test_guidance_needs_a_negative_prompt() -> None:
-    with pytest.raises(InputError, match="negative"):
-        guided(predict, CONDITION, None, 7.5)
-
-
 def test_outside_its_interval_guidance_is_a_single_conditional_pass() -> None:
-    x = torch.randn(2, 4, 3, 3, 3)
-    denoise = guided(predict, CONDITION, NEGATIVE, 7.5, (200, 600))
+    x, branches = torch.randn(2, 4, 3, 3, 3), (WITHOUT_TEXT, CONDITION)
     for t in (100, 700):
-        assert torch.equal(denoise(x, t), predict(x, t, CONDITION))
+        assert torch.equal(answer(guided(one_step(x, t), branches, (7.5,), (200, 600))), predict(x, t, CONDITION))
     for t in (200, 600):
-        assert torch.equal(denoise(x, t), guided(predict, CONDITION, NEGATIVE, 7.5)(x, t))
+        inside = answer(guided(one_step(x, t), branches, (7.5,), (200, 600)))
+        assert torch.equal(inside, answer(guided(one_step(x, t), branches, (7.5,))))
+
+
+def test_a_condition_is_made_ready_once() -> None:
+    made: list[int] = []
+
+    def ready(condition: Condition) -> Condition:
+        made.append(len(condition["text"]))
+        return condition
+
+    queries = ddim_steps(torch.randn(2, 4, 3, 3, 3), noise_schedule(DiffusionConfig()), 10)
+    answer(guided(queries, (WITHOUT_TEXT, CONDITION), (2.0,), (200, 600), ready=ready))
+    assert made == [2, 4]  # the conditional branch alone comes first, at much noise
+
+
+@given(st.integers(1, 4), st.integers(1, 12))
+def test_every_nth_call_keeps_features_and_the_others_use_them(every: int, steps: int) -> None:
+    seen: list[Query] = []
+    queries = ddim_steps(torch.randn(2, 4, 2, 3, 3), noise_schedule(DiffusionConfig()), steps)
+    answer(reusing(guided(queries, (CONDITION,), ()), every), seen)
+    expected = ["" if every == 1 else "again" if number % every else "keep" for number in range(steps)]
+    assert [query.features for query in seen] == expected
+
+
+def test_features_are_kept_anew_when_the_number_of_rows_changes() -> None:
+    seen: list[Query] = []
+    queries = ddim_steps(torch.randn(2, 4, 2, 3, 3), noise_schedule(DiffusionConfig()), 10)
+    answer(reusing(guided(queries, (WITHOUT_TEXT, CONDITION), (2.0,), (200, 600)), 3), seen)
+    for before, after in itertools.pairwise(seen):
+        if len(before.x) != len(after.x):
+            assert after.features == "keep"
+    assert {query.features for query in seen} == {"keep", "again"}
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 1.5, 7.5]), min_size=1, max_size=4))

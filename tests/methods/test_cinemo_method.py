@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from cinemo.config import DiffusionConfig, ModelConfig, Recipe, SampleConfig, override
 from cinemo.diffusion.dct import dct_init
-from cinemo.diffusion.ddim import ddim_invert, ddim_sample, timesteps
+from cinemo.diffusion.ddim import Queries, ddim_invert_steps, ddim_steps, timesteps
 from cinemo.diffusion.guidance import guided
 from cinemo.diffusion.schedule import noise_schedule
 from cinemo.methods import CinemoMethod, MotionMethod, build_method
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.sampling import run
 from cinemo.types import Condition, InputError, LatentBatch
 
 RECIPE = Recipe(
@@ -48,11 +49,12 @@ def run_case(method: CinemoMethod, golden: Golden, kind: str, case: dict, dtype:
     bucket = torch.tensor(case["bucket"], dtype=dtype).flatten().expand(case["batch"])
     base, text = golden.tensor(f"{name}.base_content", dtype), golden.tensor(f"{name}.text_cond", dtype)
     negative = golden.tensor(f"{name}.text_uncond", dtype) if golden.has(f"{name}.text_uncond") else None
-    denoise = guided(method.predict, Condition(base[:, :, 0], text, bucket), negative, case["guidance"])
+    condition = Condition(image=base[:, :, 0], text=text, motion_bucket=bucket)
+    branches = (Condition(condition, text=text if negative is None else negative), condition)
+    x, solve = golden.tensor(f"{name}.x", dtype), ddim_steps if kind == "sampling" else ddim_invert_steps
     trajectory: list[Tensor] = []
-    run = ddim_sample if kind == "sampling" else ddim_invert
-    x = golden.tensor(f"{name}.x", dtype)
-    final = run(denoise, x, method.schedule, steps, callback=lambda i, n, x: trajectory.append(x))
+    queries = recorded(solve(x, method.schedule, steps), trajectory)
+    final = run(method, guided(queries, branches, (case["guidance"],), ready=method.ready))
     if dtype == torch.float32:
         tally.check(golden, name, "float32", final, "final_f32", FLOAT32)
         return
@@ -62,10 +64,27 @@ def run_case(method: CinemoMethod, golden: Golden, kind: str, case: dict, dtype:
     tally.check(golden, name, "float64", torch.stack(trajectory), "traj", tolerance)
 
 
+def recorded(queries: Queries, trajectory: list[Tensor]) -> Queries:
+    """The same queries; ``trajectory`` gets where each step led to."""
+    x, t = next(queries)
+    while True:
+        output = yield x, t
+        try:
+            x, t = queries.send(output)
+        except StopIteration as end:
+            trajectory.append(end.value)
+            return end.value
+        trajectory.append(x)
+
+
 def batch(seed: int = 0) -> tuple[LatentBatch, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     video = torch.randn(2, 4, 5, 4, 6, generator=generator)
-    condition = Condition(video[:, :, 0], torch.randn(2, 7, 12, generator=generator), torch.tensor([3.0, 15.0]))
+    condition = Condition(
+        image=video[:, :, 0],
+        text=torch.randn(2, 7, 12, generator=generator),
+        motion_bucket=torch.tensor([3.0, 15.0]),
+    )
     return LatentBatch(video, condition), torch.tensor([10, 800]), torch.randn(2, 4, 4, 4, 6, generator=generator)
 
 
@@ -94,8 +113,8 @@ def test_algorithm_1_line_by_line() -> None:
     sample, seen_t, text, bucket = network.seen
     torch.testing.assert_close(sample, torch.cat([z_1, z_1 + motion_t], dim=2))
     assert torch.equal(seen_t, t)
-    assert torch.equal(text, data.condition.text_BLD)
-    assert torch.equal(bucket, data.condition.motion_bucket_B)
+    assert torch.equal(text, data.condition["text"])
+    assert torch.equal(bucket, data.condition["motion_bucket"])
     torch.testing.assert_close(loss, (answer[:, :, 1:] - noise).square().mean())
 
 
@@ -182,7 +201,7 @@ def test_start_is_dct_init_or_the_noise_itself() -> None:
     data, _, noise = batch()
     method = build_method(RECIPE)
     a = method.schedule.alpha_bar[975]
-    expected = dct_init(data.condition.image_BCHW[:, :, None], noise, a, 0.23, "spatial")
+    expected = dct_init(data.condition["image"][:, :, None], noise, a, 0.23, "spatial")
     assert torch.equal(method.start(data.condition, noise), expected)
     without = build_method(RECIPE.model_copy(update={"sample": SampleConfig(dct_init=False)}), method.unet)
     assert torch.equal(without.start(data.condition, noise), noise)
@@ -195,13 +214,11 @@ def test_sampling_end_to_end_is_deterministic() -> None:
 
     def sample() -> Tensor:
         with torch.inference_mode():
-            denoise = guided(method.predict, data.condition, torch.zeros(2, 7, 12), 7.5)
-            x_0 = ddim_sample(denoise, method.start(data.condition, noise), method.schedule, 4)
-            return method.finish(x_0, data.condition)
+            return run(method, method.sampling(data.condition, torch.zeros(2, 7, 12), noise, 4, 7.5))
 
     video = sample()
     assert torch.equal(video, sample())
-    assert torch.equal(video[:, :, 0], data.condition.image_BCHW)
+    assert torch.equal(video[:, :, 0], data.condition["image"])
 
 
 def test_a_step_outside_the_schedule_is_refused() -> None:

@@ -42,7 +42,7 @@ def trained(made: CinemoMethod, steps: int = 2) -> set[str]:
     for _ in range(steps):
         video = torch.randn(2, 4, 5, 4, 6, generator=generator)
         text = torch.randn(2, 7, 12, generator=generator)
-        batch = LatentBatch(video, Condition(video[:, :, 0], text, torch.tensor([3.0, 15.0])))
+        batch = LatentBatch(video, Condition(image=video[:, :, 0], text=text, motion_bucket=torch.tensor([3.0, 15.0])))
         made(batch, torch.tensor([10, 800]), torch.randn(2, 4, 4, 4, 6, generator=generator)).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import ModelBundle, load_bundle
-from cinemo.diffusion.ddim import Queries
+from cinemo.diffusion.guidance import Query, Sampling
 from cinemo.serving.denoiser import Denoiser, Outcome
-from cinemo.types import Animation, InputError
+from cinemo.types import Animation, Condition, InputError
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
 # Rounding differs with the size of a batch; the random network and guidance make more of it at every step.
@@ -229,14 +230,14 @@ def test_a_batch_too_large_for_memory_is_tried_one_by_one(bundle: ModelBundle) -
     assert set(outcome.failed) == {"double"}
 
 
-def broken_sampler() -> Queries:
-    queries = broken_queries()
-    next(queries)
-    return queries
+def broken_sampler() -> Sampling:
+    sampling = broken_sampling()
+    next(sampling)
+    return sampling
 
 
-def broken_queries() -> Queries:
-    yield torch.zeros(1), 1
+def broken_sampling() -> Sampling:
+    yield Query(torch.zeros(1), 1, Condition())
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
@@ -246,7 +247,8 @@ def test_a_fault_of_the_sampler_or_the_decoder_is_its_own_jobs(
     denoiser = Denoiser(bundle)
     for key in ("a", "b"):
         denoiser.join(key, ask(steps=4))
-    denoiser._videos["a"].queries = broken_sampler()
+    broken = denoiser._videos["a"]
+    broken.asked = replace(broken.asked, sampling=broken_sampler())
     outcome = run(denoiser)
     assert set(outcome.finished) == {"b"}
     assert outcome.failed["a"][0] == "out_of_memory"

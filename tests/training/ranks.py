@@ -70,7 +70,9 @@ def train_steps(engine: Engine, recipe: Recipe, steps: range) -> list[float]:
             host = host_batch(mine[start : start + size], step, recipe)
             shape = (3, recipe.model.cross_attention_dim)
             text = torch.stack([torch.randn(shape, generator=keyed_generator(0, "text", key)) for key in host.keys])
-            condition = Condition(host.video_BCFHW[:, :, 0], text.to(engine.dtype), host.motion_bucket_B)
+            condition = Condition(
+                image=host.video_BCFHW[:, :, 0], text=text.to(engine.dtype), motion_bucket=host.motion_bucket_B
+            )
             loss = engine.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean()
             engine.step(loss)
             losses.append(loss.detach().float())

@@ -104,7 +104,7 @@ def _run(made: engine.Engine, recipe: Recipe, steps: range) -> tuple[list[float]
         for start in (0, 2):
             host = host_batch(moving_samples(4)[start : start + 2], step, recipe)
             text = torch.zeros(2, 3, recipe.model.cross_attention_dim, dtype=made.dtype)
-            condition = Condition(host.video_BCFHW[:, :, 0], text, host.motion_bucket_B)
+            condition = Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.motion_bucket_B)
             loss = made.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean()
             made.step(loss)
             losses.append(loss.item())
@@ -163,7 +163,7 @@ def test_accumulated_micro_batches_equal_one_batch(small: Recipe) -> None:
     _run(twice, small, range(1))
     host = host_batch(moving_samples(4), 0, small)
     text = torch.zeros(4, 3, small.model.cross_attention_dim)
-    condition = Condition(host.video_BCFHW[:, :, 0], text, host.motion_bucket_B)
+    condition = Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.motion_bucket_B)
     whole.step(whole.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean())
     assert whole.grad_norm == pytest.approx(twice.grad_norm, rel=1e-4)
     assert whole.lr == twice.lr

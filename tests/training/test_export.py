@@ -47,7 +47,9 @@ def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMe
     for start in (0, 2):
         host = host_batch(moving_samples(4)[start : start + 2], 0, recipe)
         text = torch.zeros(2, 3, recipe.model.cross_attention_dim)
-        batch = LatentBatch(host.video_BCFHW, Condition(host.video_BCFHW[:, :, 0], text, host.motion_bucket_B))
+        batch = LatentBatch(
+            host.video_BCFHW, Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.motion_bucket_B)
+        )
         engine.step(engine.loss(batch, host.t_B, host.noise_BCFHW).mean())
     directory = output / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
     directory.mkdir(parents=True)

@@ -123,8 +123,8 @@ def test_a_batch_holds_what_was_stored(small: Recipe) -> None:
     assert made.motion_bucket_B.tolist() == sorted(made.motion_bucket_B.tolist())  # their motion grows
     assert made.captions == ("a dog", "a red car", "waves")
     on_device, t_B, noise = batches.on_device(made, batches.TextStates(Letters()), torch.device("cpu"), torch.bfloat16)
-    assert torch.equal(on_device.condition.image_BCHW, made.video_BCFHW[:, :, 0])
-    assert on_device.condition.text_BLD.dtype == torch.bfloat16
+    assert torch.equal(on_device.condition["image"], made.video_BCFHW[:, :, 0])
+    assert on_device.condition["text"].dtype == torch.bfloat16
     assert (t_B.shape, noise.dtype) == ((3,), torch.float32)
 
 
@@ -170,8 +170,8 @@ def test_images_and_motion_are_dropped_on_their_own(small: Recipe) -> None:
     assert torch.equal(batch.video_BCFHW, one.video_BCFHW)
     for place, given in enumerate(one.image_given_B):
         expected = one.video_BCFHW[place, :, 0] if given else torch.zeros(4, 4, 4)
-        assert torch.equal(batch.condition.image_BCHW[place], expected)
-    assert torch.equal(batch.condition.motion_bucket_B.isnan(), ~one.motion_given_B)
+        assert torch.equal(batch.condition["image"][place], expected)
+    assert torch.equal(batch.condition["motion_bucket"].isnan(), ~one.motion_given_B)
 
 
 @pytest.mark.usefixtures("process_group")
