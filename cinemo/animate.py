@@ -30,7 +30,7 @@ from cinemo.diffusion.guidance import Sampling
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket, strength_to_bucket
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
-from cinemo.methods.cinemo import CinemoMethod
+from cinemo.methods import Method
 from cinemo.sampling import run
 from cinemo.types import Animation, ClipError, Condition, InputError, keyed_generator
 
@@ -172,8 +172,8 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     motion_B = torch.tensor([bundle.motion.motion_id(settings["motion_bucket"])], device=device)
     if source_FCHW is None:
         channels, h, w = image_latent_BCHW.shape[1:]
-        shape = (1, channels, recipe.data.frames - 1, h, w)
-        noise_BCFHW = torch.randn(shape, generator=keyed_generator(request.seed, "noise")).to(device)
+        shape = bundle.method.target_shape((channels, recipe.data.frames, h, w))
+        noise_BCFHW = torch.randn(1, *shape, generator=keyed_generator(request.seed, "noise")).to(device)
         method = _sampling(bundle.method, settings, recipe.sample.dct_tau)
     else:
         posterior = keyed_generator(request.seed, "source") if recipe.encoders.latent == "sample" else None
@@ -267,11 +267,11 @@ def load_source(uri: str, recipe: Recipe, interval: int = 1) -> np.ndarray:
         raise InputError(f"source {uri}: {error}") from None
 
 
-def _sampling(method: CinemoMethod, settings: Mapping[str, Any], tau: int) -> CinemoMethod:
+def _sampling(method: Method, settings: Mapping[str, Any], tau: int) -> Method:
     """The same networks with the settings of one request, and DCTInit at step ``tau``."""
     wanted = {name: settings[name] for name in ("dct_init", "solver", "reuse_features")}
     wanted |= {"guidance_interval": tuple(settings["guidance_interval"]), "dct_tau": tau}
-    return CinemoMethod(method.unet, method.schedule, method.sample.model_copy(update=wanted))
+    return method.with_settings(wanted)
 
 
 def _prepare_source(source_FHWC: np.ndarray, recipe: Recipe) -> Tensor:

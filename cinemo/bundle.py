@@ -24,16 +24,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 import cinemo
 from cinemo import cache, storage, tracking
 from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, SampleConfig, parse_recipe
-from cinemo.methods import build_method
-from cinemo.methods.cinemo import CinemoMethod
+from cinemo.methods import Method, build_method, method_class
 from cinemo.networks.frozen import Statistics, TextEncoder, Vae, normalised
-from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.memory import keep_freed_memory
-from cinemo.networks.weights import convert_pickled, load_unet, resolve, save_unet
+from cinemo.networks.weights import convert_pickled, resolve, save_network
 from cinemo.types import InputError
 
 RECORD = "bundle.json"
@@ -85,7 +84,7 @@ class ModelBundle:
     """
 
     recipe: Recipe
-    method: CinemoMethod
+    method: Method
     vae: Vae
     decoder: Vae
     text: TextEncoder
@@ -99,14 +98,18 @@ class ModelBundle:
 
 
 def save_bundle(
-    directory: Path, recipe: Recipe, unet: LavieUNet, provenance: Mapping[str, Any], scale: str = MORE_MOTION
+    directory: Path,
+    recipe: Recipe,
+    networks: Mapping[str, nn.Module],
+    provenance: Mapping[str, Any],
+    scale: str = MORE_MOTION,
 ) -> str:
     """Write a bundle and return its digest. A reader never sees half of one: it is staged beside and renamed.
 
     Args:
         directory: new, empty, or an older bundle that is replaced.
         recipe: the recipe of the run; its encoder locations say where the frozen networks are copied from.
-        unet: the weights to keep, as float32.
+        networks: of the recipe's method, by name, as float32: the weights to keep.
         provenance: JSON values that say where they came from (checkpoint, step, dataset fingerprint, ...).
         scale: of the network's motion ids, see `MotionScale`.
 
@@ -122,9 +125,11 @@ def save_bundle(
     parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=parent))
     try:
-        index: dict[str, Any] = {"_class_name": "CinemoPipeline", "_cinemo_version": cinemo.__version__}
-        save_unet(unet, staged / "unet")
-        index["unet"] = ["cinemo.networks.lavie_unet", "LavieUNet"]
+        pipeline = f"{recipe.method.capitalize()}Pipeline"
+        index: dict[str, Any] = {"_class_name": pipeline, "_cinemo_version": cinemo.__version__}
+        for name, network in networks.items():
+            save_network(network, staged / name)
+            index[name] = [type(network).__module__, type(network).__name__]
         places: dict[str, Any] = {}
         for field, (folder, library) in _ENCODERS.items():
             location = getattr(recipe.encoders, field)
@@ -243,10 +248,11 @@ def load_bundle(
     root = _localize(location)
     card = _read_card(root, location, full)
     places = card.recipe.encoders
-    unet = load_unet(card.recipe.model, str(root / "unet"), dtype)
-    method = build_method(card.recipe, unet).to(device).eval().requires_grad_(False)
+    kind = method_class(card.recipe)
+    networks = {part: kind.load_network(card.recipe, part, str(root / part), dtype) for part in kind.parts}
+    method = build_method(card.recipe, networks).to(device).eval().requires_grad_(False)
     if card.recipe.compile:
-        method.unet.compile(dynamic=False)
+        method.compile_networks()
     vae = Vae(str(root / places.vae), device, dtype)
     decoder = Vae(str(root / places.vae_decoder), device, dtype) if places.vae_decoder else vae
     text = TextEncoder(str(root / places.text_encoder), str(root / places.tokenizer), device, dtype)

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from torch import Tensor
 
 from cinemo.diffusion.guidance import Sampling
-from cinemo.methods.base import MotionMethod
+from cinemo.methods.base import Method
 from cinemo.networks.lavie_unet import DeepFeatures
 
 Progress = Callable[[int], None]
 """Called as ``progress(done)`` after each call of the network; an exception it raises stops the sampling."""
 
 
-def run(method: MotionMethod, sampling: Sampling, progress: Progress | None = None) -> Tensor:
+def run(method: Method, sampling: Sampling, progress: Progress | None = None) -> Tensor:
     """What ``sampling`` returns, every query answered by ``method``: the latents of a video, or noise."""
     deep, done = DeepFeatures(), 0
     query = next(sampling)

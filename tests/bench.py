@@ -67,7 +67,7 @@ def networks() -> Iterator[tuple[str, str, str]]:
 def sampling(scratch: Path) -> Iterator[tuple[str, ...]]:
     """Doing less: each option against 50 DDIM steps of the tiny bundle, the same noise, three unseen pictures."""
     unet = load_unet(TINY.model, str(TINY.train.init), torch.float32)
-    save_bundle(scratch / "bundle", TINY, unet, {})
+    save_bundle(scratch / "bundle", TINY, {"unet": unet}, {})
     bundle = load_bundle(scratch / "bundle", "cpu")
     calls = {"whole": 0, "outer": 0}
     bundle.method.unet.register_forward_hook(lambda _m, given, _o: calls.update(outer=calls["outer"] + len(given[0])))

@@ -33,7 +33,7 @@ def denoiser_part() -> Iterator[tuple[str, str, str]]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="cinemo-") as scratch:
         unet = load_unet(TINY.model, str(TINY.train.init), torch.float32)
-        save_bundle(Path(scratch) / "bundle", TINY, unet, {})
+        save_bundle(Path(scratch) / "bundle", TINY, {"unet": unet}, {})
         bundle = load_bundle(Path(scratch) / "bundle", "cpu")
         picture = np.random.default_rng(0).integers(0, 256, (*TINY.data.size, 3), dtype=np.uint8)
         requests = [AnimateRequest(picture, "a ball rolls", seed=k, steps=STEPS) for k in range(8)]

@@ -66,7 +66,7 @@ def overhead(scratch: Path, repeats: int = 3) -> Iterator[Row]:
     CPU time too, which other work on the machine does not touch: of every process of the server, less what they take in
     the same time when nobody asks for anything (Ray Serve's loops).
     """
-    save_bundle(scratch / "shipped", TINY, load_unet(TINY.model, str(TINY.train.init), torch.float32), {})
+    save_bundle(scratch / "shipped", TINY, {"unet": load_unet(TINY.model, str(TINY.train.init), torch.float32)}, {})
     bundle, picture = load_bundle(scratch / "shipped", "cpu"), load_image(png(64, 96))
 
     def alone(seed: int) -> tuple[float, float]:

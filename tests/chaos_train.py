@@ -24,7 +24,7 @@ from chaos import Kill, disturb, draw, make_clips, run_and_kill
 from cinemo.config import Recipe, override
 from cinemo.recipes import cinemo_tiny
 from cinemo.training import checkpoints, sample_log
-from cinemo.training.export import consolidated_unet
+from cinemo.training.export import consolidated
 
 ROOT = Path(__file__).resolve().parent.parent
 # Sums of two workers and of one are in another order, which training then carries on.
@@ -45,7 +45,7 @@ def losses(output: Path) -> dict[int, float]:
 def weights(output: Path) -> torch.Tensor:
     card = checkpoints.latest(str(output))
     assert card is not None
-    unet = consolidated_unet(Path(card.uri), recipe_of(2, card.step))
+    unet = consolidated(Path(card.uri), recipe_of(2, card.step))["unet"]
     return torch.cat([parameter.detach().flatten() for parameter in unet.parameters()])
 
 

@@ -111,12 +111,12 @@ def test_a_compiled_network_gives_the_same(tmp_path: Path) -> None:
 
 def test_the_digest_is_of_the_content_alone(written: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(written.parent / "encoders")
-    digest = save_bundle(tmp_path / "again", recipe, random_unet(recipe), {"made": "at another time"})
+    digest = save_bundle(tmp_path / "again", recipe, {"unet": random_unet(recipe)}, {"made": "at another time"})
     assert digest == read_card(written).digest
     unet = random_unet(recipe)
     with torch.no_grad():
         unet.conv_in.bias[0] += 1
-    assert save_bundle(tmp_path / "other", recipe, unet, {}) != digest
+    assert save_bundle(tmp_path / "other", recipe, {"unet": unet}, {}) != digest
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "motion.json"])
@@ -165,13 +165,13 @@ def test_only_bundles_and_empty_directories_are_replaced(written: Path, tmp_path
     precious.mkdir()
     (precious / "holiday.png").write_bytes(b"x")
     with pytest.raises(InputError, match="not a bundle"):
-        save_bundle(precious, recipe, random_unet(recipe), {})
+        save_bundle(precious, recipe, {"unet": random_unet(recipe)}, {})
     assert [path.name for path in precious.iterdir()] == ["holiday.png"]
 
     target = tmp_path / "target"
     target.mkdir()
-    save_bundle(target, recipe, random_unet(recipe), {"number": 1})
-    save_bundle(target, recipe, random_unet(recipe), {"number": 2})
+    save_bundle(target, recipe, {"unet": random_unet(recipe)}, {"number": 1})
+    save_bundle(target, recipe, {"unet": random_unet(recipe)}, {"number": 2})
     assert read_card(target, full=True).provenance == {"number": 2}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "target"], "nothing staged is left"
 
@@ -180,7 +180,7 @@ def test_a_failed_save_leaves_the_old_bundle(bundle: Path, written: Path) -> Non
     recipe = tiny_recipe(written.parent / "encoders")
     broken = recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update={"vae": str(bundle / "none")})})
     with pytest.raises(InputError, match="none"):
-        save_bundle(bundle, broken, random_unet(recipe), {})
+        save_bundle(bundle, broken, {"unet": random_unet(recipe)}, {})
     read_card(bundle, full=True)
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
@@ -189,11 +189,11 @@ def test_pickled_weights_are_not_taken_into_a_bundle(written: Path, tmp_path: Pa
     recipe = tiny_recipe(Path(shutil.copytree(written.parent / "encoders", tmp_path / "encoders")))
     vae = tmp_path / "encoders" / "vae"
     (vae / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    save_bundle(tmp_path / "good", recipe, random_unet(recipe), {})
+    save_bundle(tmp_path / "good", recipe, {"unet": random_unet(recipe)}, {})
     assert not list((tmp_path / "good").rglob("*.bin"))
     (vae / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"encoder .*vae: not a readable weights file"):
-        save_bundle(tmp_path / "bad", recipe, random_unet(recipe), {})
+        save_bundle(tmp_path / "bad", recipe, {"unet": random_unet(recipe)}, {})
     assert not (tmp_path / "bad").exists()
 
 
@@ -205,7 +205,7 @@ def test_pickled_weights_are_kept_as_safetensors(written: Path, tmp_path: Path) 
         pickled = "pytorch_model.bin" if name == "model" else f"{name}.bin"
         torch.save(load_file(path), path.with_name(pickled))
         path.unlink()
-    save_bundle(tmp_path / "bundle", recipe, random_unet(recipe), {})
+    save_bundle(tmp_path / "bundle", recipe, {"unet": random_unet(recipe)}, {})
     loaded = load_bundle(tmp_path / "bundle", "cpu", full=True)
     for got, expected in ((loaded.vae.network, wanted.vae.network), (loaded.text.network, wanted.text.network)):
         state = got.state_dict()

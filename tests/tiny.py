@@ -98,7 +98,7 @@ def tiny_bundle(directory: Path, compiled: bool = False) -> Path:
     """Write the bundle (and beside it the encoders it was made from); returns its directory."""
     save_encoders(directory / "encoders")
     recipe = tiny_recipe(directory / "encoders").model_copy(update={"compile": compiled})
-    save_bundle(directory / "bundle", recipe, random_unet(recipe), {"made": "by a test"})
+    save_bundle(directory / "bundle", recipe, {"unet": random_unet(recipe)}, {"made": "by a test"})
     return directory / "bundle"
 
 

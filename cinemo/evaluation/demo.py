@@ -38,8 +38,7 @@ from cinemo.media.motion import motion_bucket
 from cinemo.media.saving import save_animation
 from cinemo.media.synthetic import CLIP_FRAMES, render_clips, render_scene
 from cinemo.media.video import read_frames
-from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.weights import load_unet
+from cinemo.methods import build_method, method_class
 from cinemo.recipes import load_recipe
 from cinemo.types import ClipError, InputError, RunError
 
@@ -166,7 +165,9 @@ def _measure(base: Path, tuned: Path, index: DatasetIndex, target: Path) -> None
     rendered scenes and, as ``given``, on samples of the dataset."""
     recipe = load_recipe("cinemo-tiny")
     assert recipe.train.init is not None
-    save_bundle(base, recipe, load_unet(recipe.model, recipe.train.init), {"made": "from the shipped weights"})
+    method, init = method_class(recipe), recipe.train.init
+    networks = {part: method.load_network(recipe, part, init) for part in method.parts}
+    save_bundle(base, recipe, networks, {"made": "from the shipped weights"})
     loader = LatentLoader(index, global_batch=_GIVEN, lanes=1, seed=0)
     samples, figures = loader.batch(0).samples, {}
     for name, place in (("base", base), ("tuned", tuned)):
@@ -324,7 +325,7 @@ def _report(
     with (output / "run" / "loss.csv").open() as file:
         losses = [(int(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in LavieUNet(**card.recipe.model.model_dump()).parameters())
+        parameters = sum(p.numel() for p in build_method(card.recipe).parameters())
     facts = DemoFacts(
         motion=storage.read_json(str(output / "motion.json")),
         dataset=index,

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import nn
+
 from cinemo.config import Recipe
-from cinemo.diffusion.schedule import noise_schedule
-from cinemo.methods.base import MotionMethod
+from cinemo.methods.base import Method
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.trainable import check_trainable, mark_trainable
-from cinemo.networks.lavie_unet import LavieUNet
 
-__all__ = ["CinemoMethod", "MotionMethod", "build_method", "check_trainable", "mark_trainable"]
+__all__ = ["CinemoMethod", "Method", "build_method", "check_trainable", "mark_trainable", "method_class"]
+
+_METHODS: dict[str, type[Method]] = {method.name: method for method in (CinemoMethod,)}
 
 
-def build_method(recipe: Recipe, unet: LavieUNet | None = None) -> CinemoMethod:
-    """The method of a recipe, around ``unet`` or a freshly initialised one (global torch RNG)."""
-    if unet is None:
-        unet = LavieUNet(**recipe.model.model_dump())
-    return CinemoMethod(unet, noise_schedule(recipe.diffusion), recipe.sample, recipe.train.min_snr_gamma)
+def method_class(recipe: Recipe) -> type[Method]:
+    """The class of a recipe's method."""
+    return _METHODS[recipe.method]
+
+
+def build_method(recipe: Recipe, networks: Mapping[str, nn.Module] | None = None) -> Method:
+    """The method of a recipe, around ``networks`` or freshly initialised ones (global torch RNG)."""
+    method = method_class(recipe)
+    return method.of(recipe, method.fresh_networks(recipe) if networks is None else networks)

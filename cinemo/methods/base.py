@@ -2,34 +2,82 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.networks.lavie_unet import DeepFeatures
-from cinemo.types import Condition, LatentBatch
+from cinemo.types import Condition, InputError, LatentBatch
 
 
-class MotionMethod(Protocol):
-    """An ``nn.Module`` that holds the trained networks of one method and the mathematics around them.
+class Method(nn.Module, ABC):
+    """The networks of one method, all that is trained, and the mathematics around them.
 
-    Frozen encoders stay outside: a method sees latents and text states. ``needs`` names the encoders whose output it
-    uses (``vae``, ``text_encoder``).
+    Frozen encoders stay outside: a method sees latents and text states. Everything else (trainer, export, bundle, LoRA,
+    compiler, server) iterates over `networks` and drives `sampling`, whatever the method is.
+
+    ``name``: as a recipe has it. ``needs``: the encoders whose output it uses (``vae``, ``text_encoder``).
+    ``parts``: names of its networks, which are attributes of it: parameter ``unet.x`` is ``x`` of ``networks["unet"]``.
     """
 
+    name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]]
+    schedule: NoiseSchedule
 
     @property
-    def schedule(self) -> NoiseSchedule: ...
+    def networks(self) -> dict[str, nn.Module]:
+        return {part: getattr(self, part) for part in self.parts}
 
+    @classmethod
+    @abstractmethod
+    def fresh_networks(cls, recipe: Recipe) -> dict[str, nn.Module]:
+        """The recipe's networks as a training from scratch begins with them (global torch RNG)."""
+
+    @classmethod
+    @abstractmethod
+    def load_network(
+        cls, recipe: Recipe, part: str, location: str, dtype: torch.dtype | None = None, base: bool = False
+    ) -> nn.Module:
+        """The network ``part`` with the weights of a folder or file.
+
+        ``base``: they may lack what this method adds to the model that it starts from, which is then fresh.
+
+        Raises:
+            InputError: they are missing, or do not fit the recipe's network.
+        """
+
+    @classmethod
+    @abstractmethod
+    def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
+        """The method of a recipe around its networks."""
+
+    @classmethod
+    def target_shape(cls, latents_CFHW: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """The shape of what is diffused for one video whose latents have this shape; its noise has the same."""
+        return latents_CFHW
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        """The same networks with the sampling settings of one request in the place of the recipe's, by name."""
+        raise NotImplementedError
+
+    @staticmethod
+    @abstractmethod
+    def is_temporal(name: str) -> bool:
+        """Whether a parameter, by its name in its network, is what an image model lacks (``train.trainable``)."""
+
+    @abstractmethod
     def target(self, batch: LatentBatch) -> Tensor:
         """What is diffused, in float32: for Cinemo the residuals (B, C, F-1, h, w)."""
-        ...
 
+    @abstractmethod
     def forward(
         self, batch: LatentBatch, t_B: Tensor, noise: Tensor, each: bool = False, weighted: bool = True
     ) -> Tensor:
@@ -37,23 +85,15 @@ class MotionMethod(Protocol):
 
         ``weighted``: by timestep, where the recipe asks for it; validation measures the plain error.
         """
-        ...
 
-    def start(self, condition: Condition, noise: Tensor) -> Tensor:
-        """x_T for sampling from N(0, 1) noise shaped like `target`."""
-        ...
-
+    @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor | int, condition: Condition, deep: DeepFeatures | None = None) -> Tensor:
         """The network's output for x_t, shaped like it; ``condition`` as it is, or as `sampling` asks with it.
 
         ``deep``: inner features to keep or to use again, where `sampling` says so.
         """
-        ...
 
-    def finish(self, x_0: Tensor, condition: Condition) -> Tensor:
-        """Latents of the whole video (B, C, F, h, w), the given frame first."""
-        ...
-
+    @abstractmethod
     def sampling(
         self,
         condition: Condition,
@@ -64,7 +104,21 @@ class MotionMethod(Protocol):
         generator: torch.Generator | None = None,
     ) -> Sampling:
         """From noise, shaped like `target`, to a video: solver and guidance, as a generator of queries."""
-        ...
+
+    def inversion(self, video_BCFHW: Tensor, condition: Condition, steps: int) -> Sampling:
+        """A video's latents -> the noise that `sampling` turns back into them, of methods that can."""
+        raise InputError(f"source: method {self.name} cannot take motion from a video; leave the source out")
+
+    def checkpoint_activations(self, on: bool) -> None:
+        """Whether networks compute layers twice in a training step to hold fewer activations, those that can."""
+        for network in self.networks.values():
+            if hasattr(network, "gradient_checkpointing"):
+                network.gradient_checkpointing = on  # type: ignore[assignment]
+
+    def compile_networks(self) -> None:
+        """Compile every network in place (`Recipe.compile`)."""
+        for network in self.networks.values():
+            network.compile(dynamic=False)
 
 
 def diffusion_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -5,24 +5,26 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from cinemo.config import SampleConfig
+from cinemo.config import Recipe, SampleConfig
 from cinemo.diffusion.dct import dct_init
 from cinemo.diffusion.ddim import ddim_invert_steps, ddim_steps
 from cinemo.diffusion.guidance import Sampling, guided, reusing
 from cinemo.diffusion.multistep import multistep_steps
-from cinemo.diffusion.schedule import NoiseSchedule
-from cinemo.methods.base import diffusion_loss
-from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet
+from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
+from cinemo.methods.base import Method, diffusion_loss
+from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet, is_temporal
+from cinemo.networks.weights import load_unet
 from cinemo.types import Condition, InputError, LatentBatch
 
 
-class CinemoMethod(nn.Module):
-    """Motion residuals with DCTInit; see `cinemo.methods.base.MotionMethod` for the contract.
+class CinemoMethod(Method):
+    """Motion residuals with DCTInit; see `cinemo.methods.base.Method` for the contract.
 
     Args:
         unet: its parameters are all that is trained.
@@ -31,7 +33,9 @@ class CinemoMethod(nn.Module):
         min_snr_gamma: weighs the losses, see `NoiseSchedule.min_snr_weights`; None is the paper's equation 3.
     """
 
+    name: ClassVar[str] = "cinemo"
     needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    parts: ClassVar[tuple[str, ...]] = ("unet",)
 
     def __init__(
         self, unet: LavieUNet, schedule: NoiseSchedule, sample: SampleConfig, min_snr_gamma: float | None = None
@@ -43,6 +47,34 @@ class CinemoMethod(nn.Module):
         self.schedule = schedule
         self.sample = sample
         self.min_snr_gamma = min_snr_gamma
+
+    @classmethod
+    def fresh_networks(cls, recipe: Recipe) -> dict[str, nn.Module]:
+        return {"unet": LavieUNet(**recipe.model.model_dump())}
+
+    @classmethod
+    def load_network(
+        cls, recipe: Recipe, part: str, location: str, dtype: torch.dtype | None = None, base: bool = False
+    ) -> nn.Module:
+        return load_unet(recipe.model, location, dtype, motion_optional=base)
+
+    @classmethod
+    def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
+        unet = cast(LavieUNet, networks["unet"])
+        return cls(unet, noise_schedule(recipe.diffusion), recipe.sample, recipe.train.min_snr_gamma)
+
+    @classmethod
+    def target_shape(cls, latents_CFHW: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        channels, frames, rows, columns = latents_CFHW
+        return channels, frames - 1, rows, columns
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Self:
+        sample = self.sample.model_copy(update=dict(settings))
+        return type(self)(self.unet, self.schedule, sample, self.min_snr_gamma)
+
+    @staticmethod
+    def is_temporal(name: str) -> bool:
+        return is_temporal(name)
 
     def target(self, batch: LatentBatch) -> Tensor:
         """M = (z_2 - z_1, ..., z_N - z_1) times the schedule's ``data_scale``: (B, C, F-1, h, w), float32."""

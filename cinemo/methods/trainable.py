@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import nn
 
 from cinemo.config import Recipe, TrainConfig
-from cinemo.methods.cinemo import CinemoMethod
-from cinemo.networks.lavie_unet import LavieUNet, is_temporal
+from cinemo.methods.base import Method
 from cinemo.networks.lora import add_lora
 
 
-def mark_trainable(method: CinemoMethod, train: TrainConfig) -> None:
+def mark_trainable(method: Method, train: TrainConfig) -> None:
     """Leave gradients to the parameters that ``train.trainable`` names; the others keep their values for ever.
 
-    ``lora`` also puts the new matrices into the network (global torch RNG), which then answers as before.
+    ``lora`` also puts the new matrices into the networks (global torch RNG), which then answer as before.
 
     Raises:
         InputError: an entry of ``train.lora_layers`` names no linear layer.
     """
     if train.trainable == "lora":
         method.requires_grad_(False)
-        for name in add_lora(method.unet, train):
-            method.unet.get_submodule(f"{name}.lora_A").requires_grad_(True)
-            method.unet.get_submodule(f"{name}.lora_B").requires_grad_(True)
+        for network in method.networks.values():
+            for name in add_lora(network, train):
+                network.get_submodule(f"{name}.lora_A").requires_grad_(True)
+                network.get_submodule(f"{name}.lora_B").requires_grad_(True)
     elif train.trainable == "temporal":
-        for name, parameter in method.unet.named_parameters():
-            parameter.requires_grad_(is_temporal(name))
+        for network in method.networks.values():
+            for name, parameter in network.named_parameters():
+                parameter.requires_grad_(method.is_temporal(name))
 
 
-def check_trainable(recipe: Recipe) -> None:
+def check_trainable(recipe: Recipe, method: type[Method]) -> None:
     """Raise what `mark_trainable` will, before any weights are there."""
     if recipe.train.trainable == "lora":
         with torch.device("meta"):
-            add_lora(LavieUNet(**recipe.model.model_dump()), recipe.train)
+            networks: Mapping[str, nn.Module] = method.fresh_networks(recipe)
+        for network in networks.values():
+            add_lora(network, recipe.train)

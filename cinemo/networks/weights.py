@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cinemo import cache, storage
 from cinemo.config import ModelConfig
@@ -114,18 +114,18 @@ def load_unet(
     return unet
 
 
-def save_unet(unet: LavieUNet, directory: Path) -> None:
-    """Write ``config.json`` and the weights in diffusers layout; equal weights give equal bytes."""
+def save_network(network: nn.Module, directory: Path) -> None:
+    """Write ``config.json`` (its ``config``) and the weights in diffusers layout; equal weights give equal bytes."""
     from safetensors.torch import save_file
 
-    state = {name: value.detach().cpu().contiguous() for name, value in unet.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     directory.mkdir(parents=True, exist_ok=True)
     # Straight from the tensors' memory to the disk: the weights are never there twice.
     partial = directory / f".{WEIGHTS_NAME}.partial"
     save_file(state, partial, {"format": "pt"})
     os.chmod(partial, 0o644)  # safetensors keeps its files to their owner; a bundle is for others
     os.replace(partial, directory / WEIGHTS_NAME)
-    storage.write_json(str(directory / "config.json"), unet.config)
+    storage.write_json(str(directory / "config.json"), network.config)
 
 
 def convert_pickled(source: Path, target: Path, location: str) -> None:

@@ -83,18 +83,19 @@ def activation_bytes(recipe: Recipe, checkpointing: bool) -> int:
     try:
         with FakeTensorMode():
             method: Any = shapes(recipe, "cpu")
-            method.unet.gradient_checkpointing = checkpointing
+            method.checkpoint_activations(checkpointing)
             for parameter in method.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             video_BCFHW = torch.empty(train.micro_batch, channels, frames, rows, columns)
             text_BLD = torch.empty(train.micro_batch, TOKENS, recipe.model.cross_attention_dim, dtype=dtype)
+            shape = method.target_shape((channels, frames, rows, columns))
             steps_B = torch.zeros(train.micro_batch, dtype=torch.long)
             motion_B = torch.empty(train.micro_batch)
             condition = Condition(image=video_BCFHW[:, :, 0], text=text_BLD, motion_bucket=motion_B)
             batch = LatentBatch(video_BCFHW, condition)
             memory = PeakMemory()
             with memory:
-                method(batch, steps_B, torch.empty_like(video_BCFHW[:, :, 1:]), each=True).mean().backward()
+                method(batch, steps_B, torch.empty(train.micro_batch, *shape), each=True).mean().backward()
     finally:
         torch.set_num_threads(threads)
         _kept_positions.cache_clear()

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from cinemo import storage
 from cinemo.bundle import MORE_MOTION
 from cinemo.config import Recipe
-from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.weights import load_unet
+from cinemo.methods import method_class
 from cinemo.types import InputError
 
 _SCHEDULER = "scheduler/scheduler_config.json"
 _MOTION = "motion.json"
 
 
-def base_unet(recipe: Recipe) -> LavieUNet | None:
-    """The network of ``train.init``; a motion network that it lacks (LaVie's) starts at zero (global torch RNG)."""
-    if recipe.train.init is None:
+def base_networks(recipe: Recipe) -> dict[str, nn.Module] | None:
+    """The networks of ``train.init``; what the method adds to its base is fresh (global torch RNG)."""
+    init, method = recipe.train.init, method_class(recipe)
+    if init is None:
         return None
     try:
-        return load_unet(recipe.model, recipe.train.init, torch.float32, motion_optional=True)
+        return {part: method.load_network(recipe, part, init, torch.float32, base=True) for part in method.parts}
     except InputError as error:
         raise InputError(f"train.init: {error}; --set train.init=null trains from scratch") from None
 

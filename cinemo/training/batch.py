@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cinemo.config import Recipe
 from cinemo.media.motion import motion_bucket
+from cinemo.methods import method_class
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
 TEXT_CACHE = 512  # captions whose text states are kept; "" is half of what is asked for
@@ -76,7 +77,7 @@ def motion_dropped(seed: int, step: int, key: str, *turn: int, probability: floa
 def host_batch(
     samples: Sequence[LatentSample], step: int, recipe: Recipe, turns: Sequence[int] | None = None
 ) -> HostBatch:
-    """A micro batch with its draws: t by `drawn_timestep`, noise ~ N(0, 1) of shape (B, C, F-1, H, W).
+    """A micro batch with its draws: t by `drawn_timestep`, noise ~ N(0, 1) of the method's `target_shape`.
 
     ``turns``: how many epochs after the one in which the step begins a sample comes (all 0 where absent).
 
@@ -86,7 +87,7 @@ def host_batch(
     Raises:
         InputError: a sample has another shape than the recipe asks for.
     """
-    train, expected = recipe.train, latent_shape(recipe)
+    train, expected, method = recipe.train, latent_shape(recipe), method_class(recipe)
     shifted = train.timestep_shift_steps is None or step < train.timestep_shift_steps
     shift = train.timestep_shift if shifted else 1.0
     steps, noises, videos = [], [], []
@@ -105,7 +106,8 @@ def host_batch(
         generator = keyed_generator(train.seed, "t", step, *key)
         steps.append(drawn_timestep(recipe.diffusion.train_steps, shift, generator))
         generator = keyed_generator(train.seed, "noise", step, *key)
-        noise_CFHW = torch.randn(video_CFHW[:, 1:].shape, generator=generator)
+        channels, frames, rows, columns = video_CFHW.shape
+        noise_CFHW = torch.randn(method.target_shape((channels, frames, rows, columns)), generator=generator)
         if train.noise_offset:
             generator = keyed_generator(train.seed, "noise offset", step, *key)
             noise_CFHW += train.noise_offset * torch.randn(len(noise_CFHW), 1, 1, 1, generator=generator)

@@ -196,14 +196,15 @@ def _measured_speed(recipe: Recipe, flops: SampleFlops, peak: float, fits: bool)
         method: Any = build_method(recipe)
         mark_trainable(method, recipe.train)
         method.to(device, dtype)
-        method.unet.gradient_checkpointing = train.gradient_checkpointing
+        method.checkpoint_activations(train.gradient_checkpointing)
         frames, channels, rows, columns = latent_shape(recipe)
         video_BCFHW = torch.randn(train.micro_batch, channels, frames, rows, columns, device=device)
         text_BLD = torch.randn(train.micro_batch, TOKENS, recipe.model.cross_attention_dim, device=device, dtype=dtype)
         motion_B = torch.full((train.micro_batch,), 5.0, device=device)
         condition = Condition(image=video_BCFHW[:, :, 0], text=text_BLD, motion_bucket=motion_B)
         steps_B = torch.full((train.micro_batch,), recipe.diffusion.train_steps // 2, device=device)
-        noise_BCFHW = torch.randn_like(video_BCFHW[:, :, 1:])
+        shape = method.target_shape(tuple(video_BCFHW.shape[1:]))
+        noise_BCFHW = torch.randn(train.micro_batch, *shape, device=device)
         spent = []
         for _ in range(3):
             begun = time.perf_counter()

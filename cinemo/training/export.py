@@ -5,20 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import cinemo
 from cinemo import cache, storage
 from cinemo.bundle import MORE_MOTION, save_bundle
 from cinemo.config import Recipe, parse_recipe
-from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.methods import method_class
 from cinemo.networks.lora import add_lora, merge_lora, save_adapter
-from cinemo.networks.weights import load_unet, published_config, read_config, resolve, save_unet, weights_digest
+from cinemo.networks.weights import load_unet, published_config, read_config, resolve, save_network, weights_digest
 from cinemo.training import checkpoints
 from cinemo.training.averaging import EMA
 from cinemo.training.shares import STATE, WEIGHT, Shares
 from cinemo.types import InputError, keyed_seed
 
-_UNET = "unet."  # the name of the network inside `cinemo.methods.cinemo.CinemoMethod`
 _PUBLISHED = {
     "vae": "vae",
     "vae_decoder": "vae_temporal_decoder",
@@ -41,11 +41,11 @@ def from_checkpoint(location: str, output: str) -> str:
     target = _target(output)
     card = checkpoints.find(location)
     recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
-    unet = consolidated_unet(cache.localize(card.uri), recipe)
+    networks = consolidated(cache.localize(card.uri), recipe)
     provenance = {"source": "training", "checkpoint": card.uri, "step": card.step, "dataset": card.dataset}
     if recipe.train.ema_decay:
         provenance["ema_decay"] = recipe.train.ema_decay
-    digest = save_bundle(target, recipe, unet, provenance | {"cinemo": cinemo.__version__})
+    digest = save_bundle(target, recipe, networks, provenance | {"cinemo": cinemo.__version__})
     return f"bundle {digest[:12]} of step {card.step} ({recipe.name})"
 
 
@@ -60,38 +60,49 @@ def adapter_from_checkpoint(location: str, output: str) -> str:
         raise InputError(f"{output}: is not empty; choose another --output")
     card = checkpoints.find(location)
     recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
-    names = save_adapter(_as_trained(cache.localize(card.uri), recipe).state_dict(), recipe.train, target)
+    networks = _as_trained(cache.localize(card.uri), recipe)
+    # peft and diffusers know one network, whose layers bear no further name.
+    alone = len(networks) == 1
+    layers = {
+        name if alone else f"{part}.{name}": value
+        for part, network in networks.items()
+        for name, value in network.state_dict().items()
+    }
+    names = save_adapter(layers, recipe.train, target)
     return f"adapter of rank {recipe.train.lora_rank} on {len(names)} layers, step {card.step} ({recipe.name})"
 
 
-def consolidated_unet(directory: Path, recipe: Recipe) -> LavieUNet:
-    """The UNet of a complete local checkpoint, float32, put together from the shares of all ranks; LoRA is merged.
+def consolidated(directory: Path, recipe: Recipe) -> dict[str, nn.Module]:
+    """The networks of a complete local checkpoint, float32, put together from the shares of all ranks; LoRA is merged.
 
-    With ``train.ema_decay`` the averaged weights. Values go from the files straight into the network: it is in memory
-    once, and nothing beside it but the layers that LoRA changed.
+    With ``train.ema_decay`` the averaged weights. Values go from the files straight into the networks: they are in
+    memory once, and nothing beside them but the layers that LoRA changed.
 
     Raises:
         RunError: the checkpoint is of another network.
     """
-    unet = _as_trained(directory, recipe)
+    networks = _as_trained(directory, recipe)
     if recipe.train.trainable != "lora":
-        return unet
+        return networks
     with torch.device("meta"):
-        merged = LavieUNet(**recipe.model.model_dump())
-    merged.load_state_dict(merge_lora(unet.state_dict(), recipe.train), assign=True)
+        merged = method_class(recipe).fresh_networks(recipe)
+    for part, network in networks.items():
+        merged[part].load_state_dict(merge_lora(network.state_dict(), recipe.train), assign=True)
     return merged
 
 
-def _as_trained(directory: Path, recipe: Recipe) -> LavieUNet:
-    unet = LavieUNet(**recipe.model.model_dump())  # its buffers hold formulas, which training may have rounded
-    if recipe.train.trainable == "lora":
-        add_lora(unet, recipe.train)
+def _as_trained(directory: Path, recipe: Recipe) -> dict[str, nn.Module]:
+    networks = method_class(recipe).fresh_networks(recipe)  # buffers hold formulas, which training may have rounded
     with Shares(directory / STATE) as stored:
-        for name, parameter in unet.named_parameters():
-            name = _UNET + name
-            key = EMA if recipe.train.ema_decay and stored.has(EMA, name) else WEIGHT  # what is frozen has no average
-            stored.read(key, name, parameter.shape, parameter.detach().view(-1))
-    return unet
+        for part, network in networks.items():
+            if recipe.train.trainable == "lora":
+                add_lora(network, recipe.train)
+            for name, parameter in network.named_parameters():
+                name = f"{part}.{name}"
+                # What is frozen has no average.
+                key = EMA if recipe.train.ema_decay and stored.has(EMA, name) else WEIGHT
+                stored.read(key, name, parameter.shape, parameter.detach().view(-1))
+    return networks
 
 
 def from_cinemo(folder: str, output: str, recipe: Recipe, scale: str = MORE_MOTION) -> str:
@@ -125,7 +136,7 @@ def from_cinemo(folder: str, output: str, recipe: Recipe, scale: str = MORE_MOTI
     recipe = parse_recipe(values, folder)
     unet = load_unet(recipe.model, str(root / "unet"), torch.float32)
     provenance = {"source": "published Cinemo weights", "unet": weights_digest(str(root / "unet"))}
-    digest = save_bundle(target, recipe, unet, provenance, scale)
+    digest = save_bundle(target, recipe, {"unet": unet}, provenance, scale)
     return f"bundle {digest[:12]} of published weights ({recipe.name}), motion ids taken as {scale}"
 
 
@@ -141,7 +152,7 @@ def from_lavie(file: str, output: str, recipe: Recipe) -> str:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(0, "weights"))
         unet = load_unet(recipe.model, file, torch.float32, motion_optional=True)
-    save_unet(unet, target)
+    save_network(unet, target)
     return f"UNet weights; train with --recipe {recipe.name} --set train.init={output}"
 
 

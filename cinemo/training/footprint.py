@@ -7,6 +7,7 @@ float32 master weights too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from cinemo.config import Recipe, TrainConfig
+from cinemo.methods import method_class
 from cinemo.training.activations import TOKENS, precision
 from cinemo.training.batch import TEXT_CACHE, latent_shape
 from cinemo.training.engine import accumulation, optimizer
@@ -140,7 +142,8 @@ def footprint(
         host, weights = host + weights, 0
 
     frames, channels, rows, columns = latent_shape(recipe)
-    sample = channels * rows * columns * 4 * (2 * frames - 1)  # latents and noise, float32
+    noise = method_class(recipe).target_shape((channels, frames, rows, columns))
+    sample = 4 * (channels * frames * rows * columns + math.prod(noise))  # latents and noise, float32
     states_of_text = TOKENS * recipe.model.cross_attention_dim * value
     inputs = encoder * value + TEXT_CACHE * states_of_text + train.micro_batch * (sample + states_of_text)
     waiting = _PREFETCHED * sample * train.global_batch // workers

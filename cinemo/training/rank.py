@@ -23,7 +23,7 @@ from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.training import checkpoints, sample_log
-from cinemo.training.base_weights import base_unet
+from cinemo.training.base_weights import base_networks
 from cinemo.training.batch import TextStates
 from cinemo.training.cost import peak_flops
 from cinemo.training.dataset_check import dataset_digest
@@ -59,11 +59,11 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
     digest = dataset_digest(index)
     # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
     torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
-    method = build_method(recipe, base_unet(recipe))
+    method = build_method(recipe, base_networks(recipe))
     mark_trainable(method, recipe.train)
-    method.unet.gradient_checkpointing = recipe.train.gradient_checkpointing
+    method.checkpoint_activations(recipe.train.gradient_checkpointing)
     if recipe.compile:
-        method.unet.compile(dynamic=False)
+        method.compile_networks()
     if device.type == "cpu":
         keep_freed_memory()
     engine = Engine(method, recipe.train, device)

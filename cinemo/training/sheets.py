@@ -22,7 +22,7 @@ from cinemo.config import Recipe
 from cinemo.data.shards import DatasetIndex, Members, fetch_sample, record_uri
 from cinemo.media.motion import motion_bucket
 from cinemo.media.mp4 import write_video
-from cinemo.methods.cinemo import CinemoMethod
+from cinemo.methods import Method
 from cinemo.networks.frozen import Vae
 from cinemo.sampling import run
 from cinemo.training.batch import TextStates, stored_latents
@@ -48,7 +48,7 @@ def first_samples(index: DatasetIndex, count: int, held_out_shards: int = 0) -> 
 
 
 def sheet_latents(
-    recipe: Recipe, method: CinemoMethod, text: TextStates, samples: Sequence[LatentSample], device: torch.device
+    recipe: Recipe, method: Method, text: TextStates, samples: Sequence[LatentSample], device: torch.device
 ) -> list[torch.Tensor]:
     """Animated latents (len(BUCKETS), C, F, h, w) of each sample's first frame. Under ZeRO-3 every rank calls this."""
     made = []
@@ -56,7 +56,8 @@ def sheet_latents(
         first_CHW = stored_latents(sample, recipe)[0].to(device)
         states_BLD = text([sample.caption, ""])
         generator = keyed_generator(recipe.train.seed, "sheet", sample.key)
-        noise_CFHW = torch.randn(first_CHW.shape[0], recipe.data.frames - 1, *first_CHW.shape[1:], generator=generator)
+        channels, h, w = first_CHW.shape
+        noise_CFHW = torch.randn(method.target_shape((channels, recipe.data.frames, h, w)), generator=generator)
         count = len(BUCKETS)
         buckets_B = torch.tensor(BUCKETS, dtype=torch.float32, device=device)
         asked = {"image": first_CHW[None], "text": states_BLD[:1]}

@@ -39,7 +39,7 @@ from cinemo.media.synthetic import CLIP_FRAMES, PAINTERS, render_scene, turned
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder, Vae, network_digest
 from cinemo.networks.memory import keep_freed_memory
-from cinemo.networks.weights import load_unet, save_unet
+from cinemo.networks.weights import load_unet, save_network
 from cinemo.training.batch import drawn_timestep
 from cinemo.types import Condition, InputError, LatentBatch, keyed_generator
 
@@ -139,14 +139,14 @@ def _train(
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = torch.device(settings.device)
     keep_freed_memory()
-    unet = load_unet(recipe.model, settings.init, torch.float32) if settings.init else None
+    begun = {"unet": load_unet(recipe.model, settings.init, torch.float32)} if settings.init else None
     torch.manual_seed(settings.seed)
-    method = build_method(recipe, unet).to(device).train()
+    method = build_method(recipe, begun).to(device).train()
     text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device)
     text.network.requires_grad_(True).train()
-    networks = {"unet": method.unet, "text_encoder": text.network}
+    networks = method.networks | {"text_encoder": text.network}
     parameters = [parameter for network in networks.values() for parameter in network.parameters()]
-    matrices = [p for name, p in method.unet.named_parameters() if is_matrix(name, p)]
+    matrices = [p for name, p in networks["unet"].named_parameters() if is_matrix(name, p)]
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
     adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.99), weight_decay=0.01)
     optimizers: dict[str, torch.optim.Optimizer] = {"muon": Muon(matrices), "adam": adam}
@@ -305,13 +305,13 @@ def export(output: Path, recipe: Recipe) -> None:
     if not (output / STATE).exists():
         raise InputError(f"{output}: no {STATE} there; train first")
     state = _read_state(output / STATE, "cpu")
-    unet = build_method(recipe).unet
+    unet = build_method(recipe).networks["unet"]
     text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer)
     parameters = [*unet.parameters(), *text.network.parameters()]
     with torch.no_grad():
         for parameter, average in zip(parameters, state["averages"], strict=True):
             parameter.copy_(average)
-    save_unet(unet.half(), output / "unet")
+    save_network(unet.half(), output / "unet")
     text.network.half().save_pretrained(output / "text_encoder")
 
 

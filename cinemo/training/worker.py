@@ -26,7 +26,7 @@ from cinemo.data.cluster import connect
 from cinemo.data.loader import LatentLoader
 from cinemo.data.shards import DatasetIndex
 from cinemo.data.statistics import with_statistics
-from cinemo.methods import check_trainable
+from cinemo.methods import check_trainable, method_class
 from cinemo.training import checkpoints, rank
 from cinemo.training.base_weights import check_base
 from cinemo.training.checkpoints import CheckpointCard
@@ -78,7 +78,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     index = DatasetIndex.load(data)
     check_dataset(index, recipe)
     recipe = with_statistics(recipe, index)
-    check_trainable(recipe)
+    check_trainable(recipe, method_class(recipe))
     base_note = check_base(recipe)
     digest = dataset_digest(index)
     start = _starting_point(recipe, digest, output, resume)

@@ -60,7 +60,7 @@ class _OtherScale(nn.Module):
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     recipe = cinemo_tiny()
     directory = tmp_path_factory.mktemp("base") / "bundle"
-    save_bundle(directory, recipe, load_unet(recipe.model, str(recipe.train.init), torch.float32), {})
+    save_bundle(directory, recipe, {"unet": load_unet(recipe.model, str(recipe.train.init), torch.float32)}, {})
     return load_bundle(directory, "cpu")
 
 
@@ -75,7 +75,7 @@ def test_the_shipped_network_follows_the_paper_and_its_mirror_the_code(bundle: M
 
 def test_the_scale_is_kept_in_the_bundle(tmp_path: Path, bundle: ModelBundle) -> None:
     unet = bundle.method.unet
-    save_bundle(tmp_path / "b", cinemo_tiny(), unet, {}, STILLER)
+    save_bundle(tmp_path / "b", cinemo_tiny(), {"unet": unet}, {}, STILLER)
     middle = 50 * (cinemo_tiny().data.bucket_edges[-1] + 1)
     assert load_bundle(tmp_path / "b", "cpu").motion.motion_id(0) == pytest.approx(middle)
     assert bundle.motion.scale == MORE_MOTION

@@ -31,7 +31,7 @@ from pipelines.evaluate import main
 def base(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     """The shipped weights as a bundle."""
     recipe, place = load_recipe("cinemo-tiny"), tmp_path_factory.mktemp("base") / "bundle"
-    save_bundle(place, recipe, load_unet(recipe.model, "package:tiny/unet"), {"made": "by a test"})
+    save_bundle(place, recipe, {"unet": load_unet(recipe.model, "package:tiny/unet")}, {"made": "by a test"})
     return load_bundle(place)
 
 
@@ -122,7 +122,7 @@ def test_a_network_that_says_nothing_leaves_everything_unexplained(tmp_path: Pat
     unet = load_unet(recipe.model, "package:tiny/unet")
     for parameter in unet.conv_out.parameters():
         parameter.data.zero_()
-    save_bundle(tmp_path / "silent", recipe, unet, {"made": "by a test"})
+    save_bundle(tmp_path / "silent", recipe, {"unet": unet}, {"made": "by a test"})
     figures = explained(load_bundle(tmp_path / "silent"), rendered_test_set(base, "pan", 2))
     assert figures["unexplained"] == pytest.approx(1, abs=0.01)
     assert figures["unexplained_opposite_prompt"] == pytest.approx(1, abs=0.01)

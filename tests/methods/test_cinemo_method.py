@@ -10,7 +10,7 @@ from cinemo.diffusion.dct import dct_init
 from cinemo.diffusion.ddim import Queries, ddim_invert_steps, ddim_steps, timesteps
 from cinemo.diffusion.guidance import guided
 from cinemo.diffusion.schedule import noise_schedule
-from cinemo.methods import CinemoMethod, MotionMethod, build_method
+from cinemo.methods import CinemoMethod, Method, build_method
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.sampling import run
 from cinemo.types import Condition, InputError, LatentBatch
@@ -139,7 +139,7 @@ def test_min_snr_weighs_what_is_returned(prediction: str) -> None:
     recipe = RECIPE.model_copy(update={"diffusion": DiffusionConfig(prediction=prediction)})
     method = build_method(recipe)
     each = method(*batch(), each=True)
-    weighted = build_method(override(recipe, ["train.min_snr_gamma=5"]), method.unet)
+    weighted = build_method(override(recipe, ["train.min_snr_gamma=5"]), method.networks)
     weights = method.schedule.min_snr_weights(batch()[1], 5.0)
     assert weights[0] < 0.1  # at step 10, where hardly any noise is left
     torch.testing.assert_close(weighted(*batch(), each=True), each * weights)
@@ -203,14 +203,14 @@ def test_start_is_dct_init_or_the_noise_itself() -> None:
     a = method.schedule.alpha_bar[975]
     expected = dct_init(data.condition["image"][:, :, None], noise, a, 0.23, "spatial")
     assert torch.equal(method.start(data.condition, noise), expected)
-    without = build_method(RECIPE.model_copy(update={"sample": SampleConfig(dct_init=False)}), method.unet)
+    without = build_method(RECIPE.model_copy(update={"sample": SampleConfig(dct_init=False)}), method.networks)
     assert torch.equal(without.start(data.condition, noise), noise)
 
 
 def test_sampling_end_to_end_is_deterministic() -> None:
     torch.manual_seed(0)
     data, _, noise = batch()
-    method: MotionMethod = build_method(RECIPE)
+    method: Method = build_method(RECIPE)
 
     def sample() -> Tensor:
         with torch.inference_mode():

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from cinemo.config import ModelConfig
 from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.weights import WEIGHTS_NAME, load_unet, resolve, save_unet, weights_digest
+from cinemo.networks.weights import WEIGHTS_NAME, load_unet, resolve, save_network, weights_digest
 from cinemo.types import InputError
 
 CONFIG = ModelConfig(
@@ -37,16 +37,16 @@ def is_loaded(unet: LavieUNet, state: State) -> bool:
 def test_saved_weights_come_back_and_are_byte_stable(state: State, tmp_path: Path) -> None:
     unet = LavieUNet(**CONFIG.model_dump())
     unet.load_state_dict(state)
-    save_unet(unet, tmp_path / "a")
+    save_network(unet, tmp_path / "a")
     loaded = load_unet(CONFIG, str(tmp_path / "a"))
     assert is_loaded(loaded, state)
     assert all(parameter.requires_grad for parameter in loaded.parameters())
-    save_unet(loaded, tmp_path / "b")
+    save_network(loaded, tmp_path / "b")
     assert weights_digest(str(tmp_path / "a")) == weights_digest(str(tmp_path / "b"))
     with torch.no_grad():
         loaded.conv_in.bias += 1  # training in place must not write through to the file
     assert is_loaded(load_unet(CONFIG, str(tmp_path / "a")), state)
-    save_unet(loaded, tmp_path / "b")
+    save_network(loaded, tmp_path / "b")
     assert weights_digest(str(tmp_path / "a")) != weights_digest(str(tmp_path / "b"))
 
 
@@ -119,7 +119,7 @@ def test_digest_is_of_names_and_contents_not_of_places(tmp_path: Path) -> None:
 
 def test_a_mapped_file_is_saved_as_it_was(state: State, tmp_path: Path) -> None:
     save_file(state, tmp_path / WEIGHTS_NAME)
-    save_unet(load_unet(CONFIG, str(tmp_path)), tmp_path)  # onto itself
+    save_network(load_unet(CONFIG, str(tmp_path)), tmp_path)  # onto itself
     assert all(torch.equal(value, state[name]) for name, value in load_file(tmp_path / WEIGHTS_NAME).items())
 
 

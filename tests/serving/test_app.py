@@ -39,7 +39,7 @@ def other_bundle(directory: Path, seed: int) -> Path:
     torch.manual_seed(seed)
     with torch.no_grad():
         next(unet.parameters()).add_(torch.randn(()))
-    save_bundle(directory / f"bundle-{seed}", recipe, unet, {"made": "by a test"})
+    save_bundle(directory / f"bundle-{seed}", recipe, {"unet": unet}, {"made": "by a test"})
     return directory / f"bundle-{seed}"
 
 

@@ -214,7 +214,7 @@ def test_a_new_bundle_takes_new_jobs_while_running_ones_end_on_the_old(
     unet = random_unet(recipe)
     with torch.no_grad():
         unet.conv_out.bias.add_(0.1)  # type: ignore[union-attr]
-    save_bundle(tmp_path / "newer", recipe, unet, {"made": "by a test"})
+    save_bundle(tmp_path / "newer", recipe, {"unet": unet}, {"made": "by a test"})
     newer = load_bundle(tmp_path / "newer", "cpu")
     assert newer.digest != bundle.digest
     old = submit(store, num_inference_steps=30)

@@ -23,7 +23,7 @@ from cinemo.config import Recipe, TrainConfig
 from cinemo.methods import build_method, mark_trainable
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.lavie_unet import LavieUNet, is_temporal
-from cinemo.networks.weights import load_unet, save_unet
+from cinemo.networks.weights import load_unet, save_network
 from cinemo.recipes import cinemo_320x512
 from cinemo.training import checkpoints, export, shares
 from cinemo.training.averaging import EMA
@@ -221,7 +221,7 @@ def test_what_is_not_a_checkpoint_is_refused(small: Recipe, tmp_path: Path) -> N
 def _published(small: Recipe, root: Path) -> LavieUNet:
     torch.manual_seed(1)
     unet = build_method(small).unet
-    save_unet(unet, root / "unet")
+    save_network(unet, root / "unet")
     for name in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(getattr(small.encoders, name), root / name)
     shutil.copytree(small.encoders.vae, root / "vae_temporal_decoder")

@@ -95,7 +95,7 @@ def test_normalised_batches_have_channels_alike(small: Recipe, dataset: str, tmp
     torch.testing.assert_close(video.std((0, 2, 3, 4)), torch.ones(4), atol=1e-3, rtol=0)
     assert normal.encoders.statistics is not None
     # Whoever loads the bundle gets latents normalised alike, from the autoencoder's own configuration.
-    save_bundle(tmp_path / "bundle", normal, build_method(normal).unet, {"made": "by a test"})
+    save_bundle(tmp_path / "bundle", normal, build_method(normal).networks, {"made": "by a test"})
     bundle = load_bundle(tmp_path / "bundle", "cpu")
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     mean, deviation = (torch.tensor(values).view(-1, 1, 1) for values in normal.encoders.statistics)

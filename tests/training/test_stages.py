@@ -17,7 +17,7 @@ from torch import Tensor
 from cinemo.config import Recipe, TrainConfig, override
 from cinemo.methods import build_method
 from cinemo.training.averaging import EMA
-from cinemo.training.export import consolidated_unet
+from cinemo.training.export import consolidated
 from cinemo.training.shares import STATE, WEIGHT, Shares
 from tests.training.ranks import Case, made_engine, on_ranks, train_steps
 
@@ -145,7 +145,7 @@ def test_a_resume_on_other_workers_at_another_stage_goes_on_as_if_undisturbed(ru
 
 def _exported(recipe: Recipe, directory: Path, case: Case, ema: float) -> dict[str, Tensor]:
     settings = recipe.train.model_dump() | {"zero_stage": case.stage, "ema_decay": ema}
-    unet = consolidated_unet(directory / "end", recipe.model_copy(update={"train": TrainConfig(**settings)}))
+    unet = consolidated(directory / "end", recipe.model_copy(update={"train": TrainConfig(**settings)}))["unet"]
     return dict(unet.named_parameters())
 
 

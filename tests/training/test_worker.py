@@ -25,7 +25,7 @@ from cinemo.data.shards import DatasetIndex
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.weights import save_unet
+from cinemo.networks.weights import save_network
 from cinemo.training import checkpoints, worker
 from cinemo.training.base_weights import base_unet, check_base
 from cinemo.training.batch import TextStates
@@ -271,7 +271,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_usable(
 
 def test_base_weights_are_where_training_begins(small: Recipe, tmp_path: Path) -> None:
     unet = LavieUNet(**small.model.model_dump())
-    save_unet(unet.half(), tmp_path)
+    save_network(unet.half(), tmp_path)
     begun = base_unet(override(small, [f"train.init={tmp_path}"]))
     assert begun is not None
     assert begun.dtype == torch.float32
@@ -300,9 +300,9 @@ def test_lavie_cinemo_or_nothing_is_where_training_begins(small: Recipe, tmp_pat
     assert again is not None
     assert torch.equal(again.add_embedding.linear_1.weight, begun.add_embedding.linear_1.weight)
 
-    save_bundle(tmp_path / "bundle", small, unet, {})
+    save_bundle(tmp_path / "bundle", small, {"unet": unet}, {})
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "bundle").rglob("*") if path.is_file()} == {0o644}
-    save_unet(unet, tmp_path / "published" / "unet")
+    save_network(unet, tmp_path / "published" / "unet")
     for folder in ("bundle", "published", "published/unet"):
         begun = base_unet(override(small, [f"train.init={tmp_path / folder}"]))
         assert begun is not None
@@ -317,7 +317,7 @@ def test_lavie_cinemo_or_nothing_is_where_training_begins(small: Recipe, tmp_pat
             other = override(small, [init, "diffusion.prediction=epsilon"])
             with pytest.raises(InputError, match=r"its network predicts v, .*--set diffusion\.prediction=v "):
                 check_base(other)
-    save_bundle(tmp_path / "stiller", small, unet, {}, STILLER)
+    save_bundle(tmp_path / "stiller", small, {"unet": unet}, {}, STILLER)
     note = check_base(override(small, [f"train.init={tmp_path / 'stiller'}"]))
     assert note is not None
     assert "100 x SSIM, larger = stiller" in note
