@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
+BENCH  := PYTHONPATH=tests $(PY)
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
 OUT   ?= demo
@@ -35,32 +36,32 @@ format: setup
 	$(VENV)/bin/ruff check --fix .
 
 bench: setup
-	$(PY) tests/bench.py
+	$(BENCH) benchmarks/bench.py
 
 bench-network: setup
-	$(PY) tests/bench_network.py
+	$(BENCH) benchmarks/bench_network.py
 
 bench-precompute: setup
-	$(PY) tests/bench_precompute.py
-	$(PY) tests/bench_precompute_graph.py --write
+	$(BENCH) benchmarks/bench_precompute.py
+	$(BENCH) benchmarks/bench_precompute_graph.py --write
 
 bench-scale: setup
-	$(PY) tests/bench_scale.py
+	$(BENCH) benchmarks/bench_scale.py
 
 bench-train: setup
-	$(PY) tests/bench_train.py
+	$(BENCH) benchmarks/bench_train.py
 
 bench-serve: setup
-	$(PY) tests/bench_serve.py --write
+	$(BENCH) benchmarks/bench_serve.py --write
 
 chaos: setup
-	$(PY) tests/chaos.py $(ARGS)
+	$(BENCH) benchmarks/chaos.py $(ARGS)
 
 chaos-train: setup
-	$(PY) tests/chaos_train.py $(ARGS)
+	$(BENCH) benchmarks/chaos_train.py $(ARGS)
 
 soak: setup
-	$(PY) tests/soak.py $(ARGS)
+	$(BENCH) benchmarks/soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

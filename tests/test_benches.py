@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = [*sorted(path.stem for path in Path(__file__).parent.glob("bench*.py")), "chaos", "chaos_train", "soak"]
+SCRIPTS = sorted(path.stem for path in (Path(__file__).parent.parent / "benchmarks").glob("*.py"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

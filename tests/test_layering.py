@@ -35,9 +35,8 @@ ONLY_IN = {
     "decord": ["media.video"],
     "av": ["media.timeline", "media.video", "media.mp4"],
     "webdataset": ["data.shards", "data.loader"],
-    "diffusers": ["diffusion.multistep", "networks.frozen", "networks.weights", "training.export", "training.encoders"],
-    "transformers": ["networks.frozen", "networks.weights", "training.export", "training.encoders"],
-    "tokenizers": ["training.encoders"],
+    "diffusers": ["diffusion.multistep", "networks.frozen", "networks.weights", "training.export"],
+    "transformers": ["networks.frozen", "networks.weights", "training.export"],
     "fastapi": ["serving"],
     "sqlalchemy": [
         f"serving.{room}" for room in ("tables", "database", "admission", "leases", "counters", "jobs", "keys")
@@ -81,6 +80,8 @@ def broken_rules(path: Path) -> list[str]:
             other = name.split(".")[1]
             if other in RANK and RANK[other] > RANK[room]:
                 found.append(f"{where}: {room} may not import {other}")
+        if room != "pipelines" and name.split(".")[0] in ("pipelines", "tools", "benchmarks"):
+            found.append(f"{where}: the library may not import {name.split('.')[0]}")
         for library, homes in ONLY_IN.items():
             inside = any(module == home or module.startswith(home + ".") for home in homes)
             if (name == library or name.startswith(library + ".")) and not inside:
@@ -105,9 +106,12 @@ def test_the_rules_catch_a_late_import(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     source = tmp_path / "cinemo" / "media" / "motion.py"
     source.parent.mkdir(parents=True)
-    source.write_text("def f():\n    import ray.data\n    from cinemo.training import loop\n")
+    source.write_text(
+        "def f():\n    import ray.data\n    from cinemo.training import loop\n    import tools.tiny_base\n"
+    )
     assert broken_rules(source) == [
         f"cinemo/media/motion.py:2: ray belongs in {', '.join(ONLY_IN['ray'])}",
         "cinemo/media/motion.py:3: media may not import training",
         "cinemo/media/motion.py:3: media may not import training",
+        "cinemo/media/motion.py:4: the library may not import tools",
     ]

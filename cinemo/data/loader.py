@@ -152,9 +152,9 @@ class HeldOut:
         self._skip = on_damaged == "skip"
 
     @classmethod
-    def of(cls, index: DatasetIndex, train: TrainConfig) -> HeldOut:
+    def of(cls, index: DatasetIndex, train: TrainConfig, fields: Sequence[str] = ()) -> HeldOut:
         """The held-out samples of a training."""
-        return cls(index, train.held_out_shards, on_damaged=train.on_damaged, cache_gb=train.cache_gb)
+        return cls(index, train.held_out_shards, fields=fields, on_damaged=train.on_damaged, cache_gb=train.cache_gb)
 
     def __len__(self) -> int:
         return len(self._places)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +15,19 @@ from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.networks.lavie_unet import DeepFeatures
-from cinemo.types import Condition, InputError, LatentBatch
+from cinemo.types import Condition, InputError, LatentBatch, LatentSample
+
+Draw = Callable[[str], torch.Generator]
+"""``draw(what)``: a generator for one draw of a training sample, keyed by seed, ``what``, step and sample."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a method makes of one stored sample, on the host: tensors for a batch (all samples have the same names and
+    shapes), and by condition slot the text that the frozen encoder is to read."""
+
+    fields: Mapping[str, Tensor]
+    texts: Mapping[str, str]
 
 
 class Method(nn.Module, ABC):
@@ -24,11 +37,13 @@ class Method(nn.Module, ABC):
     compiler, server) iterates over `networks` and drives `sampling`, whatever the method is.
 
     ``name``: as a recipe has it. ``needs``: the encoders whose output it uses (``vae``, ``text_encoder``).
+    ``stored_fields``: what a sample must carry beside its latents (`cinemo.data.fields`).
     ``parts``: names of its networks, which are attributes of it: parameter ``unet.x`` is ``x`` of ``networks["unet"]``.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
+    stored_fields: ClassVar[tuple[str, ...]] = ()
     parts: ClassVar[tuple[str, ...]]
     schedule: NoiseSchedule
 
@@ -58,6 +73,16 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
         """The method of a recipe around its networks."""
+
+    @classmethod
+    @abstractmethod
+    def example(cls, recipe: Recipe, sample: LatentSample, draw: Draw) -> Example:
+        """What training needs of a sample, with what is dropped in this step."""
+
+    @classmethod
+    @abstractmethod
+    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> Condition:
+        """The condition of a batch of `example`s, on the device: fields stacked, texts encoded (B, L, D)."""
 
     @classmethod
     def target_shape(cls, latents_CFHW: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -119,6 +144,11 @@ class Method(nn.Module, ABC):
         """Compile every network in place (`Recipe.compile`)."""
         for network in self.networks.values():
             network.compile(dynamic=False)
+
+
+def chance(draw: Draw, what: str, probability: float) -> bool:
+    """Whether something happens in this step and to this sample."""
+    return bool(torch.rand((), generator=draw(what)) < probability)
 
 
 def diffusion_loss(output: Tensor, target: Tensor) -> Tensor:

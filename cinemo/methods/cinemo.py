@@ -17,10 +17,11 @@ from cinemo.diffusion.ddim import ddim_invert_steps, ddim_steps
 from cinemo.diffusion.guidance import Sampling, guided, reusing
 from cinemo.diffusion.multistep import multistep_steps
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
-from cinemo.methods.base import Method, diffusion_loss
+from cinemo.media.motion import motion_bucket
+from cinemo.methods.base import Draw, Example, Method, chance, diffusion_loss
 from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet, is_temporal
 from cinemo.networks.weights import load_unet
-from cinemo.types import Condition, InputError, LatentBatch
+from cinemo.types import Condition, InputError, LatentBatch, LatentSample
 
 
 class CinemoMethod(Method):
@@ -62,6 +63,30 @@ class CinemoMethod(Method):
     def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
         unet = cast(LavieUNet, networks["unet"])
         return cls(unet, noise_schedule(recipe.diffusion), recipe.sample, recipe.train.min_snr_gamma)
+
+    @classmethod
+    def example(cls, recipe: Recipe, sample: LatentSample, draw: Draw) -> Example:
+        """The bucket, and what the network goes without in this step.
+
+        Prompts are dropped for classifier-free guidance (section 4.1). That images and buckets may be is our choice:
+        the network's input is then cat([0, M_t]) where Algorithm 1 has cat([z_1, M_t + z_1]), for the same residuals,
+        and there is no motion embedding, as in LaVie; what either adds can then be guided as what a prompt adds.
+        """
+        train = recipe.train
+        fields = {
+            "motion_bucket": torch.tensor(float(motion_bucket(sample.ssim, recipe.data.bucket_edges))),
+            "image_given": torch.tensor(not chance(draw, "drop image", train.image_dropout)),
+            "motion_given": torch.tensor(not chance(draw, "drop motion", train.motion_dropout)),
+        }
+        return Example(fields, {"text": "" if chance(draw, "drop", train.prompt_dropout) else sample.caption})
+
+    @classmethod
+    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> Condition:
+        return Condition(
+            image=torch.where(fields["image_given"][:, None, None, None], video_BCFHW[:, :, 0], 0.0),
+            text=texts["text"],
+            motion_bucket=torch.where(fields["motion_given"], fields["motion_bucket"], torch.nan),
+        )
 
     @classmethod
     def target_shape(cls, latents_CFHW: tuple[int, int, int, int]) -> tuple[int, int, int, int]:

@@ -7,8 +7,9 @@ smaller than a global batch): such further turns have draws of their own.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from cinemo.config import Recipe
 from cinemo.media.motion import motion_bucket
-from cinemo.methods import method_class
-from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
+from cinemo.methods import Method, method_class
+from cinemo.types import InputError, LatentBatch, LatentSample, keyed_generator
 
 TEXT_CACHE = 512  # captions whose text states are kept; "" is half of what is asked for
 
@@ -36,42 +37,23 @@ class Encoder(Protocol):
 class HostBatch:
     """One micro batch in host memory, before text encoding.
 
-    ``captions`` are "" where the prompt is dropped. Where ``image_given_B`` or ``motion_given_B`` is false, the network
-    will not see the first frame or the bucket; both are here all the same.
+    ``fields`` and ``texts``: what ``method`` wants to be told of its samples (`cinemo.methods.base.Example`).
+    ``motion_bucket_B``: of the samples themselves, by which losses are reported, whatever the network is told.
     """
 
+    method: type[Method]
     video_BCFHW: Tensor
     motion_bucket_B: Tensor
-    image_given_B: Tensor
-    motion_given_B: Tensor
+    fields: Mapping[str, Tensor]
     t_B: Tensor
     noise_BCFHW: Tensor
-    captions: tuple[str, ...]
+    texts: Mapping[str, tuple[str, ...]]
     keys: tuple[str, ...]
 
     def pin(self) -> HostBatch:
         """The same batch in page-locked memory, from which copies to an accelerator do not block."""
-        names = ("video_BCFHW", "motion_bucket_B", "image_given_B", "motion_given_B", "t_B", "noise_BCFHW")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
-
-
-def prompt_dropped(seed: int, step: int, key: str, *turn: int, probability: float) -> bool:
-    """Whether the caption of a sample is replaced by "" in this step (classifier-free guidance, section 4.1)."""
-    return _drawn("drop", seed, step, key, *turn, probability=probability)
-
-
-def image_dropped(seed: int, step: int, key: str, *turn: int, probability: float) -> bool:
-    """Whether the network sees zeros instead of a sample's first frame in this step.
-
-    Its input is then cat([0, M_t]) where Algorithm 1 has cat([z_1, M_t + z_1]), for the same residuals: our choice, as
-    the paper drops prompts alone. What an image adds can then be guided as what a prompt adds.
-    """
-    return _drawn("drop image", seed, step, key, *turn, probability=probability)
-
-
-def motion_dropped(seed: int, step: int, key: str, *turn: int, probability: float) -> bool:
-    """Whether a sample goes without a motion embedding in this step, as in LaVie: our choice, not the paper's."""
-    return _drawn("drop motion", seed, step, key, *turn, probability=probability)
+        pinned = {name: getattr(self, name).pin_memory() for name in ("video_BCFHW", "t_B", "noise_BCFHW")}
+        return replace(self, fields={name: tensor.pin_memory() for name, tensor in self.fields.items()}, **pinned)
 
 
 def host_batch(
@@ -90,7 +72,7 @@ def host_batch(
     train, expected, method = recipe.train, latent_shape(recipe), method_class(recipe)
     shifted = train.timestep_shift_steps is None or step < train.timestep_shift_steps
     shift = train.timestep_shift if shifted else 1.0
-    steps, noises, videos = [], [], []
+    steps, noises, videos, examples = [], [], [], []
     keys: list[tuple[str] | tuple[str, int]] = [
         (sample.key, turn) if turn else (sample.key,)
         for sample, turn in zip(samples, turns or [0] * len(samples), strict=True)
@@ -112,20 +94,22 @@ def host_batch(
             generator = keyed_generator(train.seed, "noise offset", step, *key)
             noise_CFHW += train.noise_offset * torch.randn(len(noise_CFHW), 1, 1, 1, generator=generator)
         noises.append(noise_CFHW)
+        examples.append(method.example(recipe, sample, functools.partial(_keyed, train.seed, step, key)))
     buckets = [float(motion_bucket(sample.ssim, recipe.data.bucket_edges)) for sample in samples]
-    dropped = [prompt_dropped(train.seed, step, *key, probability=train.prompt_dropout) for key in keys]
-    images = [not image_dropped(train.seed, step, *key, probability=train.image_dropout) for key in keys]
-    motions = [not motion_dropped(train.seed, step, *key, probability=train.motion_dropout) for key in keys]
     return HostBatch(
+        method,
         torch.stack(videos),
         torch.tensor(buckets),
-        torch.tensor(images),
-        torch.tensor(motions),
+        {name: torch.stack([example.fields[name] for example in examples]) for name in examples[0].fields},
         torch.stack(steps),
         torch.stack(noises),
-        tuple("" if drop else sample.caption for drop, sample in zip(dropped, samples, strict=True)),
+        {slot: tuple(example.texts[slot] for example in examples) for slot in examples[0].texts},
         tuple(sample.key for sample in samples),
     )
+
+
+def _keyed(seed: int, step: int, key: tuple[str | int, ...], what: str) -> torch.Generator:
+    return keyed_generator(seed, what, step, *key)
 
 
 def stored_latents(sample: LatentSample, recipe: Recipe) -> Tensor:
@@ -180,19 +164,10 @@ def on_device(
 ) -> tuple[LatentBatch, Tensor, Tensor]:
     """(batch, t, noise) on ``device``. Latents and noise stay float32; text states take the network's ``dtype``."""
     video_BCFHW = batch.video_BCFHW.to(device, non_blocking=True)
-    image_given_B = batch.image_given_B.to(device, non_blocking=True)
-    motion_given_B = batch.motion_given_B.to(device, non_blocking=True)
-    condition = Condition(
-        image=torch.where(image_given_B[:, None, None, None], video_BCFHW[:, :, 0], 0.0),
-        text=text(batch.captions).to(device, dtype),
-        motion_bucket=torch.where(motion_given_B, batch.motion_bucket_B.to(device, non_blocking=True), torch.nan),
-    )
-    made = LatentBatch(video_BCFHW, condition, batch.keys)
+    fields = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.fields.items()}
+    texts = {slot: text(captions).to(device, dtype) for slot, captions in batch.texts.items()}
+    made = LatentBatch(video_BCFHW, batch.method.condition(video_BCFHW, fields, texts), batch.keys)
     return made, batch.t_B.to(device, non_blocking=True), batch.noise_BCFHW.to(device, non_blocking=True)
-
-
-def _drawn(what: str, seed: int, step: int, *turn: str | int, probability: float) -> bool:
-    return bool(torch.rand((), generator=keyed_generator(seed, what, step, *turn)) < probability)
 
 
 def dimensions(shape: Sequence[int]) -> str:

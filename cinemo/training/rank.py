@@ -81,7 +81,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
         if rank == 0:
             mailbox.post.remote(pickle.dumps(event))
 
-    loader = LatentLoader.of(index, recipe.train, rank, world)
+    loader = LatentLoader.of(index, recipe.train, rank, world, method.stored_fields)
 
     def on_report(report: Report) -> None:
         if recipe.train.on_damaged == "skip":
@@ -130,7 +130,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
             post(Sheet(done, write_samples(output, recipe, done, vae, samples, animated)))
 
     post(Resumed(step, tuple(history)))
-    held_out = HeldOut.of(index, recipe.train)
+    held_out = HeldOut.of(index, recipe.train, method.stored_fields)
     validate = Validation(recipe, engine, text, held_out) if recipe.train.held_out_shards else None
     sample_seconds = flops / peak_flops(device, engine.dtype)
     train(

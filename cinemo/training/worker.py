@@ -87,7 +87,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
         print(f"{output}: already finished at step {summary.steps}; raise --max-steps to go on")
         return summary
     storage.check_writable(output)
-    note = LatentLoader.of(index, recipe.train).note
+    note = LatentLoader.of(index, recipe.train, fields=method_class(recipe).stored_fields).note
     if note:
         print(f"{data}: {note}")
     if base_note and not start:

@@ -51,7 +51,7 @@ def test_draws_depend_on_sample_and_step_alone(small: Recipe) -> None:
         part = batches.host_batch([samples[place] for place in order], 5, small)
         assert torch.equal(part.noise_BCFHW, whole.noise_BCFHW[order])
         assert torch.equal(part.t_B, whole.t_B[order])
-        assert part.captions == tuple(whole.captions[place] for place in order)
+        assert part.texts["text"] == tuple(whole.texts["text"][place] for place in order)
     later = batches.host_batch(samples, 6, small)
     assert not torch.equal(later.t_B, whole.t_B)
     other = batches.host_batch(samples, 5, _changed(small, seed=1))
@@ -121,57 +121,61 @@ def test_a_batch_holds_what_was_stored(small: Recipe) -> None:
     assert made.video_BCFHW.shape == (3, 4, 4, 4, 4)
     assert np.array_equal(made.video_BCFHW[1].transpose(0, 1).numpy(), samples[1].latents_FCHW.astype(np.float32))
     assert made.motion_bucket_B.tolist() == sorted(made.motion_bucket_B.tolist())  # their motion grows
-    assert made.captions == ("a dog", "a red car", "waves")
+    assert made.texts["text"] == ("a dog", "a red car", "waves")
     on_device, t_B, noise = batches.on_device(made, batches.TextStates(Letters()), torch.device("cpu"), torch.bfloat16)
     assert torch.equal(on_device.condition["image"], made.video_BCFHW[:, :, 0])
     assert on_device.condition["text"].dtype == torch.bfloat16
     assert (t_B.shape, noise.dtype) == ((3,), torch.float32)
 
 
-def test_prompts_are_dropped_at_the_given_rate() -> None:
-    dropped = [batches.prompt_dropped(0, step, f"clip{step % 7}", probability=0.3) for step in range(3000)]
-    assert sum(dropped) / 3000 == pytest.approx(0.3, abs=0.03)
-    assert dropped == [batches.prompt_dropped(0, step, f"clip{step % 7}", probability=0.3) for step in range(3000)]
-    assert not any(batches.prompt_dropped(0, step, "a", probability=0.0) for step in range(100))
-    assert all(batches.prompt_dropped(0, step, "a", probability=1.0) for step in range(100))
+def test_prompts_are_dropped_at_the_given_rate(small: Recipe) -> None:
+    def dropped(share: float, steps: int) -> list[bool]:
+        recipe, sample = _changed(small, prompt_dropout=share), moving_samples(1)
+        return [batches.host_batch(sample, step, recipe).texts["text"] == ("",) for step in range(steps)]
+
+    rare = dropped(0.3, 1500)
+    assert sum(rare) / 1500 == pytest.approx(0.3, abs=0.04)
+    assert rare[:50] == dropped(0.3, 50)
+    assert not any(dropped(0.0, 100))
+    assert all(dropped(1.0, 100))
 
 
 def test_the_paper_s_draws_are_what_they_were(small: Recipe) -> None:
     """Frozen: a checkpoint of an older version goes on with the same draws."""
     made = batches.host_batch(moving_samples(6), 7, small)
     assert made.t_B.tolist() == [132, 211, 290, 287, 169, 935]
-    assert made.captions == ("", "", "waves", "a dog", "", "")
+    assert made.texts["text"] == ("", "", "waves", "a dog", "", "")
     frozen = [0.68777448, 0.23370352, -0.60557210, -0.82488787]
     assert made.noise_BCFHW[2, 1, 1, 3].tolist() == pytest.approx(frozen, abs=1e-5)
-    assert made.image_given_B.all()
-    assert made.motion_given_B.all()
+    assert made.fields["image_given"].all()
+    assert made.fields["motion_given"].all()
 
 
 def test_images_and_motion_are_dropped_on_their_own(small: Recipe) -> None:
     """At the given rates, independently; the residuals and the bucket itself stay as they are."""
     recipe = _changed(small, image_dropout=0.3, motion_dropout=0.2, prompt_dropout=0.5)
     drawn = [batches.host_batch(moving_samples(8), step, recipe) for step in range(250)]
-    images = ~torch.cat([one.image_given_B for one in drawn])
-    motions = ~torch.cat([one.motion_given_B for one in drawn])
-    prompts = torch.tensor([caption == "" for one in drawn for caption in one.captions])
+    images = ~torch.cat([one.fields["image_given"] for one in drawn])
+    motions = ~torch.cat([one.fields["motion_given"] for one in drawn])
+    prompts = torch.tensor([caption == "" for one in drawn for caption in one.texts["text"]])
     for share, dropped in ((0.3, images), (0.2, motions), (0.5, prompts)):
         assert float(dropped.float().mean()) == pytest.approx(share, abs=0.04)
     for share, both in ((0.06, images & motions), (0.15, images & prompts), (0.1, motions & prompts)):
         assert float(both.float().mean()) == pytest.approx(share, abs=0.03)
-    one = next(host for host in drawn if host.image_given_B.any() and not host.image_given_B.all())
+    one = next(host for host in drawn if host.fields["image_given"].any() and not host.fields["image_given"].all())
     part = batches.host_batch(moving_samples(8)[3:5], drawn.index(one), recipe)  # as another rank would hold them
-    assert torch.equal(part.image_given_B, one.image_given_B[3:5])
-    assert torch.equal(part.motion_given_B, one.motion_given_B[3:5])
+    assert torch.equal(part.fields["image_given"], one.fields["image_given"][3:5])
+    assert torch.equal(part.fields["motion_given"], one.fields["motion_given"][3:5])
 
     plain = batches.host_batch(moving_samples(8), drawn.index(one), small)
     for name in ("video_BCFHW", "motion_bucket_B", "t_B", "noise_BCFHW"):
         assert torch.equal(getattr(one, name), getattr(plain, name)), name
     batch, _, _ = batches.on_device(one, batches.TextStates(Letters()), torch.device("cpu"), torch.float32)
     assert torch.equal(batch.video_BCFHW, one.video_BCFHW)
-    for place, given in enumerate(one.image_given_B):
+    for place, given in enumerate(one.fields["image_given"]):
         expected = one.video_BCFHW[place, :, 0] if given else torch.zeros(4, 4, 4)
         assert torch.equal(batch.condition["image"][place], expected)
-    assert torch.equal(batch.condition["motion_bucket"].isnan(), ~one.motion_given_B)
+    assert torch.equal(batch.condition["motion_bucket"].isnan(), ~one.fields["motion_given"])
 
 
 @pytest.mark.usefixtures("process_group")

@@ -12,8 +12,8 @@ from PIL import Image
 
 from cinemo.media.synthetic import render_clip
 from cinemo.media.video import probe, read_frames
-from cinemo.training.encoders.leaves import dead_leaves
 from cinemo.types import InputError, keyed_seed
+from tools.tiny_encoders.leaves import dead_leaves
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov")
 BLOCK = 8

@@ -36,8 +36,8 @@ CASES = {
 }
 TITLE = "## Training: memory"
 TEXT = """
-Made with `tests/bench_train_memory.py --write`: one worker on a CPU, float32 unless said, micro batch 4 (or 1 of 4),
-three steps; MB over the same process with its libraries loaded and a minimal network trained. "In use": every freed
+Made with `benchmarks/bench_train_memory.py --write`: one worker on a CPU, float32 unless said, micro batch 4 (or 1 of
+4), three steps; MB over the same process with its libraries loaded and a minimal network trained. "In use": every freed
 block goes back to the system at once, so that the peak is that of tensors. "As it runs": freed memory is kept
 (`networks.memory.keep_freed_memory`), as a worker on CPUs does; the prediction adds {share:.0%} of the activations.
 

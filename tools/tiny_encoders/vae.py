@@ -20,9 +20,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from cinemo.training.encoders import linear_start
-from cinemo.training.encoders.frames import FrameSets, psnr
 from cinemo.types import keyed_seed
+from tools.tiny_encoders import linear_start
+from tools.tiny_encoders.frames import FrameSets, psnr
 
 ARCHITECTURE: dict[str, Any] = {
     "in_channels": 3,

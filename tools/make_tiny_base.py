@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = cli.recipe_of(arguments)
 
     # Late: --help and bad flags need none of it.
-    from cinemo.training.tiny_base import TrainSettings, make_clips, planned, train_base
+    from tools.tiny_base import TrainSettings, make_clips, planned, train_base
 
     def say(line: str) -> None:
         print(line, flush=True)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch  # late: --help and bad flags need none of it
 
-    from cinemo.training.encoders.card import make_tiny_encoders
+    from tools.tiny_encoders.card import make_tiny_encoders
 
     torch.set_num_threads(arguments.threads)
     make_tiny_encoders(

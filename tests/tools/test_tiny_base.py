@@ -13,9 +13,9 @@ from cinemo.media.synthetic import DIRECTIONS
 from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.weights import load_unet
 from cinemo.recipes import load_recipe
-from cinemo.training import tiny_base
-from cinemo.training.tiny_base import Clips, Muon, Phase, TrainSettings, make_clips, orthogonal, planned, train_base
 from cinemo.types import InputError
+from tools import tiny_base
+from tools.tiny_base import Clips, Muon, Phase, TrainSettings, make_clips, orthogonal, planned, train_base
 
 PHASES = (Phase("a", 16, 4, 1e-3, 4.0, {"pan": 1}), Phase("b", 16, 6, 1e-3, 2.0, {"pan": 1, "object": 2, "flow": 1}))
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from diffusers import AutoencoderKL
 
-from cinemo.training.encoders.frames import BlockPCA, FrameSets, gather, psnr
-from cinemo.training.encoders.text import train_text
-from cinemo.training.encoders.vae import ARCHITECTURE, LEAF_SHARE, STAGES, reconstruct, train_vae
+from tools.tiny_encoders.frames import BlockPCA, FrameSets, gather, psnr
+from tools.tiny_encoders.text import train_text
+from tools.tiny_encoders.vae import ARCHITECTURE, LEAF_SHARE, STAGES, reconstruct, train_vae
 
 SIZE = (64, 96)
 LEAF_IMAGES = 2800
@@ -38,7 +38,7 @@ def make_tiny_encoders(
     # Read back, so that the card's figures are those of the files.
     shipped = AutoencoderKL.from_pretrained(output / "vae", low_cpu_mem_usage=False)
     licences = clip_licences(clips) if clips else {}
-    command = f"python pipelines/make_tiny_encoders.py --clips CLIPS --minutes {minutes:g} --seed {seed}"
+    command = f"python tools/make_tiny_encoders.py --clips CLIPS --minutes {minutes:g} --seed {seed}"
     command += "".join(f" --hold-out {name}" for name in hold_out) + " --output DIR"
     card = output / "CARD.md"
     card.write_text(
@@ -108,7 +108,7 @@ def card_text(
             f"Trained on {len(frames.train_NHWC)} crops of {SIZE[0]}x{SIZE[1]} pixels: about four fifths from these "
             "clips, the others from rendered clips (`cinemo/media/synthetic.py`); in the last stage "
             f"{LEAF_SHARE:.0%} of a batch are {len(frames.leaves_NHWC)} crops of dead-leaves images "
-            "(`cinemo/training/encoders/leaves.py`). Licences as `CLIPS.md` states them:",
+            "(`tools/tiny_encoders/leaves.py`). Licences as `CLIPS.md` states them:",
             "",
             *map(named, frames.train_names),
             "",
