@@ -24,15 +24,13 @@ from torch import Tensor
 
 import cinemo
 from cinemo import storage
-from cinemo.bundle import ModelBundle, MotionScale
+from cinemo.bundle import ModelBundle
 from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.diffusion.guidance import Sampling
-from cinemo.media.motion import mean_adjacent_ssim, motion_bucket, strength_to_bucket
-from cinemo.media.transforms import prepare_image
+from cinemo.media.motion import strength_to_bucket
 from cinemo.media.video import probe, read_frames
-from cinemo.methods import Method
-from cinemo.sampling import run
-from cinemo.types import Animation, ClipError, Condition, InputError, keyed_generator
+from cinemo.methods import run
+from cinemo.types import Animation, ClipError, InputError
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow suspects a decompression bomb
 MAX_STEPS = 999
@@ -158,45 +156,24 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
         InputError: the request does not fit the bundle.
     """
     recipe, settings = bundle.recipe, request.settings(bundle.recipe)
-    device = bundle.device
-    height, width = recipe.data.size
     image = request.image.convert("RGB") if isinstance(request.image, Image.Image) else request.image
-    pixels = np.ascontiguousarray(image)
-    image_BCHW = prepare_image(pixels, (height, width))[None]
-    source_FCHW = None if request.source is None else _prepare_source(request.source, recipe)
-    if source_FCHW is not None and request.motion_bucket is None and request.motion_strength is None:
-        settings["motion_bucket"] = _measured_bucket(source_FCHW, bundle.motion)
-    posterior = keyed_generator(request.seed, "image") if recipe.encoders.latent == "sample" else None
-    image_latent_BCHW = bundle.vae.encode(image_BCHW, posterior)
-    text_BLD, negative_BLD = bundle.text.encode([request.prompt, request.negative_prompt]).chunk(2)
-    motion_B = torch.tensor([bundle.motion.motion_id(settings["motion_bucket"])], device=device)
-    if source_FCHW is None:
-        channels, h, w = image_latent_BCHW.shape[1:]
-        shape = bundle.method.target_shape((channels, recipe.data.frames, h, w))
-        noise_BCFHW = torch.randn(1, *shape, generator=keyed_generator(request.seed, "noise")).to(device)
-        method = _sampling(bundle.method, settings, recipe.sample.dct_tau)
-    else:
-        posterior = keyed_generator(request.seed, "source") if recipe.encoders.latent == "sample" else None
-        source_BCFHW = bundle.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
-        source_text_BLD = bundle.text.encode([request.source_prompt])
-        source = Condition(image=source_BCFHW[:, :, 0], text=source_text_BLD, motion_bucket=motion_B)
-        noise_BCFHW = run(bundle.method, bundle.method.inversion(source_BCFHW, source, settings["steps"]))
-        method = _sampling(bundle.method, settings, recipe.sample.edit_dct_tau)
-        digest = hashlib.sha256(np.ascontiguousarray(request.source).data).hexdigest()
-        settings |= {"source_prompt": request.source_prompt, "source_sha256": digest}
+    inputs = {"image": np.ascontiguousarray(image)}
+    if request.source is not None:
+        inputs["source"] = np.ascontiguousarray(request.source)
+        settings["source_prompt"] = request.source_prompt
+        if request.motion_bucket is None and request.motion_strength is None:
+            settings["motion_bucket"] = None  # measured on the source
+    sampling, calls = bundle.method.prepare(recipe, bundle.encoders, inputs, settings)
     settings |= {
         "recipe": recipe.name,
         "bundle": bundle.digest,
         "cinemo_version": cinemo.__version__,
-        "size": [height, width],
+        "size": list(recipe.data.size),
         "frames": recipe.data.frames,
         "fps": recipe.sample.fps,
-        "image_sha256": hashlib.sha256(pixels.data).hexdigest(),
+        **{f"{name}_sha256": hashlib.sha256(pixels.data).hexdigest() for name, pixels in inputs.items()},
     }
-    steps, scale = int(settings["steps"]), float(settings["guidance_scale"])
-    condition = Condition(image=image_latent_BCHW, text=text_BLD, motion_bucket=motion_B)
-    fresh = keyed_generator(request.seed, "fresh noise")
-    return Prepared(method.sampling(condition, negative_BLD, noise_BCFHW, steps, scale, fresh), steps, settings)
+    return Prepared(sampling, calls, settings)
 
 
 def finish(settings: Mapping[str, Any], video_BCFHW: Tensor, frames_FHWC: np.ndarray) -> Animation:
@@ -265,25 +242,6 @@ def load_source(uri: str, recipe: Recipe, interval: int = 1) -> np.ndarray:
         raise InputError(f"source {uri}: no such file") from None
     except ClipError as error:
         raise InputError(f"source {uri}: {error}") from None
-
-
-def _sampling(method: Method, settings: Mapping[str, Any], tau: int) -> Method:
-    """The same networks with the settings of one request, and DCTInit at step ``tau``."""
-    wanted = {name: settings[name] for name in ("dct_init", "solver", "reuse_features")}
-    wanted |= {"guidance_interval": tuple(settings["guidance_interval"]), "dct_tau": tau}
-    return method.with_settings(wanted)
-
-
-def _prepare_source(source_FHWC: np.ndarray, recipe: Recipe) -> Tensor:
-    """(F, C, H, W), -1..1."""
-    if len(source_FHWC) != recipe.data.frames:
-        raise InputError(f"source: got {len(source_FHWC)} frames, recipe {recipe.name} takes {recipe.data.frames}")
-    return torch.stack([prepare_image(frame_HWC, recipe.data.size) for frame_HWC in source_FHWC])
-
-
-def _measured_bucket(frames_FCHW: Tensor, scale: MotionScale) -> int:
-    frames_FHWC = ((frames_FCHW / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-    return motion_bucket(mean_adjacent_ssim(frames_FHWC, scale.metric), scale.edges)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

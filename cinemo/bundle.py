@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +29,8 @@ from torch import nn
 import cinemo
 from cinemo import cache, storage, tracking
 from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, SampleConfig, parse_recipe
-from cinemo.methods import Method, build_method, method_class
+from cinemo.media.motion import MORE_MOTION, STILLER, MotionScale
+from cinemo.methods import Encoders, Method, build_method, method_class
 from cinemo.networks.frozen import Statistics, TextEncoder, Vae, normalised
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import convert_pickled, resolve, save_network
@@ -37,32 +38,8 @@ from cinemo.types import InputError
 
 RECORD = "bundle.json"
 CALIBRATION = "calibration.json"
-# What the network's motion id means. The paper's scale, and the one that the published code used at times.
-MORE_MOTION = "bucket 0..19, larger = more motion"
-STILLER = "100 x SSIM, larger = stiller"
 # Pickled or duplicate weights that published folders carry beside the safetensors file.
 _NOT_COPIED = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.fp16.*", "*.non_ema.*", ".*")
-
-
-@dataclass(frozen=True)
-class MotionScale:
-    """What a motion bucket means: 19 ascending SSIM edges between 20 buckets, larger bucket = more motion.
-
-    ``scale``: what the network calls it, `MORE_MOTION` or `STILLER`. Users always speak in buckets.
-    ``calibration``: measured motion per bucket (see `cinemo.evaluation.calibration`), where somebody measured it.
-    """
-
-    edges: tuple[float, ...]
-    metric: Literal["luma", "rgb"] = "luma"
-    calibration: Mapping[str, Any] | None = None
-    scale: str = MORE_MOTION
-
-    def motion_id(self, bucket: int) -> float:
-        """The number that the network takes for a bucket 0..19: itself, or 100 x the middle of its SSIM interval."""
-        if self.scale == MORE_MOTION:
-            return float(bucket)
-        bounds = (0.0, *self.edges, 1.0)
-        return 50 * (bounds[-2 - bucket] + bounds[-1 - bucket])
 
 
 @dataclass(frozen=True)
@@ -95,6 +72,11 @@ class ModelBundle:
     @property
     def device(self) -> torch.device:
         return next(self.method.parameters()).device
+
+    @property
+    def encoders(self) -> Encoders:
+        """What the method may ask when it prepares a sampling."""
+        return Encoders(self.vae, self.text, self.motion)
 
 
 def save_bundle(

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result")
     arguments = parser.parse_args(argv)
 
-    from cinemo.bundle import MORE_MOTION, STILLER
+    from cinemo.media.motion import MORE_MOTION, STILLER
     from cinemo.training import checkpoints, export  # late: --help and bad flags need no torch
     from cinemo.training.registry import register, tracked_run
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from cinemo import cli, storage
 from cinemo.animate import load_image
-from cinemo.bundle import MORE_MOTION, STILLER, load_bundle
+from cinemo.bundle import load_bundle
 from cinemo.evaluation.probe import probe_motion_scale
+from cinemo.media.motion import MORE_MOTION, STILLER
 from cinemo.types import InputError
 
 

@@ -16,8 +16,9 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from cinemo.bundle import BundleCard, MotionScale
+from cinemo.bundle import BundleCard
 from cinemo.config import DataConfig, EncodersConfig, Recipe, SampleConfig
+from cinemo.media.motion import MotionScale
 from cinemo.media.mp4 import write_video
 from cinemo.serving.api import ApiSettings, build_api
 from cinemo.serving.database import Database

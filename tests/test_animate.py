@@ -24,7 +24,7 @@ from cinemo.media.mp4 import read_metadata, write_video
 from cinemo.media.saving import save_animation, save_latents
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
-from cinemo.sampling import run
+from cinemo.methods.base import run
 from cinemo.types import Condition, InputError, keyed_generator
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)

@@ -17,7 +17,7 @@ LAYERS = [
     ["diffusion", "media"],
     ["networks"],
     ["methods"],
-    ["recipes", "bundle", "sampling", "animate", "data"],
+    ["recipes", "bundle", "animate", "data"],
     ["training", "evaluation", "serving"],
     ["cli"],
     ["pipelines"],

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from cinemo.animate import AnimateRequest, animate
-from cinemo.bundle import MORE_MOTION, STILLER, ModelBundle, MotionScale
+from cinemo.bundle import ModelBundle
 from cinemo.evaluation.calibration import rank_correlation
-from cinemo.media.motion import mean_adjacent_ssim
+from cinemo.media.motion import MORE_MOTION, STILLER, MotionScale, mean_adjacent_ssim
 
 IDS = (0.0, 5.0, 10.0, 14.0, 19.0, 35.0, 50.0, 65.0, 80.0, 90.0, 97.0)
 _LOW = 19.0

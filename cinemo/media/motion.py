@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import cv2
@@ -22,6 +23,32 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 _LUMA = np.array([[0.299, 0.587, 0.114]], np.float32)  # ITU-R BT.601
 _MIDDLE = 128.0
 _CENTRED_LUMA = np.append(_LUMA, [[-_MIDDLE]], 1).astype(np.float32)
+
+
+# What a network's motion id means. The paper's scale, and the one that the published code used at times.
+MORE_MOTION = "bucket 0..19, larger = more motion"
+STILLER = "100 x SSIM, larger = stiller"
+
+
+@dataclass(frozen=True)
+class MotionScale:
+    """What a motion bucket means: 19 ascending SSIM edges between 20 buckets, larger bucket = more motion.
+
+    ``scale``: what the network calls it, `MORE_MOTION` or `STILLER`. Users always speak in buckets.
+    ``calibration``: measured motion per bucket (see `cinemo.evaluation.calibration`), where somebody measured it.
+    """
+
+    edges: tuple[float, ...]
+    metric: Literal["luma", "rgb"] = "luma"
+    calibration: Mapping[str, Any] | None = None
+    scale: str = MORE_MOTION
+
+    def motion_id(self, bucket: int) -> float:
+        """The number that the network takes for a bucket 0..19: itself, or 100 x the middle of its SSIM interval."""
+        if self.scale == MORE_MOTION:
+            return float(bucket)
+        bounds = (0.0, *self.edges, 1.0)
+        return 50 * (bounds[-2 - bucket] + bounds[-1 - bucket])
 
 
 def mean_adjacent_ssim(frames_FHWC_uint8: np.ndarray, metric: Literal["luma", "rgb"] = "luma") -> float:

@@ -7,11 +7,20 @@ from collections.abc import Mapping
 from torch import nn
 
 from cinemo.config import Recipe
-from cinemo.methods.base import Method
+from cinemo.methods.base import Encoders, Method, run
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.trainable import check_trainable, mark_trainable
 
-__all__ = ["CinemoMethod", "Method", "build_method", "check_trainable", "mark_trainable", "method_class"]
+__all__ = [
+    "CinemoMethod",
+    "Encoders",
+    "Method",
+    "build_method",
+    "check_trainable",
+    "mark_trainable",
+    "method_class",
+    "run",
+]
 
 _METHODS: dict[str, type[Method]] = {method.name: method for method in (CinemoMethod,)}
 

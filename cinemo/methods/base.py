@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
+from cinemo.media.motion import MotionScale
+from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.lavie_unet import DeepFeatures
-from cinemo.types import Condition, InputError, LatentBatch, LatentSample
+from cinemo.types import Condition, LatentBatch, LatentSample
 
 Draw = Callable[[str], torch.Generator]
 """``draw(what)``: a generator for one draw of a training sample, keyed by seed, ``what``, step and sample."""
@@ -28,6 +31,15 @@ class Example:
 
     fields: Mapping[str, Tensor]
     texts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen networks of a bundle that a method may ask, and what its motion buckets mean."""
+
+    vae: Vae
+    text: TextEncoder
+    motion: MotionScale
 
 
 class Method(nn.Module, ABC):
@@ -89,10 +101,6 @@ class Method(nn.Module, ABC):
         """The shape of what is diffused for one video whose latents have this shape; its noise has the same."""
         return latents_CFHW
 
-    def with_settings(self, settings: Mapping[str, Any]) -> Self:
-        """The same networks with the sampling settings of one request in the place of the recipe's, by name."""
-        raise NotImplementedError
-
     @staticmethod
     @abstractmethod
     def is_temporal(name: str) -> bool:
@@ -119,6 +127,20 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
+    def prepare(
+        self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
+    ) -> tuple[Sampling, int]:
+        """A request -> its sampling, which returns the latents of a video (1, C, F, h, w), and how often that asks.
+
+        Args:
+            inputs: by name, uint8 pictures (H, W, 3) and videos (F, H, W, 3) of any size; ``image`` is the first frame.
+            settings: controls by name; what is measured on the inputs is added.
+
+        Raises:
+            InputError: an input or setting that this method cannot use.
+        """
+
+    @abstractmethod
     def sampling(
         self,
         condition: Condition,
@@ -129,10 +151,6 @@ class Method(nn.Module, ABC):
         generator: torch.Generator | None = None,
     ) -> Sampling:
         """From noise, shaped like `target`, to a video: solver and guidance, as a generator of queries."""
-
-    def inversion(self, video_BCFHW: Tensor, condition: Condition, steps: int) -> Sampling:
-        """A video's latents -> the noise that `sampling` turns back into them, of methods that can."""
-        raise InputError(f"source: method {self.name} cannot take motion from a video; leave the source out")
 
     def checkpoint_activations(self, on: bool) -> None:
         """Whether networks compute layers twice in a training step to hold fewer activations, those that can."""
@@ -155,3 +173,28 @@ def diffusion_loss(output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each sample (B,) in float32, whatever the network's precision (Cinemo, equation 3)."""
     errors = F.mse_loss(output.float(), target.to(output.device, torch.float32), reduction="none")
     return errors.flatten(1).mean(1)
+
+
+Progress = Callable[[int], None]
+"""Called as ``progress(done)`` after each call of the network; an exception it raises stops the sampling."""
+
+
+def run(method: Method, sampling: Sampling, progress: Progress | None = None) -> Tensor:
+    """What ``sampling`` returns, every query answered by ``method``: the latents of a video, or noise.
+
+    The server's engine answers the queries of many videos at once instead.
+    """
+    deep, done = DeepFeatures(), 0
+    query = next(sampling)
+    while True:
+        if query.features == "keep":
+            deep.kept = None
+        output = method.predict(query.x, query.t, query.condition, deep if query.features else None)
+        done += 1
+        if progress is not None:
+            progress(done)
+        try:
+            query = sampling.send(output)
+        except StopIteration as end:
+            result: Tensor = end.value
+            return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +18,12 @@ from cinemo.diffusion.ddim import ddim_invert_steps, ddim_steps
 from cinemo.diffusion.guidance import Sampling, guided, reusing
 from cinemo.diffusion.multistep import multistep_steps
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
-from cinemo.media.motion import motion_bucket
-from cinemo.methods.base import Draw, Example, Method, chance, diffusion_loss
+from cinemo.media.motion import MotionScale, mean_adjacent_ssim, motion_bucket
+from cinemo.media.transforms import prepare_image
+from cinemo.methods.base import Draw, Encoders, Example, Method, chance, diffusion_loss, run
 from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet, is_temporal
 from cinemo.networks.weights import load_unet
-from cinemo.types import Condition, InputError, LatentBatch, LatentSample
+from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
 
 class CinemoMethod(Method):
@@ -93,10 +95,6 @@ class CinemoMethod(Method):
         channels, frames, rows, columns = latents_CFHW
         return channels, frames - 1, rows, columns
 
-    def with_settings(self, settings: Mapping[str, Any]) -> Self:
-        sample = self.sample.model_copy(update=dict(settings))
-        return type(self)(self.unet, self.schedule, sample, self.min_snr_gamma)
-
     @staticmethod
     def is_temporal(name: str) -> bool:
         return is_temporal(name)
@@ -158,6 +156,37 @@ class CinemoMethod(Method):
         output: Tensor = self.unet(frames, t, text, condition["motion_bucket"], deep)
         return output[:, :, 1:]
 
+    def prepare(
+        self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
+    ) -> tuple[Sampling, int]:
+        """With a ``source`` video (section 4.4: motion transfer and editing), noise is that of its motion residuals,
+        found by DDIM inversion, and the bucket the one measured on it where ``settings`` has None."""
+        source_FCHW = None if "source" not in inputs else _frames(inputs["source"], recipe)
+        if settings["motion_bucket"] is None:
+            assert source_FCHW is not None
+            settings["motion_bucket"] = _measured_bucket(source_FCHW, encoders.motion)
+        sampled, seed, steps = recipe.encoders.latent == "sample", settings["seed"], int(settings["steps"])
+        posterior = keyed_generator(seed, "image") if sampled else None
+        image_BCHW = encoders.vae.encode(prepare_image(inputs["image"], recipe.data.size)[None], posterior)
+        text_BLD, negative_BLD = encoders.text.encode([settings["prompt"], settings["negative_prompt"]]).chunk(2)
+        bucket_B = torch.tensor([encoders.motion.motion_id(settings["motion_bucket"])], device=image_BCHW.device)
+        condition = Condition(image=image_BCHW, text=text_BLD, motion_bucket=bucket_B)
+        wanted = {name: settings[name] for name in ("dct_init", "solver", "reuse_features")}
+        wanted["guidance_interval"] = tuple(settings["guidance_interval"])
+        channels, h, w = image_BCHW.shape[1:]
+        shape = self.target_shape((channels, recipe.data.frames, h, w))
+        noise = torch.randn(1, *shape, generator=keyed_generator(seed, "noise")).to(image_BCHW.device)
+        if source_FCHW is not None:
+            posterior = keyed_generator(seed, "source") if sampled else None
+            video_BCFHW = encoders.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
+            source_text_BLD = encoders.text.encode([settings["source_prompt"]])
+            source = Condition(image=video_BCFHW[:, :, 0], text=source_text_BLD, motion_bucket=bucket_B)
+            noise = run(self, self.inversion(video_BCFHW, source, steps))
+            wanted["dct_tau"] = recipe.sample.edit_dct_tau
+        asked = CinemoMethod(self.unet, self.schedule, self.sample.model_copy(update=wanted))
+        scale, fresh = float(settings["guidance_scale"]), keyed_generator(seed, "fresh noise")
+        return asked.sampling(condition, negative_BLD, noise, steps, scale, fresh), steps
+
     def sampling(
         self,
         condition: Condition,
@@ -205,3 +234,15 @@ class CinemoMethod(Method):
         if self.schedule.data_scale != 1:
             x_0 = x_0 / self.schedule.data_scale
         return torch.cat([z_1, z_1 + x_0], dim=2)
+
+
+def _frames(source_FHWC: np.ndarray, recipe: Recipe) -> Tensor:
+    """(F, C, H, W), -1..1."""
+    if len(source_FHWC) != recipe.data.frames:
+        raise InputError(f"source: got {len(source_FHWC)} frames, recipe {recipe.name} takes {recipe.data.frames}")
+    return torch.stack([prepare_image(frame_HWC, recipe.data.size) for frame_HWC in source_FHWC])
+
+
+def _measured_bucket(frames_FCHW: Tensor, scale: MotionScale) -> int:
+    frames_FHWC = ((frames_FCHW / 2 + 0.5) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return motion_bucket(mean_adjacent_ssim(frames_FHWC, scale.metric), scale.edges)

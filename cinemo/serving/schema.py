@@ -10,9 +10,9 @@ from fastapi import File, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from cinemo.animate import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, check_text
-from cinemo.bundle import BundleCard, MotionScale
+from cinemo.bundle import BundleCard
 from cinemo.config import MOTION_BUCKETS
-from cinemo.media.motion import strength_to_bucket
+from cinemo.media.motion import MotionScale, strength_to_bucket
 from cinemo.serving.jobs import Job, Status
 
 MAX_TIMEOUT = 7 * 24 * 3600.0

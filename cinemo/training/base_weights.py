@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from cinemo import storage
-from cinemo.bundle import MORE_MOTION
 from cinemo.config import Recipe
+from cinemo.media.motion import MORE_MOTION
 from cinemo.methods import method_class
 from cinemo.types import InputError
 

@@ -9,8 +9,9 @@ from torch import nn
 
 import cinemo
 from cinemo import cache, storage
-from cinemo.bundle import MORE_MOTION, save_bundle
+from cinemo.bundle import save_bundle
 from cinemo.config import Recipe, parse_recipe
+from cinemo.media.motion import MORE_MOTION
 from cinemo.methods import method_class
 from cinemo.networks.lora import add_lora, merge_lora, save_adapter
 from cinemo.networks.weights import load_unet, published_config, read_config, resolve, save_network, weights_digest
@@ -112,7 +113,7 @@ def from_cinemo(folder: str, output: str, recipe: Recipe, scale: str = MORE_MOTI
     Args:
         recipe: what the folder does not say: size, frames, noise levels (the published pipeline sets its own as well),
             sampling defaults. The network is what ``unet/config.json`` says, where that is there.
-        scale: of its motion ids (`cinemo.bundle.MotionScale`); ``pipelines/probe_motion.py`` measures which it is.
+        scale: of its motion ids (`cinemo.media.motion.MotionScale`); ``pipelines/probe_motion.py`` measures it.
 
     Raises:
         InputError: a part is missing, or the weights do not fit the network.

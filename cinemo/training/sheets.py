@@ -23,8 +23,8 @@ from cinemo.data.shards import DatasetIndex, Members, fetch_sample, record_uri
 from cinemo.media.motion import motion_bucket
 from cinemo.media.mp4 import write_video
 from cinemo.methods import Method
+from cinemo.methods.base import run
 from cinemo.networks.frozen import Vae
-from cinemo.sampling import run
 from cinemo.training.batch import TextStates, stored_latents
 from cinemo.types import Condition, LatentSample, RunError, keyed_generator
 

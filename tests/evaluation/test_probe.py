@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cinemo.bundle import MORE_MOTION, STILLER, ModelBundle, MotionScale, load_bundle, save_bundle
+from cinemo.bundle import ModelBundle, load_bundle, save_bundle
 from cinemo.evaluation.probe import IDS, judge, probe_motion_scale
-from cinemo.media.motion import UNIFORM_EDGES
+from cinemo.media.motion import MORE_MOTION, STILLER, UNIFORM_EDGES, MotionScale
 from cinemo.media.synthetic import render_clip
 from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.weights import load_unet

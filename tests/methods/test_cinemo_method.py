@@ -11,8 +11,8 @@ from cinemo.diffusion.ddim import Queries, ddim_invert_steps, ddim_steps, timest
 from cinemo.diffusion.guidance import guided
 from cinemo.diffusion.schedule import noise_schedule
 from cinemo.methods import CinemoMethod, Method, build_method
+from cinemo.methods.base import run
 from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.sampling import run
 from cinemo.types import Condition, InputError, LatentBatch
 
 RECIPE = Recipe(

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from cinemo import storage
-from cinemo.bundle import STILLER, save_bundle
+from cinemo.bundle import save_bundle
 from cinemo.config import Recipe, TrainConfig, override
 from cinemo.data.loader import HeldOut, LatentLoader
 from cinemo.data.shards import DatasetIndex
+from cinemo.media.motion import STILLER
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.lavie_unet import LavieUNet
