@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from torch import nn
 
 from cinemo.config import Recipe
-from cinemo.methods.base import Encoders, Method, run
+from cinemo.methods.base import Encoders, Example, Method, run
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.trainable import check_trainable, mark_trainable
 
 __all__ = [
     "CinemoMethod",
     "Encoders",
+    "Example",
     "Method",
     "build_method",
     "check_trainable",

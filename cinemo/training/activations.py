@@ -14,10 +14,9 @@ from torch.utils._pytree import tree_leaves
 from cinemo.config import Recipe
 from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.attention import _kept_positions
-from cinemo.training.batch import latent_shape
-from cinemo.types import Condition, LatentBatch
+from cinemo.training.batch import blank_condition, blank_example, latent_shape
+from cinemo.types import LatentBatch
 
-TOKENS = 77  # of CLIP's text encoder
 _ACCELERATOR_THREADS = 128  # as many would give a CPU's pieces (`networks.memory.residual`) the size of a GPU's
 
 
@@ -75,7 +74,7 @@ def activation_bytes(recipe: Recipe, checkpointing: bool) -> int:
     """
     train, dtype = recipe.train, precision(recipe)
     frames, channels, rows, columns = latent_shape(recipe)
-    threads = torch.get_num_threads()
+    example, threads = blank_example(recipe), torch.get_num_threads()
     on_accelerator = train.gpus_per_worker > 0
     # A cached table of shapes must not get among those of a real network, nor the other way round.
     _kept_positions.cache_clear()
@@ -87,12 +86,9 @@ def activation_bytes(recipe: Recipe, checkpointing: bool) -> int:
             for parameter in method.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
             video_BCFHW = torch.empty(train.micro_batch, channels, frames, rows, columns)
-            text_BLD = torch.empty(train.micro_batch, TOKENS, recipe.model.cross_attention_dim, dtype=dtype)
             shape = method.target_shape((channels, frames, rows, columns))
             steps_B = torch.zeros(train.micro_batch, dtype=torch.long)
-            motion_B = torch.empty(train.micro_batch)
-            condition = Condition(image=video_BCFHW[:, :, 0], text=text_BLD, motion_bucket=motion_B)
-            batch = LatentBatch(video_BCFHW, condition)
+            batch = LatentBatch(video_BCFHW, blank_condition(recipe, example, video_BCFHW, dtype))
             memory = PeakMemory()
             with memory:
                 method(batch, steps_B, torch.empty(train.micro_batch, *shape), each=True).mean().backward()

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from cinemo.config import Recipe
 from cinemo.media.motion import motion_bucket
-from cinemo.methods import Method, method_class
-from cinemo.types import InputError, LatentBatch, LatentSample, keyed_generator
+from cinemo.methods import Example, Method, method_class
+from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
+TOKENS = 77  # of CLIP's text encoder
 TEXT_CACHE = 512  # captions whose text states are kept; "" is half of what is asked for
 
 
@@ -168,6 +169,24 @@ def on_device(
     texts = {slot: text(captions).to(device, dtype) for slot, captions in batch.texts.items()}
     made = LatentBatch(video_BCFHW, batch.method.condition(video_BCFHW, fields, texts), batch.keys)
     return made, batch.t_B.to(device, non_blocking=True), batch.noise_BCFHW.to(device, non_blocking=True)
+
+
+def blank_example(recipe: Recipe) -> Example:
+    """What the recipe's method makes of a sample of zeros: names, shapes and dtypes of a batch's fields and texts."""
+    latents = np.zeros(latent_shape(recipe), np.float16)
+    sample = LatentSample("blank", "blank", "", "", latents, 0.5, 24.0, recipe.data.frame_interval[0], 0)
+    return method_class(recipe).example(recipe, sample, lambda what: keyed_generator(0, what))
+
+
+def blank_condition(recipe: Recipe, example: Example, video_BCFHW: Tensor, dtype: torch.dtype) -> Condition:
+    """A condition of the right shapes on the video's device, for whoever measures or plans a training."""
+    batch, device = len(video_BCFHW), video_BCFHW.device
+    fields = {
+        name: torch.zeros(batch, *field.shape, dtype=field.dtype, device=device)
+        for name, field in example.fields.items()
+    }
+    text_BLD = torch.zeros(batch, TOKENS, recipe.model.cross_attention_dim, dtype=dtype, device=device)
+    return method_class(recipe).condition(video_BCFHW, fields, dict.fromkeys(example.texts, text_BLD))
 
 
 def dimensions(shape: Sequence[int]) -> str:

@@ -13,9 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cinemo.config import Recipe
 from cinemo.methods import build_method, mark_trainable
-from cinemo.training.activations import TOKENS
-from cinemo.training.batch import latent_shape
-from cinemo.types import Condition, InputError, LatentBatch
+from cinemo.training.batch import blank_condition, blank_example, latent_shape
+from cinemo.types import InputError, LatentBatch
 
 _PROBE_SECONDS = 0.3
 
@@ -52,12 +51,12 @@ class SampleFlops:
 def sample_flops(recipe: Recipe) -> SampleFlops:
     """FLOPs of one training sample of a recipe. Takes seconds for the full-size network, with frozen weights twenty."""
     frames, channels, rows, columns = latent_shape(recipe)
+    example = blank_example(recipe)
     with torch.device("meta"):
         method = build_method(recipe)
         mark_trainable(method, recipe.train)
         video_BCFHW = torch.empty(1, channels, frames, rows, columns)
-        text_BLD = torch.empty(1, TOKENS, recipe.model.cross_attention_dim)
-        condition = Condition(image=video_BCFHW[:, :, 0], text=text_BLD, motion_bucket=torch.empty(1))
+        condition = blank_condition(recipe, example, video_BCFHW, torch.float32)
         target = method.target(LatentBatch(video_BCFHW, condition))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             method.predict(target, torch.empty(1), condition)

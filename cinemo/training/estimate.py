@@ -19,12 +19,12 @@ from cinemo.config import Recipe
 from cinemo.data.prices import Prices, money
 from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.weights import read_config, resolve
-from cinemo.training.activations import TOKENS, activation_bytes, precision, shapes
-from cinemo.training.batch import latent_shape
+from cinemo.training.activations import activation_bytes, precision, shapes
+from cinemo.training.batch import blank_condition, blank_example, latent_shape
 from cinemo.training.cost import Accelerator, SampleFlops, accelerator, peak_flops, sample_flops
 from cinemo.training.engine import accumulation
 from cinemo.training.footprint import Parameters, footprint, footprints
-from cinemo.types import Condition, InputError, LatentBatch
+from cinemo.types import InputError, LatentBatch
 
 HERE = "here"
 DEFAULT_ACCELERATOR = "A100-80GB"
@@ -199,9 +199,7 @@ def _measured_speed(recipe: Recipe, flops: SampleFlops, peak: float, fits: bool)
         method.checkpoint_activations(train.gradient_checkpointing)
         frames, channels, rows, columns = latent_shape(recipe)
         video_BCFHW = torch.randn(train.micro_batch, channels, frames, rows, columns, device=device)
-        text_BLD = torch.randn(train.micro_batch, TOKENS, recipe.model.cross_attention_dim, device=device, dtype=dtype)
-        motion_B = torch.full((train.micro_batch,), 5.0, device=device)
-        condition = Condition(image=video_BCFHW[:, :, 0], text=text_BLD, motion_bucket=motion_B)
+        condition = blank_condition(recipe, blank_example(recipe), video_BCFHW, dtype)
         steps_B = torch.full((train.micro_batch,), recipe.diffusion.train_steps // 2, device=device)
         shape = method.target_shape(tuple(video_BCFHW.shape[1:]))
         noise_BCFHW = torch.randn(train.micro_batch, *shape, device=device)

@@ -17,8 +17,8 @@ from torch import nn
 
 from cinemo.config import Recipe, TrainConfig
 from cinemo.methods import method_class
-from cinemo.training.activations import TOKENS, precision
-from cinemo.training.batch import TEXT_CACHE, latent_shape
+from cinemo.training.activations import precision
+from cinemo.training.batch import TEXT_CACHE, TOKENS, latent_shape
 from cinemo.training.engine import accumulation, optimizer
 
 Offload = Literal["none", "optimizer", "all"]

@@ -28,7 +28,7 @@ from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import save_network
 from cinemo.training import checkpoints, worker
-from cinemo.training.base_weights import base_unet, check_base
+from cinemo.training.base_weights import base_networks, check_base
 from cinemo.training.batch import TextStates
 from cinemo.training.dataset_check import dataset_digest
 from cinemo.training.engine import Engine
@@ -268,6 +268,11 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_usable(
     assert jobs[1].process.wait(PATIENCE) == 0, jobs[1].log.read_text()
     assert "continuing at step 4" in jobs[1].log.read_text()
     assert [card.step for card in checkpoints.complete(str(output))] == [6]
+
+
+def base_unet(recipe: Recipe) -> LavieUNet | None:
+    networks = base_networks(recipe)
+    return None if networks is None else networks["unet"]
 
 
 def test_base_weights_are_where_training_begins(small: Recipe, tmp_path: Path) -> None:
