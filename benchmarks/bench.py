@@ -150,7 +150,7 @@ SAMPLING_TITLE = "## Doing less per video"
 SAMPLING = """
 The tiny base bundle, three unseen pictures at bucket 7, guidance 2, the same noise: network passes per video (a guided
 step is two; those that reuse deep features run the outer layers alone), time as a share of 50 DDIM steps (encoding and
-decoding included), PSNR of frames 2-16 to the result of 50 DDIM steps, and the change of their motion (1 - mean
+decoding included), PSNR of frames 2-16 to the result of 50 DDIM steps, and the change in their motion (1 - mean
 adjacent SSIM).
 """
 

@@ -177,8 +177,8 @@ NETWORK = """
 Made with `make bench-network` on: {device}. Batch 1, 16 frames, against the published code's order of operations
 (`tests/published_unet.py`) on the same weights, in turns: time and activation memory (peak without weights and their
 gradients, counted from shapes) as a ratio to it; the share of the time inside convolution, matrix and attention
-kernels; FLOPs of one step, and those per second as a share of what the best large matrix product or convolution
-reaches here.
+kernels; FLOPs of one step, and FLOP/s as a share of what the best large matrix product or convolution reaches
+here.
 
 """
 

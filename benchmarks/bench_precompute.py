@@ -289,13 +289,13 @@ decoding.
 {files}
 
 PyAV is the default because it is exact on all of these and the fastest. decord (`--set data.decoder=decord`) cannot
-open AV1, shows the right frames of all others, and is slower.
+open AV1, gives the right frames for all others, and is slower.
 
 {rest}
 
 What is left: decoding itself takes most of the time of a clip and cannot be skipped where every frame is
 referred to (VP8, VP9, AV1, Baseline H.264). A small picture that is enlarged (320x240 AVI) pays for SSIM and scaling at
-320x512 whatever its decoder costs. sha256 is bound by the core's SHA instructions; it is paid once a shard, a
+320x512 whatever its decoder costs. sha256 is bound by the core's SHA instructions; it is paid once per shard, a
 thousandth of what decoding the shard took.
 """
 

@@ -273,10 +273,10 @@ def main() -> None:
 
 HEAD = ("what", "time", "CPU time", "memory at most", "target", "")
 SCALE = """
-Made with `make bench-scale`: {clips} clips, 256 a shard, {cores} cores. Memory is the peak of a process of its own; the
-time is that of a machine with other work on it. CSV and JSONL are converted on the way. A stopped run has done half of
-the shards; its journal covers whole thousands, and 360 records lie beyond it; to take it up is to read its manifest
-again and to find what is left.
+Made with `make bench-scale`: {clips} clips, 256 a shard, {cores} cores. Memory is the peak of a separate process;
+the time was taken on a machine with other work on it. CSV and JSONL are converted on the way. A stopped run has done
+half of the shards; its journal covers whole thousands, and 360 records lie beyond it; taking it up means reading its
+manifest again and finding what is left.
 
 """
 

@@ -209,13 +209,13 @@ TITLE = "## Training"
 LOADER = """
 Made with `make bench-train`: process CPU time of all threads on one pinned core, in turns, best of several. Loader:
 {samples} samples in the page cache, batches of {batch}, every latent copied into a batch once; raw is reading the same
-files with `readinto`. Every epoch opens and maps the shards anew.
+files with `readinto`. Every epoch opens and maps the shards again.
 
 {rows}
 
-A sample costs about 10 us beside its bytes: its JSON, its place in the order, a Python object. Large samples hide them,
-small ones do not. The first pass is bound by sha256, paid once a shard and process in the thread that opens it ahead.
-Noise costs more than all reading; it is drawn in the data thread, beside the step.
+A sample costs about 10 us on top of its bytes: its JSON, its place in the order, a Python object. Large samples hide
+them, small ones do not. The first pass is bound by sha256, paid once per shard and process in the thread that opens it
+ahead. Noise costs more than all reading; it is drawn in the data thread, alongside the step.
 """
 
 

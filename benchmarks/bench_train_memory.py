@@ -36,9 +36,9 @@ CASES = {
 }
 TITLE = "## Training: memory"
 TEXT = """
-Made with `benchmarks/bench_train_memory.py --write`: one worker on a CPU, float32 unless said, micro batch 4 (or 1 of
-4), three steps; MB over the same process with its libraries loaded and a minimal network trained. "In use": every freed
-block goes back to the system at once, so that the peak is that of tensors. "As it runs": freed memory is kept
+Made with `benchmarks/bench_train_memory.py --write`: one worker on a CPU, float32 unless stated, micro batch 4 (or 1
+of 4), three steps; MB over the same process with its libraries loaded and a minimal network trained. "In use": every
+freed block goes back to the system at once, so that the peak is that of tensors. "As it runs": freed memory is kept
 (`networks.memory.keep_freed_memory`), as a worker on CPUs does; the prediction adds {share:.0%} of the activations.
 
 """
@@ -47,8 +47,8 @@ Activations alone come out within 4% of the resident memory of the same forward 
 bfloat16. In bfloat16 the prediction of a CPU has {kernels:.0f} MB more for what oneDNN keeps of its kernels (seen on
 the tiny network: what a first pass leaves behind). "As it runs" misses 15% where freed memory that stays is more than
 that share of the activations: the share was fitted to two of these cases. Replayed in an allocator
-that takes the smallest hole that fits, the activations alone leave almost none; why more stays was not found out. On
-accelerators nothing of this was measured: there torch's own allocator keeps blocks, and the plan leaves
+that takes the smallest hole that fits, the activations alone leave almost none; why more stays is not known. On
+accelerators none of this was measured: there torch's own allocator keeps blocks, and the plan leaves
 {reserved:.0f} GB of the memory to it, to CUDA and its libraries.
 """
 

@@ -159,7 +159,7 @@ def _read_card(root: Path, location: str | Path, full: bool) -> BundleCard:
     files = record["files"]
     if _digest(files) != record["digest"]:
         raise InputError(
-            f"bundle {location}: {RECORD} is damaged (its digest does not fit its file list); export again"
+            f"bundle {location}: {RECORD} is damaged (its digest does not match its file list); export again"
         )
     for name, entry in sorted(files.items()):
         path = root / name
@@ -196,11 +196,13 @@ def keep_calibration(location: str | Path, calibration: Mapping[str, Any]) -> No
     """
     digest = read_card(location).digest
     if calibration["bundle"] != digest:
-        raise InputError(f"bundle {location}: is {digest[:12]}, the calibration is of {calibration['bundle'][:12]}")
+        raise InputError(
+            f"bundle {location}: its digest is {digest[:12]}, but the calibration is of {calibration['bundle'][:12]}"
+        )
     try:
         storage.write_json(storage.join(str(location), CALIBRATION), dict(calibration))
     except OSError as error:
-        raise InputError(f"bundle {location}: its calibration cannot be kept there ({error.strerror})") from None
+        raise InputError(f"bundle {location}: its calibration cannot be saved there ({error.strerror})") from None
 
 
 def load_bundle(

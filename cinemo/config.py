@@ -23,18 +23,18 @@ class Part(BaseModel):
 class DataConfig(Part):
     """How clips become latents (Cinemo section 4.1) and how latents become shards."""
 
-    frames: int = Field(16, ge=2, description="frames per sample, the first (given) one included")
+    frames: int = Field(16, ge=2, description="frames per sample, including the first (given) one")
     size: tuple[int, int] = Field((320, 512), description="height and width in pixels")
     frame_interval: tuple[int, int] = Field((3, 10), description="smallest and largest frame interval, drawn uniformly")
     views: int = Field(1, ge=1, description="independently drawn samples per clip")
     clips_per_shard: int = Field(256, ge=1)
-    seed: int = Field(0, description="seed of every draw in precompute, with clip id and view as the key")
+    seed: int = Field(0, description="seed of every random draw in precompute, keyed by clip id and view")
     decoder: Literal["pyav", "decord"] = "pyav"
-    clip_timeout: float = Field(120.0, gt=0, description="seconds a clip may take to decode; it is refused after them")
-    clip_memory: float = Field(4.0, gt=0, description="GiB of address space of the process that decodes")
+    clip_timeout: float = Field(120.0, gt=0, description="seconds a clip may take to decode before it is refused")
+    clip_memory: float = Field(4.0, gt=0, description="GiB of address space for the decoding process")
     ssim: Literal["luma", "rgb"] = Field("luma", description="metric of the motion score; rgb = kornia reference")
     fields: tuple[Literal["text_states", "first_frame", "image_tokens", "flow"], ...] = Field(
-        (), description="what is stored beside the latents, in tars of its own; may be added to a finished dataset"
+        (), description="what else is stored with the latents, in separate tars; may be added to a finished dataset"
     )
     bucket_edges: tuple[float, ...] = Field(
         tuple(round(k / MOTION_BUCKETS, 6) for k in range(1, MOTION_BUCKETS)),
@@ -44,10 +44,12 @@ class DataConfig(Part):
     encode_batch: int = Field(1, ge=1, description="clips handed to an encoder at a time; each is encoded on its own")
     decode_cpus: float = Field(1.0, gt=0, description="cores that one decoding process reserves")
     decode_resource: str | None = Field(
-        None, description="Ray resource of the nodes that decode (one unit a core); null: wherever a core is free"
+        None, description="Ray resource of the nodes that decode (one unit per core); null: wherever a core is free"
     )
-    encode_actors: int = Field(0, ge=0, description="encoder processes; 0: one per accelerator, on CPUs as many as pay")
-    encode_gpus: float = Field(0.0, ge=0, description="accelerator share of one encoder process")
+    encode_actors: int = Field(
+        0, ge=0, description="encoder processes; 0: one per accelerator, on CPUs as many as pay off"
+    )
+    encode_gpus: float = Field(0.0, ge=0, description="share of an accelerator for each encoder process")
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -59,7 +61,7 @@ class DataConfig(Part):
         if len(self.bucket_edges) != MOTION_BUCKETS - 1 or sorted(set(self.bucket_edges)) != list(self.bucket_edges):
             raise ValueError(f"bucket_edges has {len(self.bucket_edges)} values, expected 19 strictly ascending ones")
         if len(set(self.fields)) != len(self.fields):
-            raise ValueError(f"fields is {self.fields}, expected each once")
+            raise ValueError(f"fields is {self.fields}, expected each at most once")
         return self
 
 
@@ -71,14 +73,17 @@ class EncodersConfig(Part):
     text_encoder: str = "package:tiny/text_encoder"
     tokenizer: str = "package:tiny/tokenizer"
     image_encoder: str | None = Field(None, description="CLIP's image model, for the field image_tokens")
-    latent: Literal["sample", "mode"] = Field("sample", description="published code draws a sample of the posterior")
+    latent: Literal["sample", "mode"] = Field(
+        "sample", description="the published code draws a sample from the posterior"
+    )
     normalize: bool = Field(
         False,
-        description="train on channels of mean 0 and deviation 1, by what precompute measured of the dataset; "
-        "false: on the autoencoder's own scaling, as published",
+        description="train on channels of mean 0 and deviation 1, as precompute measured them on the dataset; "
+        "false: with the autoencoder's own scaling, as published",
     )
     latents_mean: tuple[float, ...] | None = Field(
-        None, description="of each stored channel; with normalize, train.py takes both from the dataset"
+        None,
+        description="mean of each stored channel; with normalize, train.py takes it and latents_std from the dataset",
     )
     latents_std: tuple[float, ...] | None = None
 
@@ -121,20 +126,23 @@ class DiffusionConfig(Part):
     beta_schedule: Literal["linear", "scaled_linear"] = "linear"
     prediction: Literal["epsilon", "v"] = "epsilon"
     data_scale: float = Field(
-        1.0, gt=0, description="what is diffused is the data times this: its inverse deviation gives unit energy"
+        1.0, gt=0, description="factor on the data before diffusion; the inverse of its deviation gives unit energy"
     )
     zero_terminal_snr: bool = Field(
         False, description="leave no signal at the last step (arXiv 2305.08891); needs prediction v"
     )
     dynamic_rescale: float | None = Field(
-        None, gt=0, le=1, description="clean data times this from step 400 on, times 1 at step 0 (DynamiCrafter's code)"
+        None,
+        gt=0,
+        le=1,
+        description="factor on the clean data from step 400 on; it is 1 at step 0 (DynamiCrafter's code)",
     )
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:
         if self.zero_terminal_snr and self.prediction != "v":
             raise ValueError(
-                "zero_terminal_snr is true with prediction epsilon, expected v: noise alone says nothing of the data"
+                "zero_terminal_snr is true with prediction epsilon, expected v: noise alone says nothing about the data"
             )
         return self
 
@@ -146,7 +154,9 @@ class TrainConfig(Part):
     cpus_per_worker: float = 1
     gpus_per_worker: float = 0
     global_batch: int = Field(80, ge=1)
-    micro_batch: int = Field(10, ge=1, description="samples a worker holds at once; the rest is accumulated")
+    micro_batch: int = Field(
+        10, ge=1, description="samples a worker holds at once; the rest of its batch is accumulated"
+    )
     max_steps: int = Field(100_000, ge=1)
     lr: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
@@ -155,7 +165,7 @@ class TrainConfig(Part):
     weight_decay: float = Field(0.0, description="0 is the paper's Adam; above 0 it is AdamW")
     grad_clip: float = Field(1.0, ge=0, description="0 switches clipping off")
     prompt_dropout: float = Field(0.5, ge=0, le=1)
-    image_dropout: float = Field(0.0, ge=0, le=1, description="share of samples whose given frame is zero")
+    image_dropout: float = Field(0.0, ge=0, le=1, description="share of samples whose given frame is zeroed")
     motion_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without a motion embedding")
     min_snr_gamma: float | None = Field(
         None, gt=0, description="min-SNR loss weights (arXiv 2303.09556, which uses 5); null: none"
@@ -163,35 +173,41 @@ class TrainConfig(Part):
     timestep_shift: float = Field(
         1.0,
         gt=0,
-        description="above 1, timesteps are drawn towards pure noise (arXiv 2403.03206, eq. 23); 1: uniformly",
+        description="above 1, timesteps are drawn closer to pure noise (arXiv 2403.03206, eq. 23); 1: uniformly",
     )
     timestep_shift_steps: int | None = Field(
-        None, ge=0, description="training steps with timestep_shift, uniform ones after them; null: all steps"
+        None,
+        ge=0,
+        description="training steps that use timestep_shift; timesteps are uniform after them; null: all steps",
     )
     noise_offset: float = Field(
-        0.0, ge=0, description="size of noise that is one value for all frames and cells of a channel"
+        0.0, ge=0, description="size of extra noise that has one value for all frames and cells of a channel"
     )
     trainable: Literal["all", "temporal", "lora"] = Field(
-        "all", description="what learns: all is the paper's; temporal: attention along time and the motion input"
+        "all", description="what is trained: all, as in the paper; temporal: attention along time and the motion input"
     )
     lora_rank: int = Field(16, ge=1)
-    lora_alpha: float | None = Field(None, gt=0, description="null: as lora_rank, so that the update is not scaled")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="null: equal to lora_rank, so that the update is not scaled"
+    )
     lora_layers: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"), min_length=1, description="linear layers by the end of their names"
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="linear layers to adapt, by the endings of their names",
     )
     ema_decay: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="of averaged weights, which are then exported (sample sheets show the raw ones); 0: none",
+        description="decay of averaged weights, which are then exported (sample sheets show the raw ones); 0: none",
     )
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "optimizer", "all"] = Field(
-        "none", description="what waits in host memory: the optimizer (ZeRO 1-3), the weights too (ZeRO 3)"
+        "none", description="what is kept in host memory: the optimizer (ZeRO 1-3), or the weights too (all, ZeRO 3)"
     )
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_checkpointing: bool = Field(
-        False, description="a fifth of the activations' memory for a third more time: layers are computed twice"
+        False, description="compute layers twice: a fifth of the activation memory for a third more time"
     )
     init: str | None = Field(
         None,
@@ -199,12 +215,14 @@ class TrainConfig(Part):
         "or s3://; null: from scratch",
     )
     seed: int = 0
-    lanes: int = Field(8, ge=1, description="reading lanes of the canonical order; workers must divide it")
-    on_damaged: Literal["stop", "skip"] = Field("stop", description="a shard that is missing or damaged")
-    cache_gb: float = Field(20.0, gt=0, description="disk that cached shards of an s3:// dataset may take on a node")
-    held_out_shards: int = Field(0, ge=0, description="last shards of the index, for the validation loss alone")
+    lanes: int = Field(8, ge=1, description="reading lanes of the canonical order; must be a multiple of workers")
+    on_damaged: Literal["stop", "skip"] = Field("stop", description="what to do about a missing or damaged shard")
+    cache_gb: float = Field(20.0, gt=0, description="GB of disk per node for cached shards of an s3:// dataset")
+    held_out_shards: int = Field(
+        0, ge=0, description="shards at the end of the index, used for the validation loss alone"
+    )
     validate_every: int = Field(1000, ge=0, description="steps between validation losses; 0: only at the end")
-    canary: int = Field(2, ge=0, description="samples made again and compared before step 0, where sources are there")
+    canary: int = Field(2, ge=0, description="samples made again and compared before step 0, where their sources exist")
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
@@ -247,7 +265,7 @@ class SampleConfig(Part):
     motion_bucket: int = Field(10, ge=0, lt=MOTION_BUCKETS)
     fps: float = Field(8, gt=0)
     solver: Literal["ddim", "multistep"] = Field("ddim", description="multistep: DPM-Solver++, for about 20 steps")
-    eta: float = Field(0.0, ge=0, le=1, description="fresh noise in each DDIM step: 0 none, 1 as much as DDPM")
+    eta: float = Field(0.0, ge=0, le=1, description="fresh noise in each DDIM step; 0: none, 1: as much as DDPM")
     spacing: Literal["leading", "trailing"] = Field(
         "leading", description="DDIM steps: leading ends at 1 (of 1000, 50 steps begin at 981), trailing begins at 999"
     )
@@ -255,12 +273,14 @@ class SampleConfig(Part):
         "a_0", description="where the last DDIM step goes: step 0, or no noise"
     )
     guidance_rescale: float = Field(
-        0.0, ge=0, le=1, description="bring guided outputs this far back to the deviation of unguided ones"
+        0.0, ge=0, le=1, description="how far to bring guided outputs back to the deviation of unguided ones"
     )
-    guidance_interval: tuple[float, float] = Field((0.0, 1.0), description="share of the noise range with guidance")
+    guidance_interval: tuple[float, float] = Field(
+        (0.0, 1.0), description="part of the noise range in which guidance acts"
+    )
     reuse_features: int = Field(1, ge=1, description="run the inner layers at every Nth step only (DeepCache)")
-    edit_guidance_scale: float = Field(1.0, ge=1, description="editing: the published code's; the paper says 7.5")
-    edit_dct_tau: int = Field(985, description="editing: the published code's diffusion step of the layout guidance")
+    edit_guidance_scale: float = Field(1.0, ge=1, description="for editing: the published code's; the paper says 7.5")
+    edit_dct_tau: int = Field(985, description="for editing: the published code's step of the layout guidance")
 
     @model_validator(mode="after")
     def _check(self) -> SampleConfig:
@@ -268,7 +288,7 @@ class SampleConfig(Part):
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval is {self.guidance_interval}, expected 0 <= low <= high <= 1")
         if self.solver != "ddim" and (self.eta, self.spacing, self.final_level) != (0.0, "leading", "a_0"):
-            raise ValueError(f"eta, spacing and final_level are those of solver ddim, got them with {self.solver}")
+            raise ValueError(f"eta, spacing and final_level apply to solver ddim only, got them with {self.solver}")
         return self
 
 

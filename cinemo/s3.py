@@ -87,15 +87,15 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
             if _code(error) in _CONDITION_FAILED:
                 raise FileExistsError(f"{uri}: {brief(error)}") from None
             if getattr(error, "errno", None) in _NO_ROOM:
-                raise RunError(f"{uri}: {brief(error)}; make room on the local disk, and run it again") from None
+                raise RunError(f"{uri}: {brief(error)}; free some space on the local disk and run it again") from None
             if _code(error) in _HOPELESS or isinstance(error, faults.ParamValidationError):
                 raise InputError(f"{uri}: {brief(error)}; check bucket, region and endpoint") from None
             fault = error
         waited = time.monotonic() - begun
         if waited > patience:
             raise RunError(
-                f"{uri}: storage has failed for {waited:.0f} s ({brief(fault)}); run the same command again once it "
-                f"answers ({PATIENCE} is {patience:g} s)"
+                f"{uri}: storage has been failing for {waited:.0f} s ({brief(fault)}); run the same command again once "
+                f"it answers ({PATIENCE} is {patience:g} s)"
             ) from None
         logging.getLogger(__name__).warning("%s: %s, trying again", uri, brief(fault))
         time.sleep(random.uniform(0, pause))

@@ -33,7 +33,7 @@ def is_remote(uri: str) -> bool:
 def local_path(uri: str) -> Path:
     """The path of a local URI. Raises `ValueError` for a remote one."""
     if is_remote(uri):
-        raise ValueError(f"{uri} is not local")
+        raise ValueError(f"{uri} is not a local path")
     return Path(uri.removeprefix("file://"))
 
 

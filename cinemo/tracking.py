@@ -284,7 +284,7 @@ def _model_version(location: str) -> Any:
     if not uri:
         raise InputError(f"{location}: MLFLOW_TRACKING_URI is not set, so there is no registry to ask")
     if uri.startswith(_SQLITE) and not Path(uri.removeprefix(_SQLITE)).is_file():  # mlflow would make an empty one
-        raise InputError(f"MLflow {uri}: no such file; expected the database that knows {location}")
+        raise InputError(f"MLflow {uri}: no such file; expected the database that has {location}")
     for variable, value in _PATIENCE.items():
         os.environ.setdefault(variable, value)
     name, client = found["name"], _client(uri)

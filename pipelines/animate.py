@@ -1,7 +1,7 @@
 """Animate an image: one picture and a prompt in, one mp4 out.
 
 With --source-video the motion comes from a video: give its edited first frame as --image to edit it, or any other
-picture to make it move likewise.
+picture to make it move in the same way.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--image", required=True, metavar="FILE", help="the picture, any size; also s3://")
     made.add_argument("--prompt", required=True, help="what happens")
     made.add_argument("--output", required=True, metavar="FILE.mp4", help="where to write; also s3://")
-    made.add_argument("--negative-prompt", default="", help="what should not be seen")
+    made.add_argument("--negative-prompt", default="", help="what should not appear")
     motion = made.add_mutually_exclusive_group()
     motion.add_argument("--motion-bucket", type=int, metavar="0..19", help=f"larger = more motion {_RECIPE}")
-    motion.add_argument("--motion-strength", type=float, metavar="0..1", help="the same as a share")
+    motion.add_argument("--motion-strength", type=float, metavar="0..1", help="the same on a scale of 0 to 1")
     made.add_argument("--steps", type=int, help=f"DDIM steps {_RECIPE}")
     made.add_argument("--guidance-scale", type=float, help=f"classifier-free guidance, 1 = off {_RECIPE}")
     made.add_argument("--solver", choices=("ddim", "multistep"), help=f"multistep needs about 20 steps {_RECIPE}")
     made.add_argument(
         "--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help=f"share 0..1 of the noise range where guidance acts; outside a step costs half {_RECIPE}",
+        help=f"part of the noise range 0..1 where guidance acts; a step outside costs half {_RECIPE}",
     )  # fmt: skip
-    made.add_argument("--reuse-features", type=int, metavar="N", help=f"inner layers at every Nth step only {_RECIPE}")
-    made.add_argument("--seed", type=int, default=0, help="every random draw follows from it")
+    made.add_argument(
+        "--reuse-features", type=int, metavar="N", help=f"run the inner layers only at every Nth step {_RECIPE}"
+    )
+    made.add_argument("--seed", type=int, default=0, help="determines every random draw")
     made.add_argument("--no-dct-init", action="store_true", help="plain noise instead of DCTInit")
     made.add_argument("--source-video", metavar="FILE", help="take the motion from this video; also s3://")
-    made.add_argument("--source-prompt", default="", help="what is seen in --source-video")
+    made.add_argument("--source-prompt", default="", help="what --source-video shows")
     made.add_argument("--source-interval", type=int, default=1, metavar="N", help="use every Nth of its frames")
     made.add_argument("--save-latents", metavar="F.npz", help="also write latents (C,F,h,w float32) and settings")
     made.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     bundle = load_bundle(arguments.bundle, arguments.device)
     if bundle.recipe.toy:
         height, width = bundle.recipe.data.size
-        print(f"{bundle.recipe.name} is a toy of {width}x{height} pixels: to see the method work", file=sys.stderr)
+        print(f"{bundle.recipe.name} is a toy of {width}x{height} pixels, to show the method at work", file=sys.stderr)
     begun = time.monotonic()
 
     def progress(done: int, steps: int) -> None:

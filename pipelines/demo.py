@@ -1,6 +1,6 @@
 """Show the whole chain on this machine: clips -> latents -> training -> videos -> HTTP, and one page about it.
 
-Run again with the same --output, it reuses whatever is still valid.
+When run again with the same --output, it reuses whatever is still valid.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from cinemo.evaluation.demo import DemoSettings, run_demo
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__, recipe=None)
     parser.add_argument("--output", default="demo", metavar="DIR", help="new, empty, or an earlier demo")
-    parser.add_argument("--clips", metavar="DIR", help="a folder of videos to use; absent: clips are rendered")
+    parser.add_argument("--clips", metavar="DIR", help="a folder of videos to use; without it, clips are rendered")
     parser.add_argument("--count", type=int, default=96, help="clips to render")
     parser.add_argument("--max-steps", type=int, default=100, help="training steps")
-    parser.add_argument("--seed", type=int, default=0, help="of clips, training and videos")
-    parser.add_argument("--fresh", action="store_true", help="begin anew, removing what an earlier demo left there")
+    parser.add_argument("--seed", type=int, default=0, help="seed of clips, training and videos")
+    parser.add_argument("--fresh", action="store_true", help="start over, removing what an earlier demo left there")
     arguments = parser.parse_args(argv)
     settings = DemoSettings(arguments.clips, arguments.count, arguments.max_steps, arguments.seed)
     run_demo(Path(arguments.output), Path(__file__).resolve().parent, settings, arguments.fresh)

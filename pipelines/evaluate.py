@@ -1,5 +1,5 @@
 """Measure a bundle: on samples of a dataset (metrics.json, calibration.json and report.html), or with --rendered on
-unseen rendered scenes whose true motion is known (motion.json): does what it makes move as it was asked to?"""
+unseen rendered scenes whose true motion is known (motion.json): do its videos move as requested?"""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rendered", type=int, metavar="N", help="measure motion on N rendered scenes of each kind, with no dataset"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the three files go, local or s3://")
-    parser.add_argument("--limit", type=int, default=4, metavar="N", help="samples; each costs six videos")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the files go, local or s3://")
+    parser.add_argument("--limit", type=int, default=4, metavar="N", help="samples to measure; each costs six videos")
     parser.add_argument("--steps", type=int, help="DDIM steps (default: what the bundle's recipe says)")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated videos")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated videos")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument(
-        "--into-bundle", action="store_true", help="keep the calibration in the bundle too: the server's page shows it"
+        "--into-bundle", action="store_true", help="also keep the calibration in the bundle: the server's page shows it"
     )
     arguments = parser.parse_args(argv)
     if (arguments.data is None) == (arguments.rendered is None):

@@ -1,6 +1,6 @@
 """Make a model bundle or a LoRA adapter from a training checkpoint, or import published weights.
 
-A checkpoint has its own recipe; --recipe and --set say what imported weights are, as far as their folder does not.
+A checkpoint has its own recipe; --recipe and --set say what imported weights are, where their folder does not.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--motion-scale",
         choices=("more", "stiller"),
         default="more",
-        help="of --from-cinemo's motion ids: 0..19, larger = more motion, or 100 x SSIM, larger = stiller; "
-        "pipelines/probe_motion.py tells",
+        help="of --from-cinemo's motion ids: more (0..19, larger = more motion) or stiller (100 x SSIM, larger = "
+        "stiller); pipelines/probe_motion.py tells which",
     )
     parser.add_argument(
         "--adapter",
         action="store_true",
-        help="of a --checkpoint trained with LoRA: only what it has learnt, for peft and diffusers",
+        help="write only what a --checkpoint trained with LoRA has learnt, for peft and diffusers",
     )
     parser.add_argument(
-        "--register", metavar="NAME", help="of a --checkpoint: enter the bundle in MLflow's model registry under NAME"
+        "--register", metavar="NAME", help="enter the bundle of a --checkpoint in MLflow's model registry under NAME"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result")
     arguments = parser.parse_args(argv)
@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.adapter and not arguments.checkpoint:
         raise InputError("--adapter: only a --checkpoint has one; expected --checkpoint URI --adapter")
     if arguments.register and (arguments.adapter or not arguments.checkpoint):
-        raise InputError("--register: only for a bundle of a training; expected --checkpoint URI --register NAME")
+        raise InputError(
+            "--register: only for a bundle made from a checkpoint; expected --checkpoint URI --register NAME"
+        )
     recipe = cli.recipe_of(arguments)
     if arguments.checkpoint:
         if arguments.assignments:

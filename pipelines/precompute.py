@@ -1,6 +1,6 @@
 """Turn a manifest of clips (or a folder of videos) into a dataset of latents.
 
-A run that was stopped goes on where it was when the same command is given again.
+A run that was stopped continues where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="?",
         const="",
         metavar="REASON",
-        help="try refused clips of a finished dataset again: those of REASON, or all",
+        help="try refused clips of a finished dataset again: those refused for REASON, or all",
     )
     parser.add_argument("--verify", action="store_true", help="only check a finished dataset (needs no --manifest)")
     parser.add_argument("--sample", type=int, default=8, metavar="N", help="samples that --verify encodes again")
     arguments = parser.parse_args(argv)
     if arguments.prices and not arguments.plan:
-        parser.error("--prices belongs to --plan")
+        parser.error("--prices only works with --plan")
     recipe = cli.recipe_of(arguments)
     if arguments.verify:
         from cinemo.data.verify import sentences, verify

@@ -18,10 +18,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://"
     )
-    parser.add_argument("--image", action="append", required=True, metavar="FILE", help="repeat for more evidence")
+    parser.add_argument(
+        "--image", action="append", required=True, metavar="FILE", help="picture to animate; repeat for more evidence"
+    )
     parser.add_argument("--prompt", action="append", default=[], help="one per --image, in order (default: empty)")
     parser.add_argument("--steps", type=int, help="DDIM steps (default: what the bundle's recipe says)")
-    parser.add_argument("--seed", type=int, default=0, help="of the generated videos")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the generated videos")
     parser.add_argument("--output", metavar="FILE.json", help="also write the figures there")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     arguments = parser.parse_args(argv)

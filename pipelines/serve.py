@@ -1,4 +1,4 @@
-"""Serve a bundle over HTTP: image animation jobs at /v1/videos, until SIGINT or SIGTERM; SIGHUP takes a new bundle.
+"""Serve a bundle over HTTP: image animation jobs at /v1/videos, until SIGINT or SIGTERM; SIGHUP loads a new bundle.
 
 With --add-key, --list-keys or --revoke-key it manages the API keys of a database instead.
 """
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--config",
         type=Path,
         metavar="FILE",
-        help="config file of `serve run`, like cluster/serve.yaml; flags go first",
+        help="config file of `serve run`, like cluster/serve.yaml; flags take precedence",
     )
     parser.add_argument("--host", help="address to listen on; 0.0.0.0 = every interface (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (default: 8000)")
@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             else:
                 parser.add_argument(flag, type=parts[0], default=None, help=known, metavar=parts[0].__name__.upper())
     keys = parser.add_argument_group("API keys of the database")
-    keys.add_argument("--add-key", metavar="NAME", help="make a key and print it; it is shown this once")
-    keys.add_argument("--max-active", type=int, help="of the new key: jobs that may be unfinished at a time")
-    keys.add_argument("--per-day", type=int, help="of the new key: jobs in 24 hours")
+    keys.add_argument("--add-key", metavar="NAME", help="make a key and print it; it is shown only once")
+    keys.add_argument("--max-active", type=int, help="limit of the new key: unfinished jobs at a time")
+    keys.add_argument("--per-day", type=int, help="limit of the new key: jobs in 24 hours")
     keys.add_argument("--list-keys", action="store_true", help="print the keys, without their secrets")
-    keys.add_argument("--revoke-key", metavar="ID", help="a key that is refused from now on")
+    keys.add_argument("--revoke-key", metavar="ID", help="refuse this key from now on")
     arguments = parser.parse_args(argv)
 
     def read() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -69,7 +69,7 @@ def manage_keys(arguments: argparse.Namespace, store: Any) -> None:
         key, token = store.create(arguments.add_key, arguments.max_active, arguments.per_day)
         print(f"{key.id}  {key.name}  {token}")
     if arguments.revoke_key and not store.revoke(arguments.revoke_key):
-        raise InputError(f"--revoke-key {arguments.revoke_key}: no such key, or revoked before (see --list-keys)")
+        raise InputError(f"--revoke-key {arguments.revoke_key}: no such key, or already revoked (see --list-keys)")
     for key in store.list() if arguments.list_keys else ():
         made = datetime.fromtimestamp(key.created_at, UTC).date()
         limits = f"max-active {key.quota.max_active or '-'}, per-day {key.quota.per_day or '-'}"

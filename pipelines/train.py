@@ -24,13 +24,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--verify-resume",
         action="store_true",
-        help="prove here and on this dataset that a resume repeats and loses no sample: trains twice under --output, "
-        "once killed and resized",
+        help="prove here and on this dataset that a resume neither repeats nor loses a sample: trains twice under "
+        "--output, once killed and resized",
     )
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="only say what the run will take: FLOPs, memory of a worker, time (needs no --data and no --output)",
+        help="only say what the run will take: FLOPs, memory of a worker, time (needs neither --data nor --output)",
     )
     parser.add_argument(
         "--accelerator",
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.plan:
         for name in ("accelerator", "mfu", "prices"):
             if getattr(arguments, name) is not None:
-                parser.error(f"--{name} belongs to --plan")
+                parser.error(f"--{name} only works with --plan")
         missing = [f"--{name}" for name in ("data", "output") if getattr(arguments, name) is None]
         if missing:
             parser.error(f"the following arguments are required: {', '.join(missing)}")

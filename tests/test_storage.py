@@ -140,7 +140,9 @@ def test_an_outage_ends_in_one_line_in_bounded_time(s3_faults: FaultyS3, monkeyp
     s3_faults.meet({"503": 1.0})
     monkeypatch.setenv(s3.PATIENCE, "0.1")
     begun = time.monotonic()
-    with pytest.raises(RunError, match=r"s3://cinemo-test/x: storage has failed for .* run the same command again"):
+    with pytest.raises(
+        RunError, match=r"s3://cinemo-test/x: storage has been failing for .* run the same command again"
+    ):
         storage.write_bytes("s3://cinemo-test/x", b"x")
     assert time.monotonic() - begun < 60
 

@@ -1,7 +1,7 @@
 """Train the base UNet that ships with the package and that `cinemo-tiny` starts from, as the paper starts from LaVie.
 
 Renders and encodes clips, trains the UNet and the text model on them, and writes unet/, text_encoder/ and made.json.
-Stopped, it goes on. Then `pipelines/evaluate.py --rendered` measures a bundle made with them.
+If stopped, it continues when run again. Then `pipelines/evaluate.py --rendered` measures a bundle made with them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where unet/ and the stages go")
     parser.add_argument("--count", type=int, default=6000, help="clips to render")
-    parser.add_argument("--share", type=float, default=1.0, help="of the planned samples: 0.1 trains a tenth as long")
-    parser.add_argument("--batch", type=int, default=8, help="samples of a step")
-    parser.add_argument("--seed", type=int, default=101, help="of clips and training; the demo's clips have another")
-    parser.add_argument("--processes", type=int, default=2, help="that render, and on a CPU that train")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="share of the planned samples: 0.1 trains a tenth as long"
+    )
+    parser.add_argument("--batch", type=int, default=8, help="samples per step")
+    parser.add_argument(
+        "--seed", type=int, default=101, help="seed of clips and training; the demo's clips have another"
+    )
+    parser.add_argument("--processes", type=int, default=2, help="processes that render and, on a CPU, train")
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16: accelerators, and CPUs with AMX")
+    parser.add_argument("--bf16", action="store_true", help="use bfloat16: for accelerators, and CPUs with AMX")
     parser.add_argument("--init", metavar="DIR", help="a UNet's folder to start from, or package:tiny/unet")
     arguments = parser.parse_args(argv)
     if min(arguments.count, arguments.batch, arguments.processes) < 1 or arguments.share <= 0:

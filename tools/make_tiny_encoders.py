@@ -15,7 +15,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--clips", type=Path, metavar="DIR", help="folder of real videos; without it, rendered ones only"
     )
-    parser.add_argument("--hold-out", action="append", default=[], metavar="NAME", help="file only measured on; repeat")
+    parser.add_argument(
+        "--hold-out", action="append", default=[], metavar="NAME", help="file used only for measuring; repeatable"
+    )
     parser.add_argument("--minutes", type=float, default=52, help="training time of the VAE")
     parser.add_argument("--text-minutes", type=float, default=4, help="training time of the text model")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")

@@ -98,13 +98,13 @@ def resources(recipe: Recipe) -> Resources:
     wanted = data.encode_gpus * max(1, data.encode_actors)
     if wanted > gpus:
         raise InputError(
-            f"data.encode_gpus is {data.encode_gpus:g} for {max(1, data.encode_actors)} encoders, the cluster has "
+            f"data.encode_gpus is {data.encode_gpus:g} for {max(1, data.encode_actors)} encoders, but the cluster has "
             f"{gpus:g} accelerators; --set data.encode_gpus=0 encodes on CPUs"
         )
     if special and not have.get(special):
         known = ", ".join(sorted(name for name in have if ":" not in name))
         raise InputError(
-            f"data.decode_resource is {special!r}, which no node of the cluster offers (there: {known}); "
+            f"data.decode_resource is {special!r}, which no node of the cluster offers (available: {known}); "
             "--set data.decode_resource=null decodes wherever a core is free"
         )
     # On accelerators, and on few cores, all work from the beginning; on many cores Ray adds encoders while clips wait.

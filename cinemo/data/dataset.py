@@ -67,7 +67,9 @@ class Dataset:
                 stored = storage.read_json(place)
                 different = differences(stored["computed_from"], covers) + differences(stored["plan"], identity)
             except (ValueError, KeyError, TypeError):
-                raise InputError(f"{place}: not a dataset.json of this program; choose another --output") from None
+                raise InputError(
+                    f"{place}: not a dataset.json written by this program; choose another --output"
+                ) from None
             if different:
                 raise InputError(f"{uri}: holds another dataset: {'; '.join(different)}; choose another --output")
         else:
@@ -162,7 +164,7 @@ class Dataset:
         found = {clip_id: value for clip_id, value in refused.items() if reason in ("", value[1])}
         if reason and not found:
             known = ", ".join(sorted({why for _, why in refused.values()})) or "none"
-            raise InputError(f"--retry-quarantine {reason}: no clip is refused for that; reasons there: {known}")
+            raise InputError(f"--retry-quarantine {reason}: no clip was refused for that; reasons found: {known}")
         return found
 
     def rows_to_retry(self, refused: dict[str, tuple[int, str]]) -> PlannedRows:

@@ -90,7 +90,7 @@ def plan_only(
         "bottleneck": known.bottleneck(figures, spent),
         "ranges": f"5th to 95th percentile of {_RESAMPLES} resamples of the measured clips; "
         "refused clips, and with them samples and bytes: 90% Wilson interval; "
-        "memory: without and with a full object store and a shard in commit",
+        "memory: without and with a full object store and a shard being committed",
         "figures": ranged,
     }
     if prices:

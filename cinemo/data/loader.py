@@ -85,7 +85,9 @@ class LatentLoader:
         self.order = SampleOrder(sizes, global_batch=global_batch, lanes=lanes, seed=seed, views=index.views)
         self.note: str | None = None  # worth telling whoever watches the run
         if self.order.samples < global_batch:
-            self.note = f"{self.order.samples} samples are fewer than a global batch of {global_batch}: it repeats some"
+            self.note = (
+                f"{self.order.samples} samples are fewer than a global batch of {global_batch}, so a batch repeats some"
+            )
         self._lanes = self.order.lanes_of(rank, world)
         self._reader = ShardReader(index, fields, FileCache(cache_gb * 1e9), keep=2 * len(self._lanes))
         self._samples = _Samples(self._reader, on_damaged == "skip")

@@ -102,12 +102,14 @@ def _acquire(output: str) -> Lock:
             continue
         if _is_here(holder) or (watched and version != watched):
             raise InputError(
-                f"{output}: another job is at work on it ({_describe(holder)}); wait for it, stop it, or choose "
-                f"another --output (a job that died is noticed: at once on its machine, else in {STALE_SECONDS:g} s)"
+                f"{output}: another job is working on it ({_describe(holder)}); wait for it, stop it, or choose "
+                f"another --output (a dead job is noticed at once on its machine, else within {STALE_SECONDS:g} s)"
             )
         if not watched:
             watched, since = str(version), time.monotonic()
-            print(f"{output}: locked by a job elsewhere ({_describe(holder)}); watching if it is alive", flush=True)
+            print(
+                f"{output}: locked by a job elsewhere ({_describe(holder)}); watching whether it is alive", flush=True
+            )
         time.sleep(HEARTBEAT_SECONDS / 5)
 
 

@@ -227,7 +227,7 @@ def _check_columns(schema: pa.Schema, uri: str) -> None:
     stored = [_stored_name(name) if name not in SCHEMA.names else name for name in names]
     twice = sorted({name for name in stored if stored.count(name) > 1})
     if twice:
-        raise InputError(f"manifest {uri}: column {', '.join(twice)} is there twice; rename one")
+        raise InputError(f"manifest {uri}: column {', '.join(twice)} appears twice; rename one")
     binary = [f.name for f in schema if f.name not in SCHEMA.names and "binary" in str(f.type)]
     if binary:
         raise InputError(f"manifest {uri}: column {', '.join(binary)} is binary, which JSON cannot hold; drop it")

@@ -22,7 +22,7 @@ class Prices(Part):
     per_1000_put: float | None = Field(None, ge=0)
     per_1000_get: float | None = Field(None, ge=0)
     clips_per_accelerator_second: float | None = Field(
-        None, gt=0, description="used where no accelerator is at hand to measure"
+        None, gt=0, description="used where there is no accelerator to measure"
     )
 
 
@@ -39,7 +39,7 @@ def read_prices(uri: str) -> Prices:
         raise InputError(f"prices {uri}: not JSON ({error})") from None
     known = ", ".join(Prices.model_fields)
     if not isinstance(values, dict):
-        raise InputError(f"prices {uri}: a JSON {type(values).__name__}, expected an object with keys out of {known}")
+        raise InputError(f"prices {uri}: a JSON {type(values).__name__}, expected an object with keys from {known}")
     try:
         return Prices.model_validate(values)
     except ValidationError as error:

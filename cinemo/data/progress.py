@@ -71,7 +71,7 @@ class Figures:
             return f"{head}, starting workers, {_clock(self.seconds)}"
         left = self.seconds_left
         parts = [head, f"{self.rate:.2f} clips/s", f"{self.megabytes_per_second:.1f} MB/s"]
-        parts.append(f"{_clock(self.seconds)} gone" if left is None else f"{_clock(left)} left")
+        parts.append(f"{_clock(self.seconds)} elapsed" if left is None else f"{_clock(left)} left")
         parts.append("busy: " + " ".join(f"{stage} {share:.0%}" for stage, share in self.use.items()))
         if self.reasons:
             parts.append(f"refused {sum(self.reasons.values())}: {describe(self.reasons)}")

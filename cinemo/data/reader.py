@@ -108,7 +108,9 @@ class ShardReader:
         try:
             record = storage.read_json(place)
             if record["sha256"] != digest:
-                raise Damaged(f"{uri}: its record says sha256 {record['sha256'][:12]}..., the index {digest[:12]}...")
+                raise Damaged(
+                    f"{uri}: its record says sha256 {record['sha256'][:12]}..., the index says {digest[:12]}..."
+                )
             tar = self.cache.map(uri, digest, self._sizes[position], fresh)
             members = Members(**record["members"])
         except Damaged as error:

@@ -116,7 +116,7 @@ def _tar_header(name: str, size: int) -> bytes:
     """What tarfile makes of it, twenty times as fast: only name, size and checksum differ between members."""
     name_bytes, size_bytes = name.encode(), b"%011o" % size
     if len(name_bytes) > _NAME or size >= 8**11:
-        raise ValueError(f"{name} of {size} bytes: USTAR takes names of at most {_NAME} bytes and members below 8 GiB")
+        raise ValueError(f"{name} of {size} bytes: USTAR allows names of at most {_NAME} bytes and members below 8 GiB")
     checksum = _TEMPLATE_SUM + sum(name_bytes) + sum(size_bytes)
     name_bytes = name_bytes.ljust(_NAME, b"\0")
     return b"".join(
@@ -284,7 +284,7 @@ class DatasetIndex:
             raise InputError(f"{uri}: the dataset is not complete; run the same precompute.py command to finish it")
         table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "index.parquet"))))
         if not info["samples"]:
-            raise InputError(f"{uri}: the dataset has no samples, all {info['quarantined']} clips were refused")
+            raise InputError(f"{uri}: the dataset has no samples: all {info['quarantined']} clips were refused")
         return cls(uri, info, table)
 
     @property

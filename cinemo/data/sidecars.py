@@ -70,11 +70,11 @@ class FieldStore:
                 stored = storage.read_json(place)
                 different = differences(stored["computed_from"], covers)
             except (ValueError, KeyError, TypeError):
-                raise InputError(f"{place}: not a field of this program; remove it with its directory") from None
+                raise InputError(f"{place}: not a field written by this program; remove it and its directory") from None
             if different:
                 raise InputError(
                     f"{dataset}: holds another {field}: {'; '.join(different)}; "
-                    f"remove {directory(dataset, field)} and {place} to make it anew"
+                    f"remove {directory(dataset, field)} and {place} to make it again"
                 )
         return cls(dataset, field, fingerprint, covers, stored)
 
@@ -216,7 +216,7 @@ class Sidecar:
             tar = cache.map(uri, record["sha256"], record["bytes"], check)
             if record["shard_sha256"] != shard_sha256:
                 made_for = f"its record says {record['shard_sha256'][:12]}..."
-                raise Damaged(f"{uri}: shard is {shard_sha256[:12]}..., {made_for}")
+                raise Damaged(f"{uri}: the shard is {shard_sha256[:12]}..., {made_for}")
         except Damaged as error:
             raise Damaged(f"{error}; remove {place} and {info_uri(dataset, field)} and {again}") from None
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -62,7 +62,7 @@ def with_statistics(recipe: Recipe, index: DatasetIndex) -> Recipe:
     if not measured:
         raise InputError(
             f"dataset {index.uri}: has no latent_statistics, which encoders.normalize needs; "
-            "run the same precompute.py command again, it adds them"
+            "run the same precompute.py command again to add them"
         )
     values = {"latents_mean": tuple(measured["mean"]), "latents_std": tuple(measured["std"])}
     return recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update=values)})

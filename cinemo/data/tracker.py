@@ -43,7 +43,7 @@ class Tracker:
             work()
         except Exception as error:  # of whatever kind the store raises
             self.lost = True
-            print(f"mlflow: {type(error).__name__}: {error}; this run is tracked no further", file=sys.stderr)
+            print(f"mlflow: {type(error).__name__}: {error}; this run is no longer tracked", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def tracked(recipe: Recipe, output: str) -> Iterator[Tracker | None]:
         yield None
         return
     if importlib.util.find_spec("mlflow") is None:
-        print("MLFLOW_TRACKING_URI is set and mlflow not installed: this run is not tracked", file=sys.stderr)
+        print("MLFLOW_TRACKING_URI is set but mlflow is not installed: this run is not tracked", file=sys.stderr)
         yield None
         return
     tracker = Tracker(tracking.Run(output, "precompute", params=tracking.flatten(recipe) | {"output": output}))

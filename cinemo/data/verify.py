@@ -137,13 +137,13 @@ def sentences(result: Mapping[str, Any]) -> Iterator[str]:
     beside = f" and {result['sidecars']} sidecars ({', '.join(fields)})" if fields else ""
     yield f"{result['samples']} samples in {result['shards']} shards{beside}, {megabytes:.1f} MB"
     yield (
-        f"every sha256, size, member, record and total agrees, no key is there twice, no stray files "
+        f"every sha256, size, member, record and total agrees, no key appears twice, no stray files "
         f"({megabytes / result['seconds']:.0f} MB/s)"
     )
     if again["samples"]:
         yield (
-            f"{again['samples']} samples made once more: {again['equal']} equal bit for bit, "
-            f"{again['skipped']} without source, latents off by at most {again['worst']:.2g} of their size"
+            f"{again['samples']} samples made again: {again['equal']} equal bit for bit, "
+            f"{again['skipped']} without a source, latents off by at most {again['worst']:.2g} of their size"
         )
 
 
@@ -176,7 +176,7 @@ def canary(index: DatasetIndex, recipe: Recipe, samples: int, seed: int) -> Cana
             if error.reason == "missing":
                 result.skipped += 1
             else:
-                result.faults.append(f"sample {sample.key}: its source is not what it was ({error})")
+                result.faults.append(f"sample {sample.key}: its source has changed ({error})")
             continue
         except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
             result.unreadable.append(f"{_shard(number)}.tar: a sample of it cannot be read ({error})")
@@ -188,7 +188,9 @@ def canary(index: DatasetIndex, recipe: Recipe, samples: int, seed: int) -> Cana
 def _compare(result: Canary, sample: LatentSample, latents_FCHW: np.ndarray, ssim: float) -> None:
     stored = sample.latents_FCHW.astype(np.float32)
     if stored.shape != latents_FCHW.shape:
-        result.faults.append(f"sample {sample.key}: latents are {stored.shape}, made again {latents_FCHW.shape}")
+        result.faults.append(
+            f"sample {sample.key}: latents are {stored.shape}, but {latents_FCHW.shape} when made again"
+        )
         return
     difference = latents_FCHW.astype(np.float32) - stored
     off = float(np.sqrt((difference**2).mean() / max((stored**2).mean(), 1e-12)))
@@ -200,7 +202,7 @@ def _compare(result: Canary, sample: LatentSample, latents_FCHW: np.ndarray, ssi
             f"{LATENT_TOLERANCE:g}: another VAE, decoder or source"
         )
     elif abs(ssim - sample.ssim) > SSIM_TOLERANCE:
-        result.faults.append(f"sample {sample.key}: ssim is {sample.ssim!r}, made again {ssim!r}")
+        result.faults.append(f"sample {sample.key}: ssim is {sample.ssim!r}, but {ssim!r} when made again")
 
 
 def _shard(number: int) -> str:
@@ -222,7 +224,7 @@ def _check(index: DatasetIndex, number: int, fields: Mapping[str, Any]) -> _Chec
     try:
         _check_shard(checked, index, number, fields)
     except (ValueError, LookupError, TypeError) as error:
-        checked.faults.append(f"{_shard(number)}: its files hold nonsense ({type(error).__name__}: {error})")
+        checked.faults.append(f"{_shard(number)}: its files are malformed ({type(error).__name__}: {error})")
     return checked
 
 
@@ -234,7 +236,7 @@ def _check_shard(checked: _Checked, index: DatasetIndex, number: int, fields: Ma
         return
     checked.record = {**record, "members": {"array_shape": record["members"]["array_shape"]}}  # the rest is large
     if (record["shard"], record["fingerprint"]) != (number, index.info["fingerprint"]):
-        checked.faults.append(f"{name}.json: shard {record['shard']} of another fingerprint or number")
+        checked.faults.append(f"{name}.json: is for shard {record['shard']}, or has another fingerprint")
     keys = record["members"]["keys"]
     checked.keys = np.array([_hashed(key) for key in keys], np.uint64)
     checked.refused = Counter(refusal.reason for refusal in shards.read_ledger(index.uri, number))
@@ -378,7 +380,7 @@ def _repeated_keys(index: DatasetIndex, checked: Sequence[_Checked]) -> list[str
     for shard in checked:
         if np.isin(shard.keys, twice).any():
             seen.update(storage.read_json(shards.record_uri(index.uri, shard.shard))["members"]["keys"])
-    return [f"sample {key}: is there {count} times" for key, count in seen.items() if count > 1]
+    return [f"sample {key}: appears {count} times" for key, count in seen.items() if count > 1]
 
 
 def _hashed(key: str) -> int:

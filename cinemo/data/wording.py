@@ -39,7 +39,7 @@ def plan_lines(plan: Mapping[str, Any], output: str) -> list[str]:
     lines += _ranges({_SHOWN[name]: value for name, value in plan["figures"].items()})
     if plan["encode_speed"] == "unknown":
         lines.append(
-            "  encode: unknown, no accelerator here; clips_per_accelerator_second in a --prices file stands in for it"
+            "  encode: unknown, no accelerator here; give clips_per_accelerator_second in a --prices file instead"
         )
     if "costs" in plan:
         lines += _ranges(
@@ -59,7 +59,7 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary["stage_seconds"].items())
         lines.append(
             f"this run: {summary['done']} clips in {summary['seconds']:.1f} s, "
-            f"{summary['clips_per_second']:.2f} clips/s; over all processes {stages}"
+            f"{summary['clips_per_second']:.2f} clips/s; over all processes: {stages}"
         )
     else:
         lines.append("nothing was left to do")

@@ -104,7 +104,7 @@ def _totals(dataset: DatasetIndex, run: Mapping[str, Any] | None) -> list[str]:
         shown["this run"] = f"{run['clips_per_second']:.2f} clips/s"
     height, width = info["size"]
     lead = (
-        f"{info['frames']} frames at {width}×{height} a sample, kept as latents beside caption and raw motion score: "
+        f"{info['frames']} frames at {width}×{height} per sample, kept as latents with caption and raw motion score: "
         "how much the clips move, which were refused and why, and what the last run cost."
     )
     title = html.escape(dataset.uri.rstrip("/").rsplit("/", 1)[-1])
@@ -120,15 +120,15 @@ def _motion(dataset: DatasetIndex) -> list[str]:
         sets["in use"] = own
     text = (
         "The motion score is the mean SSIM of adjacent frames: 1 is a still picture. Training sees it as one of 20 "
-        "buckets, larger = more motion. Uniform edges are the paper's; equal edges put as many samples in every "
-        "bucket. Scores are stored raw, so changing the edges encodes nothing again."
+        "buckets, larger = more motion. Uniform edges are the paper's; equal edges put the same number of "
+        "samples in every bucket. Scores are stored raw, so nothing is encoded again when the edges change."
     )
     equal_chart = motion_histogram(dataset, equal), "Equal-population edges, made from this dataset's scores."
     used = "in use" if own == list(UNIFORM_EDGES) else "not in use here"
     setting = "data.bucket_edges=[" + ",".join(f"{edge:g}" for edge in equal) + "]"
     return [
         section("Motion", text),
-        chart(score_histogram(dataset, sets), "Samples by motion score, and where the bucket edges cut."),
+        chart(score_histogram(dataset, sets), "Samples by motion score, with the bucket edges."),
         pair((motion_histogram(dataset, UNIFORM_EDGES), f"Uniform edges (the paper's), {used}."), equal_chart),
         *([chart(motion_histogram(dataset), "The edges in use.")] if "in use" in sets else []),
         f'<p class="note">To use the equal-population edges:</p><pre>{html.escape(f"--set {setting}")}</pre>',
@@ -139,8 +139,8 @@ def _sheets(dataset: DatasetIndex) -> list[str]:
     """The clips at both ends, decoded once more from their sources."""
     parts = []
     for title, text, largest in (
-        ("The stillest clips", "The highest scores. Title cards, slides and frozen video show here.", True),
-        ("The clips that move most", "The lowest scores. Cuts, flicker and shaking cameras show here.", False),
+        ("The stillest clips", "The highest scores. Title cards, slides and frozen video show up here.", True),
+        ("The clips that move most", "The lowest scores. Cuts, flicker and shaking cameras show up here.", False),
     ):
         rows = _extreme(dataset, largest)
         videos, labels, gone = [], [], []
@@ -156,7 +156,9 @@ def _sheets(dataset: DatasetIndex) -> list[str]:
         if videos:
             parts.append(picture(contact_sheet(videos, labels, _SHEET_FRAMES, 128)))
         if gone:
-            parts.append(f'<p class="note">Left out, the source cannot be read: {html.escape("; ".join(gone))}</p>')
+            parts.append(
+                f'<p class="note">Left out because the source cannot be read: {html.escape("; ".join(gone))}</p>'
+            )
     return parts
 
 
@@ -209,7 +211,7 @@ def _refused(dataset: DatasetIndex, reasons: Mapping[str, int]) -> list[str]:
         for place, refusal in enumerate(examples.get(reason, [])[:_EXAMPLES]):
             first = [html.escape(refusal.stage), html.escape(reason)] if not place else ["", ""]
             rows.append([*first, code(refusal.uri), html.escape(refusal.detail)])
-    text = "By reason, with examples. --retry-quarantine REASON tries them again, once what they lacked is mended."
+    text = "By reason, with examples. Once the cause is fixed, --retry-quarantine REASON tries them again."
     return [
         section("Refused clips", text),
         chart(count_bars(counts), "Refused clips by reason.", narrow=True),
@@ -227,13 +229,13 @@ def _timings(run: Mapping[str, Any] | None) -> list[str]:
         share = f"{seconds / elapsed / places:.0%} of {places:g}" if places else "-"
         rows.append([stage, f"{seconds:,.1f} s", f"{1000 * seconds / done:,.1f} ms", share])
     text = (
-        f"{run['done']:,} clips in {run['seconds']:,.0f} s from command to finished dataset, the start of the workers "
-        "included. Seconds are summed over processes; the share is that of the time of all processes a stage may have."
+        f"{run['done']:,} clips in {run['seconds']:,.0f} s from command to finished dataset, including the start of "
+        "the workers. Seconds are summed over processes; the busy share is relative to all processes a stage may have."
     )
     return [
         section("Where the time went", text),
         '<div class="pair">'
-        + chart(duration_bars(dict(run["stage_seconds"])), "Seconds of all processes, by stage.")
+        + chart(duration_bars(dict(run["stage_seconds"])), "Seconds summed over all processes, by stage.")
         + f"<div>{table(['stage', 'seconds', 'per clip', 'busy'], rows)}</div></div>",
     ]
 
@@ -241,7 +243,7 @@ def _timings(run: Mapping[str, Any] | None) -> list[str]:
 def _predicted(uri: str, summary: Mapping[str, Any]) -> list[str]:
     """Predicted against actual, where the run was planned."""
     rows = predicted_rows(uri, summary)
-    text = "What --plan expected of this run (low, high: the range it gave), and what came."
+    text = "What --plan expected of this run (low, high: the range it gave), and how it turned out."
     cells = [[html.escape(value) for value in row] for row in rows]
     names = ["what", "predicted", "low", "high", "actual"]
     return [section("Predicted and actual", text), table(names, cells)] if rows else []

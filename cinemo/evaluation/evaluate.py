@@ -173,5 +173,5 @@ def _check_fit(bundle: ModelBundle, sample: LatentSample, data: str) -> None:
     if sample.latents_FCHW.shape != expected:
         raise InputError(
             f"--data {data}: its latents are {sample.latents_FCHW.shape}, bundle {bundle.recipe.name} makes {expected} "
-            "(frames, channels, rows, columns); give the dataset of that recipe"
+            "(frames, channels, rows, columns); give a dataset made with that recipe"
         )

@@ -153,7 +153,7 @@ def calibration_curve(calibration: Calibration) -> Figure:
     for row in calibration.motion:
         axes.plot(calibration.buckets, row, color=MUTED, alpha=0.6, linewidth=1)
     axes.plot(calibration.buckets, calibration.mean_motion, color=ACCENT, linewidth=2.5, marker="o")
-    axes.set(xlabel="motion bucket asked for", ylabel="measured motion (1 - SSIM)", xticks=calibration.buckets)
+    axes.set(xlabel="requested motion bucket", ylabel="measured motion (1 - SSIM)", xticks=calibration.buckets)
     axes.set_ylim(0, None)
     return figure
 

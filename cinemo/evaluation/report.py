@@ -62,15 +62,15 @@ def write_demo_report(uri: str, facts: DemoFacts) -> None:
     tuned = facts.motion["tuned"]
     body = [
         "<h1>From clips to animated images</h1>",
-        '<p class="lead">The whole chain on this machine: clips became latent shards, shards a model, the model '
-        "videos, and an HTTP endpoint answered with one. It is the published method at the size of a toy: "
+        '<p class="lead">The whole chain on this machine: clips became latent shards, the shards a model, the '
+        "model made videos, and an HTTP endpoint served one. It is the published method at toy size: "
         f"{parameters_and_size(facts)}. Judge the chain and the motion, not the picture quality.</p>",
         tiles(
             {
                 "pans go the right way": f"{tuned['pan_direction_cosine']:.2f}",
                 "shapes go the right way": f"{tuned['object_direction_share']:.0%}",
                 "fluids go the right way": f"{tuned['fluid_direction_cosine']:.2f}",
-                "more bucket, more motion": f"{tuned['bucket_rank']:.2f}",
+                "higher bucket, more motion": f"{tuned['bucket_rank']:.2f}",
                 "training steps": f"{facts.losses[-1][0]}",
                 "total time": f"{sum(facts.seconds.values()) / 60:.1f} min",
             }
@@ -85,11 +85,11 @@ def write_demo_report(uri: str, facts: DemoFacts) -> None:
                 loss_curve(*zip(*facts.losses, strict=True)),
                 "Training loss; bold: running mean over a tenth of the run.",
             ),
-            (duration_bars(dict(facts.seconds)), "Seconds per stage, process start included."),
+            (duration_bars(dict(facts.seconds)), "Seconds per stage, including process start-up."),
         ),
         f'<p class="note">Every parameter and metric is in MLflow: <code>{html.escape(facts.mlflow)}</code></p>',
         *_dataset_part(facts.dataset, facts.edges),
-        section("Serving", "One job, asked for over HTTP as any client would: post, poll, download."),
+        section("Serving", "One job, requested over HTTP as any client would: post, poll, download."),
         _served(facts),
         section("Run it yourself", "The commands behind this page."),
         table(["stage", "command"], [[name, code(command)] for name, command in facts.commands.items()]),
@@ -120,12 +120,12 @@ def write_evaluation_report(
                 **{name.replace("_", " "): number(value) for name, value in metrics.items()},
             }
         ),
-        section("Motion control", "Generated motion by the bucket that was asked for: it should rise."),
+        section("Motion control", "Generated motion by requested bucket: it should rise."),
         pair(
             (calibration_curve(calibration), "Bold: mean over images. Thin: each image."),
             (motion_histogram(dataset), "The buckets of the dataset, for comparison."),
         ),
-        section("Samples", "Odd rows: the clip, as its latents decode. Even rows: generated from its first frame."),
+        section("Samples", "Odd rows: the clip, decoded from its latents. Even rows: generated from its first frame."),
         picture(sheet),
         table(list(rows[0]), [[html.escape(number(value)) for value in row.values()] for row in rows]),
         *_dataset_part(dataset),
@@ -140,25 +140,25 @@ def parameters_and_size(facts: DemoFacts) -> str:
 
 # What each figure of `cinemo.evaluation.rendered` says, for people.
 _MOTION_ROWS = {
-    "pan_direction_cosine": "pans: cosine of the flow with the direction asked for",
+    "pan_direction_cosine": "pans: cosine of the flow with the requested direction",
     "pan_speed_rank": "pans: rank correlation of true and achieved speed",
     "pan_flow_gain": "pans: gain of dense flow on the true flow (1 is perfect)",
     "object_direction_share": "shapes: share that goes the right way",
     "object_iou": "shapes: overlap with the true place at the ninth frame, buckets up to 10",
     "object_flow_gain": "shapes: gain of dense flow",
-    "fluid_direction_cosine": "fluids: cosine of the flow with the direction asked for",
+    "fluid_direction_cosine": "fluids: cosine of the flow with the requested direction",
     "fluid_flow_gain": "fluids: gain of dense flow",
     "bucket_rank": "rank correlation of requested bucket and achieved motion",
     "still_ssim": "still scenes at bucket 0: SSIM of neighbouring frames",
-    "first_frame_psnr_gap": "first frame: dB behind the autoencoder, at worst",
-    "unexplained": "unexplained by one step from noise, right prompt (0 is perfect, 1 a standing picture)",
+    "first_frame_psnr_gap": "first frame: dB below the autoencoder, at worst",
+    "unexplained": "unexplained by one step from noise, right prompt (0 is perfect, 1 is a still picture)",
     "unexplained_opposite_prompt": "the same, opposite direction in the prompt (should be large)",
 }
 
 
 _GIVEN_ROWS = {
     "unexplained": "samples of the dataset: unexplained by one step from noise",
-    "unexplained_other_prompt": "the same, with the words of another sample (should be larger)",
+    "unexplained_other_prompt": "the same, with the prompt of another sample (should be larger)",
     "unexplained_other_bucket": "the same, with a bucket ten away (should be larger)",
 }
 
@@ -175,7 +175,9 @@ def motion_part(motion: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, text in _GIVEN_ROWS.items():
             rows.append([html.escape(text), *(f"{figures['given'][name]:.3f}" for figures in motion.values()), ""])
     clips = next(iter(motion.values()))["clips_of_each_kind"]
-    text = f"Unseen rendered scenes, {clips} of each kind, whose true motion the renderer knows. SSIM cannot see this."
+    text = (
+        f"Unseen rendered scenes, {clips} of each kind, whose true motion the renderer knows. SSIM cannot measure this."
+    )
     names = {"base": "shipped base", "tuned": "fine-tuned here"}
     return [section("Does it move as asked?", text), table(["", *(names.get(n, n) for n in motion), "bar"], rows)]
 

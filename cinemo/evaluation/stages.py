@@ -43,7 +43,7 @@ class Stages:
     def __init__(self, directory: Path, scripts: Path, fresh: bool = False) -> None:
         record = directory / RECORD
         if directory.exists() and (not directory.is_dir() or (any(directory.iterdir()) and not record.is_file())):
-            raise InputError(f"--output {directory}: is not empty and no earlier demo; choose another directory")
+            raise InputError(f"--output {directory}: is not empty and not an earlier demo; choose another directory")
         self.directory, self._scripts = directory, scripts
         self._stored: dict[str, dict[str, Any]] = json.loads(record.read_text()) if record.is_file() else {}
         if fresh:

@@ -180,7 +180,7 @@ def serve(channel: int, memory: int, parent: int) -> None:
         except ClipError as error:
             answer = error
         except MemoryError as error:
-            answer = ClipError("decode", "out_of_memory", f"more than {data.clip_memory:g} GiB: {error}")
+            answer = ClipError("decode", "out_of_memory", f"needs more than {data.clip_memory:g} GiB: {error}")
         except Exception as error:
             # A library in front of damaged bytes raises what it likes, and so does a line of ours that did not expect
             # them (IndexError, TypeError). Nothing tells these from a bug that any clip would meet, and a bad clip must

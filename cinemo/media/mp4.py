@@ -38,7 +38,7 @@ def write_video(
         raise InputError(f"{path}: got frames {frames_FHWC.shape} {frames_FHWC.dtype}, expected uint8 FxHxWx3, F >= 1")
     height, width = frames_FHWC.shape[1:3]
     if height % 2 or width % 2:
-        raise InputError(f"{path}: frames are {width}x{height}, yuv420p video needs even sides; crop or pad them")
+        raise InputError(f"{path}: frames are {width}x{height}, but yuv420p video needs even sides; crop or pad them")
     if not fps > 0:
         raise InputError(f"{path}: fps is {fps}, expected a number above 0")
     path = Path(path)

@@ -58,7 +58,7 @@ def open_video(path: str | Path, header_only: bool = False) -> Iterator[tuple[An
                 raise ClipError("open", "unknown_codec", f"{path}: no decoder for its video stream")
             width, height = codec.width, codec.height
             if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= MAX_PIXELS):
-                limit = f"expected 1 to {MAX_SIDE} a side and {MAX_PIXELS} in all"
+                limit = f"expected 1 to {MAX_SIDE} per side and at most {MAX_PIXELS} in all"
                 raise ClipError("open", "absurd_dimensions", f"{path}: {width}x{height} pixels, {limit}")
             # Many single-threaded workers do more work a core than few with frame threads.
             codec.thread_count = 1
@@ -109,7 +109,7 @@ def read_timeline(container: Any, stream: Any, path: str | Path) -> Timeline:
             pts.append(packet.pts)
     if packets < stream.frames:
         # A cut file's index still promises all of them, and the demuxer stops without a word.
-        raise ClipError("decode", "truncated", f"{packets} of {stream.frames} frames are in the file")
+        raise ClipError("decode", "truncated", f"only {packets} of {stream.frames} frames are in the file")
     if not pts:
         raise ClipError("decode", "no_frames", f"{path}: the video stream is empty")
     known = [value for value in pts if value is not None]
@@ -132,7 +132,7 @@ def _counted(path: str | Path) -> Timeline:
 def frame_rate(stream: Any) -> float:
     rate = stream.average_rate or stream.guessed_rate
     if not rate:
-        raise ClipError("open", "no_frame_rate", "the video stream names no frame rate")
+        raise ClipError("open", "no_frame_rate", "the video stream states no frame rate")
     return float(rate)
 
 

@@ -171,7 +171,9 @@ def read_frames(
         timeline = read_timeline(container, stream, path)
         outside = [index for index in wanted if not 0 <= index < timeline.frames]
         if outside:
-            raise ClipError("decode", "too_few_frames", f"frame {outside[0]} asked, {path} has {timeline.frames}")
+            raise ClipError(
+                "decode", "too_few_frames", f"frame {outside[0]} was requested, {path} has {timeline.frames}"
+            )
         if decoder == "decord":
             frames = _decord(path, sorted(set(wanted)), size)
         else:
@@ -238,7 +240,7 @@ def _decode(
                 break
     if left:
         raise ClipError(
-            "decode", "truncated", f"{len(indices) - len(left)} of {len(indices)} wanted frames could be decoded"
+            "decode", "truncated", f"only {len(indices) - len(left)} of {len(indices)} wanted frames could be decoded"
         )
 
 
@@ -314,7 +316,9 @@ def _fitter(stream: Any, size: Size | None) -> Callable[..., np.ndarray]:
             scaled_width, scaled_height, left, top = cover(width, height, (rows, columns))
         if scaled_width * scaled_height > MAX_PIXELS:
             raise ClipError(
-                "decode", "absurd_dimensions", f"{width}x{height} pixels become {scaled_width}x{scaled_height} to cover"
+                "decode",
+                "absurd_dimensions",
+                f"{width}x{height} pixels would become {scaled_width}x{scaled_height} to cover the target size",
             )
         box = slice(top, top + rows), slice(left, left + columns)
         if (scaled_width, scaled_height) == (frame.width, frame.height):

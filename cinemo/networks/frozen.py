@@ -135,7 +135,7 @@ def normalised(config: Mapping[str, Any], statistics: Statistics) -> dict[str, l
     channels, scale = int(config.get("latent_channels", 4)), float(config.get("scaling_factor", _SCALING_FACTOR))
     mean, deviation = statistics
     if not len(mean) == len(deviation) == channels:
-        raise InputError(f"latents_mean has {len(mean)} numbers, the autoencoder {channels} latent channels")
+        raise InputError(f"latents_mean has {len(mean)} numbers, but the autoencoder has {channels} latent channels")
     mean_before = config.get("latents_mean") or [0.0] * channels
     std_before = config.get("latents_std") or [1.0] * channels
     return {
@@ -162,7 +162,7 @@ def check_vae(location: str) -> tuple[Path, str]:
     directory = _directory(location)
     name = read_config(directory, location).get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderKLTemporalDecoder"):
-        raise InputError(f"{location}: config.json is of {name}, expected AutoencoderKL[TemporalDecoder]")
+        raise InputError(f"{location}: config.json is for {name}, expected AutoencoderKL[TemporalDecoder]")
     _require_one(directory, location, *_VAE_FILES)
     return directory, name
 

@@ -103,7 +103,8 @@ def save_adapter(state: Mapping[str, Tensor], train: TrainConfig, directory: Pat
     names = _adapted(state)
     if not names:
         raise InputError(
-            f"no adapter in this checkpoint: train.trainable is {train.trainable}, expected lora; export a bundle"
+            f"no adapter in this checkpoint: train.trainable is {train.trainable}, expected lora; "
+            "export a bundle instead"
         )
     directory.mkdir(parents=True, exist_ok=True)
     peft: dict[str, Tensor] = {}

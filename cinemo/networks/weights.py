@@ -80,7 +80,9 @@ def published_config(values: Mapping[str, Any], location: str) -> dict[str, Any]
     """
     for key, only in ONLY.items():
         if values.get(key) not in (None, only):
-            raise InputError(f"{location}: config.json has {key} = {values[key]!r}, this network has {only!r} only")
+            raise InputError(
+                f"{location}: config.json has {key} = {values[key]!r}, this network supports only {only!r}"
+            )
     return {name: values[name] for name in ModelConfig.model_fields if values.get(name) is not None}
 
 
@@ -170,7 +172,7 @@ def _read(path: Path, location: str, dtype: torch.dtype | None = None) -> dict[s
     if isinstance(state, Mapping) and isinstance(state.get("ema"), Mapping):
         state = state["ema"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{location}: expected a table of tensors, by name, at its top or under 'ema'")
+        raise InputError(f"{location}: expected a table of tensors by name, at its top level or under 'ema'")
     return dict(state)
 
 

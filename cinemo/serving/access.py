@@ -11,7 +11,7 @@ from cinemo.serving.keys import KeyStore, Quota
 from cinemo.serving.refusals import refusal
 from cinemo.types import RunError
 
-SCHEME = {"type": "http", "scheme": "bearer", "description": "an API key, as Authorization: Bearer cin_..."}
+SCHEME = {"type": "http", "scheme": "bearer", "description": "an API key, sent as Authorization: Bearer cin_..."}
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,14 @@ class KeyCheck:
             try:
                 client = await self._client(self.keys, dict(scope["headers"]).get(b"authorization", b""))
             except RunError:
-                answer = refusal(503, "unavailable", "the server cannot check keys now", headers={"Retry-After": "5"})
+                answer = refusal(
+                    503, "unavailable", "the server cannot check keys right now", headers={"Retry-After": "5"}
+                )
                 await answer(scope, receive, send)
                 return
         if client is None:
             headers = {"WWW-Authenticate": 'Bearer realm="cinemo"'}
-            message = "a valid API key is needed, as Authorization: Bearer cin_..."
+            message = "a valid API key is required, sent as Authorization: Bearer cin_..."
             await refusal(401, "invalid_api_key", message, headers=headers)(scope, receive, send)
             return
         scope.setdefault("state", {})["client"] = client

@@ -59,7 +59,7 @@ def key_hash(idempotency_key: str) -> str:
 def check_same(row: Row[Any], asked: str) -> None:
     """Raises `KeyReused` where a job was asked for by another fingerprint."""
     if row.fingerprint != asked:
-        raise KeyReused(f"the key came before with another request, job {row.id}")
+        raise KeyReused(f"the key was used before with another request, job {row.id}")
 
 
 def admit(transaction: Transaction, client: str, quota: Quota, max_queued: int, now: float) -> None:
@@ -70,13 +70,13 @@ def admit(transaction: Transaction, client: str, quota: Quota, max_queued: int, 
     if quota.max_active is not None:
         mine = select(func.count()).where(jobs.c.status.in_(("queued", "in_progress")), jobs.c.client == client)
         if (active := int(transaction.execute(mine).scalar_one())) >= quota.max_active:
-            message = f"{active} of your jobs are not finished, this key allows {quota.max_active} at once"
+            message = f"{active} of your jobs are unfinished; this key allows {quota.max_active} at once"
             raise QuotaExceeded(message, _retry_after(transaction))
     day = int(now // _DAY)
     today = (usage.c.client == client, usage.c.day == day)
     used = transaction.execute(select(usage.c.jobs).where(*today)).scalar_one_or_none()
     if quota.per_day is not None and (used or 0) >= quota.per_day:
-        message = f"you submitted {used} jobs today, this key allows {quota.per_day} in a day (UTC)"
+        message = f"you submitted {used} jobs today; this key allows {quota.per_day} a day (UTC)"
         raise QuotaExceeded(message, max(1, int((day + 1) * _DAY - now)))
     if used is None:
         transaction.execute(insert(usage).values(client=client, day=day, jobs=1))

@@ -139,7 +139,7 @@ def _add_creation(
                 alias="Idempotency-Key",
                 min_length=1,
                 max_length=255,
-                description="the same key with the same request again: the same job again",
+                description="sending the same request again with the same key returns the same job",
             ),
         ] = None,
     ) -> Video:
@@ -167,7 +167,7 @@ def _add_creation(
             headers = {"Retry-After": str(quota.retry_after)}
             raise Refused(429, "quota_exceeded", quota.message, headers=headers) from None
         except KeyReused:
-            message = "this Idempotency-Key came before with another request; use a new one"
+            message = "this Idempotency-Key was used before with another request; use a new one"
             raise Refused(422, "idempotency_key_reused", message, "Idempotency-Key") from None
         response.headers["Location"] = f"/v1/videos/{job.id}"
         return Video.of(job)
@@ -178,10 +178,10 @@ def _add_jobs(api: FastAPI, store: JobStore) -> None:
     def page(
         client: Asking,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        after: Annotated[str | None, Query(max_length=64, description="last_id of the page before")] = None,
+        after: Annotated[str | None, Query(max_length=64, description="last_id of the previous page")] = None,
         order: Literal["asc", "desc"] = "desc",
     ) -> VideoList:
-        """Jobs, the newest first unless ``order=asc``."""
+        """Jobs, newest first unless ``order=asc``."""
         jobs = store.page(limit + 1, after, order == "desc", client.id)
         data = [Video.of(job) for job in jobs[:limit]]
         first, last = (data[0].id, data[-1].id) if data else (None, None)
@@ -197,12 +197,12 @@ def _add_jobs(api: FastAPI, store: JobStore) -> None:
 
     @api.post("/v1/videos/{video_id}/cancel", responses=answers(401, 404, 409))
     def cancel(video_id: str, client: Asking) -> Video:
-        """Cancel an unfinished job; a finished one keeps its video (409), whichever of the two came first."""
+        """Cancel an unfinished job; one that finished first keeps its video (409)."""
         job = _found(store, video_id, client)
         if not store.cancel(job.id, client.id):
             job = _found(store, video_id, client)
             if job.status != "cancelled":
-                raise Refused(409, f"video_{job.status}", f"the video is {job.status} already; nothing was cancelled")
+                raise Refused(409, f"video_{job.status}", f"the video is already {job.status}; nothing was cancelled")
         return Video.of(_found(store, video_id, client))
 
     @api.delete("/v1/videos/{video_id}", responses=answers(401, 404))
@@ -230,7 +230,7 @@ def _add_jobs(api: FastAPI, store: JobStore) -> None:
         if job.status in ("queued", "in_progress"):
             raise Refused(409, "video_not_ready", f"the video is {job.status} ({job.progress} %); ask again later")
         if job.status != "completed":
-            message = job.error_message or f"the job was {job.status}, there is no video"
+            message = job.error_message or f"the job was {job.status}; there is no video"
             raise Refused(409, f"video_{job.status}", message)
         try:
             return video_answer(store.media, job, request.headers, body=request.method == "GET")
@@ -260,7 +260,7 @@ def _add_events(api: FastAPI, store: JobStore, streams: EventStreams) -> None:
 def _add_models(api: FastAPI, card: Callable[[], BundleCard]) -> None:
     @api.get("/v1/models", responses=answers(401))
     def models() -> ModelList:
-        """The models that can be asked for: one per server."""
+        """The available models: one per server."""
         return ModelList(data=[Model.of(card())])
 
     @api.get("/v1/models/{model}", responses=answers(401, 404))
@@ -277,12 +277,12 @@ def _add_operation(
 ) -> None:
     @api.get("/healthz")
     def health() -> Health:
-        """The HTTP process lives."""
+        """The HTTP process is alive."""
         return Health(status="ok")
 
     @api.get("/readyz", responses={503: {"model": Health}})
     async def readiness() -> JSONResponse:
-        """The model is loaded and works jobs off (200), or not yet (503)."""
+        """The model is loaded and ready for jobs (200), or not yet (503)."""
         is_ready = await ready()
         body = Health(status="ok" if is_ready else "starting", queued=await run_in_threadpool(store.waiting))
         return JSONResponse(body.model_dump(), 200 if is_ready else 503, None if is_ready else {"Retry-After": "2"})
@@ -301,11 +301,11 @@ _FILE = {"schema": {"type": "string", "format": "binary"}}
 _FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "the mp4", "content": {"video/mp4": _FILE}},
     206: {"description": "one range of the mp4", "content": {"video/mp4": _FILE}},
-    304: {"description": "the client's copy is the video"},
+    304: {"description": "the client's copy is up to date"},
 }
 _EVENT_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "events until the job is finished", "content": {"text/event-stream": {"schema": EVENT}}},
-    204: {"description": "the client has had the last event"},
+    204: {"description": "the client has already received the last event"},
 }
 
 
@@ -320,7 +320,7 @@ async def _picture(form: VideoForm, fetcher: Fetcher | None) -> tuple[bytes, str
     if given.startswith("data:"):
         return data_url(given)
     if fetcher is None:
-        message = "input_reference: send the picture itself, as a file or a data URL; this server fetches no URLs"
+        message = "input_reference: send the picture itself, as a file or a data URL; this server does not fetch URLs"
         raise Refused(400, "url_not_supported", message, PARAM)
     return await fetcher.fetch(given)
 

@@ -119,7 +119,7 @@ class Animator:
                 raise
             # An update that was refused is still Serve's target: a replica that starts later must not fail of it.
             refused, location = f"{location}: {error}", self._settings.bundle
-            log.error("bundle %s is refused, %s is served", refused, location)
+            log.error("bundle %s is refused; serving %s instead", refused, location)
             card, bundle = read_card(location), self._load(location)
         worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         store = open_store(self._settings)
@@ -145,12 +145,12 @@ class Animator:
                 bundle = self._load(location)
             except Exception as error:  # whatever is wrong with the new one, the old one works
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                log.error("bundle %s is refused, %s is served on: %s", location, before.location, reason)
+                log.error("bundle %s is refused; still serving %s: %s", location, before.location, reason)
                 self._served = replace(before, refused=reason)
                 return
             self._runner.swap(bundle)
             self._served = Served(location, card)
-            log.warning("bundle %s (%s) is served", location, card.digest[:12])
+            log.warning("now serving bundle %s (%s)", location, card.digest[:12])
 
     def _load(self, location: str) -> ModelBundle:
         bundle = load_bundle(location)
@@ -311,7 +311,7 @@ def serve_forever(
                 hangup.clear()
                 settings = _take_bundle(settings, reload)
     except KeyboardInterrupt:
-        print("stopped; unfinished jobs go on at the next start", flush=True)
+        print("stopped; unfinished jobs will continue at the next start", flush=True)
 
 
 def _deploy(settings: ServeSettings) -> None:
@@ -326,7 +326,7 @@ def _deploy(settings: ServeSettings) -> None:
         serve.run(application, name=_NAME)
     except RuntimeError as error:
         causes = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RunError(f"bundle {settings.bundle}: no animator starts: {causes[-1]}") from None
+        raise RunError(f"bundle {settings.bundle}: no animator could start: {causes[-1]}") from None
 
 
 def _take_bundle(settings: ServeSettings, reload: Callable[[], ServeSettings] | None) -> ServeSettings:
@@ -338,12 +338,12 @@ def _take_bundle(settings: ServeSettings, reload: Callable[[], ServeSettings] | 
         _deploy(wanted)
         served = _wait_for_update(digest)
     except (InputError, RunError) as error:
-        print(f"update refused: {error}; the served bundle stays", flush=True)
+        print(f"update refused: {error}; still serving the old bundle", flush=True)
         return settings
     if served.card.digest == digest:
-        print(f"{served.card.recipe.name} ({digest[:12]}) is served now", flush=True)
+        print(f"{served.card.recipe.name} ({digest[:12]}) is now being served", flush=True)
         return wanted
-    print(f"update refused: {served.refused}; {served.card.digest[:12]} is served on", flush=True)
+    print(f"update refused: {served.refused}; still serving {served.card.digest[:12]}", flush=True)
     with contextlib.suppress(
         InputError, RunError
     ):  # or a replica that starts later would look for the refused one first

@@ -60,6 +60,6 @@ def _part(asked: str, size: int) -> tuple[int, int] | None:
     start = int(first) if first else max(0, size - int(last))
     end = min(size, int(last) + 1) if first and last else size
     if start >= end:
-        message = f"the video has {size} bytes, none of them in the range asked for"
+        message = f"the video has {size} bytes, none of them in the requested range"
         raise Refused(416, "range_not_satisfiable", message, headers={"Content-Range": f"bytes */{size}"})
     return start, end - start

@@ -140,16 +140,18 @@ class Database:
             try:
                 return once()
             except NoConnectionLeft:
-                raise RunError(f"{self.name}: all connections of this process are in use; ask again later") from None
+                raise RunError(f"{self.name}: all connections of this process are in use; try again later") from None
             except DBAPIError as error:
                 fault = str(error.orig).strip().partition("\n")[0]
                 if not _passes(error, fault):
                     if not isinstance(error, OperationalError) and not _is_broken(error):
                         raise  # a fault of a statement is a fault of ours
                     kind = RunError if self._is_open else InputError
-                    raise kind(f"{self.name}: {fault}; check the database's URL, rights and room") from None
+                    raise kind(f"{self.name}: {fault}; check the database's URL, permissions and free space") from None
                 if time.monotonic() - begun > self.patience:
-                    message = f"the database has failed for {self.patience:g} s ({fault}); ask again once it answers"
+                    message = (
+                        f"the database has been failing for {self.patience:g} s ({fault}); try again once it answers"
+                    )
                     raise RunError(f"{self.name}: {message}") from None
                 log.warning("%s: %s, trying again", self.name, fault)
             time.sleep(random.uniform(pause / 2, pause))
@@ -161,7 +163,7 @@ def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise InputError(f"database: this is no URL; {expected}") from None
+        raise InputError(f"database: this is not a URL; {expected}") from None
     if parsed.drivername in ("postgresql", "postgres", "postgresql+psycopg"):
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername != "sqlite":
@@ -176,7 +178,7 @@ def _sqlite_engines(url: URL) -> tuple[Engine, Engine]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path}: cannot make its directory ({error.strerror}); choose another place") from None
+        raise InputError(f"{path}: cannot create its directory ({error.strerror}); choose another place") from None
     arguments = {"timeout": _SQLITE_BUSY_SECONDS, "check_same_thread": False, "isolation_level": None}
     writer = create_engine(url, connect_args=arguments, pool_size=2, max_overflow=0)
     reader = create_engine(
@@ -220,7 +222,7 @@ def _make_tables(name: str) -> Callable[[Transaction], None]:
             return
         version = transaction.execute(select(about.c.version)).scalar_one()
         if version != VERSION:
-            message = f"holds jobs in version {version}, this server reads version {VERSION}"
+            message = f"holds jobs in version {version}, but this server reads version {VERSION}"
             raise InputError(f"{name}: {message}; use the server that wrote it, or another database")
 
     return work

@@ -170,7 +170,7 @@ class Denoiser:
             return []
         if fault[0] == "out_of_memory":
             self._places = max(1, len(videos) // 2)
-            log.warning("no memory for %d videos in a batch: %d from now on", len(videos), self._places)
+            log.warning("not enough memory for %d videos in a batch; %d from now on", len(videos), self._places)
         return [step for video in videos for step in self._advance([video], again, outcome)]
 
     def _go_on(self, video: _Video, output: Tensor, inner: Tensor | None, outcome: Outcome) -> list[tuple[_Video, int]]:
@@ -252,7 +252,7 @@ class Denoiser:
             if self._videos.get(video.key) is not video:
                 continue
             if not good:
-                message = f"the sampling went out of range at step {done}; try a lower guidance scale or another seed"
+                message = f"sampling went out of range at step {done}; try a lower guidance scale or another seed"
                 self._fail(video, ("not_finite", message), outcome)
             else:
                 outcome.progress[video.key] = (done, video.asked.calls)
@@ -276,11 +276,11 @@ def fault_of(error: Exception) -> tuple[str, str]:
         return "invalid_request", str(error)
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return "out_of_memory", "the server has not the memory for this video; try again later"
+        return "out_of_memory", "the server ran out of memory for this video; try again later"
     if isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in text:
         raise error
     log.error("a video failed", exc_info=error)
-    return "internal_error", "the server failed to make this video; the fault was logged"
+    return "internal_error", "the server failed to make this video; the error was logged"
 
 
 def _flight(

@@ -11,18 +11,18 @@ from cinemo.serving.access import SCHEME
 from cinemo.serving.schema import ErrorBody
 
 _MEANINGS = {
-    400: "not supported, or malformed; the message says what is",
+    400: "not supported, or malformed; the message says which",
     401: "no valid API key",
     404: "unknown (or expired, or another key's)",
     408: "the body did not arrive in time",
     409: "there is no video (yet)",
     413: "the body or the picture is too large",
-    415: "no form, or no PNG, JPEG or WebP picture",
-    416: "the range lies behind the end",
+    415: "not a form, or not a PNG, JPEG or WebP picture",
+    416: "the range starts beyond the end",
     422: "a field has a wrong value, or the picture is damaged",
     429: "too many at once; Retry-After says when to come back",
-    500: "a fault of the server, which was logged",
-    503: "the server cannot answer now",
+    500: "a server error, which was logged",
+    503: "the server cannot answer right now",
 }
 
 

@@ -58,7 +58,7 @@ class EventStreams:
     def check_room(self) -> None:
         """Raises `Refused` (429) where no further stream can be opened."""
         if len(self._streams) >= self._limit:
-            message = f"{self._limit} event streams are open; poll the video instead, or try again"
+            message = f"{self._limit} event streams are open; poll the video instead, or try again later"
             raise Refused(429, "too_many_streams", message, headers={"Retry-After": "10"})
 
     def close(self) -> None:

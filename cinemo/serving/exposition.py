@@ -63,7 +63,7 @@ class _Jobs(Collector):
     def collect(self) -> Iterator[Metric]:
         found = self._statistics()
         jobs = GaugeMetricFamily("cinemo_jobs", "Jobs in the database now", labels=["status"])
-        finished = CounterMetricFamily("cinemo_jobs_finished", "Jobs that ever ended", labels=["status"])
+        finished = CounterMetricFamily("cinemo_jobs_finished", "Jobs that have ended so far", labels=["status"])
         for status in _STATUSES:
             jobs.add_metric([status], found.by_status.get(status, 0))
         for status, count in found.finished.items():

@@ -99,7 +99,9 @@ class Fetcher:
                 "url_not_allowed", "the URL leads to an address that this server does not fetch from"
             ) from None
         except TimeoutError:
-            raise _refused("url_fetch_failed", f"the URL gave no picture within {self._seconds:g} seconds") from None
+            raise _refused(
+                "url_fetch_failed", f"the URL returned no picture within {self._seconds:g} seconds"
+            ) from None
         except (OSError, httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, UnicodeError):
             raise _refused("url_fetch_failed", "the URL could not be fetched") from None
 
@@ -130,7 +132,7 @@ class Fetcher:
         if not whole or len(url) > _MAX_URL or parts.scheme not in ("http", "https"):
             raise _refused("invalid_url", f"expected an http or https URL of at most {_MAX_URL} characters")
         if parts.username is not None or parts.password is not None or port not in self._ports:
-            raise _refused("url_not_allowed", "a URL with a user name or an unusual port is not fetched")
+            raise _refused("url_not_allowed", "URLs with a user name or an unusual port are not fetched")
         if was_secure and parts.scheme == "http":
             raise _refused("url_not_allowed", "the URL redirects from https to http")
         return parts.scheme == "https"
@@ -138,9 +140,9 @@ class Fetcher:
     async def _read(self, answer: httpcore.Response, fields: dict[bytes, str]) -> tuple[bytes, str]:
         kind = fields.get(b"content-type", "")
         if answer.status != 200 or fields.get(b"content-encoding", "identity") != "identity":
-            raise _refused("url_fetch_failed", "the URL gave no picture")
+            raise _refused("url_fetch_failed", "the URL did not return a picture")
         if kind and kind.partition(";")[0].strip().lower() not in TYPES:
-            raise Refused(415, "unsupported_image", "the URL gave no PNG, JPEG or WebP picture", PARAM)
+            raise Refused(415, "unsupported_image", "the URL did not return a PNG, JPEG or WebP picture", PARAM)
         length = fields.get(b"content-length", "0")
         content = bytearray()
         if length.isdigit() and len(length) < 18 and int(length) <= self._max_bytes:
@@ -151,7 +153,10 @@ class Fetcher:
             else:
                 return bytes(content), kind
         raise Refused(
-            413, "image_too_large", f"the URL gave more than {self._max_bytes / 2**20:g} MiB; use a smaller one", PARAM
+            413,
+            "image_too_large",
+            f"the URL returned more than {self._max_bytes / 2**20:g} MiB; use a smaller picture",
+            PARAM,
         )
 
 

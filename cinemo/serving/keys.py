@@ -55,7 +55,7 @@ class KeyStore:
             raise InputError(f"name {name[:200]!r}: expected 1 to 200 printable characters")
         for limit, value in (("max_active", max_active), ("per_day", per_day)):
             if value is not None and value < 1:
-                raise InputError(f"{limit} {value}: expected at least 1, or none at all")
+                raise InputError(f"{limit} {value}: expected at least 1, or leave it out")
         key_id, secret = secrets.token_hex(6), secrets.token_hex(32)
 
         def work(transaction: Transaction) -> Key:

@@ -103,5 +103,5 @@ class MediaStore:
     def _uri(self, name: str) -> str:
         job_id, _, rest = name.partition("/")
         if not is_job_id(job_id) or "/" in rest or rest in (".", ".."):
-            raise ValueError(f"{name!r} names no file of a job")
+            raise ValueError(f"{name!r} is not the name of a job's file")
         return storage.join(self.uri, name)

@@ -75,7 +75,7 @@ def _own_ports() -> dict[str, str]:
                 ports[f"RAY_SERVE_DIRECT_INGRESS_MIN_{kind}_PORT"] = str(first + 1)
                 ports[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"] = str(last)
             return ports
-    raise RunError(f"no {2 * _PORTS_OF_REPLICAS} free ports in a row in {_LOWEST_PORT}..{_HIGHEST_PORT}; free some")
+    raise RunError(f"no {2 * _PORTS_OF_REPLICAS} consecutive free ports in {_LOWEST_PORT}..{_HIGHEST_PORT}; free some")
 
 
 def _is_free(port: int) -> bool:

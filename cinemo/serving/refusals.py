@@ -59,7 +59,7 @@ def add_error_answers(api: FastAPI) -> None:
     @api.exception_handler(RunError)
     async def unavailable(request: Request, error: RunError) -> JSONResponse:
         log.error("%s %s: %s", request.method, request.url.path, error)
-        return refusal(503, "unavailable", "the server cannot answer now", headers={"Retry-After": "5"})
+        return refusal(503, "unavailable", "the server cannot answer right now", headers={"Retry-After": "5"})
 
     @api.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -85,7 +85,7 @@ def add_error_answers(api: FastAPI) -> None:
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         name = getattr(request.state, "request_id", "unknown")
         log.error("%s: %s %s failed", name, request.method, request.url.path, exc_info=error)
-        return refusal(500, "internal_error", f"the server failed; the fault was logged as {name}")
+        return refusal(500, "internal_error", f"the server failed; the error was logged as {name}")
 
 
 def refusal(
@@ -131,7 +131,7 @@ class BodyLimit:
                 with anyio.fail_after(deadline - anyio.current_time()):
                     message = await receive()
             except TimeoutError:
-                message_408 = f"the request body was not whole after {self.seconds:g} seconds"
+                message_408 = f"the request body was not complete after {self.seconds:g} seconds"
                 raise HTTPException(408, message_408) from None
             arrived += len(message.get("body", b""))
             whole = not message.get("more_body", False)

@@ -136,7 +136,9 @@ class JobRunner:
             try:
                 self._store.release(held.job)
             except Exception as error:
-                log.warning("%s: not released (%s); it is claimed again when its lease has run out", held.job.id, error)
+                log.warning(
+                    "%s: not released (%s); it will be claimed again when its lease runs out", held.job.id, error
+                )
 
     # The device's thread.
 
@@ -213,7 +215,7 @@ class JobRunner:
             except Exception as error:
                 pause = min(2 * pause, _LONGEST_PAUSE)
                 self._news.set()  # what was to be said is still to be said
-                log.warning("the store does not answer (%s); what is held goes on", error)
+                log.warning("the store does not answer (%s); jobs already held continue", error)
             self._is_over.wait(pause)
 
     def _beat(self) -> None:
@@ -248,7 +250,7 @@ class JobRunner:
         try:
             self._store.sweep()
         except Exception as error:
-            log.warning("expired jobs were not removed (%s); tried again later", error)
+            log.warning("expired jobs were not removed (%s); trying again later", error)
 
     # The media threads.
 
@@ -298,7 +300,7 @@ class JobRunner:
         except _Gone:
             return  # the video is removed by a sweep
         except Exception:
-            log.exception("%s: its end was not stored; it is made again when its lease has run out", held.job.id)
+            log.exception("%s: its end was not stored; it will be made again when its lease runs out", held.job.id)
         self._forget(held)
 
     def _end_with(self, held: _Held, fault: tuple[str, str]) -> None:
@@ -325,7 +327,7 @@ class JobRunner:
             except (RunError, OSError) as error:
                 if time.monotonic() - begun > seconds:
                     raise
-                log.warning("%s: %s; tried again", held.job.id, error)
+                log.warning("%s: %s; trying again", held.job.id, error)
             held.gone.wait(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
         raise _Gone
@@ -365,4 +367,4 @@ def animate_request(asked: Mapping[str, Any], image: bytes) -> AnimateRequest:
 
 def _internal(held: _Held, error: Exception) -> tuple[str, str]:
     log.error("%s: failed", held.job.id, exc_info=error)
-    return "internal_error", "the server failed to make this video; the fault was logged"
+    return "internal_error", "the server failed to make this video; the error was logged"

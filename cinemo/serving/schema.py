@@ -35,36 +35,36 @@ class VideoForm(BaseModel):
     input_reference: Annotated[
         UploadFile | str | None,
         _Absent,
-        File(
-            description="the picture to animate: a PNG, JPEG or WebP file, or its URL (data:, where enabled http(s):)"
-        ),
+        File(description="picture to animate: a PNG, JPEG or WebP file, or its URL (data:, or http(s): where enabled)"),
     ] = None
     image_url: Annotated[str | None, _Absent] = Field(
-        None, alias="input_reference[image_url]", description="the URL as OpenAI's reference object gives it"
+        None, alias="input_reference[image_url]", description="the URL, in the form of OpenAI's reference object"
     )
     prompt: str = Field(max_length=MAX_PROMPT, description="what happens; the encoder reads the first 77 tokens")
-    negative_prompt: str = Field("", max_length=MAX_PROMPT, description="what should not be seen")
+    negative_prompt: str = Field("", max_length=MAX_PROMPT, description="what should not appear")
     model: Annotated[str | None, _Absent] = Field(None, max_length=256, description="name from /v1/models")
     size: Annotated[str | None, _Absent] = Field(None, max_length=32, description="WIDTHxHEIGHT; one size per model")
     seconds: Annotated[str | None, _Absent] = Field(None, max_length=32, description="one length per model")
     motion_bucket: Annotated[int | None, _Absent] = Field(
-        None, ge=0, lt=MOTION_BUCKETS, description="larger = more motion; the model's default where absent"
+        None, ge=0, lt=MOTION_BUCKETS, description="larger = more motion; if absent, the model's default"
     )
     motion_strength: Annotated[float | None, _Absent] = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="the same as a share 0..1; give at most one of the two"
+        None, ge=0, le=1, allow_inf_nan=False, description="the same on a scale of 0..1; give at most one of the two"
     )
-    seed: Annotated[int | None, _Absent] = Field(None, ge=0, lt=2**53, description="drawn where absent")
+    seed: Annotated[int | None, _Absent] = Field(None, ge=0, lt=2**53, description="drawn at random if absent")
     num_inference_steps: Annotated[int | None, _Absent] = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: Annotated[float | None, _Absent] = Field(None, ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)
-    dct_init: Annotated[bool | None, _Absent] = Field(None, description="layout of the image in the initial noise")
+    dct_init: Annotated[bool | None, _Absent] = Field(
+        None, description="start from noise that has the layout of the image"
+    )
     solver: Annotated[Literal["ddim", "multistep"] | None, _Absent] = Field(
         None, description="multistep: DPM-Solver++, for about 20 steps"
     )
     guidance_interval: Annotated[str | None, _Absent] = Field(
-        None, pattern=_INTERVAL, description="'low,high': share 0..1 of the noise range that is guided"
+        None, pattern=_INTERVAL, description="'low,high': the part of the noise range 0..1 that is guided"
     )
     reuse_features: Annotated[int | None, _Absent] = Field(
-        None, ge=1, le=MAX_STEPS, description="run the inner layers at every Nth step only"
+        None, ge=1, le=MAX_STEPS, description="run the inner layers only at every Nth step"
     )
     timeout: Annotated[float | None, _Absent] = Field(
         None, gt=0, le=MAX_TIMEOUT, allow_inf_nan=False, description="seconds from now after which the job fails"
@@ -84,9 +84,9 @@ class VideoForm(BaseModel):
         try:
             low, high = (float(part) for part in value.strip(" []").split(","))
         except ValueError:
-            raise ValueError("expected two numbers, as 0.1,0.9") from None
+            raise ValueError("expected two numbers, such as 0.1,0.9") from None
         if not 0 <= low <= high <= 1:
-            raise ValueError("expected 0 <= low <= high <= 1, as 0.1,0.9")
+            raise ValueError("expected 0 <= low <= high <= 1, such as 0.1,0.9")
         return json.dumps([low, high])
 
     @model_validator(mode="after")
@@ -94,7 +94,7 @@ class VideoForm(BaseModel):
         if self.motion_bucket is not None and self.motion_strength is not None:
             raise ValueError("motion_bucket and motion_strength are both given; give at most one of them")
         if self.input_reference is not None and self.image_url is not None:
-            raise ValueError("input_reference is given twice, as itself and as input_reference[image_url]")
+            raise ValueError("input_reference is given twice, directly and as input_reference[image_url]")
         return self
 
     def controls(self, card: BundleCard) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Fault(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every error response."""
 
     error: Fault
 
@@ -145,8 +145,8 @@ class JobError(BaseModel):
 
 
 class Video(BaseModel):
-    """A job. Times are Unix seconds; ``size`` is WIDTHxHEIGHT; ``progress`` is a percentage, ``step`` of ``steps`` the
-    same in the sampler's steps (0 of 0: not begun)."""
+    """A job. Times are Unix seconds; ``size`` is WIDTHxHEIGHT; ``progress`` is a percentage; ``step`` of ``steps`` is
+    the same in the sampler's steps (0 of 0: not begun)."""
 
     id: str
     object: Literal["video"] = "video"
@@ -211,8 +211,8 @@ class DeletedVideo(BaseModel):
 
 
 class MotionBucket(BaseModel):
-    """What a motion bucket means to a model. ``ssim``: the mean SSIM of neighbouring frames that it stands for, from
-    and to. ``measured``: 1 - that SSIM in videos this model made at this bucket, where somebody measured it."""
+    """What a motion bucket means to a model. ``ssim``: the range of mean SSIM between neighbouring frames that it
+    stands for. ``measured``: 1 - that SSIM in videos this model made at this bucket, where it was measured."""
 
     bucket: int
     ssim: tuple[float, float]
@@ -220,7 +220,7 @@ class MotionBucket(BaseModel):
 
 
 class Model(BaseModel):
-    """A model that can be asked for, with what it supports and its defaults."""
+    """An available model, with what it supports and its defaults."""
 
     id: str
     object: Literal["model"] = "model"
@@ -264,7 +264,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """``queued``: jobs that wait."""
+    """``queued``: jobs that are waiting."""
 
     status: Literal["ok", "starting"]
     queued: int | None = None

@@ -24,36 +24,46 @@ class ServeSettings(BaseModel):
     bundle: str = Field(description="folder written by pipelines/export.py, s3://, or models:/NAME/VERSION of MLflow")
     state: str = Field(".cinemo/serve", description="directory or s3:// for pictures and videos of jobs")
     database: str | None = Field(
-        None, description="postgresql://... or sqlite:////absolute/path; without it serving.sqlite in --state"
+        None, description="postgresql://... or sqlite:////absolute/path; if absent, serving.sqlite in --state"
     )
     http_replicas: int = Field(1, ge=1, description="processes that answer HTTP; any of them answers for any job")
     http_concurrency: int = Field(
-        512, ge=1, description="requests in flight per HTTP replica, event streams included; more wait their turn"
+        512, ge=1, description="requests in flight per HTTP replica, including event streams; others wait their turn"
     )
-    min_replicas: int = Field(1, ge=0, description="animators (processes that hold the model) there always are")
-    max_replicas: int = Field(1, ge=1, description="animators there may be; above --min-replicas the queue decides")
-    upscale_seconds: float = Field(10.0, ge=0, description="the queue must ask so long before an animator is added")
-    downscale_seconds: float = Field(300.0, ge=0, description="and so long be short before one is drained and removed")
+    min_replicas: int = Field(1, ge=0, description="minimum number of animators (processes that hold the model)")
+    max_replicas: int = Field(
+        1, ge=1, description="maximum number of animators; above --min-replicas the queue decides"
+    )
+    upscale_seconds: float = Field(
+        10.0, ge=0, description="how long the queue must need another animator before one is added"
+    )
+    downscale_seconds: float = Field(
+        300.0, ge=0, description="how long it must need fewer animators before one is drained and removed"
+    )
     cpus: float | None = Field(
-        None, ge=0, description="CPUs, so threads, of an animator; without it what a node has, at most 8"
+        None, ge=0, description="CPUs, and so threads, of an animator; if absent, what a node has, at most 8"
     )
     gpus: float | None = Field(
-        None, ge=0, description="accelerators of an animator, fractions allowed; without it 1 where there is one"
+        None, ge=0, description="accelerators of an animator, fractions allowed; if absent, 1 where there is one"
     )
     max_batch: int = Field(4, ge=1, description="jobs that an animator denoises in one network call")
     max_joined: int = Field(8, ge=1, description="jobs that take turns in an animator's batches")
     max_queued: int = Field(64, ge=1, description="jobs that may wait before requests are refused")
-    max_attempts: int = Field(3, ge=1, description="starts of a job whose animator dies, before the job fails")
-    lease_seconds: float = Field(30.0, gt=0, description="silence after which a dead animator's jobs go to another")
+    max_attempts: int = Field(3, ge=1, description="how many times a job is started before it fails, if animators die")
+    lease_seconds: float = Field(
+        30.0, gt=0, description="silence after which an animator counts as dead and its jobs go to another"
+    )
     keep_seconds: float = Field(86400.0, gt=0, description="how long a finished job and its video are kept")
     drain_seconds: float = Field(
-        30.0, ge=0, description="how long a stopping animator finishes jobs; the rest goes back to the queue"
+        30.0, ge=0, description="how long a stopping animator goes on finishing jobs; the rest return to the queue"
     )
-    max_body_bytes: int = Field(20 * 2**20, ge=1024, description="size of a request body")
-    max_pixels: int = Field(40_000_000, ge=1, description="pixels of a picture, checked before it is decoded")
-    require_keys: bool = Field(False, description="answer only to API keys (see --add-key)")
-    metrics: Literal["open", "key", "off"] = Field("open", description="who may read /metrics: all, keys, or nobody")
-    allow_urls: bool = Field(False, description="fetch pictures that requests name by public URL")
+    max_body_bytes: int = Field(20 * 2**20, ge=1024, description="maximum bytes of a request body")
+    max_pixels: int = Field(40_000_000, ge=1, description="maximum pixels of a picture, checked before it is decoded")
+    require_keys: bool = Field(False, description="answer only requests with an API key (see --add-key)")
+    metrics: Literal["open", "key", "off"] = Field(
+        "open", description="who may read /metrics: everybody, holders of a key, or nobody"
+    )
+    allow_urls: bool = Field(False, description="fetch pictures that requests give as a public URL")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -63,7 +73,7 @@ class ServeSettings(BaseModel):
             raise ValueError(f"max_joined is {self.max_joined}, expected at least max_batch {self.max_batch}")
         if self.database is None and storage.is_remote(self.state):
             raise ValueError(
-                f"state {self.state} cannot hold the job database, expected database=postgresql://... beside it"
+                f"state {self.state} cannot hold the job database, expected database=postgresql://... as well"
             )
         return self
 
@@ -119,7 +129,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise InputError(f"--config {path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, KeyError, IndexError, TypeError, ValueError, AttributeError):
         raise InputError(
-            f"--config {path}: no config file of Ray Serve; expected applications with args, like cluster/serve.yaml"
+            f"--config {path}: not a config file of Ray Serve; expected applications with args, like cluster/serve.yaml"
         ) from None
 
 

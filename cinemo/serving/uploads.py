@@ -72,7 +72,7 @@ def cleaned(content: bytes, declared: str | None, max_pixels: int) -> bytes:
     if header.animated:
         raise _wrong_type("input_reference is animated", "expected one picture")
     if header.format == "JPEG" and content.count(b"\xff\xda") > _MAX_SCANS:
-        raise _damaged(f"the JPEG has more than {_MAX_SCANS} scans; save it anew")
+        raise _damaged(f"the JPEG has more than {_MAX_SCANS} scans; save it again")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # measured above
@@ -80,7 +80,7 @@ def cleaned(content: bytes, declared: str | None, max_pixels: int) -> bytes:
                 agreed = picture.size == (header.width, header.height)
                 frames = 1 if header.format == "JPEG" else getattr(picture, "n_frames", 1)
             if not agreed:
-                raise _damaged("its header contradicts itself; save it anew")
+                raise _damaged("its header contradicts itself; save it again")
             if frames > 1:
                 raise _wrong_type("input_reference is animated", "expected one picture")
             pixels_HWC = load_image(content, max_pixels)
@@ -89,7 +89,7 @@ def cleaned(content: bytes, declared: str | None, max_pixels: int) -> bytes:
     except InputError as error:
         raise _damaged(str(error).removeprefix("image: ")) from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-        raise _damaged("it is damaged; save it anew") from None
+        raise _damaged("it is damaged; save it again") from None
     return written.getvalue()
 
 
@@ -112,7 +112,7 @@ def read_header(content: bytes) -> Header:
     names = [name for magic, name in _OTHERS if start.startswith(magic.lower())]
     if content[4:8] == b"ftyp":
         names = ["an HEIC, AVIF or MP4 file"]
-    raise _wrong_type(f"input_reference is {names[0] if names else ('no picture' if content else 'empty')}")
+    raise _wrong_type(f"input_reference is {names[0] if names else ('not a picture' if content else 'empty')}")
 
 
 def data_url(url: str) -> tuple[bytes, str]:
@@ -124,7 +124,7 @@ def data_url(url: str) -> tuple[bytes, str]:
     try:
         return base64.b64decode(body, validate=True), kind
     except (binascii.Error, ValueError):
-        raise Refused(422, "invalid_url", "input_reference: the data URL is no base64", PARAM) from None
+        raise Refused(422, "invalid_url", "input_reference: the data URL is not base64", PARAM) from None
 
 
 def _png(content: bytes) -> Header:
@@ -147,7 +147,7 @@ def _jpeg(content: bytes) -> Header:
             raise _damaged("it has no start of frame")
         at += 1 + max(2, _big(content, at + 1, 2))
         if content[at] != 0xFF:
-            raise _damaged("its segments do not follow each other")
+            raise _damaged("its segments are not contiguous")
 
 
 def _webp(content: bytes) -> Header:

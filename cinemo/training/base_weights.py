@@ -40,7 +40,7 @@ def check_base(recipe: Recipe) -> str | None:
     if predicts and predicts != wanted:
         raise InputError(
             f"train.init {init}: its network predicts {predicts}, recipe {recipe.name} trains {wanted}; "
-            f"--set diffusion.prediction={predicts} goes on with what it knows"
+            f"--set diffusion.prediction={predicts} keeps what it has learnt"
         )
     scale = _beside(init, _MOTION).get("scale", MORE_MOTION)
     if scale != MORE_MOTION:

@@ -70,7 +70,7 @@ def saving(step: int, size: int, place: str) -> Iterator[None]:
             raise
         raise RunError(
             f"{place}: no space left for the checkpoint of step {step} ({size / 2**20:.1f} MiB); free some or lower "
-            "train.keep_checkpoints, then go on from the one before it with --resume auto"
+            "train.keep_checkpoints, then continue from the previous one with --resume auto"
         ) from error
 
 

@@ -35,7 +35,7 @@ def check_dataset(index: DatasetIndex, recipe: Recipe) -> None:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         raise InputError(
             f"dataset {index.uri}: was not made by recipe {recipe.name}: {'; '.join(found[:_SHOWN])}{more}; "
-            "precompute it again, or give the same --recipe and --set as precompute had"
+            "precompute it again, or give the same --recipe and --set as for precompute"
         )
 
 
@@ -54,10 +54,10 @@ def check_canary(index: DatasetIndex, recipe: Recipe) -> str:
     if faults:
         raise RunError(
             f"dataset {index.uri}: {'; '.join(faults[:_SHOWN])}; "
-            "what it holds is not what its videos give: check it with precompute.py --verify"
+            "its samples do not match its videos: check it with precompute.py --verify"
         )
     made = result.samples - result.skipped - len(left_out)
-    gone = f", {result.skipped} not, their videos are gone" if result.skipped else ""
+    gone = f", {result.skipped} skipped because their videos are gone" if result.skipped else ""
     return f"canary: {made} of {result.samples} samples made again and compared, {result.equal} equal bit for bit{gone}"
 
 

@@ -128,7 +128,7 @@ def text_encoder_values(recipe: Recipe) -> tuple[int, str]:
         config: Mapping[str, Any] = read_config(resolve(location), location)
         source = location
     except (InputError, OSError):
-        config, source = _CLIP_TEXT, f"{location} is not here: CLIP ViT-L/14 assumed"
+        config, source = _CLIP_TEXT, f"{location} is not available here: CLIP ViT-L/14 is assumed"
     sizes = {**_CLIP_TEXT, **config.get("text_config", {}), **{key: config[key] for key in _CLIP_TEXT if key in config}}
     width, inner = sizes["hidden_size"], sizes["intermediate_size"]
     layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
@@ -141,8 +141,8 @@ def _this_machine(recipe: Recipe) -> Accelerator:
     if recipe.train.gpus_per_worker:
         if not torch.cuda.is_available():
             raise InputError(
-                "--accelerator here: no accelerator on this machine, and recipe "
-                f"{recipe.name} asks for {recipe.train.gpus_per_worker:g} a worker; name one, or give "
+                "--accelerator here: there is no accelerator on this machine, but recipe "
+                f"{recipe.name} asks for {recipe.train.gpus_per_worker:g} per worker; name one, or give "
                 "--set train.gpus_per_worker=0"
             )
         device, memory = torch.device("cuda", 0), float(torch.cuda.get_device_properties(0).total_memory)
@@ -174,7 +174,7 @@ def _speed(
     if here:
         return _measured_speed(recipe, flops, peak, peak_bytes <= known.memory)
     recomputing = flops.training / flops.executed
-    return Speed(peak, ASSUMED_MFU * recomputing, f"assumed: {ASSUMED_MFU:g} of the peak, recomputation included")
+    return Speed(peak, ASSUMED_MFU * recomputing, f"assumed: {ASSUMED_MFU:g} of the peak, including recomputation")
 
 
 def _measured_speed(recipe: Recipe, flops: SampleFlops, peak: float, fits: bool) -> Speed:
@@ -186,7 +186,7 @@ def _measured_speed(recipe: Recipe, flops: SampleFlops, peak: float, fits: bool)
     train, dtype = recipe.train, precision(recipe)
     expected = train.micro_batch * flops.executed / peak
     if not fits or expected > _LONGEST_STEP:
-        why = f"takes {expected:.0f} s at least" if fits else "does not fit this machine's memory"
+        why = f"takes at least {expected:.0f} s" if fits else "does not fit this machine's memory"
         raise InputError(
             f"--accelerator here: a micro batch of recipe {recipe.name} {why} and is not measured; "
             "give --mfu, or name an accelerator"
@@ -211,4 +211,6 @@ def _measured_speed(recipe: Recipe, flops: SampleFlops, peak: float, fits: bool)
                 torch.cuda.synchronize(device)
             spent.append(time.perf_counter() - begun)
     reached = train.micro_batch * flops.training / min(spent[1:]) / peak
-    return Speed(peak, reached, "measured here: forward and backward of one micro batch, data and optimizer left out")
+    return Speed(
+        peak, reached, "measured here: forward and backward pass of one micro batch, without data and optimizer"
+    )

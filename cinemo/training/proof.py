@@ -109,8 +109,9 @@ def _fewer(recipe: Recipe) -> int:
             continue
         return workers
     raise InputError(
-        f"train.workers is {recipe.train.workers}: --verify-resume goes on with fewer, and none fit train.lanes = "
-        f"{recipe.train.lanes} and train.global_batch = {recipe.train.global_batch}; --set train.workers=2"
+        f"train.workers is {recipe.train.workers}: --verify-resume continues with fewer, but no lower number fits "
+        f"train.lanes = {recipe.train.lanes} and train.global_batch = {recipe.train.global_batch}; "
+        "--set train.workers=2"
     )
 
 
@@ -141,7 +142,7 @@ def _wait(process: subprocess.Popen[bytes], output: str, killed_after: int | Non
     begun = time.monotonic()
     while (code := process.poll()) is None:
         if time.monotonic() - begun > _PATIENCE:
-            raise RunError(f"{output}: no end after {_PATIENCE:g} s; see {output}.log")
+            raise RunError(f"{output}: did not end within {_PATIENCE:g} s; see {output}.log")
         card = checkpoints.latest(output) if killed_after else None
         if card and killed_after and card.step >= killed_after:
             time.sleep(_INTO_THE_STEP)

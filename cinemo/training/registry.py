@@ -19,7 +19,7 @@ def tracked_run(checkpoint: str) -> tuple[str, str]:
     output = checkpoint.removesuffix("/").rsplit("/", 2)[0]  # <output>/train/checkpoint_...
     run = read_run(output) or {}
     if not run.get("mlflow_run"):
-        raise InputError(f"checkpoint {checkpoint}: {output} names no MLflow run; leave --register out")
+        raise InputError(f"checkpoint {checkpoint}: {output} has no MLflow run; leave --register out")
     tracking.find_run(run["mlflow_uri"], run["mlflow_run"])
     return run["mlflow_run"], run["mlflow_uri"]
 

@@ -105,7 +105,7 @@ class Shares:
         self.directory = directory
         paths = sorted(directory.glob("rank-*.safetensors"))
         if not paths or not (directory / _RECORD).is_file():
-            raise RunError(f"{directory}: holds no state of a training; use another checkpoint")
+            raise RunError(f"{directory}: does not hold a training state; use another checkpoint")
         self.record: dict[str, Any] = json.loads((directory / _RECORD).read_text())
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[_Piece]] = {}
@@ -149,7 +149,7 @@ class Shares:
             RunError: the checkpoint does not hold all of them, or another shape.
         """
         if self.shapes.get(name) != tuple(shape):
-            there = f"of shape {self.shapes[name]}" if name in self.shapes else "none"
+            there = f"of shape {self.shapes[name]}" if name in self.shapes else "missing"
             raise RunError(
                 f"{self.directory}: parameter {name} is {there}, expected {tuple(shape)}; use its own recipe"
             )

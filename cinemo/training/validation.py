@@ -67,7 +67,7 @@ class Validation:
         if not draws:
             raise InputError(
                 f"train.held_out_shards is {recipe.train.held_out_shards}: these shards hold no samples; raise it, or "
-                "set it to 0 for a training without validation"
+                "set it to 0 to train without validation"
             )
         # All ranks must call the network equally often (ZeRO-3 gathers weights in it): the last ones repeat a draw
         # with weight zero.

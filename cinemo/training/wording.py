@@ -9,7 +9,7 @@ from cinemo import storage
 
 _PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "inputs", "kernels", "kept", "peak", "host")
 _ON_CPUS = {
-    "kernels": "kernels: what the CPU's kernel library holds of them in bfloat16",
+    "kernels": "kernels: what the CPU's kernel library keeps in bfloat16",
     "kept": "kept: freed memory that a process on CPUs holds on to",
 }
 
@@ -18,17 +18,17 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
     """What ``train.py --plan`` prints."""
     parameters, flops, step = plan["parameters"], plan["flops_per_sample"], plan["flops_per_step"]
     memory, device, speed = plan["memory"], plan["accelerator"], plan["speed"]
-    again = " (with what gradient checkpointing repeats)" if flops["executed"] > flops["training"] else ""
+    again = " (including what gradient checkpointing repeats)" if flops["executed"] > flops["training"] else ""
     lines = [
-        f"{plan['recipe']}: {parameters['total']:,} parameters, {parameters['trainable']:,} of them learn; beside "
-        f"them a frozen text encoder of {plan['text_encoder']['parameters']:,} ({plan['text_encoder']['source']})",
-        f"FLOPs: forward {_tera(flops['forward'])} a sample; a step of {plan['samples_per_step']} samples "
+        f"{plan['recipe']}: {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained; plus "
+        f"a frozen text encoder of {plan['text_encoder']['parameters']:,} ({plan['text_encoder']['source']})",
+        f"FLOPs: forward {_tera(flops['forward'])} per sample; a step of {plan['samples_per_step']} samples "
         f"{_tera(step['training'])}, executed {_tera(step['executed'])}{again}",
         f"memory of each of {plan['workers']} workers in GB, micro batch {plan['micro_batch']}, "
-        f"{plan['accumulation']} a step; {device['name']} has {device['memory'] / 1e9:.1f}"
+        f"{plan['accumulation']} per step; {device['name']} has {device['memory'] / 1e9:.1f}"
         + (f", {device['reserved'] / 1e9:.0f} of it not for tensors" if device["reserved"] else ""),
         *_table(memory),
-        "  *: this recipe; peak: the most at one time, less than the sum since gradients come as activations go; "
+        "  *: this recipe; peak: the most at one time, less than the sum because gradients come as activations go; "
         "buffers: DeepSpeed's buckets, gathered weights, the optimizer's temporaries; inputs: text encoder and "
         "states, batches" + "".join(f"; {said}" for part, said in _ON_CPUS.items() if memory["recipe"][part]),
     ]
@@ -39,7 +39,7 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
         )
     lines += [
         f"time: {speed['peak'] / 1e12:,.4g} TFLOP/s at most, MFU {speed['mfu']:.3g} ({speed['source']}): "
-        f"{plan['seconds_per_step']:.3g} s a step, {plan['hours']:,.4g} hours for {plan['steps']:,} steps, "
+        f"{plan['seconds_per_step']:.3g} s per step, {plan['hours']:,.4g} hours for {plan['steps']:,} steps, "
         + (f"{plan['accelerator_hours']:,.4g} accelerator hours, " if "accelerator_hours" in plan else "")
         + f"{plan['core_hours']:,.4g} core hours"
     ]

@@ -84,7 +84,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     start = _starting_point(recipe, digest, output, resume)
     summary = read_summary(output)
     if start and summary and start.step >= recipe.train.max_steps and start.uri.startswith(output):
-        print(f"{output}: already finished at step {summary.steps}; raise --max-steps to go on")
+        print(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
         return summary
     storage.check_writable(output)
     note = LatentLoader.of(index, recipe.train, fields=method_class(recipe).stored_fields).note
@@ -169,8 +169,8 @@ def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> Ch
         return None
     if card.dataset != digest:
         raise InputError(
-            f"checkpoint {card.uri}: was trained on dataset {card.dataset}, --data is {digest}; "
-            "give the same --data, or start anew with train.init and another --output"
+            f"checkpoint {card.uri}: was trained on dataset {card.dataset}, but --data is {digest}; "
+            "give the same --data, or start again with train.init and another --output"
         )
     # Parsed, so that keys that are younger than the checkpoint have their defaults.
     old = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}").model_dump(mode="json")
@@ -178,8 +178,8 @@ def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> Ch
     changed = [f"{key} {_pick(old, key)} -> {_pick(new, key)}" for key in _FIXED if _pick(old, key) != _pick(new, key)]
     if changed:
         raise InputError(
-            f"checkpoint {card.uri}: cannot go on with another {'; '.join(changed)}; use the recipe it was made with "
-            f"(--recipe {storage.join(card.uri, 'recipe.json')})"
+            f"checkpoint {card.uri}: cannot continue with another {'; '.join(changed)}; use the recipe it was made "
+            f"with (--recipe {storage.join(card.uri, 'recipe.json')})"
         )
     return card
 
@@ -206,8 +206,8 @@ def _join_cluster(recipe: Recipe) -> None:
     for name, each in _resources(recipe).items():
         if there.get(name, 0) < workers * each:
             raise InputError(
-                f"train.workers is {workers} with {each:g} {name} each, the cluster has {there.get(name, 0):g} {name}; "
-                f"lower train.workers or train.{name.lower()}s_per_worker, or add nodes"
+                f"train.workers is {workers} with {each:g} {name} each, but the cluster has {there.get(name, 0):g} "
+                f"{name}; lower train.workers or train.{name.lower()}s_per_worker, or add nodes"
             )
 
 

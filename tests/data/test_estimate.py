@@ -96,7 +96,7 @@ def test_prices_are_checked(tmp_path: Path) -> None:
     path = tmp_path / "prices.json"
     for content, message in [
         ("{", "not JSON"),
-        ("[1]", "a JSON list, expected an object with keys out of currency"),
+        ("[1]", "a JSON list, expected an object with keys from currency"),
         ('{"core_hours": 1}', "core_hours: unknown key; known keys: currency, core_hour"),
         ('{"core_hour": -1}', "core_hour: Input should be greater than or equal to 0 .got -1."),
         ('{"core_hour": "cheap"}', "core_hour: Input should be a valid number"),

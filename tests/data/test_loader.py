@@ -83,7 +83,7 @@ def test_a_batch_goes_on_into_the_next_epoch(tmp_path: Path) -> None:
 
 def test_few_samples_repeat_with_a_note(tmp_path: Path) -> None:
     made = loader(make_dataset(tmp_path, [2, 1]))
-    assert made.note == "3 samples are fewer than a global batch of 4: it repeats some"
+    assert made.note == "3 samples are fewer than a global batch of 4, so a batch repeats some"
     assert len(set(keys(made, 0, 1)[0])) == 3
     assert sorted(flat(keys(made, 0, 3))) == sorted(f"{k:09d}-0" for k in [0, 1, 2] * 4)
     assert loader(make_dataset(tmp_path / "more", [4])).note is None
@@ -267,7 +267,7 @@ def test_an_outage_is_no_damage(tmp_path: Path, s3_faults: FaultyS3, monkeypatch
     remote = DatasetIndex.load(root)
     monkeypatch.setenv(s3.PATIENCE, "0.1")
     s3_faults.meet({"503": 1.0}, only=".tar")
-    with pytest.raises(RunError, match="storage has failed") as raised:
+    with pytest.raises(RunError, match="storage has been failing") as raised:
         keys(loader(remote, on_damaged="skip"), 0, 4)
     assert not isinstance(raised.value, Damaged)
     s3_faults.meet()

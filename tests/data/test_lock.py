@@ -48,7 +48,9 @@ def test_the_second_is_refused_and_told_by_whom(output: str) -> None:
     with hold(output) as held:
         before = content(output)
         with (
-            pytest.raises(InputError, match=rf"another job is at work .*process {os.getpid()}, since 2.*--output"),
+            pytest.raises(
+                InputError, match=rf"another job is working on it .*process {os.getpid()}, since 2.*--output"
+            ),
             hold(output),
         ):
             pass

@@ -176,7 +176,7 @@ def test_what_json_cannot_hold(tmp_path: Path) -> None:
     assert extras(write(tmp_path / "m.parquet", [row])) == [{"day": "2024-01-02", "price": "1.50", "gap": None}]
     with pytest.raises(InputError, match="column blob is binary"):
         read_manifest(str(write(tmp_path / "m.parquet", [{**ROWS[0], "blob": b"x"}])))
-    with pytest.raises(InputError, match="column manifest_fps is there twice"):
+    with pytest.raises(InputError, match="column manifest_fps appears twice"):
         read_manifest(str(write(tmp_path / "m.parquet", [{**ROWS[0], "fps": 1, "manifest_fps": 2}])))
 
 

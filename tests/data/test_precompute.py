@@ -204,7 +204,7 @@ def test_another_recipe_is_refused(
 @pytest.mark.ray
 def test_mended_clips_are_appended(clips_folder: Path, small_recipe: Recipe, dataset: Path, tmp_path: Path) -> None:
     output = shutil.copytree(dataset, tmp_path / "out")
-    with pytest.raises(InputError, match="no clip is refused for that; reasons there: too_few_frames, unreadable"):
+    with pytest.raises(InputError, match="no clip was refused for that; reasons found: too_few_frames, unreadable"):
         run(small_recipe, str(clips_folder), str(output), retry_quarantine="missing")
 
     broken = clips_folder / "film 1b.mp4"
@@ -283,7 +283,7 @@ def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
     assert 2 * laptop.decode["num_cpus"] + laptop.encode["num_cpus"] <= 2, "an encoder must fit beside them"
     with pytest.raises(InputError, match="no node of the cluster offers"):
         resources({"CPU": 2.0}, "data.decode_resource=decode")
-    with pytest.raises(InputError, match="for 1 encoders, the cluster has 0"):
+    with pytest.raises(InputError, match="for 1 encoders, but the cluster has 0"):
         resources({"CPU": 2.0}, "data.encode_gpus=1")
 
 
@@ -314,7 +314,7 @@ def test_s3_that_fails_gives_the_same_bytes_and_an_outage_blames_no_clip(
     quiet = digests(tmp_path / "quiet")
 
     s3_faults.meet({"503": 1.0}, only="film%207.mp4")
-    with pytest.raises(RunError, match=r"s3://cinemo-test/faulty/film 7.mp4: storage has failed for"):
+    with pytest.raises(RunError, match=r"s3://cinemo-test/faulty/film 7.mp4: storage has been failing for"):
         run(small_recipe, manifest, "s3://cinemo-test/made-among-faults")
     assert storage.read_json("s3://cinemo-test/made-among-faults/dataset.json")["complete"] is False
 
@@ -334,7 +334,7 @@ def test_s3_that_fails_gives_the_same_bytes_and_an_outage_blames_no_clip(
     ("output", "code", "message"),
     [
         ("s3://nowhere-at-all/out", 2, "bucket does not exist"),
-        ("s3://cinemo-test/dead", 1, "storage has failed for"),
+        ("s3://cinemo-test/dead", 1, "storage has been failing for"),
     ],
 )
 def test_storage_that_is_not_there_ends_in_one_line(
@@ -361,7 +361,7 @@ def test_storage_that_is_not_there_ends_in_one_line(
         (["--manifest", ".", "--output", "out"], "no videos there"),
         (["--manifest", "m.csv", "--output", "out", "--set", "data.sise=1"], "unknown key 'data.sise'"),
         (["--output", "out"], "required: --manifest"),
-        (["--manifest", ".", "--output", "out", "--prices", "p.json"], "--prices belongs to --plan"),
+        (["--manifest", ".", "--output", "out", "--prices", "p.json"], "--prices only works with --plan"),
         (["--manifest", ".", "--output", "out", "--plan", "--prices", "p.json"], "prices p.json: no such file"),
     ],
 )
@@ -387,6 +387,6 @@ def test_a_directory_that_is_no_vae_is_refused_before_anything_is_done(
     clips_folder: Path, small_recipe: Recipe, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
-    with pytest.raises(InputError, match=r"config\.json is of UNet2DModel, expected AutoencoderKL"):
+    with pytest.raises(InputError, match=r"config\.json is for UNet2DModel, expected AutoencoderKL"):
         run(override(small_recipe, [f"encoders.vae={tmp_path}"]), str(clips_folder), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

@@ -141,7 +141,7 @@ def test_index_of_a_finished_dataset(tmp_path: Path) -> None:
     [
         ({"complete": False}, "not complete; run the same precompute.py command"),
         ({"schema": 99}, "expected a dataset of schema 1"),
-        ({"samples": 0}, "has no samples, all 1 clips were refused"),
+        ({"samples": 0}, "has no samples: all 1 clips were refused"),
     ],
 )
 def test_unusable_datasets_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

@@ -70,7 +70,7 @@ def test_a_killed_stage_is_known_to_have_begun(tmp_path: Path) -> None:
 def test_a_directory_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photo.png").write_bytes(b"x")
     for fresh in (False, True):
-        with pytest.raises(InputError, match="no earlier demo"):
+        with pytest.raises(InputError, match="not an earlier demo"):
             Stages(tmp_path, tmp_path, fresh)
     assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
 

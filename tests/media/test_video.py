@@ -386,7 +386,7 @@ def test_pictures_that_need_no_scaling_are_whole(tmp_path: Path, width: int) -> 
 
 def test_index_outside_the_file(tmp_path: Path) -> None:
     path = encode(tmp_path / "clip.mp4", noise(5))
-    with pytest.raises(ClipError, match="frame 5 asked"):
+    with pytest.raises(ClipError, match="frame 5 was requested"):
         read_frames(path, [0, 5])
 
 

@@ -81,7 +81,7 @@ def test_measured_statistics_normalise_latents_as_they_are_scaled_now(encoders: 
             torch.testing.assert_close(normal.mean((0, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
             torch.testing.assert_close(normal.std((0, 2, 3)), torch.ones(4))
             np.testing.assert_array_equal(one.decode(normal), before.decode(latents))
-    with pytest.raises(InputError, match="latents_mean has 3 numbers, the autoencoder 4 latent channels"):
+    with pytest.raises(InputError, match="latents_mean has 3 numbers, but the autoencoder has 4 latent channels"):
         normalised(config, ([0.0] * 3, [1.0] * 3))
 
 
@@ -167,7 +167,7 @@ def test_a_missing_text_file_is_named(encoders: Path, tmp_path: Path) -> None:
 def test_another_class_is_refused(encoders: Path, tmp_path: Path) -> None:
     shutil.copytree(encoders / "vae", tmp_path / "vae")
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "VQModel"}))
-    with pytest.raises(InputError, match="is of VQModel"):
+    with pytest.raises(InputError, match="is for VQModel"):
         Vae(str(tmp_path / "vae"))
 
 

@@ -140,7 +140,7 @@ def test_a_bundle_is_updated_under_a_stream_of_requests(server: Server, bundles:
     try:
         before = server.submit()
         server.wait(before)
-        replace(bundles / "bundle-2", f"({second[:12]}) is served now")
+        replace(bundles / "bundle-2", f"({second[:12]}) is now being served")
         between = server.submit()
         server.wait(between)
         replace(bundles / "broken", "update refused")
@@ -166,7 +166,7 @@ def test_a_drain_finishes_what_it_can(bundles: Path, tmp_path: Path) -> None:
     short, long = first.submit(num_inference_steps=40), first.submit(num_inference_steps=999)
     first.begun(long)
     begun = time.monotonic()
-    assert "stopped; unfinished jobs go on at the next start" in first.stop()
+    assert "stopped; unfinished jobs will continue at the next start" in first.stop()
     assert time.monotonic() - begun < 40
     second = serve(bundles / "bundle", state)
     try:

@@ -158,7 +158,7 @@ def test_a_database_that_stays_away_is_a_run_error_without_its_password(
     postgres.stop()
     try:
         begun = time.monotonic()
-        with pytest.raises(RunError, match=r"has failed for 0\.5 s") as error:
+        with pytest.raises(RunError, match=r"has been failing for 0\.5 s") as error:
             store.waiting()
         assert time.monotonic() - begun < 5
         assert "s3cret" not in str(error.value)

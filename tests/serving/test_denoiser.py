@@ -266,7 +266,7 @@ def test_a_fault_of_the_sampler_or_the_decoder_is_its_own_jobs(
         denoiser.join(key, ask(steps=2))
     outcome = run(denoiser)
     assert set(outcome.finished) == {"b"}
-    assert outcome.failed == {"a": ("internal_error", "the server failed to make this video; the fault was logged")}
+    assert outcome.failed == {"a": ("internal_error", "the server failed to make this video; the error was logged")}
     assert "secret path" in caplog.text
 
 

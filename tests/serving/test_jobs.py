@@ -266,7 +266,7 @@ def test_quotas_bound_a_client_and_deletion_gives_no_day_back(store: JobStore, c
         store.cancel(job.id)
         store.delete(job.id)
     store.submit(REQUEST, b"", "key", quota=quota)
-    with pytest.raises(QuotaExceeded, match="3 in a day") as exceeded:
+    with pytest.raises(QuotaExceeded, match="3 a day") as exceeded:
         store.submit(REQUEST, b"", "key", quota=quota)
     assert exceeded.value.retry_after == 86300
     clock.now += 86300

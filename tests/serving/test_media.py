@@ -72,7 +72,7 @@ def test_a_writer_that_fails_leaves_nothing(media: MediaStore) -> None:
     "name", ["", "image", "../x/image", f"{JOB}/../image", f"{JOB}/..", "video_x/image", f"{JOB}/a/b"]
 )
 def test_names_lead_nowhere_else(media: MediaStore, name: str) -> None:
-    with pytest.raises(ValueError, match="names no file"):
+    with pytest.raises(ValueError, match="is not the name of a job's file"):
         media.write(name, b"")
 
 

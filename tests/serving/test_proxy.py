@@ -33,5 +33,5 @@ def test_replicas_of_two_servers_share_no_port(monkeypatch: pytest.MonkeyPatch) 
                 assert all(high < other.start or low >= other.stop for other in taken), "a range is given twice"
                 taken.append(range(low, high + 1))
             open_sockets.enter_context(listen(taken[-2][-1]))
-        with pytest.raises(RunError, match="no 200 free ports in a row"):
+        with pytest.raises(RunError, match="no 200 consecutive free ports"):
             proxy._own_ports()

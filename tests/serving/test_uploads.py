@@ -126,7 +126,7 @@ def _chunk_starts(png: bytes) -> list[int]:
     ("content", "what"),
     [
         (b"", "empty"),
-        (b"hello", "no picture"),
+        (b"hello", "not a picture"),
         (b"GIF89a" + b"\1\0\1\0\0\0\0", "GIF"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
         (b"\n <?xml version='1.0'?><svg/>", "SVG"),
@@ -136,7 +136,7 @@ def _chunk_starts(png: bytes) -> list[int]:
         (b"\0\0\0\x18ftypheic", "HEIC"),
         (encoded(Image.new("RGB", (9, 9)), "BMP"), "BMP"),
         (encoded(Image.new("RGB", (9, 9)), "TIFF"), "TIFF"),
-        (b"<!-- " + encoded(noise()), "no picture"),
+        (b"<!-- " + encoded(noise()), "not a picture"),
     ],
 )
 def test_other_types_are_refused_by_content_whatever_they_are_declared_as(content: bytes, what: str) -> None:

@@ -211,5 +211,5 @@ def test_what_a_resume_may_change(small: Recipe, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_loading_nothing_is_refused(small: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no state of a training"):
+    with pytest.raises(RunError, match="does not hold a training state"):
         _engine(small).load(tmp_path)

@@ -123,7 +123,7 @@ def test_bad_requests_are_one_line(small: Recipe, tmp_path: Path, capsys: pytest
         plan_training(small, mfu=2.0)
     for flags, said in (
         (["--plan", "--accelerator", "A200"], "unknown"),
-        (["--accelerator", "A100-80GB"], "--accelerator belongs to --plan"),
+        (["--accelerator", "A100-80GB"], "--accelerator only works with --plan"),
         (["--data", "x"], "required: --output"),
         (["--plan", "--prices", str(tmp_path / "none.json")], "no such file"),
     ):

@@ -253,7 +253,9 @@ def test_published_cinemo_weights(small: Recipe, tmp_path: Path) -> None:
 
     paper = cinemo_320x512()
     (published / "unet" / "config.json").write_text(json.dumps(stored | {"flip_sin_to_cos": False}))
-    with pytest.raises(InputError, match=r"unet: config.json has flip_sin_to_cos = False, this network has True only"):
+    with pytest.raises(
+        InputError, match=r"unet: config.json has flip_sin_to_cos = False, this network supports only True"
+    ):
         export.from_cinemo(str(published), str(tmp_path / "other"), paper)
     (published / "unet" / "config.json").unlink()
     with pytest.raises(InputError, match=r"do not fit the recipe's model \(\d+ entries\): missing down_blocks"):

@@ -35,7 +35,7 @@ def test_export_registers(small: Recipe, tmp_path: Path, monkeypatch: pytest.Mon
 
     refused = export()
     assert (refused.returncode, bundle.exists()) == (2, False)
-    assert "names no MLflow run; leave --register out" in refused.stderr
+    assert "has no MLflow run; leave --register out" in refused.stderr
     progress.track()
     done = export()
     assert done.returncode == 0, done.stderr

@@ -367,7 +367,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
 
     refused("already holds a run; continue it with --resume auto", resume="never")
     refused("already holds a run", resume=str(stored))
-    refused(r"cannot go on with another train\.precision fp32 -> bf16;", changed(precision="bf16"))
+    refused(r"cannot continue with another train\.precision fp32 -> bf16;", changed(precision="bf16"))
     refused(r"train\.global_batch 4 -> 8; use", changed(workers=2, micro_batch=1, global_batch=8))
     refused(r"train\.trainable all -> lora", changed(trainable="lora"))
     refused(r"train\.lora_rank 16 -> 4", changed(lora_rank=4))

@@ -120,11 +120,11 @@ def card_text(
             "",
             f"diffusers `AutoencoderKL`, widths {tuple(ARCHITECTURE['block_out_channels'])}, 8x down, "
             f"{vae.config.latent_channels} latent channels, {parameters / 1e6:.2f} M parameters, stored as float16. "
-            f"Squared error and a KL weight of 1e-5; no perceptual or adversarial loss. Training starts at a linear "
-            "codec in closed form. Mean and deviation of every channel, measured on training crops, stand in its "
+            f"Squared error and a KL weight of 1e-5; no perceptual or adversarial loss. Training starts from a linear "
+            "codec in closed form. Mean and deviation of every channel, measured on training crops, are in its "
             "configuration (`latents_mean`, `latents_std`): latents are normalised by them.",
             "",
-            f"PSNR in dB over 24 whole frames a clip at {SIZE[0]}x{SIZE[1]}, mean latent, against PCA of 8x8 blocks "
+            f"PSNR in dB over 24 whole frames per clip at {SIZE[0]}x{SIZE[1]}, mean latent, against PCA of 8x8 blocks "
             "with 16 components fitted on the same training crops:",
             "",
             "| held-out clip | VAE | PCA | margin |",
@@ -140,7 +140,7 @@ def card_text(
             "",
             "- The VAE blurs fine texture and was measured at 64x96 only; other multiples of 8 work.",
             "- The text model knows the rendered captions: shapes, colours, scenes, directions, speeds. Other words "
-            "have tokens but hardly a meaning.",
+            "have tokens but hardly any meaning.",
             "",
         ]
     )

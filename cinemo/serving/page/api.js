@@ -143,7 +143,7 @@ async function* stream(id, signal) {
     // No such stream here, too many of them, or something between that keeps it back: ask instead.
     if (error.status >= 400 || silent) streaming = false;
     else if (error instanceof Fault) throw error;
-    else if (!leaving.signal.aborted) throw new Fault(0, { code: "unreachable", message: "The connection broke off." });
+    else if (!leaving.signal.aborted) throw new Fault(0, { code: "unreachable", message: "The connection was lost." });
   } finally {
     streams -= 1;
     clearTimeout(timer);

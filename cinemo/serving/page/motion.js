@@ -4,7 +4,7 @@ import { byId, make } from "./dom.js";
 
 // From which bucket on they hold.
 const WORDS = [
-  [0, "almost still"], [4, "gentle"], [8, "moderate"], [12, "lively"], [16, "strong"], [19, "most there is"],
+  [0, "almost still"], [4, "gentle"], [8, "moderate"], [12, "lively"], [16, "strong"], [19, "maximum"],
 ];
 
 export class MotionField {

@@ -213,7 +213,7 @@ function setModel(known) {
   const [width, height] = model.size.split("x").map(Number);
   document.documentElement.style.setProperty("--shape", `${width} / ${height}`);
   const length = `${model.frames} frames, ${Number(model.seconds)} s`;
-  const toy = Math.min(width, height) < 128 ? " · a toy, to see the method work" : "";
+  const toy = Math.min(width, height) < 128 ? " · a toy, to show the method at work" : "";
   byId("model").textContent = `${model.id} · ${width} × ${height} · ${length}${toy}`;
   motion.setModel(model);
   byId("num_inference_steps").placeholder = model.defaults.num_inference_steps;

@@ -14,7 +14,7 @@ const SETTINGS = [
 ];
 // Ways to less work for a video, which programs may ask for: told where they are used.
 const SHORTCUTS = [
-  ["solver", "Solver", "ddim"], ["guidance_interval", "Guided share", "0,1"], ["reuse_features", "Features kept", "1"],
+  ["solver", "Solver", "ddim"], ["guidance_interval", "Guidance range", "0,1"], ["reuse_features", "Feature reuse", "1"],
 ];
 
 export class Stage {
@@ -145,7 +145,7 @@ class Pane {
       this.still.src = this.stillAddress = URL.createObjectURL(picture);
       this.still.hidden = false;
     }
-    this.say("Asking the server …");
+    this.say("Contacting the server …");
     this.follow();
   }
 
@@ -161,7 +161,7 @@ class Pane {
   async follow() {
     try {
       for await (const { video, lost } of api.changes(this.id, this.leaving.signal)) {
-        if (lost) this.say(`${lost.message} The job goes on; asking again …`, "lost");
+        if (lost) this.say(`${lost.message} The job continues; trying again …`, "lost");
         else await this.update(video);
       }
     } catch (fault) {
@@ -194,7 +194,7 @@ class Pane {
       queued: "Waiting in the queue",
       in_progress: video.progress >= 99 ? "Writing the video" : `${steps}${left}`,
       completed: this.trouble,
-      failed: `This one failed: ${video.error?.message ?? "no reason was given"}`,
+      failed: `This video failed: ${video.error?.message ?? "no reason was given"}`,
       cancelled: "Cancelled",
     };
     this.say(texts[video.status], this.trouble ? "failed" : video.status);
@@ -224,7 +224,7 @@ class Pane {
         return await api.content(this.id);
       } catch (fault) {
         if (fault.status >= 400 && fault.status < 500) throw fault;
-        this.say(`${fault.message} The video is kept; asking again …`, "lost");
+        this.say(`${fault.message} The video is kept; trying again …`, "lost");
         await api.sleep(2000, this.leaving.signal);
       }
     }
@@ -237,7 +237,7 @@ class Pane {
     const player = make("video", { muted: true, playsInline: true, loop: true, preload: "auto", tabIndex: -1 });
     player.setAttribute("aria-label", `Video: ${this.video.prompt}`);
     this.address = player.src = URL.createObjectURL(blob);
-    const unplayable = "This browser cannot play the video; it can be downloaded.";
+    const unplayable = "This browser cannot play the video, but you can download it.";
     await happened(player, "loadeddata").catch(() => (this.trouble = unplayable));
     player.addEventListener("click", () => this.stage.transport.toggle());
     this.still.hidden = true;
