@@ -107,7 +107,7 @@ def save_bundle(
     parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=parent))
     try:
-        pipeline = f"{recipe.method.capitalize()}Pipeline"
+        pipeline = method_class(recipe).__name__.removesuffix("Method") + "Pipeline"
         index: dict[str, Any] = {"_class_name": pipeline, "_cinemo_version": cinemo.__version__}
         for name, network in networks.items():
             save_network(network, staged / name)

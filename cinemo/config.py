@@ -296,7 +296,7 @@ class Recipe(Part):
     """A complete run. Built by a function in `cinemo.recipes`, changed with ``--set dotted.key=value``."""
 
     name: str
-    method: Literal["cinemo"] = "cinemo"
+    method: str = Field("cinemo", description="a method of cinemo.methods, or package.module:Class of one elsewhere")
     compile: bool = Field(False, description="torch.compile the network, in training and sampling")
     data: DataConfig = DataConfig()
     encoders: EncodersConfig = EncodersConfig()

@@ -163,7 +163,7 @@ def _train(
                 optimizer.load_state_dict(state[name])
         averages = list(state["averages"])
         step, seconds = state["step"], state["seconds"]
-        log(f"goes on at step {step}")
+        log(f"continuing at step {step}")
 
     def store() -> None:
         if rank:
@@ -292,10 +292,10 @@ def _read_state(path: Path, device: torch.device | str) -> dict[str, Any]:
         missing = {"unet", "text_encoder", "averages", "step", "seconds"} - state.keys()
     except (OSError, RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: is no training state ({reason}); remove it to begin anew") from None
+        raise InputError(f"{path}: is not a training state ({reason}); remove it to start again") from None
     if missing:
         raise InputError(
-            f"{path}: is no training state ({', '.join(sorted(missing))} missing); remove it to begin anew"
+            f"{path}: is not a training state ({', '.join(sorted(missing))} missing); remove it to start again"
         )
     return state
 

@@ -51,11 +51,13 @@ class Method(nn.Module, ABC):
     ``name``: as a recipe has it. ``needs``: the encoders whose output it uses (``vae``, ``text_encoder``).
     ``stored_fields``: what a sample must carry beside its latents (`cinemo.data.fields`).
     ``parts``: names of its networks, which are attributes of it: parameter ``unet.x`` is ``x`` of ``networks["unet"]``.
+    ``variants``: what a sample sheet shows of each sample: by name, numbers in the place of its own fields.
     """
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]]
     stored_fields: ClassVar[tuple[str, ...]] = ()
+    variants: ClassVar[Mapping[str, Mapping[str, float]]] = {"sample": {}}
     parts: ClassVar[tuple[str, ...]]
     schedule: NoiseSchedule
 

@@ -39,6 +39,10 @@ class CinemoMethod(Method):
     name: ClassVar[str] = "cinemo"
     needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     parts: ClassVar[tuple[str, ...]] = ("unet",)
+    variants: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        "bucket-03": {"motion_bucket": 3.0},
+        "bucket-16": {"motion_bucket": 16.0},
+    }
 
     def __init__(
         self, unet: LavieUNet, schedule: NoiseSchedule, sample: SampleConfig, min_snr_gamma: float | None = None

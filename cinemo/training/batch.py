@@ -113,6 +113,12 @@ def _keyed(seed: int, step: int, key: tuple[str | int, ...], what: str) -> torch
     return keyed_generator(seed, what, step, *key)
 
 
+def undropped(recipe: Recipe) -> Recipe:
+    """Without what training does to make samples harder: what a user asks for is told whole."""
+    plain = {"prompt_dropout": 0.0, "image_dropout": 0.0, "motion_dropout": 0.0}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=plain)})
+
+
 def stored_latents(sample: LatentSample, recipe: Recipe) -> Tensor:
     """A sample's latents (F, C, h, w) as the network learns them, float32: normalised where the recipe asks for it."""
     latents_FCHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32))

@@ -1,12 +1,14 @@
 """What the network makes of a few fixed samples: a contact sheet beside the truth, and every animation as an mp4.
 
-Rows of a sheet: for each sample its own frames (decoded latents), then animations of its first frame at a low and a
-high motion bucket. Columns: frames. The noise is keyed by the sample alone, so that steps compare.
+Rows of a sheet: for each sample its own frames (decoded latents), then animations of its first frame, one for each of
+the method's ``variants`` (Cinemo: a low and a high motion bucket). Columns: frames. The noise is keyed by the sample
+alone, so that steps compare.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import tempfile
@@ -22,13 +24,11 @@ from cinemo.config import Recipe
 from cinemo.data.shards import DatasetIndex, Members, fetch_sample, record_uri
 from cinemo.media.motion import motion_bucket
 from cinemo.media.mp4 import write_video
-from cinemo.methods import Method
-from cinemo.methods.base import run
+from cinemo.methods import Method, method_class, run
 from cinemo.networks.frozen import Vae
-from cinemo.training.batch import TextStates, stored_latents
-from cinemo.types import Condition, LatentSample, RunError, keyed_generator
+from cinemo.training.batch import TextStates, stored_latents, undropped
+from cinemo.types import LatentSample, RunError, keyed_generator
 
-BUCKETS = (3, 16)
 STEPS = 20
 _LABEL, _GAP, _COLUMNS = 13, 2, 8
 
@@ -50,21 +50,29 @@ def first_samples(index: DatasetIndex, count: int, held_out_shards: int = 0) -> 
 def sheet_latents(
     recipe: Recipe, method: Method, text: TextStates, samples: Sequence[LatentSample], device: torch.device
 ) -> list[torch.Tensor]:
-    """Animated latents (len(BUCKETS), C, F, h, w) of each sample's first frame. Under ZeRO-3 every rank calls this."""
-    made = []
+    """Animated latents (variants, C, F, h, w) of each sample's first frame. Under ZeRO-3 every rank calls this."""
+    made, count = [], len(method.variants)
+    told = undropped(recipe)
     for sample in samples:
-        first_CHW = stored_latents(sample, recipe)[0].to(device)
-        states_BLD = text([sample.caption, ""])
+        video_CFHW = stored_latents(sample, recipe).transpose(0, 1).to(device)
+        example = method.example(told, sample, functools.partial(keyed_generator, recipe.train.seed))
+        fields = {
+            name: torch.stack([torch.full_like(own, asked.get(name, own.item())) for asked in method.variants.values()])
+            if own.dim() == 0
+            else own.expand(count, *own.shape)
+            for name, own in example.fields.items()
+        }
+        condition = method.condition(
+            video_CFHW.expand(count, -1, -1, -1, -1),
+            {name: field.to(device) for name, field in fields.items()},
+            {slot: text([caption]).expand(count, -1, -1) for slot, caption in example.texts.items()},
+        )
+        channels, frames, h, w = video_CFHW.shape
         generator = keyed_generator(recipe.train.seed, "sheet", sample.key)
-        channels, h, w = first_CHW.shape
-        noise_CFHW = torch.randn(method.target_shape((channels, recipe.data.frames, h, w)), generator=generator)
-        count = len(BUCKETS)
-        buckets_B = torch.tensor(BUCKETS, dtype=torch.float32, device=device)
-        asked = {"image": first_CHW[None], "text": states_BLD[:1]}
-        condition = Condition(Condition(asked).expand(count), motion_bucket=buckets_B)
+        noise_CFHW = torch.randn(method.target_shape((channels, frames, h, w)), generator=generator)
         sampling = method.sampling(
             condition,
-            states_BLD[1:].expand(count, -1, -1),
+            text([""]).expand(count, -1, -1),
             noise_CFHW.to(device).expand(count, -1, -1, -1, -1),
             STEPS,
             recipe.sample.guidance_scale,
@@ -93,10 +101,11 @@ def write_videos(
 ) -> list[str]:
     """Write each animation of `decoded` as ``image-00-bucket-03.mp4``, what it shows in its metadata; the names."""
     names = []
+    variants = method_class(recipe).variants
     for number, (sample, (_, *animations)) in enumerate(zip(samples, frames, strict=True)):
-        for bucket, frames_FHWC in zip(BUCKETS, animations, strict=True):
-            names.append(f"image-{number:02d}-bucket-{bucket:02d}.mp4")
-            settings = {"step": step, "sample": sample.key, "prompt": sample.caption, "motion_bucket": bucket}
+        for (name, asked), frames_FHWC in zip(variants.items(), animations, strict=True):
+            names.append(f"image-{number:02d}-{name}.mp4")
+            settings = {"step": step, "sample": sample.key, "prompt": sample.caption, **asked}
             settings |= {"steps": STEPS, "guidance_scale": recipe.sample.guidance_scale, "recipe": recipe.name}
             metadata = {"comment": json.dumps(settings, sort_keys=True)}
             write_video(directory / names[-1], frames_FHWC, recipe.sample.fps, metadata)
@@ -109,7 +118,8 @@ def draw_sheet(recipe: Recipe, samples: Sequence[LatentSample], frames: Sequence
     for sample, (truth, *animations) in zip(samples, frames, strict=True):
         bucket = motion_bucket(sample.ssim, recipe.data.bucket_edges)
         rows.append((f"{sample.clip_id}: {sample.caption[:60]} (true, bucket {bucket})", truth))
-        rows += [(f"bucket {bucket}", made) for bucket, made in zip(BUCKETS, animations, strict=True)]
+        labels = [name.replace("-", " ") for name in method_class(recipe).variants]
+        rows += list(zip(labels, animations, strict=True))
     height, width = recipe.data.size
     chosen = np.linspace(0, recipe.data.frames - 1, min(_COLUMNS, recipe.data.frames)).round().astype(int)
     sheet = Image.new(

@@ -15,7 +15,7 @@ import torch
 
 from cinemo.config import Recipe
 from cinemo.data.loader import HeldOut
-from cinemo.training.batch import HostBatch, TextStates, host_batch, on_device
+from cinemo.training.batch import HostBatch, TextStates, host_batch, on_device, undropped
 from cinemo.training.engine import Engine
 from cinemo.training.metrics import Losses, LossSums
 from cinemo.types import InputError, LatentSample, keyed_generator
@@ -59,9 +59,7 @@ class Validation:
     """
 
     def __init__(self, recipe: Recipe, engine: Engine, text: TextStates, held_out: HeldOut) -> None:
-        # Without what training does to make samples harder: the loss of what a user asks for, text, image and motion.
-        plain = {"prompt_dropout": 0.0, "image_dropout": 0.0, "motion_dropout": 0.0}
-        self._recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update=plain)})
+        self._recipe = undropped(recipe)
         self._engine, self._text = engine, text
         draws = plan_draws(len(held_out), recipe.diffusion.train_steps)
         if not draws:

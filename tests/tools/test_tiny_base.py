@@ -50,7 +50,7 @@ def test_chunks_of_something_else_or_damaged_ones_are_refused(recipe: Recipe, tm
 @pytest.mark.parametrize("lie", [b"not a checkpoint", b""])
 def test_a_state_that_is_none_is_said_in_one_line(recipe: Recipe, clips: Clips, tmp_path: Path, lie: bytes) -> None:
     (tmp_path / "state.pt").write_bytes(lie)
-    with pytest.raises(InputError, match="is no training state") as caught:
+    with pytest.raises(InputError, match="is not a training state") as caught:
         train_base(tmp_path, recipe, clips, PHASES, settings(), lambda line: None)
     assert "\n" not in str(caught.value)
     assert (tmp_path / "state.pt").read_bytes() == lie  # nothing stored is lost
@@ -90,7 +90,7 @@ def test_stopped_and_taken_up_it_ends_at_the_same_weights(
         train_base(tmp_path, recipe, clips, PHASES, settings(), lambda line: None)
     lines: list[str] = []
     train_base(tmp_path, recipe, clips, PHASES, settings(), lines.append)
-    assert "goes on at step 4" in lines
+    assert "continuing at step 4" in lines
     for name, value in weights(straight).items():
         torch.testing.assert_close(weights(tmp_path)[name], value, rtol=0, atol=0, msg=name)
 

@@ -1,0 +1,127 @@
+"""A method that nothing in `cinemo` knows: a network of its own, a condition of its own, and three guidance branches.
+
+It diffuses all frames, and is told the picture, the caption and the clip's frame rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cinemo.config import Recipe
+from cinemo.diffusion.ddim import ddim_steps
+from cinemo.diffusion.guidance import Sampling, guided
+from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
+from cinemo.media.transforms import prepare_image
+from cinemo.methods.base import Draw, Encoders, Example, Method, chance, diffusion_loss
+from cinemo.networks.weights import resolve
+from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
+
+
+class Painter(nn.Module):
+    def __init__(self, channels: int, text_width: int) -> None:
+        super().__init__()
+        self.config = {"channels": channels, "text_width": text_width}
+        self.paint = nn.Conv3d(2 * channels, channels, 3, padding=1)
+        self.words = nn.Linear(text_width, channels)
+        self.pace = nn.Linear(1, channels)
+
+    def forward(self, x: Tensor, image: Tensor, text: Tensor, pace: Tensor) -> Tensor:
+        told = self.words(text.mean(1)) + self.pace(pace[:, None])
+        return self.paint(torch.cat([x, image[:, :, None].expand_as(x)], 1)) + told[:, :, None, None, None]
+
+
+class FifthMethod(Method):
+    name: ClassVar[str] = "fifth"
+    needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    parts: ClassVar[tuple[str, ...]] = ("painter",)
+    variants: ClassVar[Mapping[str, Mapping[str, float]]] = {"slow": {"pace": 0.5}, "fast": {"pace": 2.0}}
+
+    def __init__(self, painter: Painter, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        self.painter, self.schedule = painter, schedule
+
+    @classmethod
+    def fresh_networks(cls, recipe: Recipe) -> dict[str, nn.Module]:
+        return {"painter": Painter(recipe.model.in_channels, recipe.model.cross_attention_dim)}
+
+    @classmethod
+    def load_network(
+        cls, recipe: Recipe, part: str, location: str, dtype: torch.dtype | None = None, base: bool = False
+    ) -> nn.Module:
+        network = cls.fresh_networks(recipe)[part]
+        try:
+            network.load_state_dict(load_file(resolve(location) / "diffusion_pytorch_model.safetensors"))
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{location}: no painter there ({str(error).splitlines()[0]})") from None
+        return network.to(dtype or torch.float32)
+
+    @classmethod
+    def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> FifthMethod:
+        return cls(networks["painter"], noise_schedule(recipe.diffusion))
+
+    @classmethod
+    def example(cls, recipe: Recipe, sample: LatentSample, draw: Draw) -> Example:
+        caption = "" if chance(draw, "words", recipe.train.prompt_dropout) else sample.caption
+        return Example({"pace": torch.tensor(sample.fps / 24)}, {"words": caption})
+
+    @classmethod
+    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> Condition:
+        return Condition(picture=video_BCFHW[:, :, 0], words=texts["words"], pace=fields["pace"])
+
+    @staticmethod
+    def is_temporal(name: str) -> bool:
+        return name.startswith("pace")
+
+    def target(self, batch: LatentBatch) -> Tensor:
+        return batch.video_BCFHW.float()
+
+    def forward(
+        self, batch: LatentBatch, t_B: Tensor, noise: Tensor, each: bool = False, weighted: bool = True
+    ) -> Tensor:
+        video = self.target(batch)
+        output = self.predict(self.schedule.add_noise(video, noise, t_B), t_B, batch.condition)
+        losses_B = diffusion_loss(output, self.schedule.target(video, noise, t_B))
+        return losses_B if each else losses_B.mean()
+
+    def predict(self, x_t: Tensor, t: Any, condition: Condition, deep: Any = None) -> Tensor:
+        told = condition.to(x_t.device, self.painter.pace.weight.dtype)
+        return self.painter(x_t.to(self.painter.pace.weight.dtype), told["picture"], told["words"], told["pace"])
+
+    def sampling(
+        self,
+        condition: Condition,
+        negative_text_BLD: Tensor | None,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | None = None,
+    ) -> Sampling:
+        words = condition["words"] if negative_text_BLD is None else negative_text_BLD
+        still = Condition(condition, words=words, pace=torch.zeros_like(condition["pace"]))
+        branches = (still, Condition(condition, words=words), condition)
+        queries = ddim_steps(noise, self.schedule, steps, spacing="trailing")
+        return (yield from guided(queries, branches, (1.5, guidance_scale)))
+
+    def prepare(
+        self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
+    ) -> tuple[Sampling, int]:
+        if set(inputs) != {"image"}:
+            raise InputError(f"method fifth takes a picture, got {', '.join(sorted(inputs))}")
+        image_BCHW = encoders.vae.encode(prepare_image(inputs["image"], recipe.data.size)[None])
+        text_BLD, negative_BLD = encoders.text.encode([settings["prompt"], settings["negative_prompt"]]).chunk(2)
+        condition = Condition(picture=image_BCHW, words=text_BLD, pace=torch.ones(1))
+        channels, h, w = image_BCHW.shape[1:]
+        shape = (1, channels, recipe.data.frames, h, w)
+        noise = torch.randn(shape, generator=keyed_generator(settings["seed"], "noise"))
+        steps = settings["steps"]
+        return self.sampling(condition, negative_BLD, noise, steps, settings["guidance_scale"]), steps
+
+
+HERE = f"{Path(__file__).parent.parent.name}.{Path(__file__).parent.name}.fifth:FifthMethod"
