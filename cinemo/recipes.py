@@ -89,7 +89,7 @@ def cinemo_tiny() -> Recipe:
     - train.timestep_shift 4 and train.prompt_dropout 0.1: with uniform timesteps and half of the prompts dropped, no
       direction is learnt in such a time. It is decided near pure noise, and by the prompt.
     - data.bucket_edges: those that rendered clips fill. encoders.latent: the posterior's mode.
-    - sample.guidance_scale 3: without guidance the direction is right and the motion two thirds as fast as it should be.
+    - sample.guidance_scale 3: without it the direction is right and the motion two thirds as fast as it should be.
     """
     return Recipe(
         name="cinemo-tiny",
