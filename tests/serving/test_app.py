@@ -216,7 +216,7 @@ def test_serve_run_does_the_same(bundles: Path, tmp_path: Path) -> None:
         assert dashboard, server.output()
         subprocess.run(
             [sys.executable, *command, "deploy", config, "-a", dashboard[0]],
-            check=True, timeout=120, env=os.environ | {"RAY_AUTH_MODE": "token"},
+            check=True, timeout=300, env=os.environ | {"RAY_AUTH_MODE": "token"},
         )  # fmt: skip
 
         def updated() -> bool:
@@ -224,7 +224,7 @@ def test_serve_run_does_the_same(bundles: Path, tmp_path: Path) -> None:
             assert server.wait(video_id)["status"] == "completed"
             return bool(metadata(server, video_id, tmp_path)["bundle"] == digest)
 
-        eventually(updated, 60, every=1)
+        eventually(updated, 180, every=1)
         assert server.replicas("animator") == [animator]
         assert server.video(before)["status"] == "completed"
     finally:
