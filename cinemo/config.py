@@ -85,7 +85,7 @@ class EncodersConfig(Part):
         None,
         description="mean of each stored channel; with normalize, train.py takes it and latents_std from the dataset",
     )
-    latents_std: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = Field(None, description="deviation of each stored channel")
 
     @model_validator(mode="after")
     def _check(self) -> EncodersConfig:

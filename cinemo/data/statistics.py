@@ -37,10 +37,12 @@ def latent_statistics(uri: str, samples_of_shards: Mapping[int, int]) -> dict[st
         """(frames and cells, sum, sum of squares) of each channel over the chosen samples of a shard: (3, C)."""
         members = Members(**storage.read_json(shards.record_uri(uri, shard))["members"])
         mine = [place for number, place in chosen if number == shard]
-        latents = [shards.fetch_sample(uri, shard, members, place).latents_FCHW.astype(np.float64) for place in mine]
-        values = np.stack(latents)
-        count = np.full(values.shape[2], values[:, :, 0].size, np.float64)
-        return np.stack([count, values.sum((0, 1, 3, 4)), np.square(values).sum((0, 1, 3, 4))])
+        parts = []
+        for place in mine:  # one at a time: a shard of large videos would take hundreds of megabytes
+            values = shards.fetch_sample(uri, shard, members, place).latents_FCHW.astype(np.float64)
+            count = np.full(values.shape[1], values[:, 0].size, np.float64)
+            parts.append(np.stack([count, values.sum((0, 2, 3)), np.square(values).sum((0, 2, 3))]))
+        return np.asarray(np.sum(parts, axis=0))
 
     with ThreadPoolExecutor(_READERS if storage.is_remote(uri) else 1) as pool:
         count, total, squares = np.sum(list(pool.map(sums, numbers)), axis=0)
@@ -54,7 +56,7 @@ def with_statistics(recipe: Recipe, index: DatasetIndex) -> Recipe:
     """The recipe with what ``encoders.normalize`` needs of the dataset; as it is where it does not ask for it.
 
     Raises:
-        InputError: the dataset has no statistics, as those of older versions.
+        InputError: the dataset has no statistics, as those of older versions, or they do not fit its latents.
     """
     if not recipe.encoders.normalize:
         return recipe
@@ -64,5 +66,16 @@ def with_statistics(recipe: Recipe, index: DatasetIndex) -> Recipe:
             f"dataset {index.uri}: has no latent_statistics, which encoders.normalize needs; "
             "run the same precompute.py command again to add them"
         )
-    values = {"latents_mean": tuple(measured["mean"]), "latents_std": tuple(measured["std"])}
+    channels = index.info["latent_shape"][1]
+    try:
+        mean, deviation = (tuple(float(value) for value in measured[name]) for name in ("mean", "std"))
+        fits = len(mean) == len(deviation) == channels and min(deviation) > 0 and np.isfinite([*mean, *deviation]).all()
+    except (TypeError, KeyError, ValueError):
+        fits = False
+    if not fits:
+        raise InputError(
+            f"dataset {index.uri}: latent_statistics in dataset.json is damaged, expected mean and std of {channels} "
+            "channels; remove the entry and run the same precompute.py command again"
+        )
+    values = {"latents_mean": mean, "latents_std": deviation}
     return recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update=values)})

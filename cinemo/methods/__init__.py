@@ -41,7 +41,7 @@ def method_class(recipe: Recipe) -> type[Method]:
     else:
         try:
             found = getattr(importlib.import_module(module), name, None)
-        except ImportError as error:
+        except (ImportError, ValueError, TypeError) as error:  # the last two: no name of a module at all
             raise InputError(f"method is {recipe.method!r}, which cannot be imported ({error})") from None
     if not (isinstance(found, type) and issubclass(found, Method)):
         known = ", ".join(_METHODS)

@@ -88,6 +88,15 @@ def test_normalised_batches_have_channels_alike(small: Recipe, dataset: str, tmp
         with_statistics(asking, index)
     sizes = dict(zip(index.shards, index.samples_of_shards.tolist(), strict=True))
     measured = replace(index, info=index.info | {"latent_statistics": latent_statistics(dataset, sizes)})
+    lies = (
+        {"mean": [0.0]},
+        {"mean": [0.0] * 3, "std": [1.0] * 3},
+        {"mean": [0.0] * 4, "std": [1.0, 1.0, 0.0, 1.0]},
+        [1],
+    )
+    for lie in lies:
+        with pytest.raises(InputError, match=r"latent_statistics in dataset\.json is damaged, .* of 4 channels"):
+            with_statistics(asking, replace(index, info=index.info | {"latent_statistics": lie}))
     normal = with_statistics(asking, measured)
     everything = LatentLoader(index, global_batch=index.info["samples"], lanes=1, seed=0).batch(0).samples
     video = batches.host_batch(everything, 0, normal).video_BCFHW
