@@ -34,8 +34,8 @@ def timesteps(schedule: NoiseSchedule, steps: int, spacing: Spacing = "leading")
     """The steps visited, descending, ``steps`` of them whether or not they divide T.
 
     ``leading``: i r + 1 with r = T // steps; 50 of 1000 are 981, 961, ..., 1, and 30 begin at 958. Where more
-    than three would begin below three quarters of T (334 at 667), floor(i T / steps) + 1. ``trailing``: round(i T / steps) - 1; 50 of
-    1000 are 999, 979, ..., 19: what zero terminal SNR needs, as it begins at pure noise.
+    than three would begin below three quarters of T (334 at 667), floor(i T / steps) + 1. ``trailing``:
+    round(i T / steps) - 1; 50 of 1000 are 999, 979, ..., 19: what zero terminal SNR needs, as it begins at pure noise.
     """
     total, limit = schedule.train_steps, schedule.train_steps - (spacing == "leading")
     if not 1 <= steps <= limit:
