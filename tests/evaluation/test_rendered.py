@@ -67,7 +67,7 @@ def test_the_truth_passes_every_bar_that_videos_can_pass(base: ModelBundle, monk
     # The network is not asked here, and the first frame is compared with the picture as a network is given it.
     assert not misses(figures).keys() - {"unexplained", "unexplained_opposite_prompt", "first_frame_psnr_gap"}, figures
     assert figures["pan_direction_cosine"] > 0.99
-    assert figures["object_iou"] > 0.95
+    assert figures["object_iou"] > 0.94  # soft, shaded edges: a pixel of them may look nearer to the backdrop
     assert figures["pan_flow_gain"] == pytest.approx(1, abs=0.1)
     assert figures["fluid_flow_gain"] == pytest.approx(1, abs=0.15)
     assert figures["object_flow_gain"] > 0.65  # flow is blurred where the shape ends

@@ -69,7 +69,7 @@ def test_frames_are_those_of_the_decoder(guard: Guard, folder: Path) -> None:
         ("segfault", "decoder_crash", r"SIGSEGV after \d s \(10 bytes\)"),
         ("abort", "decoder_crash", r"SIGABRT after \d s \(10 bytes\)"),
         ("hang", "decoder_hang", r"no answer after 4 s \(10 bytes\)"),
-        ("bloat", "out_of_memory", r"more than 2 GiB: .*"),
+        ("bloat", "out_of_memory", r"needs more than 2 GiB: .*"),
     ],
 )
 def test_a_broken_decoder_costs_one_clip(guard: Guard, folder: Path, kind: str, reason: str, detail: str) -> None:

@@ -11,16 +11,16 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
+import cinemo
 from cinemo.media.synthetic import render_clip
 from cinemo.types import InputError
-from tools.tiny_encoders import linear_start
 from tools.tiny_encoders import vae as tiny_vae
 from tools.tiny_encoders.card import SIZE, clip_licences
 from tools.tiny_encoders.frames import BlockPCA, FrameSets, clip_files, gather, psnr
 from tools.tiny_encoders.leaves import dead_leaves
 from tools.tiny_encoders.text import MAX_TOKENS, rendered_pairs, train_text
 
-ASSETS = Path(linear_start.__file__).parents[2] / "assets" / "tiny"
+ASSETS = Path(cinemo.__file__).parent / "assets" / "tiny"
 HELD_OUT = ("bottle_static.mp4", "dog.mp4", "flower_vp8.webm", "people_walking_1080p.mp4")
 
 
