@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cinemo.networks.attention import _kept_positions
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.memory import keep_freed_memory
-from cinemo.training.activations import PeakMemory
+from cinemo.training.plan.activations import PeakMemory
 
 ROOT = Path(__file__).resolve().parent.parent
 FORWARDS: dict[str, Callable[..., Tensor]] = {"published": published_forward, "ours": LavieUNet.forward}

@@ -28,7 +28,7 @@ from skimage.metrics import structural_similarity
 
 from cinemo import storage
 from cinemo.config import DataConfig
-from cinemo.data.shards import commit, encode_tar, read_sample
+from cinemo.data.dataset.shards import commit, encode_tar, read_sample
 from cinemo.media.guard import Guard
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.synthetic import render_clips

@@ -24,11 +24,12 @@ from bench import table
 
 from cinemo import s3
 from cinemo.config import Recipe, override
-from cinemo.data import cluster, precompute, stages
-from cinemo.data.dataset import Dataset
-from cinemo.data.identity import encoder_dtype
-from cinemo.data.manifest import read_manifest
-from cinemo.data.plan import make_plan
+from cinemo.data.dataset.identity import encoder_dtype
+from cinemo.data.manifest.manifest import read_manifest
+from cinemo.data.precompute import cluster, stages
+from cinemo.data.precompute import graph as precompute
+from cinemo.data.precompute.dataset import Dataset
+from cinemo.data.precompute.plan import make_plan
 from cinemo.media.synthetic import render_clips
 from cinemo.recipes import cinemo_tiny
 

@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 from bench import SCALE_TITLE, fill, table
 
 from cinemo import s3, storage
-from cinemo.data import shards
-from cinemo.data.dataset import Dataset
-from cinemo.data.journal import SEGMENT
-from cinemo.data.lock import hold
-from cinemo.data.manifest import read_manifest
-from cinemo.data.manifest_checks import text_bytes
-from cinemo.data.plan import Plan, make_plan
+from cinemo.data.dataset import shards
+from cinemo.data.manifest.checks import text_bytes
+from cinemo.data.manifest.manifest import read_manifest
+from cinemo.data.precompute.dataset import Dataset
+from cinemo.data.precompute.journal import SEGMENT
+from cinemo.data.precompute.lock import hold
+from cinemo.data.precompute.plan import Plan, make_plan
 from cinemo.recipes import cinemo_tiny
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -25,7 +25,7 @@ import numpy as np
 import psutil
 import torch
 from bench import TINY, fill, table
-from bench_denoiser import denoiser_part
+from bench_sampling_engine import sampling_engine_part
 from serving.process import Server, free_port, png
 from tiny import tiny_bundle
 
@@ -184,7 +184,7 @@ def server_part(scratch: Path) -> str:
 
 
 def engine_part(_: Path) -> str:
-    return "\n" + table(("batching, process CPU time", "value", ""), told(denoiser_part())) + "\n"
+    return "\n" + table(("batching, process CPU time", "value", ""), told(sampling_engine_part())) + "\n"
 
 
 def main(parts: Sequence[Callable[[Path], str]] = (server_part, engine_part)) -> None:

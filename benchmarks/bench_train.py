@@ -29,18 +29,18 @@ from bench_precompute import in_turns
 
 from cinemo import s3, storage
 from cinemo.config import Recipe, override
-from cinemo.data import shards
-from cinemo.data.loader import LatentLoader
-from cinemo.data.reader import ShardReader
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset import shards
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading.loader import LatentLoader
+from cinemo.data.loading.reader import ShardReader
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.recipes import load_recipe
-from cinemo.training.batch import TextStates, host_batch, latent_shape
-from cinemo.training.cost import peak_flops, sample_flops
-from cinemo.training.engine import Engine
-from cinemo.training.loop import Report, train
+from cinemo.training.plan.cost import peak_flops, sample_flops
+from cinemo.training.run.batch import TextStates, host_batch, latent_shape
+from cinemo.training.run.engine import Engine
+from cinemo.training.run.loop import Report, train
 from cinemo.types import LatentSample
 
 Row = tuple[str, ...]

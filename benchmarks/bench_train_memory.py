@@ -68,14 +68,14 @@ def child(assignments: Sequence[str], kept: bool) -> None:
     import numpy as np
     import torch
 
-    from cinemo.data.loader import StepBatch
+    from cinemo.data.loading.loader import StepBatch
     from cinemo.methods import build_method
     from cinemo.networks.frozen import TextEncoder
     from cinemo.networks.memory import keep_freed_memory
     from cinemo.recipes import load_recipe
-    from cinemo.training.batch import TEXT_CACHE, TextStates, latent_shape
-    from cinemo.training.engine import Engine, accumulation
-    from cinemo.training.loop import _prepare, on_device, prefetch
+    from cinemo.training.run.batch import TEXT_CACHE, TextStates, latent_shape
+    from cinemo.training.run.engine import Engine, accumulation
+    from cinemo.training.run.loop import _prepare, on_device, prefetch
     from cinemo.types import LatentSample
 
     torch.set_num_threads(1)
@@ -132,9 +132,9 @@ def measured(assignments: Sequence[str], kept: bool) -> int:
 def predicted(assignments: Sequence[str]) -> tuple[int, int]:
     """Bytes of the plan: in use, and as the worker runs."""
     from cinemo.recipes import load_recipe
-    from cinemo.training.activations import activation_bytes, shapes
-    from cinemo.training.estimate import text_encoder_values
-    from cinemo.training.footprint import Parameters, footprint
+    from cinemo.training.plan.activations import activation_bytes, shapes
+    from cinemo.training.plan.estimate import text_encoder_values
+    from cinemo.training.plan.footprint import Parameters, footprint
 
     recipe = load_recipe("cinemo-tiny", [*ONE, *assignments])
     again, stage = recipe.train.gradient_checkpointing, recipe.train.zero_stage
@@ -155,8 +155,8 @@ def main() -> None:
         return
     from bench import fill, table
 
-    from cinemo.training.estimate import RESERVED
-    from cinemo.training.footprint import KEPT_SHARE, KERNELS_BF16
+    from cinemo.training.plan.estimate import RESERVED
+    from cinemo.training.plan.footprint import KEPT_SHARE, KERNELS_BF16
 
     rows = []
     for name, assignments in CASES.items():

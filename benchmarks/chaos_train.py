@@ -23,8 +23,9 @@ from chaos import Kill, disturb, draw, make_clips, run_and_kill
 
 from cinemo.config import Recipe, override
 from cinemo.recipes import cinemo_tiny
-from cinemo.training import checkpoints, sample_log
-from cinemo.training.export import consolidated
+from cinemo.training.checkpoint import checkpoints
+from cinemo.training.checkpoint.export import consolidated
+from cinemo.training.report import sample_log
 
 ROOT = Path(__file__).resolve().parent.parent
 # Sums of two workers and of one are in another order, which training then carries on.

@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
 
     from cinemo.media.motion import MORE_MOTION, STILLER
-    from cinemo.training import checkpoints, export  # late: --help and bad flags need no torch
-    from cinemo.training.registry import register, tracked_run
+    from cinemo.training.checkpoint import checkpoints, export  # late: --help and bad flags need no torch
+    from cinemo.training.checkpoint.registry import register, tracked_run
 
     if arguments.adapter and not arguments.checkpoint:
         raise InputError("--adapter: only a --checkpoint has one; expected --checkpoint URI --adapter")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cinemo import cli
-from cinemo.data.prices import Prices, read_prices
+from cinemo.data.precompute.prices import Prices, read_prices
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,23 +36,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--prices only works with --plan")
     recipe = cli.recipe_of(arguments)
     if arguments.verify:
-        from cinemo.data.verify import sentences, verify
+        from cinemo.data.dataset.verify import sentences, verify
 
         print(*sentences(verify(arguments.output, recipe, arguments.sample)), sep="\n")
         return
     if arguments.manifest is None:
         parser.error("the following arguments are required: --manifest")
-    from cinemo.data.wording import plan_lines, summary_lines
+    from cinemo.data.precompute.wording import plan_lines, summary_lines
 
     if arguments.plan:
-        from cinemo.data.estimate import plan_only
+        from cinemo.data.precompute.estimate import plan_only
 
         prices = read_prices(arguments.prices) if arguments.prices else None
         plan = plan_only(recipe, arguments.manifest, arguments.output, arguments.limit, prices)
         print(*plan_lines(plan, arguments.output), sep="\n")
         return
-    from cinemo.data.precompute import run
-    from cinemo.data.tracker import tracked
+    from cinemo.data.precompute.graph import run
+    from cinemo.data.precompute.tracker import tracked
 
     with tracked(recipe, arguments.output) as tracker:
         summary = run(

@@ -60,11 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan(arguments, recipe)
         return
     if arguments.verify_resume:
-        from cinemo.training.proof import verify_resume
+        from cinemo.training.run.proof import verify_resume
 
         print(*verify_resume(recipe, arguments.data, arguments.output, __file__), sep="\n")
         return
-    from cinemo.training import worker  # late: --help and bad flags need neither torch nor Ray
+    from cinemo.training.run import worker  # late: --help and bad flags need neither torch nor Ray
 
     summary = worker.run(recipe, arguments.data, arguments.output, arguments.resume)
     print(
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plan(arguments: argparse.Namespace, recipe: Recipe) -> None:
     """Print the estimate; with ``--output`` write it to ``plan.json`` there too."""
     from cinemo import storage
-    from cinemo.data.prices import read_prices
-    from cinemo.training.estimate import plan_training
-    from cinemo.training.wording import plan_lines
+    from cinemo.data.precompute.prices import read_prices
+    from cinemo.training.plan.estimate import plan_training
+    from cinemo.training.plan.wording import plan_lines
 
     prices = read_prices(arguments.prices) if arguments.prices else None
     output = storage.absolute(arguments.output) if arguments.output else None

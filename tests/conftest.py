@@ -43,7 +43,7 @@ def ray_session(s3_endpoint: str) -> Iterator[None]:
     """One private local Ray, shared by every test of the session that asks for it; its workers know the S3 server."""
     import ray
 
-    from cinemo.data.cluster import connect
+    from cinemo.data.precompute.cluster import connect
 
     connect()
     yield

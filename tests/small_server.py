@@ -20,11 +20,11 @@ from cinemo.bundle import BundleCard
 from cinemo.config import DataConfig, EncodersConfig, Recipe, SampleConfig
 from cinemo.media.motion import MotionScale
 from cinemo.media.mp4 import write_video
-from cinemo.serving.api import ApiSettings, build_api
-from cinemo.serving.database import Database
-from cinemo.serving.jobs import Job, JobStore, QueueLimits
-from cinemo.serving.keys import KeyStore
-from cinemo.serving.media import MediaStore, video_name
+from cinemo.serving.http.api import ApiSettings, build_api
+from cinemo.serving.store.database import Database
+from cinemo.serving.store.jobs import Job, JobStore, QueueLimits
+from cinemo.serving.store.keys import KeyStore
+from cinemo.serving.store.media import MediaStore, video_name
 
 SIZE, SECONDS, MODEL = "48x32", "0.75", "random-32x48"
 

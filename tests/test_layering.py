@@ -26,24 +26,22 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
 # Top-level import name -> the only modules that may name it.
 ONLY_IN = {
-    "ray": ["data.cluster", "data.precompute", "training.rank", "training.worker", "serving.app", "pipelines"],
-    "deepspeed": ["training.engine"],
+    "ray": ["data.precompute", "training.run.rank", "training.run.worker", "serving.app", "pipelines"],
+    "deepspeed": ["training.run.engine"],
     "mlflow": ["tracking"],
     "s3fs": ["s3"],
     "fsspec": ["s3"],
     "boto3": ["s3"],
     "decord": ["media.video"],
     "av": ["media.timeline", "media.video", "media.mp4"],
-    "webdataset": ["data.shards", "data.loader"],
-    "diffusers": ["diffusion.multistep", "networks.frozen", "networks.weights", "training.export"],
-    "transformers": ["networks.frozen", "networks.weights", "training.export"],
-    "fastapi": ["serving"],
-    "sqlalchemy": [
-        f"serving.{room}" for room in ("tables", "database", "admission", "leases", "counters", "jobs", "keys")
-    ],
-    "psycopg": ["serving.database"],
-    "httpcore": ["serving.fetch"],
-    "prometheus_client": ["serving.exposition"],
+    "webdataset": ["data.dataset.shards", "data.loading.loader"],
+    "diffusers": ["diffusion.multistep", "networks.frozen", "networks.weights", "training.checkpoint.export"],
+    "transformers": ["networks.frozen", "networks.weights", "training.checkpoint.export"],
+    "fastapi": ["serving.http", "serving.page", "serving.app"],
+    "sqlalchemy": ["serving.store"],
+    "psycopg": ["serving.store.database"],
+    "httpcore": ["serving.http.fetch"],
+    "prometheus_client": ["serving.http.exposition"],
     "kornia": ["media.motion"],
     "matplotlib": ["evaluation"],
 }

@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 from cinemo import storage
 from cinemo.bundle import save_bundle
 from cinemo.config import DataConfig, EncodersConfig, ModelConfig, Recipe, SampleConfig
-from cinemo.data.shards import commit, index_bytes
+from cinemo.data.dataset.shards import commit, index_bytes
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.types import LatentSample, Refusal
 

@@ -40,7 +40,7 @@ from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder, Vae, network_digest
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import load_unet, save_network
-from cinemo.training.batch import drawn_timestep
+from cinemo.training.run.batch import drawn_timestep
 from cinemo.types import Condition, InputError, LatentBatch, keyed_generator
 
 CHUNK = 200  # clips of one file

@@ -14,9 +14,9 @@ import numpy as np
 
 from cinemo import storage
 from cinemo.config import MOTION_BUCKETS, DataConfig
-from cinemo.data import shards
-from cinemo.data.shards import DatasetIndex
-from cinemo.data.wording import predicted_rows
+from cinemo.data.dataset import shards
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.precompute.wording import predicted_rows
 from cinemo.evaluation.figures import contact_sheet, count_bars, duration_bars, motion_histogram, score_histogram
 from cinemo.evaluation.page import chart, code, pair, picture, section, table, tiles, write_page
 from cinemo.media.motion import UNIFORM_EDGES, motion_bucket
@@ -38,7 +38,7 @@ def write_dataset_report(uri: str, summary: Mapping[str, Any]) -> str | None:
 
     Args:
         uri: a finished dataset.
-        summary: what `cinemo.data.precompute.run` returned.
+        summary: what `cinemo.data.precompute.graph.run` returned.
 
     Returns:
         The page, or None where the dataset has no samples to report on.

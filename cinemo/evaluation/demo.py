@@ -26,9 +26,9 @@ from cinemo import storage, tracking
 from cinemo.animate import AnimateRequest, animate, load_image
 from cinemo.bundle import load_bundle, read_card, save_bundle
 from cinemo.config import MOTION_BUCKETS, Recipe
-from cinemo.data.loader import LatentLoader
-from cinemo.data.manifest import read_manifest
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading.loader import LatentLoader
+from cinemo.data.manifest.manifest import read_manifest
 from cinemo.evaluation.dataset_report import equal_population_edges
 from cinemo.evaluation.figures import animated_sheet, contact_sheet, save_animated
 from cinemo.evaluation.rendered import explained_samples, measure_motion

@@ -11,7 +11,7 @@ import torch
 from cinemo import storage
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import CALIBRATION, ModelBundle, keep_calibration, load_bundle
-from cinemo.data.shards import DatasetIndex, Members, read_sample, record_uri, tar_uri
+from cinemo.data.dataset.shards import DatasetIndex, Members, read_sample, record_uri, tar_uri
 from cinemo.evaluation.calibration import calibrate
 from cinemo.evaluation.figures import contact_sheet
 from cinemo.evaluation.metrics import first_frame_consistency, motion, psnr

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 
 from cinemo.config import MOTION_BUCKETS
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.calibration import Calibration
 from cinemo.media.motion import motion_bucket
 

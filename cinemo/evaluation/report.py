@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from cinemo.data.shards import DatasetIndex, read_ledger
+from cinemo.data.dataset.shards import DatasetIndex, read_ledger
 from cinemo.evaluation.calibration import Calibration
 from cinemo.evaluation.figures import (
     calibration_curve,

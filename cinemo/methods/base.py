@@ -49,7 +49,7 @@ class Method(nn.Module, ABC):
     compiler, server) iterates over `networks` and drives `sampling`, whatever the method is.
 
     ``name``: as a recipe has it. ``needs``: the encoders whose output it uses (``vae``, ``text_encoder``).
-    ``stored_fields``: what a sample must carry beside its latents (`cinemo.data.fields`).
+    ``stored_fields``: what a sample must carry beside its latents (`cinemo.data.dataset.fields`).
     ``parts``: names of its networks, which are attributes of it: parameter ``unet.x`` is ``x`` of ``networks["unet"]``.
     ``variants``: what a sample sheet shows of each sample: by name, numbers in the place of its own fields.
     """

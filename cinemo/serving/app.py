@@ -31,13 +31,13 @@ from ray.serve.schema import LoggingConfig
 
 from cinemo import storage, tracking
 from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
-from cinemo.data.cluster import connect
-from cinemo.serving.api import ApiSettings, build_api
+from cinemo.data.precompute.cluster import connect
+from cinemo.serving.engine.runner import JobRunner
+from cinemo.serving.engine.warmup import warm_up
+from cinemo.serving.http.api import ApiSettings, build_api
 from cinemo.serving.proxy import proxy_environment
-from cinemo.serving.runner import JobRunner
 from cinemo.serving.scaling import QueueDemand
 from cinemo.serving.settings import ServeSettings, open_keys, open_store, parse_settings
-from cinemo.serving.warmup import warm_up
 from cinemo.types import InputError, RunError
 
 log = logging.getLogger("ray.serve")

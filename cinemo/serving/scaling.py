@@ -13,8 +13,8 @@ import threading
 import time
 from typing import Any, Protocol
 
-from cinemo.serving.counters import read_statistics
-from cinemo.serving.database import Database
+from cinemo.serving.store.counters import read_statistics
+from cinemo.serving.store.database import Database
 
 log = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cinemo import storage
-from cinemo.serving.database import Database
-from cinemo.serving.jobs import JobStore, QueueLimits
-from cinemo.serving.keys import KeyStore
-from cinemo.serving.media import MediaStore
+from cinemo.serving.store.database import Database
+from cinemo.serving.store.jobs import JobStore, QueueLimits
+from cinemo.serving.store.keys import KeyStore
+from cinemo.serving.store.media import MediaStore
 from cinemo.types import InputError
 
 

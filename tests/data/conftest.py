@@ -9,7 +9,7 @@ from data.small_data import film
 from tiny import save_encoders, save_image_encoder
 
 from cinemo.config import DataConfig, Recipe, override
-from cinemo.data.precompute import run
+from cinemo.data.precompute.graph import run
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import cinemo_tiny
 

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 from cinemo import storage
-from cinemo.data import shards
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset import shards
+from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.types import LatentSample, Refusal, keyed_seed
 
 LATENT_SHAPE = (6, 4, 4, 6)

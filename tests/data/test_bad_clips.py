@@ -13,8 +13,9 @@ import pytest
 from data.small_data import film
 
 from cinemo.config import DataConfig, Recipe, override
-from cinemo.data import precompute, stages
-from cinemo.data.shards import read_ledger
+from cinemo.data.dataset.shards import read_ledger
+from cinemo.data.precompute import graph as precompute
+from cinemo.data.precompute import stages
 from cinemo.media.mp4 import write_video
 
 

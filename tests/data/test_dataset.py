@@ -14,10 +14,11 @@ from data.test_plan import clips
 
 from cinemo import s3, storage
 from cinemo.config import Recipe, override
-from cinemo.data import dataset as dataset_module
-from cinemo.data import journal, shards
-from cinemo.data.dataset import Dataset
-from cinemo.data.plan import Plan
+from cinemo.data.dataset import shards
+from cinemo.data.precompute import dataset as dataset_module
+from cinemo.data.precompute import journal
+from cinemo.data.precompute.dataset import Dataset
+from cinemo.data.precompute.plan import Plan
 from cinemo.types import Refusal
 
 SHARDS = 17

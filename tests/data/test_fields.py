@@ -19,10 +19,10 @@ from PIL import Image
 
 from cinemo import storage
 from cinemo.config import Recipe, override
-from cinemo.data import fields, sidecars
-from cinemo.data.loader import LatentLoader
-from cinemo.data.precompute import run
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset import fields, sidecars
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading.loader import LatentLoader
+from cinemo.data.precompute.graph import run
 from cinemo.media.flow import dense_flow
 from cinemo.media.mp4 import write_video
 from cinemo.media.video import decode_clip, read_frames

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cinemo.config import Recipe, keys, override
-from cinemo.data import identity
-from cinemo.data.identity import differences, fingerprint
+from cinemo.data.dataset import identity
+from cinemo.data.dataset.identity import differences, fingerprint
 
 EDGES = [round(0.5 + k * 0.02, 3) for k in range(19)]
 # Another value for every recipe key that decides bytes (or a share of an accelerator, which decides the precision).

@@ -15,9 +15,9 @@ from faulty_s3 import FaultyS3
 
 from cinemo import s3, storage
 from cinemo.cache import Damaged
-from cinemo.data import reader
-from cinemo.data.loader import HeldOut, LatentLoader, Skipped, StepBatch
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading import reader
+from cinemo.data.loading.loader import HeldOut, LatentLoader, Skipped, StepBatch
 from cinemo.types import InputError, RunError
 
 

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cinemo import storage
-from cinemo.data import manifest as manifest_schema
-from cinemo.data import manifest_checks, manifest_formats
-from cinemo.data.manifest import manifest_from_folder, manifest_of, read_manifest
+from cinemo.data.manifest import checks as manifest_checks
+from cinemo.data.manifest import formats as manifest_formats
+from cinemo.data.manifest import manifest as manifest_schema
+from cinemo.data.manifest.manifest import manifest_from_folder, manifest_of, read_manifest
 from cinemo.types import InputError
 
 ROWS: list[dict[str, Any]] = [

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cinemo.data import manifest_json
-from cinemo.data.manifest_checks import Digest
-from cinemo.data.manifest_json import JSON_COLUMN, any_rows, jsonl_batches, plain_rows
+from cinemo.data.manifest import json_lines as manifest_json
+from cinemo.data.manifest.checks import Digest
+from cinemo.data.manifest.json_lines import JSON_COLUMN, any_rows, jsonl_batches, plain_rows
 from cinemo.types import InputError
 
 ROW: dict[str, Any] = {"clip_id": "a", "uri": "u", "caption": "c"}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cinemo.data.order import Place, SampleOrder
+from cinemo.data.loading.order import Place, SampleOrder
 from cinemo.types import InputError
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=12).filter(sum)

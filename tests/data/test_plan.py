@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cinemo.data.manifest import SCHEMA, Manifest, manifest_of
-from cinemo.data.plan import Plan
+from cinemo.data.manifest.manifest import SCHEMA, Manifest, manifest_of
+from cinemo.data.precompute.plan import Plan
 
 
 def clips(count: int, **change: Any) -> Manifest:

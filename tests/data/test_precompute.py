@@ -22,10 +22,10 @@ from faulty_s3 import FAULTS, FaultyS3
 
 from cinemo import cli, s3, storage
 from cinemo.config import Recipe, override
-from cinemo.data import cluster
-from cinemo.data.loader import LatentLoader
-from cinemo.data.precompute import run
-from cinemo.data.shards import DatasetIndex, read_ledger
+from cinemo.data.dataset.shards import DatasetIndex, read_ledger
+from cinemo.data.loading.loader import LatentLoader
+from cinemo.data.precompute import cluster
+from cinemo.data.precompute.graph import run
 from cinemo.media.mp4 import write_video
 from cinemo.types import InputError, RunError
 
@@ -75,7 +75,7 @@ def test_layout_and_totals(dataset: Path, clips_folder: Path) -> None:
 def test_the_sizes_are_those_of_the_plan(
     dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
 ) -> None:
-    from cinemo.data.estimate import plan_only
+    from cinemo.data.precompute.estimate import plan_only
 
     real = sum((dataset / f"shards/shard-{k:06d}.tar").stat().st_size for k in range(3))
     plan = plan_only(small_recipe, str(clips_folder), str(tmp_path))

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from cinemo.data import progress
-from cinemo.data.progress import Figures, Meter, Progress
+from cinemo.data.precompute import progress
+from cinemo.data.precompute.progress import Figures, Meter, Progress
 
 
 class Terminal(io.StringIO):
@@ -111,5 +111,5 @@ def test_lines_come_while_nothing_is_committed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_meter_starts_without_torch() -> None:
-    code = "import sys, cinemo.data.progress; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    code = "import sys, cinemo.data.precompute.progress; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,7 +14,7 @@ import webdataset
 from data.small_data import LATENT_SHAPE, make_dataset, make_sample
 
 from cinemo import storage
-from cinemo.data.shards import (
+from cinemo.data.dataset.shards import (
     DatasetIndex,
     Members,
     commit,

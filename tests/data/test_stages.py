@@ -13,10 +13,11 @@ import pytest
 from data.small_data import film
 
 from cinemo.config import Recipe, override
-from cinemo.data import shards, stages
-from cinemo.data.manifest import read_manifest
-from cinemo.data.plan import Plan, make_plan
-from cinemo.data.shards import read_ledger
+from cinemo.data.dataset import shards
+from cinemo.data.dataset.shards import read_ledger
+from cinemo.data.manifest.manifest import read_manifest
+from cinemo.data.precompute import stages
+from cinemo.data.precompute.plan import Plan, make_plan
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.mp4 import write_video
 from cinemo.media.video import decode_clip

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cinemo.data.progress import Figures
-from cinemo.data.tracker import tracked
+from cinemo.data.precompute.progress import Figures
+from cinemo.data.precompute.tracker import tracked
 from cinemo.recipes import cinemo_tiny
 
 FIGURES = Figures(100, 30, 20, 10, 1, 10, 5.0, 2.5, 0.5, {"decode": 0.9, "encode": 0.4}, {"missing": 3})

@@ -16,9 +16,9 @@ import pytest
 
 from cinemo import cli, storage
 from cinemo.config import Recipe, override
-from cinemo.data import shards
-from cinemo.data.shards import DatasetIndex
-from cinemo.data.verify import canary, verify
+from cinemo.data.dataset import shards
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.dataset.verify import canary, verify
 from cinemo.types import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cinemo import storage
 from cinemo.config import DataConfig, override
-from cinemo.data import shards
+from cinemo.data.dataset import shards
 from cinemo.evaluation import dataset_report
 from cinemo.evaluation.dataset_report import equal_population_edges, write_dataset_report
 from cinemo.media.motion import motion_bucket

@@ -10,7 +10,7 @@ import pytest
 from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
 
 from cinemo.bundle import keep_calibration, read_card
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.evaluate import evaluate, spread_samples
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
 from cinemo.types import InputError

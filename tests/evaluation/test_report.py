@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny import FRAMES, SIZE, write_dataset
 
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.demo import motion_buckets
 from cinemo.evaluation.rendered import BARS
 from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report

@@ -11,7 +11,7 @@ from goldens import golden_files
 from tiny import WIDTH, save_encoders, save_image_encoder
 
 from cinemo.networks.frozen import ImageEncoder, TextEncoder, Vae, network_digest, normalised, vae_scaling
-from cinemo.training.activations import PeakMemory
+from cinemo.training.plan.activations import PeakMemory
 from cinemo.types import InputError
 
 

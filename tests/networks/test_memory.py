@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cinemo.networks import memory
 from cinemo.networks.attention import _kept_positions
 from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.training.activations import PeakMemory
+from cinemo.training.plan.activations import PeakMemory
 
 SMALL = {
     "block_out_channels": (64, 96),

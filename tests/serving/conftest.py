@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from postgres_server import PostgresServer, find_programs
 
-from cinemo.serving.database import Database
+from cinemo.serving.store.database import Database
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_server import complete_one, make_keys, open_store, png, small_api
 
-from cinemo.serving.api import ApiSettings
-from cinemo.serving.jobs import JobStore
+from cinemo.serving.http.api import ApiSettings
+from cinemo.serving.store.jobs import JobStore
 
 OPEN = {"/healthz", "/readyz", "/metrics"}
 

@@ -19,12 +19,12 @@ from cinemo.animate import load_image
 from cinemo.bundle import ModelBundle, load_bundle
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe
-from cinemo.serving.api import ApiSettings
-from cinemo.serving.fetch import Fetcher
-from cinemo.serving.jobs import JobStore
-from cinemo.serving.media import image_name, video_name
-from cinemo.serving.runner import JobRunner
-from cinemo.serving.schema import Video
+from cinemo.serving.engine.runner import JobRunner
+from cinemo.serving.http.api import ApiSettings
+from cinemo.serving.http.fetch import Fetcher
+from cinemo.serving.http.schema import Video
+from cinemo.serving.store.jobs import JobStore
+from cinemo.serving.store.media import image_name, video_name
 from cinemo.types import RunError
 
 ERROR = {"code", "message", "param", "type"}
@@ -395,8 +395,8 @@ def test_content_whole_in_ranges_and_not_at_all(client: TestClient, store: JobSt
 
 @pytest.mark.s3
 def test_content_from_s3(s3_endpoint: str, tmp_path: Path) -> None:
-    from cinemo.serving.database import Database
-    from cinemo.serving.media import MediaStore
+    from cinemo.serving.store.database import Database
+    from cinemo.serving.store.media import MediaStore
 
     store = JobStore(Database(f"sqlite:///{tmp_path}/s.sqlite"), MediaStore("s3://cinemo-test/http-media"))
     client = TestClient(small_api(store))
@@ -415,7 +415,7 @@ def test_health_and_readiness(store: JobStore) -> None:
 
     from small_server import card
 
-    from cinemo.serving.api import build_api
+    from cinemo.serving.http.api import build_api
 
     client = TestClient(build_api(store, card, ready))
     assert client.get("/healthz").json()["status"] == "ok"

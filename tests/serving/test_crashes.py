@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from postgres_server import PostgresServer
 
-from cinemo.serving.database import Database
-from cinemo.serving.jobs import FINAL, JobStore, QueueLimits
-from cinemo.serving.media import MediaStore, video_name
+from cinemo.serving.store.database import Database
+from cinemo.serving.store.jobs import FINAL, JobStore, QueueLimits
+from cinemo.serving.store.media import MediaStore, video_name
 from cinemo.types import RunError
 
 LIMITS = QueueLimits(max_queued=1000, max_attempts=1000, lease_seconds=0.5)

@@ -15,9 +15,9 @@ import pytest
 from postgres_server import PostgresServer
 from sqlalchemy import select, text, update
 
-from cinemo.serving.counters import make_counters
-from cinemo.serving.database import Database, Transaction
-from cinemo.serving.tables import about, counters
+from cinemo.serving.store.counters import make_counters
+from cinemo.serving.store.database import Database, Transaction
+from cinemo.serving.store.tables import about, counters
 from cinemo.types import InputError, RunError
 
 

@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
 )
 from small_server import complete_one, make_keys, open_store, png, small_api
 
-from cinemo.serving.api import ApiSettings
+from cinemo.serving.http.api import ApiSettings
 
 EXAMPLES = int(os.environ.get("CINEMO_SCHEMATHESIS_EXAMPLES", "15"))
 CHECKS = [

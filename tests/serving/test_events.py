@@ -15,8 +15,8 @@ import pytest
 from fastapi import FastAPI
 from small_server import Worker, complete_one, finish, open_store, running, small_api
 
-from cinemo.serving.api import ApiSettings
-from cinemo.serving.jobs import Job, JobStore
+from cinemo.serving.http.api import ApiSettings
+from cinemo.serving.store.jobs import Job, JobStore
 from cinemo.types import RunError
 
 REQUEST = {

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinemo.serving.fairness import fair_order
+from cinemo.serving.store.fairness import fair_order
 
 CLIENTS = st.sampled_from("abcde")
 CANDIDATES = st.lists(CLIENTS, max_size=25).map(lambda clients: [(client, n) for n, client in enumerate(clients)])

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinemo.serving.fetch import Fetcher, is_public
-from cinemo.serving.refusals import Refused
+from cinemo.serving.http.fetch import Fetcher, is_public
+from cinemo.serving.http.refusals import Refused
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"x" * 100
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n" % len(PNG) + PNG

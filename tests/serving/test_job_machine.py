@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
 from postgres_server import PostgresServer
 
-from cinemo.serving.database import Database
-from cinemo.serving.jobs import FINAL, Job, JobStore, QueueFull, QueueLimits
-from cinemo.serving.media import MediaStore
+from cinemo.serving.store.database import Database
+from cinemo.serving.store.jobs import FINAL, Job, JobStore, QueueFull, QueueLimits
+from cinemo.serving.store.media import MediaStore
 
 LIMITS = QueueLimits(max_queued=4, max_attempts=2, keep_seconds=50, lease_seconds=10)
 WORKERS = ("x", "y", "z")

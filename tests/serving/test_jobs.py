@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from cinemo.serving.database import Database
-from cinemo.serving.jobs import FINAL, Job, JobStore, KeyReused, QueueFull, QueueLimits, Quota, QuotaExceeded
-from cinemo.serving.media import MediaStore, image_name, video_name
+from cinemo.serving.store.database import Database
+from cinemo.serving.store.jobs import FINAL, Job, JobStore, KeyReused, QueueFull, QueueLimits, Quota, QuotaExceeded
+from cinemo.serving.store.media import MediaStore, image_name, video_name
 
 REQUEST = {"prompt": "waves", "seed": 3}
 LIMITS = QueueLimits(max_queued=5, max_attempts=3, keep_seconds=100, lease_seconds=30, stray_seconds=3600)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from cinemo.serving.database import Database
-from cinemo.serving.keys import KeyStore, Quota
-from cinemo.serving.tables import keys
+from cinemo.serving.store.database import Database
+from cinemo.serving.store.keys import KeyStore, Quota
+from cinemo.serving.store.tables import keys
 from cinemo.types import InputError
 
 

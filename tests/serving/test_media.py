@@ -10,9 +10,9 @@ import pytest
 from faulty_s3 import FaultyS3
 
 from cinemo import storage
-from cinemo.serving.database import Database
-from cinemo.serving.jobs import JobStore, QueueLimits
-from cinemo.serving.media import MediaStore, image_name, video_name
+from cinemo.serving.store.database import Database
+from cinemo.serving.store.jobs import JobStore, QueueLimits
+from cinemo.serving.store.media import MediaStore, image_name, video_name
 
 JOB, OTHER = "video_" + "1" * 24, "video_" + "2" * 24
 _places = itertools.count()
@@ -46,7 +46,7 @@ def test_files_are_written_read_and_removed(media: MediaStore) -> None:
 
 
 def test_ranges_are_answered_piece_by_piece(media: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cinemo.serving.media._PIECE_BYTES", 4)
+    monkeypatch.setattr("cinemo.serving.store.media._PIECE_BYTES", 4)
     name = video_name(JOB, 1)
     media.write(name, b"0123456789")
     assert list(media.pieces(name)) == [b"0123", b"4567", b"89"]

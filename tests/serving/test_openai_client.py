@@ -12,8 +12,8 @@ import pytest
 from small_server import MODEL, SECONDS, SIZE, Worker, make_keys, open_store, png, running, small_api
 
 from cinemo.media.mp4 import read_metadata
-from cinemo.serving.api import ApiSettings
-from cinemo.serving.jobs import JobStore
+from cinemo.serving.http.api import ApiSettings
+from cinemo.serving.store.jobs import JobStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Sora API")
 

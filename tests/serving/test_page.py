@@ -24,14 +24,14 @@ from tiny import FRAMES, SIZE, tiny_bundle
 from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe
-from cinemo.serving.api import build_api
-from cinemo.serving.database import Database
-from cinemo.serving.jobs import JobStore, QueueLimits
-from cinemo.serving.keys import KeyStore
-from cinemo.serving.media import MediaStore, image_name
-from cinemo.serving.refusals import refusal
-from cinemo.serving.runner import JobRunner
-from cinemo.serving.schema import VideoForm
+from cinemo.serving.engine.runner import JobRunner
+from cinemo.serving.http.api import build_api
+from cinemo.serving.http.refusals import refusal
+from cinemo.serving.http.schema import VideoForm
+from cinemo.serving.store.database import Database
+from cinemo.serving.store.jobs import JobStore, QueueLimits
+from cinemo.serving.store.keys import KeyStore
+from cinemo.serving.store.media import MediaStore, image_name
 
 # No accelerator, no sandbox inside a container, and nothing that a browser asks of its maker by itself.
 FLAGS = (

@@ -23,12 +23,12 @@ from tiny import FRAMES, random_unet, tiny_bundle, tiny_recipe
 from cinemo.bundle import ModelBundle, load_bundle, save_bundle
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe
-from cinemo.serving import database as database_room
-from cinemo.serving.database import Database
-from cinemo.serving.denoiser import Denoiser, Outcome
-from cinemo.serving.jobs import FINAL, Job, JobStore, QueueLimits
-from cinemo.serving.media import MediaStore, video_name
-from cinemo.serving.runner import JobRunner
+from cinemo.serving.engine.runner import JobRunner
+from cinemo.serving.engine.sampling import Outcome, SamplingEngine
+from cinemo.serving.store import database as database_room
+from cinemo.serving.store.database import Database
+from cinemo.serving.store.jobs import FINAL, Job, JobStore, QueueLimits
+from cinemo.serving.store.media import MediaStore, video_name
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "random-32x48"
@@ -124,13 +124,13 @@ def metadata(store: JobStore, job: Job) -> dict[str, Any]:
 def test_several_jobs_are_worked_off_and_tell_every_step(
     store: WatchedStore, runner: JobRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Denoiser.step
+    step = SamplingEngine.step
 
-    def as_long_as_a_large_network(self: Denoiser) -> Outcome:
+    def as_long_as_a_large_network(self: SamplingEngine) -> Outcome:
         time.sleep(0.25)  # beats come at most twenty times a second: no step passes between two of them
         return step(self)
 
-    monkeypatch.setattr(Denoiser, "step", as_long_as_a_large_network)
+    monkeypatch.setattr(SamplingEngine, "step", as_long_as_a_large_network)
     jobs = [submit(store, num_inference_steps=12, seed=k, solver="ddim" if k else "multistep") for k in range(3)]
     runner.start()
     for k, job in enumerate(jobs):
@@ -292,7 +292,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = ["tests", "tests/serving"]
 from cinemo.bundle import load_bundle
-from cinemo.serving.runner import JobRunner
+from cinemo.serving.engine.runner import JobRunner
 from test_runner import open_store
 runner = JobRunner(open_store(Path(sys.argv[1])), load_bundle(sys.argv[2], "cpu"), worker="doomed")
 runner.start()

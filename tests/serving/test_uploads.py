@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, PngImagePlugin
 
 from cinemo.animate import load_image
-from cinemo.serving.refusals import Refused
-from cinemo.serving.uploads import cleaned, data_url, read_header
+from cinemo.serving.http.refusals import Refused
+from cinemo.serving.http.uploads import cleaned, data_url, read_header
 
 PIXELS = 1_000_000
 

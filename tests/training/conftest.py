@@ -11,7 +11,7 @@ import torch
 
 from cinemo import storage
 from cinemo.config import DataConfig, Recipe
-from cinemo.data import identity, shards
+from cinemo.data.dataset import identity, shards
 from cinemo.recipes import load_recipe
 from cinemo.types import LatentSample, keyed_seed
 

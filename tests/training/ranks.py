@@ -13,8 +13,8 @@ import torch
 
 from cinemo.config import Recipe, TrainConfig
 from cinemo.methods import build_method
-from cinemo.training.batch import host_batch
-from cinemo.training.engine import Engine
+from cinemo.training.run.batch import host_batch
+from cinemo.training.run.engine import Engine
 from cinemo.types import Condition, LatentBatch, keyed_generator
 from tests.training.conftest import moving_samples
 

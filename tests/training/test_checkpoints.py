@@ -8,7 +8,7 @@ import pytest
 
 from cinemo import storage
 from cinemo.config import Recipe
-from cinemo.training import checkpoints
+from cinemo.training.checkpoint import checkpoints
 
 
 def _store(output: Path, name: str, step: int, recipe: Recipe) -> Path:

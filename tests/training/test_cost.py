@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cinemo.config import Recipe, override
 from cinemo.methods import build_method
-from cinemo.training import cost
-from cinemo.training.batch import TextStates, host_batch, on_device
+from cinemo.training.plan import cost
+from cinemo.training.run.batch import TextStates, host_batch, on_device
 from tests.training.conftest import moving_samples
 
 

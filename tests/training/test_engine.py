@@ -11,10 +11,10 @@ import torch
 from cinemo.config import Recipe, TrainConfig, override
 from cinemo.methods import build_method
 from cinemo.recipes import RECIPES
-from cinemo.training import engine
-from cinemo.training.averaging import EMA, AveragingAdam
-from cinemo.training.batch import host_batch
-from cinemo.training.shares import STATE, WEIGHT, Shares
+from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
+from cinemo.training.run import engine
+from cinemo.training.run.averaging import EMA, AveragingAdam
+from cinemo.training.run.batch import host_batch
 from cinemo.types import Condition, InputError, LatentBatch, RunError
 from tests.training.conftest import moving_samples
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from cinemo import cli
 from cinemo.config import Recipe, override
-from cinemo.data.prices import Prices
+from cinemo.data.precompute.prices import Prices
 from cinemo.methods import build_method
 from cinemo.recipes import load_recipe
-from cinemo.training.activations import activation_bytes, shapes
-from cinemo.training.cost import accelerator, sample_flops
-from cinemo.training.estimate import plan_training, text_encoder_values
-from cinemo.training.footprint import Parameters, footprint, footprints
+from cinemo.training.plan.activations import activation_bytes, shapes
+from cinemo.training.plan.cost import accelerator, sample_flops
+from cinemo.training.plan.estimate import plan_training, text_encoder_values
+from cinemo.training.plan.footprint import Parameters, footprint, footprints
 from cinemo.types import InputError
 from pipelines.train import main
 
@@ -149,8 +149,8 @@ def test_a_plan_is_printed_and_written(small: Recipe, tmp_path: Path, capsys: py
 
 def test_what_does_not_fit_is_marked(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO's buckets alone (1 GB in bfloat16, twice) fill a small device; ZeRO 0 has none."""
-    from cinemo.training import cost
-    from cinemo.training.wording import plan_lines
+    from cinemo.training.plan import cost
+    from cinemo.training.plan.wording import plan_lines
 
     monkeypatch.setitem(cost._ACCELERATORS, "small", (3, "L4"))
     plan = plan_training(small, "small", 0.3)

@@ -25,11 +25,11 @@ from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.lavie_unet import LavieUNet, is_temporal
 from cinemo.networks.weights import load_unet, save_network
 from cinemo.recipes import cinemo_320x512
-from cinemo.training import checkpoints, export, shares
-from cinemo.training.averaging import EMA
-from cinemo.training.batch import host_batch
-from cinemo.training.engine import Engine
-from cinemo.training.shares import WEIGHT, Fragment
+from cinemo.training.checkpoint import checkpoints, export, shares
+from cinemo.training.checkpoint.shares import WEIGHT, Fragment
+from cinemo.training.run.averaging import EMA
+from cinemo.training.run.batch import host_batch
+from cinemo.training.run.engine import Engine
 from cinemo.types import Condition, InputError, LatentBatch
 from tests.training.conftest import moving_samples
 from tests.training.ranks import made_engine, train_steps
@@ -161,7 +161,7 @@ def test_averaged_weights_are_exported_where_there_are_any(small: Recipe, tmp_pa
 MEMORY = """
 import sys, torch
 from pathlib import Path
-from cinemo.training import export
+from cinemo.training.checkpoint import export
 def peak(what):
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(what)) * 1024
 torch.nn.Linear(8, 8)(torch.zeros(8, 8))

@@ -11,11 +11,13 @@ import pytest
 
 from cinemo import storage
 from cinemo.config import Recipe, TrainConfig
-from cinemo.data import shards
-from cinemo.data.loader import LatentLoader
-from cinemo.data.shards import DatasetIndex
-from cinemo.training import checkpoints, sample_log, worker
-from cinemo.training.dataset_check import check_dataset
+from cinemo.data.dataset import shards
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading.loader import LatentLoader
+from cinemo.training.checkpoint import checkpoints
+from cinemo.training.report import sample_log
+from cinemo.training.run import worker
+from cinemo.training.run.dataset_check import check_dataset
 from cinemo.types import InputError, RunError
 
 from .conftest import moving_samples

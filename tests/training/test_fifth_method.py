@@ -16,8 +16,8 @@ from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle
 from cinemo.config import Recipe, TrainConfig
 from cinemo.methods import method_class
-from cinemo.serving.denoiser import Denoiser
-from cinemo.training.estimate import plan_training
+from cinemo.serving.engine.sampling import SamplingEngine
+from cinemo.training.plan.estimate import plan_training
 from cinemo.types import InputError
 from tests.training.fifth import HERE, FifthMethod
 
@@ -71,11 +71,11 @@ def test_from_training_to_a_served_video(
         "a": AnimateRequest(PICTURE, "waves", steps=4),
         "b": AnimateRequest(PICTURE, "a dog", steps=3, guidance_scale=1.0),
     }
-    denoiser, finished = Denoiser(bundle), {}
+    engine, finished = SamplingEngine(bundle), {}
     for key, request in asked.items():
-        assert denoiser.join(key, request) == request.steps
-    while len(denoiser):
-        outcome = denoiser.step()
+        assert engine.join(key, request) == request.steps
+    while len(engine):
+        outcome = engine.step()
         assert not outcome.failed
         finished |= outcome.finished
     for key, request in asked.items():

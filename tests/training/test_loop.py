@@ -15,16 +15,16 @@ import torch
 
 from cinemo.bundle import load_bundle, save_bundle
 from cinemo.config import Recipe
-from cinemo.data.loader import LatentLoader, StepBatch
-from cinemo.data.shards import DatasetIndex
-from cinemo.data.statistics import latent_statistics, with_statistics
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.dataset.statistics import latent_statistics, with_statistics
+from cinemo.data.loading.loader import LatentLoader, StepBatch
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder, Vae
-from cinemo.training import batch as batches
-from cinemo.training.dataset_check import check_dataset
-from cinemo.training.engine import Engine
-from cinemo.training.loop import prefetch, train
-from cinemo.training.metrics import Report
+from cinemo.training.report.metrics import Report
+from cinemo.training.run import batch as batches
+from cinemo.training.run.dataset_check import check_dataset
+from cinemo.training.run.engine import Engine
+from cinemo.training.run.loop import prefetch, train
 from cinemo.types import InputError, RunError
 from tests.training.conftest import moving_samples
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from cinemo.config import Recipe
 from cinemo.methods import build_method
-from cinemo.training.batch import HostBatch, host_batch
-from cinemo.training.engine import Engine
-from cinemo.training.metrics import COLUMNS, Losses, LossSums, Report, Window, peak_memory
+from cinemo.training.report.metrics import COLUMNS, Losses, LossSums, Report, Window, peak_memory
+from cinemo.training.run.batch import HostBatch, host_batch
+from cinemo.training.run.engine import Engine
 from cinemo.types import RunError
 from tests.training.conftest import moving_samples
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cinemo.config import Recipe
-from cinemo.data.shards import DatasetIndex
-from cinemo.training.metrics import COLUMNS, Losses, Report
-from cinemo.training.progress import Progress, Resumed, Saved, Sheet, dataset_profile, read_run, read_summary
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.training.report.metrics import COLUMNS, Losses, Report
+from cinemo.training.report.progress import Progress, Resumed, Saved, Sheet, dataset_profile, read_run, read_summary
 
 
 def _report(step: int, loss: float = 1.0) -> Report:

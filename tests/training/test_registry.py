@@ -12,8 +12,8 @@ from tiny import tiny_bundle
 
 from cinemo.bundle import read_card
 from cinemo.config import Recipe
-from cinemo.training import registry
-from cinemo.training.progress import Progress
+from cinemo.training.checkpoint import registry
+from cinemo.training.report.progress import Progress
 from cinemo.types import InputError
 from tests.training.test_export import ROOT, _checkpoint
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo import storage
-from cinemo.training import sample_log
+from cinemo.training.report import sample_log
 from cinemo.types import RunError
 
 

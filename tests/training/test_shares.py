@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from cinemo.training import shares
-from cinemo.training.shares import WEIGHT, Fragment, Shares
+from cinemo.training.checkpoint import shares
+from cinemo.training.checkpoint.shares import WEIGHT, Fragment, Shares
 from cinemo.types import RunError
 
 SHAPES = {"a.weight": (5, 7), "b.weight": (64,), "c.bias": (1,), "empty": (3, 0)}

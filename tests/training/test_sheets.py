@@ -11,13 +11,13 @@ from PIL import Image
 from tiny import write_dataset
 
 from cinemo.config import Recipe
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder, Vae
-from cinemo.training import sheets
-from cinemo.training.batch import TextStates
+from cinemo.training.report import sheets
+from cinemo.training.run.batch import TextStates
 
 
 def test_first_samples(dataset: str) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from cinemo.config import Recipe, TrainConfig, override
 from cinemo.methods import build_method
-from cinemo.training.averaging import EMA
-from cinemo.training.export import consolidated
-from cinemo.training.shares import STATE, WEIGHT, Shares
+from cinemo.training.checkpoint.export import consolidated
+from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
+from cinemo.training.run.averaging import EMA
 from tests.training.ranks import Case, made_engine, on_ranks, train_steps
 
 STEPS, HALF = 20, 10

@@ -17,10 +17,10 @@ import pytest
 
 from cinemo import tracking
 from cinemo.config import Recipe
-from cinemo.data.progress import Figures
-from cinemo.data.tracker import tracked
-from cinemo.training.metrics import Report
-from cinemo.training.progress import Progress, Resumed, Sheet
+from cinemo.data.precompute.progress import Figures
+from cinemo.data.precompute.tracker import tracked
+from cinemo.training.report.metrics import Report
+from cinemo.training.report.progress import Progress, Resumed, Sheet
 
 pytestmark = pytest.mark.slow
 

@@ -14,16 +14,16 @@ from tiny import write_dataset
 
 from cinemo import storage
 from cinemo.config import Recipe, override
-from cinemo.data import shards
-from cinemo.data.loader import HeldOut, LatentLoader
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset import shards
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading.loader import HeldOut, LatentLoader
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
-from cinemo.training.batch import TextStates
-from cinemo.training.engine import Engine
-from cinemo.training.loop import train
-from cinemo.training.metrics import Losses, Report
-from cinemo.training.validation import LEAST, MOST, STRATA, Validation, plan_draws
+from cinemo.training.report.metrics import Losses, Report
+from cinemo.training.report.validation import LEAST, MOST, STRATA, Validation, plan_draws
+from cinemo.training.run.batch import TextStates
+from cinemo.training.run.engine import Engine
+from cinemo.training.run.loop import train
 from cinemo.types import InputError, RunError
 
 

@@ -20,22 +20,23 @@ import torch
 from cinemo import storage
 from cinemo.bundle import save_bundle
 from cinemo.config import Recipe, TrainConfig, override
-from cinemo.data.loader import HeldOut, LatentLoader
-from cinemo.data.shards import DatasetIndex
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading.loader import HeldOut, LatentLoader
 from cinemo.media.motion import STILLER
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import save_network
-from cinemo.training import checkpoints, worker
-from cinemo.training.base_weights import base_networks, check_base
-from cinemo.training.batch import TextStates
-from cinemo.training.dataset_check import dataset_digest
-from cinemo.training.engine import Engine
-from cinemo.training.loop import train
-from cinemo.training.metrics import Report
-from cinemo.training.progress import SUMMARY_FILE
-from cinemo.training.validation import Validation
+from cinemo.training.checkpoint import checkpoints
+from cinemo.training.report.metrics import Report
+from cinemo.training.report.progress import SUMMARY_FILE
+from cinemo.training.report.validation import Validation
+from cinemo.training.run import worker
+from cinemo.training.run.base_weights import base_networks, check_base
+from cinemo.training.run.batch import TextStates
+from cinemo.training.run.dataset_check import dataset_digest
+from cinemo.training.run.engine import Engine
+from cinemo.training.run.loop import train
 from cinemo.types import InputError, keyed_seed
 
 ROOT = Path(__file__).resolve().parent.parent.parent

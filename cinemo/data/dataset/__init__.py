@@ -1,0 +1,1 @@
+"""A dataset on storage: shards, fields beside them, what identifies them, and their verification."""

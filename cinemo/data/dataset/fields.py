@@ -1,0 +1,249 @@
+"""What may be stored beside the latents, what each field depends on, and the steps that make it (Ray-free).
+
+``text_states``: last hidden states (L, D) of the text encoder for the caption, float16, padded to its full length.
+``first_frame``: the first frame as JPEG.
+``image_tokens``: last hidden states (L, D) of CLIP's image encoder for the first frame, float16.
+``flow``: optical flow between stored frames at the latents' resolution, float16 (F-1, 2, h, w): `media.flow`.
+
+A row is one shard: so a shard's bytes depend on nothing beside it. Frames are decoded again where a field needs them,
+the very ones that ``KEY.json`` names.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+
+from cinemo import storage
+from cinemo.config import DataConfig, EncodersConfig, Recipe
+from cinemo.data.dataset import shards, sidecars
+from cinemo.data.dataset.identity import RESIZE, digest, encoder_dtype
+from cinemo.data.dataset.shards import Members
+from cinemo.data.precompute.stages import use_one_thread
+from cinemo.media import flow
+from cinemo.media.video import read_frames
+from cinemo.networks.frozen import ImageEncoder, TextEncoder, check_image_encoder, network_digest
+from cinemo.networks.weights import weights_digest
+from cinemo.types import ClipError, InputError
+
+# Raise a field's number when the same recipe no longer gives the same bytes of it.
+VERSIONS = {"text_states": 1, "first_frame": 1, "image_tokens": 1, "flow": 1}
+JPEG = {"quality": 95, "subsampling": 0}  # 0: full chroma
+ENCODED = frozenset({"text_states", "image_tokens"})
+_DECODED = frozenset({"first_frame", "image_tokens", "flow"})
+# Encoders always see so many inputs at once, the last ones repeated to fill up: kernels of one shape for all of them.
+_TEXTS, _IMAGES = 16, 8
+
+_PAYLOADS = [(field, pa.list_(pa.large_binary())) for field in VERSIONS]
+TODO = pa.schema([("shard", pa.int32()), ("fields", pa.list_(pa.string()))])
+MADE = pa.schema(
+    [
+        *TODO,
+        ("shard_sha256", pa.string()),
+        ("keys", pa.list_(pa.string())),
+        ("captions", pa.list_(pa.string())),
+        ("faults", pa.list_(pa.string())),
+        ("pixels", pa.list_(pa.large_binary())),
+        *_PAYLOADS,
+        ("decode_seconds", pa.float64()),
+        ("encode_seconds", pa.float64()),
+    ]
+)
+COMMITTED = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("samples", pa.int32()),
+        ("missing", pa.string()),
+        ("decode_seconds", pa.float64()),
+        ("encode_seconds", pa.float64()),
+    ]
+)
+T = TypeVar("T")
+
+
+def identity(field: str, recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """A digest of what decides a field's bytes for given shards, and what it covers.
+
+    Raises:
+        InputError: an encoder is missing.
+    """
+    data, encoders = recipe.data, recipe.encoders
+    covers: dict[str, Any] = {"version": VERSIONS[field]}
+    if field in _DECODED:
+        covers |= {"size": list(data.size), "decoder": data.decoder, "resize": RESIZE}
+    if field in ENCODED:
+        covers |= {"dtype": encoder_dtype(recipe)}
+    match field:
+        case "text_states":
+            covers |= {
+                "text_encoder": network_digest(encoders.text_encoder),
+                "tokenizer": weights_digest(encoders.tokenizer),
+            }
+        case "first_frame":
+            covers |= {"jpeg": JPEG}
+        case "image_tokens":
+            if encoders.image_encoder is None:
+                raise InputError(
+                    "data.fields has image_tokens, but encoders.image_encoder is not set: expected the directory of a "
+                    "CLIPVisionModel"
+                )
+            check_image_encoder(encoders.image_encoder)
+            covers |= {
+                "image_encoder": network_digest(encoders.image_encoder),
+                "preprocessing": ImageEncoder.PREPROCESSING,
+            }
+        case "flow":
+            covers |= {"frames": data.frames, "method": flow.METHOD}
+    return digest(covers), covers
+
+
+def read(todo: pa.Table, dataset: str, data: DataConfig) -> pa.Table:
+    """Shards -> their keys and captions, and the fields that need no network."""
+    use_one_thread()
+    rows = []
+    for row in todo.to_pylist():
+        started = time.perf_counter()
+        record = storage.read_json(shards.record_uri(dataset, row["shard"]))
+        members = Members(**record["members"])
+        samples = shards.read_metadata(dataset, row["shard"], members)
+        row |= {
+            "shard_sha256": record["sha256"],
+            "keys": members.keys,
+            "captions": [sample["caption"] for sample in samples],
+        }
+        if _DECODED & set(row["fields"]):
+            row |= _pictures(samples, row["fields"], data, members.array_shape[2:])
+        rows.append({**row, "decode_seconds": time.perf_counter() - started, "encode_seconds": 0.0})
+    return pa.Table.from_pylist(rows, MADE)
+
+
+def decode_again(views: Sequence[Mapping[str, Any]], data: DataConfig, frames: int) -> list[np.ndarray]:
+    """The first ``frames`` frames (uint8 ``FHWC``) of stored views of one clip, by what their metadata say.
+
+    Raises:
+        ClipError: the source is gone, or cannot be read any more.
+    """
+    uri = views[0]["uri"]
+    indices = [view["start_frame"] + k * view["frame_interval"] for view in views for k in range(frames)]
+    try:
+        with storage.local_copy(uri) as path:
+            frames_NHWC = read_frames(path, indices, data.size, data.decoder)
+    except FileNotFoundError:
+        raise ClipError("open", "missing", f"{uri}: no such file") from None
+    return list(frames_NHWC.reshape(len(views), frames, *frames_NHWC.shape[1:]))
+
+
+class Encoder:
+    """Adds the fields that a network makes. Build one in each process that encodes."""
+
+    def __init__(self, fields: Sequence[str], encoders: EncodersConfig, size: tuple[int, int], dtype: str) -> None:
+        use_one_thread()
+        self.size = size
+        device, precision = "cuda" if dtype == "float16" else "cpu", getattr(torch, dtype)
+        if "text_states" in fields:
+            self.text = TextEncoder(encoders.text_encoder, encoders.tokenizer, device, precision)
+        if "image_tokens" in fields and encoders.image_encoder is not None:
+            self.image = ImageEncoder(encoders.image_encoder, device, precision)
+
+    def __call__(self, made: pa.Table) -> pa.Table:
+        rows = []
+        for row in made.to_pylist():
+            started = time.perf_counter()
+            if "text_states" in row["fields"]:
+                row["text_states"] = self.text_states(row["captions"])
+            if "image_tokens" in row["fields"]:
+                row["image_tokens"] = self.image_tokens(row["pixels"])
+                row["pixels"] = None
+            rows.append({**row, "encode_seconds": time.perf_counter() - started})
+        return pa.Table.from_pylist(rows, MADE)
+
+    def text_states(self, captions: Sequence[str]) -> list[bytes | None]:
+        """A .npy file for each caption; equal captions (views of one clip) are encoded once."""
+        unique = list(dict.fromkeys(captions))
+        states = dict(zip(unique, _in_batches(unique, _TEXTS, self.text.encode), strict=True))
+        return [states[caption] for caption in captions]
+
+    def image_tokens(self, pixels: Sequence[bytes | None]) -> list[bytes | None]:
+        """A .npy file for each first frame that there is."""
+        present = [np.frombuffer(frame, np.uint8).reshape(*self.size, 3) for frame in pixels if frame is not None]
+        tokens = iter(_in_batches(present, _IMAGES, self.image.encode))
+        return [None if frame is None else next(tokens) for frame in pixels]
+
+
+def commit(made: pa.Table, dataset: str, fingerprints: Mapping[str, str]) -> pa.Table:
+    """Write the sidecars of a shard; one row of totals."""
+    rows = []
+    for row in made.to_pylist():
+        missing: Counter[str] = Counter()
+        for field in row["fields"]:
+            values, absent = {}, Counter[str]()
+            for place, (key, content) in enumerate(zip(row["keys"], row[field] or [], strict=True)):
+                if content is None:
+                    absent[(row["faults"] and row["faults"][place]) or "not_finite"] += 1
+                else:
+                    values[key] = content
+            sidecars.commit(dataset, field, row["shard"], row["shard_sha256"], values, absent, fingerprints[field])
+            missing += absent
+        rows.append(
+            {
+                "shard": row["shard"],
+                "samples": len(row["keys"]),
+                "missing": json.dumps(missing),
+                "decode_seconds": row["decode_seconds"],
+                "encode_seconds": row["encode_seconds"],
+            }
+        )
+    return pa.Table.from_pylist(rows, COMMITTED)
+
+
+def _pictures(
+    samples: Sequence[Mapping[str, Any]], fields: Sequence[str], data: DataConfig, cells: Sequence[int]
+) -> dict[str, list[Any]]:
+    """Columns of a shard that follow from its frames; views of a clip are decoded in one pass."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("faults", "pixels", "first_frame", "flow")}
+    frames = data.frames if "flow" in fields else 1
+    for _, group in itertools.groupby(samples, key=lambda sample: sample["clip_id"]):
+        views = list(group)
+        try:
+            decoded: list[np.ndarray | None] = [*decode_again(views, data, frames)]
+            fault = None
+        except ClipError as error:
+            decoded, fault = [None] * len(views), error.reason
+        for frames_FHWC in decoded:
+            first = None if frames_FHWC is None else frames_FHWC[0]
+            columns["faults"].append(fault)
+            columns["pixels"].append(first.tobytes() if first is not None and "image_tokens" in fields else None)
+            columns["first_frame"].append(_jpeg(first) if first is not None and "first_frame" in fields else None)
+            if frames_FHWC is not None and "flow" in fields:
+                motion = flow.dense_flow(frames_FHWC, (cells[0], cells[1]))
+                columns["flow"].append(sidecars.array_bytes(motion))
+            else:
+                columns["flow"].append(None)
+    return columns
+
+
+def _jpeg(frame_HWC: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(frame_HWC).save(buffer, "JPEG", **JPEG)
+    return buffer.getvalue()
+
+
+def _in_batches(
+    inputs: Sequence[T], size: int, encode: Callable[[Sequence[T]], torch.Tensor]
+) -> Iterator[bytes | None]:
+    """A float16 .npy file for each input; None where a state exceeds float16."""
+    for start in range(0, len(inputs), size):
+        batch = list(inputs[start : start + size])
+        states_BLD = encode(batch + [batch[-1]] * (size - len(batch))).to(torch.float16).cpu().numpy()
+        for states_LD in states_BLD[: len(batch)]:
+            yield sidecars.array_bytes(states_LD) if np.isfinite(states_LD).all() else None

@@ -1,0 +1,1 @@
+"""A finished dataset as training batches, in the canonical order."""

@@ -1,0 +1,196 @@
+"""The connection to Ray: joining a cluster or starting one, who does what on it, and what its workers report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from cinemo import s3
+from cinemo.config import Recipe
+from cinemo.data.precompute.progress import Figures, Meter, Progress
+from cinemo.types import InputError, RunError
+
+_WORKER_ENVIRONMENT = {
+    # Ray would otherwise hide the accelerator from tasks that ask for none of it, with a warning in every worker.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
+_SHARED_MEMORY = Path("/dev/shm")
+_OBJECT_STORE_LIMIT = 2 << 30
+# What a decoder leaks ends with its process. And options unlike an encoder's keep Ray Data from decoding inside it.
+_DECODING = {"max_calls": 500}
+# It mostly waits for storage. And decoding reserves all cores there are: asking for any share, a commit would get none
+# before the last clip is decoded, and a killed run would have nothing to go on from.
+COMMIT_CPUS = 0.0
+# So many at a time: a slow storage must not be met with ever more processes, each holding a shard.
+_CPUS_PER_COMMIT = 8
+LEAST_COMMITS = 2
+_FEW_CPUS = 4
+_METER_SECONDS = 2.0
+
+
+def connect(cpus: int = 1) -> None:
+    """Join the cluster of ``RAY_ADDRESS`` (set under ``ray job submit``), or start a private one on this machine.
+
+    A second call in the same process does nothing. ``CINEMO_DEBUG=1`` shows what the workers print.
+
+    Args:
+        cpus: a private one counts at least so many logical CPUs, also where the machine has fewer cores.
+    """
+    if ray.is_initialized():
+        return
+    for name, value in _WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS"):
+        patience = {s3.PATIENCE: os.environ[s3.PATIENCE]} if s3.PATIENCE in os.environ else {}
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | patience})
+        return
+    memory = _OBJECT_STORE_LIMIT
+    if _SHARED_MEMORY.is_dir():
+        memory = min(memory, shutil.disk_usage(_SHARED_MEMORY).free // 2)
+    ray.init(
+        address="local",  # never a cluster that happens to run on this machine
+        num_cpus=max(cpus, os.cpu_count() or 1),
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        log_to_driver=bool(os.environ.get("CINEMO_DEBUG")),
+        object_store_memory=memory,
+    )
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Who does what on this cluster: processes at a time, and what Ray reserves for each of them."""
+
+    decoders: int
+    encoders: int
+    least_encoders: int
+    commits: int
+    decode: dict[str, Any]
+    encode: dict[str, Any]
+
+
+def resources(recipe: Recipe) -> Resources:
+    """Decoding takes cores, of the nodes that offer ``data.decode_resource`` where it is set; encoders take theirs.
+
+    Raises:
+        InputError: the cluster cannot hold them, so that a run would wait for ever.
+    """
+    from ray.data import TaskPoolStrategy
+
+    data, have = recipe.data, ray.cluster_resources()
+    cpus, gpus, special = int(have.get("CPU", 1)), have.get("GPU", 0), data.decode_resource
+    wanted = data.encode_gpus * max(1, data.encode_actors)
+    if wanted > gpus:
+        raise InputError(
+            f"data.encode_gpus is {data.encode_gpus:g} for {max(1, data.encode_actors)} encoders, but the cluster has "
+            f"{gpus:g} accelerators; --set data.encode_gpus=0 encodes on CPUs"
+        )
+    if special and not have.get(special):
+        known = ", ".join(sorted(name for name in have if ":" not in name))
+        raise InputError(
+            f"data.decode_resource is {special!r}, which no node of the cluster offers (available: {known}); "
+            "--set data.decode_resource=null decodes wherever a core is free"
+        )
+    # On accelerators, and on few cores, all work from the beginning; on many cores Ray adds encoders while clips wait.
+    # On few it would stop and start them again and again, each time for seconds of imports.
+    most = data.encode_actors or (int(gpus / data.encode_gpus) if data.encode_gpus else cpus)
+    least = most if data.encode_gpus or data.encode_actors or cpus <= _FEW_CPUS else 1
+    # An encoder takes a core where one is left for decoding.
+    share = 1.0 if cpus >= least + 2 else 0.0
+    decoders = max(1, int((have[special] if special else cpus) / data.decode_cpus))
+    decode: dict[str, Any] = {
+        **_DECODING,
+        "num_cpus": data.decode_cpus,
+        "compute": TaskPoolStrategy(size=decoders),
+    }
+    if special:
+        decode["resources"] = {special: data.decode_cpus}
+    return Resources(
+        decoders=decoders,
+        encoders=most,
+        least_encoders=least,
+        commits=max(LEAST_COMMITS, cpus // _CPUS_PER_COMMIT),
+        decode=decode,
+        encode={"num_cpus": share, **({"num_gpus": data.encode_gpus} if data.encode_gpus else {})},
+    )
+
+
+@contextlib.contextmanager
+def watch(
+    clips: int, recipe: Recipe, listener: Callable[[Figures], None] | None = None
+) -> Iterator[tuple[Progress, Any]]:
+    """The progress of a run, and the handle that its workers report to."""
+    connect()
+    found = resources(recipe)
+    meter = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(Meter).remote()
+
+    def read() -> Mapping[str, Mapping[str, float]] | None:
+        try:
+            figures: Mapping[str, Mapping[str, float]] = ray.get(meter.read.remote(), timeout=_METER_SECONDS)
+            return figures
+        except ray.exceptions.RayError:  # being started, or its node went away
+            return None
+
+    try:
+        with Progress(
+            clips,
+            math.ceil(clips / recipe.data.clips_per_shard),
+            {"decode": found.decoders, "encode": found.encoders},
+            read,
+            listener,
+        ) as progress:
+            yield progress, meter
+    finally:
+        ray.kill(meter)
+
+
+def report(meter: Any, stage: str, rows: pa.Table, views: int, seconds: Mapping[str, tuple[str, ...]]) -> None:
+    """Tell the meter, and wait for nothing."""
+    if meter is None:
+        return
+    spent = {name: sum(pc.sum(rows[column]).as_py() or 0.0 for column in columns) for name, columns in seconds.items()}
+    own = [where == "encode" for where in rows["stage"].to_pylist()]
+    reasons = Counter(
+        reason
+        for reason, encoding, view in zip(rows["reason"].to_pylist(), own, rows["view"].to_pylist(), strict=True)
+        if reason and view == 0 and encoding == (stage == "encode")
+    )
+    meter.add.remote(stage, rows.num_rows / views, spent, dict(reasons))
+
+
+def results(graph: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a Ray Data graph as they are made.
+
+    Raises:
+        InputError, RunError: what a worker met and a person can mend, such as storage that does not answer.
+    """
+    try:
+        for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from table.to_pylist()
+    except ray.exceptions.RayError as error:
+        raise _cause(error) from None
+
+
+def _cause(error: Exception) -> Exception:
+    """What a worker raised for a person to read; else the error as it is. Ray keeps it as text only."""
+    found = re.findall(r"^cinemo\.\w+\.(RunError|InputError|AccessDenied): (.+)$", str(error), re.MULTILINE)
+    if not found:
+        return error
+    kind, message = found[-1]
+    return RunError(message) if kind == "RunError" else InputError(message)

@@ -1,0 +1,268 @@
+"""What a run will cost, measured on a few of its clips before it starts. Runs in this process, on one core.
+
+Every figure comes with a range: the 5th and 95th percentile of the figure over seeded resamples of the measured clips
+(bootstrap); of the share of refused clips the 90% Wilson interval, since a small sample may well have none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cinemo import s3, storage
+from cinemo.config import DataConfig, Recipe
+from cinemo.data.dataset.identity import encoder_dtype
+from cinemo.data.manifest.manifest import read_manifest
+from cinemo.data.precompute import stages
+from cinemo.data.precompute.journal import SEGMENT
+from cinemo.data.precompute.lock import HEARTBEAT_SECONDS
+from cinemo.data.precompute.plan import Plan, PlannedRows, make_plan
+from cinemo.data.precompute.prices import Prices, money
+from cinemo.types import keyed_seed
+
+SAMPLE_CLIPS = 32
+SAMPLE_SECONDS = 120.0  # slow clips: no more of them after so long, but at least `_LEAST`
+OBJECT_STORE_BYTES = 2 << 30
+_LEAST = 4
+_RESAMPLES = 500
+_Z = 1.645  # 90%
+_STAGES = ("decode", "score", "encode")
+
+Range = dict[str, float]
+
+
+def plan_only(
+    recipe: Recipe, manifest: str, output: str, limit: int | None = None, prices: Prices | None = None
+) -> dict[str, Any]:
+    """Measure a seeded sample of clips, write the estimate to ``<output>/plan.json`` and return it.
+
+    Seconds are wall seconds of one process. The encoder is measured only where its device is present; otherwise the
+    speed of ``prices`` is taken, or else what depends on it is left out.
+
+    Raises:
+        InputError: bad manifest, or an output that cannot be written.
+    """
+    plan = make_plan(read_manifest(manifest, limit), recipe)
+    output = storage.absolute(output)
+    storage.check_writable(output)
+    clips = len(plan.clips)
+    rng = np.random.default_rng(keyed_seed(recipe.data.seed, "estimate"))
+    positions = np.sort(rng.choice(clips, min(SAMPLE_CLIPS, clips), replace=False))
+    given = prices.clips_per_accelerator_second if prices else None
+    sample, memory = _measure(recipe, plan, rng.permutation(positions))
+
+    known = Known(recipe, plan, output, given)
+    figures = known.figures(sample)
+    low, high = _wilson(sum(clip["refused"] for clip in sample), len(sample))
+    again = [
+        known.figures([sample[k] for k in chosen]) for chosen in rng.integers(0, len(sample), (_RESAMPLES, len(sample)))
+    ]
+    ranged = {}
+    for name, value in figures.items():
+        ranged[name] = _range(value, [other[name] for other in again if name in other])
+    ranged["quarantine_share"] |= {"low": low, "high": high}
+    for name in {"samples", "bytes"} & ranged.keys():  # as sure as the share of clips that give any
+        kept = 1 - figures["quarantine_share"] or 1.0
+        whole = ranged[name]["value"] / kept
+        ranged[name]["low"] = min(ranged[name]["low"], whole * (1 - high))
+        ranged[name]["high"] = max(ranged[name]["high"], whole * (1 - low))
+    ranged["memory_per_node_bytes"] = memory
+    spent = {stage: float(np.mean([clip[stage] for clip in sample])) for stage in _STAGES}
+    measured = "encode_seconds_per_clip" in figures and not known.given_speed
+    estimate: dict[str, Any] = {
+        "recipe": recipe.name,
+        "clips": clips,
+        "shards": plan.shards,
+        "measured_clips": len(sample),
+        "refused_in_sample": dict(Counter(clip["reason"] for clip in sample if clip["refused"])),
+        "seconds_per_clip": {**spent, "encode": spent["encode"] if measured else None},
+        "encode_speed": "measured here" if measured else "given" if known.given_speed else "unknown",
+        "cores_here": known.cores,
+        "bottleneck": known.bottleneck(figures, spent),
+        "ranges": f"5th to 95th percentile of {_RESAMPLES} resamples of the measured clips; "
+        "refused clips, and with them samples and bytes: 90% Wilson interval; "
+        "memory: without and with a full object store and a shard being committed",
+        "figures": ranged,
+    }
+    if prices:
+        costs = [money(other, prices) for other in again]
+        estimate["costs"] = {
+            item: _range(value, [other[item] for other in costs]) for item, value in money(figures, prices).items()
+        }
+        estimate["currency"] = prices.currency
+    storage.write_json(storage.join(output, "plan.json"), estimate)
+    return estimate
+
+
+def _measure(recipe: Recipe, plan: Plan, positions: np.ndarray) -> tuple[list[dict[str, Any]], Range]:
+    """Seconds of each stage, sample bytes and fault of some clips, one after the other; and the memory of a node."""
+    data = recipe.data
+    encoder, sample, decoding_memory, begun = None, [], 0, time.perf_counter()
+    for number, position in enumerate(positions):
+        if number >= _LEAST and time.perf_counter() - begun > SAMPLE_SECONDS:
+            break
+        place = np.array([position])
+        table = stages.score(stages.decode(PlannedRows(plan, place, place // plan.clips_per_shard).slice(), data), data)
+        if encoder is None:
+            decoding_memory = _peak_memory()
+        if encoder is None and (not data.encode_gpus or torch.cuda.is_available()):
+            encoder = stages.Encoder(data, recipe.encoders.vae, recipe.encoders.latent, encoder_dtype(recipe))
+        table = encoder(table) if encoder else table
+        rows = table.drop_columns(["latents" if encoder else "frames"]).to_pylist()
+        reasons = [row["reason"] for row in rows if row["reason"]]
+        clip = {stage: sum(row[f"{stage}_seconds"] for row in rows) for stage in _STAGES}
+        size = sum(_sample_bytes(row["shape"]) for row in rows) if encoder and not reasons else None
+        sample.append({**clip, "refused": bool(reasons), "reason": reasons[0] if reasons else None, "bytes": size})
+    cores = os.cpu_count() or 1
+    encoding_memory = _peak_memory() * encoders(data, cores) if encoder else 0
+    processes = float(cores * decoding_memory + encoding_memory)
+    shard = 2 * plan.clips_per_shard * max((clip["bytes"] or 0 for clip in sample), default=0)
+    full = processes + OBJECT_STORE_BYTES + shard
+    return sample, {"value": full, "low": processes, "high": full}
+
+
+def encoders(data: DataConfig, cores: int) -> int:
+    """Encoder processes on this machine: as many as the recipe says, or as there is room for."""
+    if data.encode_actors:
+        return data.encode_actors
+    return max(1, int(torch.cuda.device_count() / data.encode_gpus)) if data.encode_gpus else cores
+
+
+class Known:
+    """What does not depend on the sample: the sizes of the plan, where things lie, and the machine."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, output: str, clips_per_accelerator_second: float | None) -> None:
+        self.data, self.plan, self.cores = recipe.data, plan, os.cpu_count() or 1
+        self.on_accelerator = recipe.data.encode_gpus > 0
+        self.encoders = encoders(recipe.data, self.cores)
+        self.given_speed = None
+        if self.on_accelerator and not torch.cuda.is_available():
+            self.given_speed = clips_per_accelerator_second
+        self.remote_output = storage.is_remote(output)
+        first = plan.clips.read(0, 1)["uri"][0].as_py()
+        self.remote_clips = storage.is_remote(first)
+
+    def figures(self, sample: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """All figures that follow from some measured clips; those that need what is unknown are missing."""
+        clips, data = len(self.plan.clips), self.data
+        decoding = float(np.mean([clip["decode"] + clip["score"] for clip in sample]))
+        encoding: float | None = float(np.mean([clip["encode"] for clip in sample]))
+        if self.on_accelerator and not torch.cuda.is_available():
+            # Of one accelerator, which may be shared by several encoders.
+            encoding = 1 / self.given_speed if self.given_speed else None
+        share = float(np.mean([clip["refused"] for clip in sample]))
+        sizes = [clip["bytes"] for clip in sample if clip["bytes"]]
+        figures = {
+            "quarantine_share": share,
+            "samples": clips * (1 - share) * data.views,
+            "clips_per_second_per_core": 1 / decoding,
+            "core_hours": clips * decoding / 3600,
+        }
+        rate = self.cores / decoding
+        if encoding:
+            figures["encode_seconds_per_clip"] = encoding
+            if self.on_accelerator:
+                figures["clips_per_second_per_accelerator"] = 1 / encoding
+                figures["accelerator_hours"] = clips * encoding / 3600
+                figures["cores_per_accelerator"] = decoding / encoding
+                rate = min(rate, data.encode_gpus * self.encoders / encoding)
+            else:  # decoders and encoders share the cores
+                figures["encode_clips_per_second_per_core"] = 1 / encoding
+                figures["core_hours"] += clips * encoding / 3600
+                rate = min(self.cores / (decoding + encoding), self.encoders / encoding)
+        figures["clips_per_second_here"] = rate
+        figures["hours_here"] = clips / rate / 3600
+        if sizes:
+            figures["bytes"] = clips * (1 - share) * float(np.mean(sizes))
+        figures["get_requests"], figures["put_requests"] = self._requests(share, figures)
+        return figures
+
+    def _requests(self, share: float, figures: Mapping[str, float]) -> tuple[float, float]:
+        """S3 requests: clip (HEAD and GET); tar, record and ledger of a shard; journal, index, lock."""
+        clips, shards = len(self.plan.clips), self.plan.shards
+        gets, puts = (2.0 * clips if self.remote_clips else 0.0), 0.0
+        if self.remote_output:
+            with_ledger = 1 - (1 - share) ** self.plan.clips_per_shard
+            tar = s3.put_requests(int(figures.get("bytes", 0) / shards))
+            beats = figures["hours_here"] * 3600 / HEARTBEAT_SECONDS
+            puts += shards * (tar + 1 + with_ledger) + math.ceil(shards / SEGMENT) + 3 + beats
+            gets += shards * 2 * (1 - with_ledger) + 3 * beats + 10
+        return gets, puts
+
+    def bottleneck(self, figures: Mapping[str, float], spent: Mapping[str, float]) -> str:
+        """The stage whose speed is that of the whole run on this machine."""
+        slow = "decode" if spent["decode"] >= spent["score"] else "score"
+        encoding = figures.get("encode_seconds_per_clip")
+        if encoding is None:
+            return slow
+        if self.on_accelerator:
+            ready = self.data.encode_gpus * self.encoders / encoding
+            return "encode" if ready < self.cores / (spent["decode"] + spent["score"]) else slow
+        return "encode" if encoding > spent[slow] else slow
+
+
+def compare(plan: Mapping[str, Any], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Predicted against actual: rows of ``what``, ``predicted``, ``low``, ``high`` and ``actual``.
+
+    Args:
+        plan: ``plan.json``.
+        summary: what `cinemo.data.precompute.graph.run` returns. Totals are compared where both are about the same
+            clips; speeds where this run did anything.
+    """
+    actual: dict[str, float] = {}
+    if plan["clips"] == summary["clips"]:
+        actual |= {"samples": summary["samples"], "bytes": summary["bytes"]}
+        actual["quarantine_share"] = summary["quarantined"] / summary["clips"]
+    if summary.get("done"):
+        spent, done = summary["stage_seconds"], summary["done"]
+        actual["clips_per_second_per_core"] = done / max(spent["decode"] + spent["score"], 1e-9)
+        actual["encode_seconds_per_clip"] = spent["encode"] / done
+        actual["clips_per_second_here"] = summary["clips_per_second"]
+        on_cores = spent["decode"] + spent["score"]
+        if "accelerator_hours" not in plan["figures"]:
+            on_cores += spent["encode"]
+        if done == plan["clips"]:
+            actual["core_hours"] = on_cores / 3600
+            actual["hours_here"] = summary["seconds"] / 3600
+    return [
+        {
+            "what": name,
+            "predicted": figure["value"],
+            "low": figure["low"],
+            "high": figure["high"],
+            "actual": actual[name],
+        }
+        for name, figure in plan["figures"].items()
+        if name in actual
+    ]
+
+
+def _range(value: float, resampled: Sequence[float]) -> Range:
+    low, high = np.percentile(resampled, (5, 95)) if resampled else (value, value)
+    return {"value": float(value), "low": float(min(low, value)), "high": float(max(high, value))}
+
+
+def _wilson(hits: int, count: int) -> tuple[float, float]:
+    share, z2 = hits / count, _Z**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _peak_memory() -> int:
+    """Bytes of this process at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _sample_bytes(shape: Sequence[int]) -> int:
+    """Size of one sample in a shard: two member headers, metadata and latents, each padded to 512 bytes."""
+    return 2 * 512 + 512 + (128 + 2 * int(np.prod(shape)) + 511) // 512 * 512

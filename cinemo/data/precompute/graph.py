@@ -1,0 +1,322 @@
+"""The Ray Data graph that turns a manifest into a dataset, and the one that adds fields to its shards.
+
+Rows stay in planned order through every stage, and what is committed together is one planned shard: so its bytes depend
+on plan and recipe alone. A run that was killed goes on with the shards that have no commit record.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from cinemo import storage
+from cinemo.config import DataConfig, EncodersConfig, Recipe
+from cinemo.data.dataset import fields
+from cinemo.data.dataset.identity import encoder_dtype
+from cinemo.data.dataset.sidecars import FieldStore
+from cinemo.data.manifest.manifest import read_manifest
+from cinemo.data.precompute import cluster, stages
+from cinemo.data.precompute.dataset import Dataset
+from cinemo.data.precompute.lock import hold
+from cinemo.data.precompute.plan import PlannedRows, make_plan
+from cinemo.data.precompute.progress import Figures, describe
+from cinemo.types import InputError, RunError
+
+# Decoded frames of one task: small enough that a few tasks in flight fit any object store.
+_TASK_BYTES = 64 << 20
+_TASK_CLIPS = 16
+_TASK_SHARDS = 4  # of a field
+_PROGRESS_SECONDS = 3.0
+# About so many clips have their planned rows in the object store at a time.
+_WAVE_CLIPS = 1 << 20
+_SECONDS = ("decode_seconds", "score_seconds", "encode_seconds", "commit_seconds")
+
+
+def run(
+    recipe: Recipe,
+    manifest: str,
+    output: str,
+    limit: int | None = None,
+    retry_quarantine: str | None = None,
+    listener: Callable[[Figures], None] | None = None,
+) -> dict[str, Any]:
+    """Make a dataset, or finish one that was begun. A finished one is left as it is, byte for byte.
+
+    Args:
+        manifest: see `cinemo.data.manifest.manifest.read_manifest`.
+        output: directory of the dataset, local or s3://.
+        limit: use the first clips of the manifest only.
+        retry_quarantine: try refused clips of a finished dataset again: those of one reason, or all with ``""``. Those
+            that succeed are appended as new shards.
+        listener: told every few seconds how the run is doing.
+
+    Returns:
+        A summary: clips, samples, quarantined, reasons, shards, bytes of the dataset; and of this run ``done`` (clips),
+        ``seconds``, ``clips_per_second``, ``stage_seconds`` (summed over processes) and ``capacity`` (how many
+        processes each of these stages had).
+
+    Raises:
+        InputError: bad manifest; an output that belongs to another recipe or manifest; nothing to retry.
+        RunError: more clips were refused than ``data.max_quarantine_share`` allows.
+    """
+    started = time.perf_counter()
+    plan = make_plan(read_manifest(manifest, limit), recipe)
+    dataset = Dataset.open(storage.absolute(output), recipe, plan)
+    extras = [FieldStore.open(dataset.uri, field, *fields.identity(field, recipe)) for field in recipe.data.fields]
+    totals: Counter[str] = Counter()
+    capacity: dict[str, float] = {}
+    with hold(dataset.uri) as lock:
+        dataset.load()
+        rows, retried = _rows_to_do(dataset, retry_quarantine)
+        if len(rows):
+            dataset.begin()
+            with cluster.watch(len(rows), recipe, listener) as (progress, meter):
+                capacity = progress.capacity
+                for wave in rows.waves(_WAVE_CLIPS):
+                    for shard in _execute(wave, dataset, retried, meter):
+                        lock.check()
+                        if shard["index"]:
+                            dataset.committed(json.loads(shard["index"]))
+                        progress.add(shard)
+                        totals.update({name: shard[name] for name in ("clips", *_SECONDS)})
+                        if retried is None:
+                            _check_share(progress.refused, dataset)
+        summary = dataset.summarize()
+        _check_share(summary["reasons"], dataset)
+        lock.check()
+        dataset.finish(summary)
+        seconds = time.perf_counter() - started
+        made = add_fields(dataset, extras)
+    return {
+        **summary,
+        "fields": made,
+        "output": dataset.uri,
+        "done": totals["clips"],
+        "seconds": seconds,
+        "clips_per_second": totals["clips"] / seconds,
+        "stage_seconds": {name.removesuffix("_seconds"): float(totals[name]) for name in _SECONDS},
+        "capacity": capacity,
+    }
+
+
+def _rows_to_do(dataset: Dataset, retry: str | None) -> tuple[PlannedRows, dict[str, tuple[int, str]] | None]:
+    """The clips to run over; of a retry also which shards refused them, and why."""
+    missing = dataset.missing_shards()
+    if retry is None:
+        return dataset.plan.rows(missing), None
+    if missing:
+        raise InputError(f"{dataset.uri}: {len(missing)} shards are still to be made; finish it without a retry")
+    retried = dataset.retryable(retry)
+    return dataset.rows_to_retry(retried), retried
+
+
+def _execute(
+    rows: PlannedRows, dataset: Dataset, retried: Mapping[str, tuple[int, str]] | None, meter: Any = None
+) -> Iterator[dict[str, Any]]:
+    """Run the stages over planned rows; yields the totals of each shard once it is committed.
+
+    Args:
+        meter: handle of a `Meter` that workers report to.
+
+    Raises:
+        InputError, RunError: what a worker met and a person can mend, such as storage that does not answer.
+    """
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    cluster.connect()
+    recipe, data = dataset.recipe, dataset.recipe.data
+    resources = cluster.resources(recipe)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+
+    size = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * data.frames * data.size[0] * data.size[1] * 3)))
+    size = min(size, math.ceil(len(rows) / (4 * resources.decoders)))
+    blocks = [rows.slice(start, count).combine_chunks() for start, count in _pieces(len(rows), data, size)]
+    graph = (
+        ray.data.from_arrow(blocks)
+        .map_batches(
+            _decode_and_score,
+            fn_kwargs={"data": data, "meter": meter},
+            batch_format="pyarrow",
+            batch_size=None,
+            **resources.decode,
+        )
+        .map_batches(
+            _Encoder,
+            fn_constructor_kwargs={
+                "data": data,
+                "vae": _absolute(recipe.encoders).vae,
+                "latent": recipe.encoders.latent,
+                "dtype": encoder_dtype(recipe),
+                "meter": meter,
+            },
+            compute=ActorPoolStrategy(min_size=resources.least_encoders, max_size=resources.encoders),
+            batch_format="pyarrow",
+            batch_size=data.encode_batch,
+            **resources.encode,
+        )
+        .map_batches(
+            _Committer,
+            fn_constructor_kwargs={
+                "dataset": dataset.uri,
+                "fingerprint": dataset.fingerprint,
+                "views": data.views,
+                "retried": retried,
+            },
+            batch_format="pyarrow",
+            # Exactly one shard: blocks arrive in order, and none crosses the boundary of a shard.
+            batch_size=data.clips_per_shard * data.views,
+            num_cpus=cluster.COMMIT_CPUS,
+            compute=ActorPoolStrategy(min_size=cluster.LEAST_COMMITS, max_size=resources.commits),
+        )
+    )
+    yield from cluster.results(graph)
+
+
+def _pieces(clips: int, data: DataConfig, size: int) -> Iterator[tuple[int, int]]:
+    """``(first, count)`` of blocks of about ``size`` rows that do not cross shards, which come one after the other."""
+    shard = data.clips_per_shard
+    piece = math.ceil(shard / math.ceil(shard / size))
+    for start in range(0, clips, shard):
+        end = min(start + shard, clips)
+        yield from ((first, min(piece, end - first)) for first in range(start, end, piece))
+
+
+def _decode_and_score(clips: pa.Table, data: DataConfig, meter: Any) -> pa.Table:
+    rows = stages.score(stages.decode(clips, data), data)
+    cluster.report(meter, "decode", rows, data.views, {"decode": ("decode_seconds", "score_seconds")})
+    return rows
+
+
+class _Encoder(stages.Encoder):
+    """An encoder that reports."""
+
+    def __init__(self, data: DataConfig, vae: str, latent: str, dtype: str, meter: Any) -> None:
+        super().__init__(data, vae, latent, dtype)
+        self.meter = meter
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        rows = super().__call__(decoded)
+        cluster.report(self.meter, "encode", rows, self.data.views, {"encode": ("encode_seconds",)})
+        return rows
+
+
+class _Committer:
+    """`stages.commit` in a process that stays: a task comes so rarely that Ray would start one, and import torch, for
+    every shard.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def __call__(self, encoded: pa.Table) -> pa.Table:
+        return stages.commit(encoded, **self.settings)
+
+
+def add_fields(dataset: Dataset, stores: Sequence[FieldStore]) -> dict[str, dict[str, Any]]:
+    """Write the sidecars that are missing beside committed shards, which stay as they are.
+
+    Returns:
+        By field: its ``fields/FIELD.json``, and of this run ``done`` (samples), ``seconds`` and ``stage_seconds``
+        (summed over processes and fields).
+    """
+    todo: dict[int, list[str]] = {}
+    for store in stores:
+        missing = store.missing(dataset.records)
+        for number in missing:
+            todo.setdefault(number, []).append(store.field)
+        if missing:
+            store.begin()
+    total = sum(dataset.records[number]["samples"] for number in todo)
+    done, started, stage_seconds = 0, time.perf_counter(), {"decode": 0.0, "encode": 0.0}
+    printed = started
+    for shard in _execute_fields(sorted(todo.items()), dataset, stores) if todo else ():
+        done += shard["samples"]
+        for stage in stage_seconds:
+            stage_seconds[stage] += shard[f"{stage}_seconds"]
+        now = time.perf_counter()
+        if now - printed >= _PROGRESS_SECONDS or done == total:
+            printed = now
+            print(f"fields: {done}/{total} samples, {done / (now - started):.2f} samples/s", flush=True)
+    this_run = {"seconds": time.perf_counter() - started, "stage_seconds": stage_seconds}
+    made = {name for wanted in todo.values() for name in wanted}
+    return {
+        store.field: {**store.finish(dataset.records), "done": done if store.field in made else 0, **this_run}
+        for store in stores
+    }
+
+
+def _execute_fields(
+    todo: Sequence[tuple[int, list[str]]], dataset: Dataset, stores: Sequence[FieldStore]
+) -> Iterator[dict[str, Any]]:
+    """Run the fields' stages; yields the totals of each shard once its sidecars are committed.
+
+    A row is a shard, so no more of them are in memory than there are tasks and free places between the stages.
+    """
+    import ray.data
+    from ray.data import ActorPoolStrategy, DataContext
+
+    cluster.connect()
+    recipe, data = dataset.recipe, dataset.recipe.data
+    resources = cluster.resources(recipe)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    DataContext.get_current().enable_progress_bars = False
+    names = sorted({name for _, wanted in todo for name in wanted})
+    rows = pa.Table.from_pylist([{"shard": shard, "fields": wanted} for shard, wanted in todo], fields.TODO)
+    size = max(1, min(_TASK_SHARDS, len(rows) // (4 * resources.decoders)))
+    blocks = [rows.slice(start, size).combine_chunks() for start in range(0, len(rows), size)]
+    batches: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1}
+    graph = ray.data.from_arrow(blocks).map_batches(
+        fields.read, fn_kwargs={"dataset": dataset.uri, "data": data}, **batches, **resources.decode
+    )
+    if fields.ENCODED & set(names):
+        graph = graph.map_batches(
+            fields.Encoder,
+            fn_constructor_kwargs={
+                "fields": names,
+                "encoders": _absolute(recipe.encoders),
+                "size": data.size,
+                "dtype": encoder_dtype(recipe),
+            },
+            compute=ActorPoolStrategy(min_size=resources.least_encoders, max_size=resources.encoders),
+            **batches,
+            **resources.encode,
+        )
+    fingerprints = {store.field: store.fingerprint for store in stores}
+    graph = graph.map_batches(
+        fields.commit,
+        fn_kwargs={"dataset": dataset.uri, "fingerprints": fingerprints},
+        num_cpus=cluster.COMMIT_CPUS,
+        **batches,
+    )
+    yield from cluster.results(graph)
+
+
+def _absolute(encoders: EncodersConfig) -> EncodersConfig:
+    """Locations that mean the same in a worker, which has a working directory of its own."""
+    places = {
+        name: place if place.startswith("package:") else storage.absolute(place)
+        for name in ("vae", "text_encoder", "tokenizer", "image_encoder")
+        if (place := getattr(encoders, name)) is not None
+    }
+    return encoders.model_copy(update=places)
+
+
+def _check_share(reasons: Mapping[str, int], dataset: Dataset) -> None:
+    refused, clips = sum(reasons.values()), len(dataset.plan.clips)
+    allowed = dataset.recipe.data.max_quarantine_share
+    if refused > allowed * clips:
+        raise RunError(
+            f"{refused} of {clips} clips are refused ({describe(reasons)}), more than data.max_quarantine_share = "
+            f"{allowed:g} allows; see {storage.join(dataset.uri, 'quarantine')}"
+        )

@@ -1,0 +1,85 @@
+"""Which clip goes into which shard, settled before anything runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cinemo.config import Recipe
+from cinemo.data.manifest.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Clips in manifest order, cut into shards of ``clips_per_shard``; the last one may be smaller.
+
+    A clip's position is its row in the manifest, and ``position // clips_per_shard`` its shard.
+    """
+
+    clips: Manifest
+    clips_per_shard: int
+    views: int
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(len(self.clips) / self.clips_per_shard)
+
+    def positions(self, shards: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Of all clips of some shards, in order."""
+        slots = np.arange(self.clips_per_shard)
+        positions = (np.asarray(shards, np.int64)[:, None] * self.clips_per_shard + slots).ravel()
+        return positions[positions < len(self.clips)]
+
+    def rows(self, shards: Sequence[int] | np.ndarray) -> PlannedRows:
+        """The clips of some shards, in order."""
+        positions = self.positions(shards)
+        return PlannedRows(self, positions, (positions // self.clips_per_shard).astype(np.int32))
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for two runs to continue each other: every clip, its place, and the shape of the shards."""
+        return {
+            "clips": len(self.clips),
+            "clips_per_shard": self.clips_per_shard,
+            "shards": self.shards,
+            "manifest": self.clips.digest,
+        }
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """Clips that are still to be done, read from the manifest when a part of them is asked for (12 bytes a clip).
+
+    ``positions`` ascend; ``shards`` has the shard of each, which ascends too.
+    """
+
+    plan: Plan
+    positions: np.ndarray
+    shards: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def waves(self, clips: int) -> Iterator[PlannedRows]:
+        """Parts of about ``clips`` rows, of whole shards."""
+        size = max(1, clips // self.plan.clips_per_shard) * self.plan.clips_per_shard
+        for start in range(0, len(self), size):
+            yield PlannedRows(self.plan, self.positions[start : start + size], self.shards[start : start + size])
+
+    def slice(self, start: int = 0, count: int | None = None) -> pa.Table:
+        """Rows of the manifest; in front ``shard``, that shard's size (``shard_clips``) and ``position``."""
+        stop = len(self) if count is None else start + count
+        positions, shards = self.positions[start:stop], self.shards[start:stop]
+        sizes = np.searchsorted(self.shards, shards, "right") - np.searchsorted(self.shards, shards, "left")
+        rows = self.plan.clips.take(positions)
+        rows = rows.add_column(0, "shard", pa.array(shards, pa.int32()))
+        rows = rows.add_column(1, "shard_clips", pa.array(sizes, pa.int32()))
+        return rows.add_column(2, "position", pa.array(positions, pa.int64()))
+
+
+def make_plan(clips: Manifest, recipe: Recipe) -> Plan:
+    return Plan(clips, recipe.data.clips_per_shard, recipe.data.views)

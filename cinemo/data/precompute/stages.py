@@ -1,0 +1,239 @@
+"""The steps of precompute as plain functions from rows to rows; whatever runs them is no business of theirs.
+
+A row is one view of one clip. A clip that cannot be used keeps its rows, with the fault in ``stage``, ``reason`` and
+``detail`` and without frames or latents: so every shard always has the number of rows that was planned.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import torch
+
+from cinemo.config import DataConfig
+from cinemo.data.dataset import shards
+from cinemo.media.guard import Decode, Guard
+from cinemo.media.motion import mean_adjacent_ssim
+from cinemo.media.video import decode_views, fetched
+from cinemo.networks.frozen import Vae
+from cinemo.networks.memory import keep_freed_memory
+from cinemo.types import Clip, ClipError, LatentSample, Refusal, keyed_generator
+
+# A planned clip (`Plan.rows`), once for each view, and what the stages add to it.
+_CLIP = [
+    ("shard", pa.int32()),
+    ("shard_clips", pa.int32()),
+    ("position", pa.int64()),
+    ("clip_id", pa.string()),
+    ("uri", pa.string()),
+    ("caption", pa.string()),
+    ("start", pa.float64()),
+    ("end", pa.float64()),
+    ("extra", pa.string()),
+]
+_FAULT = [("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+_VIEW = [("view", pa.int32()), ("fps", pa.float64()), ("frame_interval", pa.int32()), ("start_frame", pa.int64())]
+_SECONDS = [("decode_seconds", pa.float64()), ("score_seconds", pa.float64()), ("encode_seconds", pa.float64())]
+_ROW = [*_CLIP, *_VIEW, ("ssim", pa.float64()), *_FAULT, *_SECONDS]
+DECODED = pa.schema([*_ROW, ("frames", pa.large_binary())])
+ENCODED = pa.schema([*_ROW, ("latents", pa.large_binary()), ("shape", pa.list_(pa.int32()))])
+COMMITTED = pa.schema(
+    [
+        ("shard", pa.int32()),
+        ("clips", pa.int32()),
+        ("samples", pa.int32()),
+        ("quarantined", pa.int32()),
+        ("bytes", pa.int64()),
+        ("reasons", pa.string()),
+        ("index", pa.string()),  # JSON of `shards.index_row`; null where no shard was written
+        *_SECONDS,
+        ("commit_seconds", pa.float64()),
+    ]
+)
+
+Row = dict[str, Any]
+
+
+def use_one_thread() -> None:
+    """Many workers share a machine, and one thread each also makes their arithmetic the same everywhere."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+
+def decode(clips: pa.Table, data: DataConfig, decode: Decode = decode_views) -> pa.Table:
+    """Planned clips -> ``data.views`` rows each, with frames (uint8 ``FHWC``), decoded in a process beside this one."""
+    use_one_thread()
+    guard = _guard(data, decode)
+    rows: list[Row] = []
+    frames_NFHWC = np.empty((clips.num_rows * data.views, data.frames, *data.size, 3), np.uint8)
+    count = 0
+    for planned in clips.to_pylist():
+        started = time.perf_counter()
+        clip = Clip(**{name: planned[name] for name in ("clip_id", "uri", "caption", "start", "end")})
+        views: list[Row] = []
+        try:
+            # Fetched here, so that the time limit is the decoder's and not the storage's.
+            with fetched(clip.uri) as path:
+                for view in guard(path, clip):
+                    frames_NFHWC[count] = view.frames_FHWC
+                    count += 1
+                    views.append({name: getattr(view, name) for name in ("fps", "frame_interval", "start_frame")})
+        except ClipError as error:
+            views = [_fault(error)] * data.views
+        seconds = (time.perf_counter() - started) / data.views
+        rows += [
+            {**planned, **view, "view": number, "decode_seconds": seconds, "score_seconds": 0.0, "encode_seconds": 0.0}
+            for number, view in enumerate(views)
+        ]
+    valid = np.array([row.get("reason") is None for row in rows], bool)
+    offsets = np.append(0, np.cumsum(valid * frames_NFHWC[:1].nbytes)).astype(np.int64)
+    buffers = [pa.array(valid).buffers()[1], pa.py_buffer(offsets), pa.py_buffer(frames_NFHWC[:count])]
+    frames = pa.Array.from_buffers(pa.large_binary(), len(rows), buffers)  # without a copy
+    return pa.Table.from_pylist(rows, pa.schema(_ROW)).append_column(DECODED.field("frames"), frames)
+
+
+@functools.lru_cache(maxsize=1)
+def _guard(data: DataConfig, decode: Decode) -> Guard:
+    return Guard(data, decode)
+
+
+def score(decoded: pa.Table, data: DataConfig) -> pa.Table:
+    """Fill in ``ssim`` (Cinemo eq. 2)."""
+    use_one_thread()
+    scores, seconds = [], []
+    for row in _rows(decoded, "frames"):
+        started = time.perf_counter()
+        scores.append(None if row["reason"] else mean_adjacent_ssim(_pixels(row["frames"], data), data.ssim))
+        seconds.append(time.perf_counter() - started)
+    for name, values in (("ssim", scores), ("score_seconds", seconds)):
+        place = decoded.schema.get_field_index(name)
+        decoded = decoded.set_column(place, DECODED.field(name), pa.array(values, pa.float64()))
+    return decoded
+
+
+class Encoder:
+    """Frames -> float16 latents. Holds a frozen VAE; build one in each process that encodes.
+
+    Every view is encoded alone with noise of its own, so that its bytes depend on nothing beside it.
+    """
+
+    def __init__(self, data: DataConfig, vae: str, latent: str, dtype: str) -> None:
+        use_one_thread()
+        device = "cuda" if data.encode_gpus > 0 else "cpu"
+        if device == "cpu":
+            keep_freed_memory()
+        self.data, self.latent = data, latent
+        self.vae = Vae(vae, device, getattr(torch, dtype))
+
+    def __call__(self, decoded: pa.Table) -> pa.Table:
+        rows = []
+        for row in _rows(decoded, "frames"):
+            started = time.perf_counter()
+            frames = row.pop("frames")
+            if not row["reason"]:
+                try:
+                    latents_FCHW = self.encode(_pixels(frames, self.data), row["clip_id"], row["view"])
+                    row |= {"latents": latents_FCHW, "shape": latents_FCHW.shape}
+                except ClipError as error:
+                    row |= _fault(error)
+            row["encode_seconds"] = time.perf_counter() - started
+            rows.append(row)
+        return _table(rows, ENCODED, "latents")
+
+    def encode(self, frames_FHWC: np.ndarray, clip_id: str, view: int) -> np.ndarray:
+        """Scaled latents, ``FCHW`` float16, of one view."""
+        frames_FCHW = torch.tensor(frames_FHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+        generator = keyed_generator(self.data.seed, clip_id, view, "posterior") if self.latent == "sample" else None
+        latents_FCHW: np.ndarray = self.vae.encode(frames_FCHW, generator).to(torch.float16).cpu().numpy()
+        if not np.isfinite(latents_FCHW).all():
+            raise ClipError("encode", "not_finite", "latents exceed the range of float16")
+        return np.ascontiguousarray(latents_FCHW)
+
+
+def commit(
+    encoded: pa.Table, dataset: str, fingerprint: str, views: int, retried: Mapping[str, tuple[int, str]] | None = None
+) -> pa.Table:
+    """All rows of one planned shard -> that shard on storage, and one row of totals.
+
+    A clip with a refused view is refused as a whole.
+
+    Args:
+        retried: in a retry, the clips that earlier shards refused: clip id -> (shard, reason). Those that fail again
+            stay in that shard's ledger, and a shard without a success is not written.
+    """
+    started = time.perf_counter()
+    rows = list(_rows(encoded, "latents"))
+    shard, expected = rows[0]["shard"], rows[0]["shard_clips"] * views
+    order = [(row["position"], row["view"]) for row in rows]
+    if len(rows) != expected or {row["shard"] for row in rows} != {shard} or order != sorted(set(order)):
+        found = Counter(row["shard"] for row in rows)
+        raise AssertionError(f"shard {shard}: expected its {expected} rows in order, got rows of shards {dict(found)}")
+    refused: dict[str, Refusal] = {}
+    for row in rows:
+        if row["reason"]:
+            fault = Refusal(row["clip_id"], row["uri"], row["stage"], row["reason"], row["detail"])
+            refused.setdefault(row["clip_id"], fault)
+    samples = [_sample(row) for row in rows if row["clip_id"] not in refused]
+    record = None
+    if retried is None:
+        record = shards.commit(dataset, shard, samples, list(refused.values()), fingerprint)
+    elif samples:
+        recovered = {sample.clip_id: retried[sample.clip_id] for sample in samples}
+        record = shards.commit(dataset, shard, samples, [], fingerprint, recovered)
+    totals = {
+        "shard": shard,
+        "clips": rows[0]["shard_clips"],
+        "samples": len(samples),
+        "quarantined": len(refused),
+        "bytes": record["bytes"] if record else 0,
+        "reasons": json.dumps(Counter(refusal.reason for refusal in refused.values())),
+        "index": json.dumps(shards.index_row(record)) if record else None,
+        **{name: sum(row[name] for row in rows) for name, _ in _SECONDS},
+        "commit_seconds": time.perf_counter() - started,
+    }
+    return pa.Table.from_pylist([totals], COMMITTED)
+
+
+def _sample(row: Row) -> LatentSample:
+    return LatentSample(
+        key=f"{row['position']:09d}-{row['view']}",
+        latents_FCHW=np.frombuffer(row["latents"], np.float16).reshape(row["shape"]),
+        extra=json.loads(row["extra"] or "{}"),
+        **{
+            name: row[name]
+            for name in ("clip_id", "uri", "caption", "ssim", "fps", "frame_interval", "start_frame", "view")
+        },
+    )
+
+
+def _fault(error: ClipError) -> Row:
+    return {"stage": error.stage, "reason": error.reason, "detail": error.detail}
+
+
+def _pixels(buffer: pa.Buffer, data: DataConfig) -> np.ndarray:
+    return np.frombuffer(buffer, np.uint8).reshape(data.frames, *data.size, 3)
+
+
+def _rows(table: pa.Table, heavy: str) -> Iterator[Row]:
+    """Rows as dictionaries; the ``heavy`` column stays where it is (a buffer, or None)."""
+    for row, value in zip(table.drop_columns([heavy]).to_pylist(), table[heavy], strict=True):
+        yield {**row, heavy: value.as_buffer() if value.is_valid else None}
+
+
+def _table(rows: list[Row], schema: pa.Schema, heavy: str) -> pa.Table:
+    """The inverse of `_rows`, for arrays in the ``heavy`` column."""
+    columns = [
+        [None if (value := row.get(name)) is None else memoryview(value).cast("B") for row in rows]
+        if name == heavy
+        else [row.get(name) for row in rows]
+        for name in schema.names
+    ]
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)

@@ -1,0 +1,104 @@
+"""The figures of a plan and of a run in words, for the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cinemo import storage
+from cinemo.data.precompute.estimate import compare
+
+_SHOWN = {
+    "clips_per_second_per_core": ("decode and score, clips/s per core", 1.0),
+    "encode_clips_per_second_per_core": ("encode, clips/s per core", 1.0),
+    "clips_per_second_per_accelerator": ("encode, clips/s per accelerator", 1.0),
+    "cores_per_accelerator": ("cores that keep one accelerator busy", 1.0),
+    "encode_seconds_per_clip": ("encode, seconds per clip", 1.0),
+    "clips_per_second_here": ("clips/s on this machine", 1.0),
+    "hours_here": ("hours on this machine", 1.0),
+    "core_hours": ("core hours", 1.0),
+    "accelerator_hours": ("accelerator hours", 1.0),
+    "samples": ("samples", 1.0),
+    "quarantine_share": ("refused clips, %", 0.01),
+    "bytes": ("size, MB", 1e6),
+    "get_requests": ("S3 GET and HEAD requests", 1.0),
+    "put_requests": ("S3 PUT requests", 1.0),
+    "memory_per_node_bytes": ("memory of this node, GB", 1e9),
+}
+
+
+def plan_lines(plan: Mapping[str, Any], output: str) -> list[str]:
+    """What ``--plan`` prints."""
+    spent = ", ".join(f"{name} {value:.3f}" for name, value in plan["seconds_per_clip"].items() if value is not None)
+    lines = [
+        f"{plan['clips']} clips -> {plan['shards']} shards; measured on {plan['measured_clips']} clips (seconds per "
+        f"clip: {spent}; encode speed {plan['encode_speed']}); bottleneck here: {plan['bottleneck']}"
+    ]
+    if plan["refused_in_sample"]:
+        lines.append("refused among them: " + _counts(plan["refused_in_sample"]))
+    lines += _ranges({_SHOWN[name]: value for name, value in plan["figures"].items()})
+    if plan["encode_speed"] == "unknown":
+        lines.append(
+            "  encode: unknown, no accelerator here; give clips_per_accelerator_second in a --prices file instead"
+        )
+    if "costs" in plan:
+        lines += _ranges(
+            {(f"{item.replace('_', ' ')}, {plan['currency']}", 1.0): v for item, v in plan["costs"].items()}
+        )
+    return [*lines, f"ranges: {plan['ranges']}", f"written to {storage.join(output, 'plan.json')}"]
+
+
+def summary_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What a run prints in the end; beside its plan where one is in the output."""
+    refused = f" ({_counts(summary['reasons'])})" if summary["reasons"] else ""
+    lines = [
+        f"{summary['samples']} samples in {summary['shards']} shards ({summary['bytes'] / 1e6:.1f} MB), "
+        f"{summary['quarantined']} of {summary['clips']} clips refused{refused}"
+    ]
+    if summary["done"]:
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary["stage_seconds"].items())
+        lines.append(
+            f"this run: {summary['done']} clips in {summary['seconds']:.1f} s, "
+            f"{summary['clips_per_second']:.2f} clips/s; over all processes: {stages}"
+        )
+    else:
+        lines.append("nothing was left to do")
+    for field, made in summary["fields"].items():
+        absent = f", missing: {_counts(made['missing'])}" if made["missing"] else ""
+        stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in made["stage_seconds"].items())
+        done = f"; this run: {made['done']} in {made['seconds']:.1f} s ({stages})" if made["done"] else ""
+        lines.append(f"{field}: {made['samples']} samples ({made['bytes'] / 1e6:.1f} MB){absent}{done}")
+    rows = predicted_rows(summary["output"], summary)
+    if rows:
+        lines.append("predicted against actual:")
+    lines += [f"  {what}: {value} ({low} to {high}), actual {actual}" for what, value, low, high, actual in rows]
+    return [*lines, f"dataset: {summary['output']}"]
+
+
+def predicted_rows(output: str, summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """``(what, predicted, low, high, actual)`` of a run that was planned; none of one that was not."""
+    plan = read_plan(output)
+    rows = compare(plan, summary) if plan else []
+    shown = [(row, *_SHOWN[row["what"]]) for row in rows]
+    names = ("predicted", "low", "high", "actual")
+    return [(what, *(f"{row[name] / unit:,.4g}" for name in names)) for row, what, unit in shown]
+
+
+def read_plan(output: str) -> dict[str, Any] | None:
+    """``plan.json`` of an output; None where there is none of this program."""
+    try:
+        plan = storage.read_json(storage.join(output, "plan.json"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and "figures" in plan else None
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _ranges(figures: Mapping[tuple[str, float], Mapping[str, float]]) -> list[str]:
+    return [
+        f"  {what}: {value['value'] / unit:,.4g} ({value['low'] / unit:,.4g} to {value['high'] / unit:,.4g})"
+        for (what, unit), value in figures.items()
+    ]

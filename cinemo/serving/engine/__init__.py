@@ -1,0 +1,1 @@
+"""What holds the model: jobs denoised together, step by step."""

@@ -1,0 +1,89 @@
+"""The OpenAPI document: what FastAPI finds by itself, made complete where it cannot know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from cinemo.serving.http.access import SCHEME
+from cinemo.serving.http.schema import ErrorBody
+
+_MEANINGS = {
+    400: "not supported, or malformed; the message says which",
+    401: "no valid API key",
+    404: "unknown (or expired, or another key's)",
+    408: "the body did not arrive in time",
+    409: "there is no video (yet)",
+    413: "the body or the picture is too large",
+    415: "not a form, or not a PNG, JPEG or WebP picture",
+    416: "the range starts beyond the end",
+    422: "a field has a wrong value, or the picture is damaged",
+    429: "too many at once; Retry-After says when to come back",
+    500: "a server error, which was logged",
+    503: "the server cannot answer right now",
+}
+
+
+EVENT = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string", "description": "the sampler's step, or the final status"},
+        "event": {"enum": ["progress", "completed", "failed", "cancelled", "deleted"]},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"$ref": "#/components/schemas/Video"},
+        },
+    },
+    "required": ["id", "event", "data"],
+}
+"""One of the events of a stream."""
+
+
+def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The answers that are not a success, for a route's ``responses``."""
+    return {status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in statuses}
+
+
+def describe(api: FastAPI, needs_key: bool) -> dict[str, Any]:
+    """The document, made once. Keys are part of it where they are needed."""
+    if api.openapi_schema is None:
+        made = get_openapi(title=api.title, version=api.version, routes=api.routes, description=_ABOUT)
+        _describe_form(made)
+        for path, operations in made["paths"].items():
+            for operation in operations.values():
+                if not path.startswith("/v1/") or not needs_key:
+                    operation["responses"].pop("401", None)
+                elif needs_key:
+                    operation["security"] = [{"key": []}]
+                # FastAPI's own, where a path parameter is any text at all and nothing can be wrong with it.
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    del operation["responses"]["422"]
+                for status in ("429", "503"):
+                    if status in operation["responses"]:
+                        operation["responses"][status]["headers"] = {"Retry-After": _RETRY_AFTER}
+        if needs_key:
+            made["components"]["securitySchemes"] = {"key": SCHEME}
+        for name in ("HTTPValidationError", "ValidationError"):
+            made["components"]["schemas"].pop(name, None)
+        api.openapi_schema = made
+    return api.openapi_schema
+
+
+_ABOUT = "Animates pictures: create a video, follow it (poll or events), download it. OpenAI's video API, extended."
+_RETRY_AFTER = {"description": "seconds", "schema": {"type": "integer"}}
+
+
+def _describe_form(document: dict[str, Any]) -> None:
+    """The form is multipart, because a file may be in it; a form has absent fields and no nulls."""
+    body = document["paths"]["/v1/videos"]["post"]["requestBody"]
+    (schema,) = (kind["schema"] for kind in body["content"].values())
+    picture = {"contentType": "image/png, image/jpeg, image/webp"}
+    body["content"] = {"multipart/form-data": {"schema": schema, "encoding": {"input_reference": picture}}}
+    form = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    for name, field in form["properties"].items():
+        kinds = [kind for kind in field.pop("anyOf", []) if kind.get("type") != "null"]
+        form["properties"][name] = field | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
+    form["anyOf"] = [{"required": ["input_reference"]}, {"required": ["input_reference[image_url]"]}]

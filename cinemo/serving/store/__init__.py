@@ -1,0 +1,1 @@
+"""What of serving is durable: jobs, their files, API keys."""

@@ -1,0 +1,1 @@
+"""Sharded checkpoints, and what is exported from them."""

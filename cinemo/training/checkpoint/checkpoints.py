@@ -1,0 +1,133 @@
+"""Checkpoints on storage: what makes one complete, which one to take, which ones to sweep.
+
+::
+
+    <output>/train/checkpoint_<time>/checkpoint.json   step, world, dataset, files with sizes: written with the rest
+                                     recipe.json       the recipe it was made with
+                                     state/...         each rank's share (`cinemo.training.checkpoint.shares`)
+
+All ranks upload side by side, so no file is certain to be the last: a checkpoint is complete when every file that
+``checkpoint.json`` lists is there with its size. Any number of workers can take it up.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cinemo import storage
+from cinemo.config import Recipe
+from cinemo.types import InputError, RunError
+
+RUN = "train"  # Ray Train's run name: its directory under the output
+RECORD = "checkpoint.json"
+_NAME = re.compile(r"checkpoint_[\d_.-]+")
+_SNAPSHOT = "checkpoint_manager_snapshot.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class CheckpointCard:
+    """What can be said of a complete checkpoint without loading it. ``recipe``: its JSON, not yet validated."""
+
+    uri: str
+    step: int
+    world: int
+    dataset: str
+    recipe: Mapping[str, Any]
+
+
+def sizes(directory: Path) -> dict[str, int]:
+    """Relative name -> bytes of every file under a directory."""
+    return {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def describe(directory: Path, recipe: Recipe, step: int, world: int, dataset: str, files: dict[str, int]) -> None:
+    """Add ``checkpoint.json`` and ``recipe.json`` to rank 0's share; ``files`` are those of all ranks."""
+    (directory / "recipe.json").write_text(recipe.to_json())
+    files = files | {"recipe.json": len(recipe.to_json().encode())}
+    record = {"step": step, "world": world, "dataset": dataset, "files": files}
+    storage.write_json(str(directory / RECORD), record)
+
+
+@contextmanager
+def saving(step: int, size: int, place: str) -> Iterator[None]:
+    """Around whatever writes ``size`` bytes of a checkpoint to ``place``.
+
+    Raises:
+        RunError: the disk is full. Other faults pass: Ray Train starts the workers anew from the checkpoint before.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise RunError(
+            f"{place}: no space left for the checkpoint of step {step} ({size / 2**20:.1f} MiB); free some or lower "
+            "train.keep_checkpoints, then continue from the previous one with --resume auto"
+        ) from error
+
+
+def read(uri: str) -> CheckpointCard | None:
+    """The card of a checkpoint directory, or None where it is incomplete or none."""
+    try:
+        record = storage.read_json(storage.join(uri, RECORD))
+        if any(storage.size(storage.join(uri, name)) != size for name, size in record["files"].items()):
+            return None
+        recipe = storage.read_json(storage.join(uri, "recipe.json"))
+        return CheckpointCard(uri, record["step"], record["world"], record["dataset"], recipe)
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def stored(output: str) -> list[str]:
+    """URIs of all checkpoint directories under a run's output, complete or not."""
+    root = storage.join(output, RUN)
+    return [storage.join(root, name) for name in storage.names(root) if _NAME.fullmatch(name)]
+
+
+def complete(output: str) -> list[CheckpointCard]:
+    """The complete checkpoints of a run, by ascending step."""
+    return sorted((card for uri in stored(output) if (card := read(uri))), key=lambda card: (card.step, card.uri))
+
+
+def latest(output: str) -> CheckpointCard | None:
+    """The complete checkpoint with the most steps."""
+    return next(reversed(complete(output)), None)
+
+
+def prune(output: str, keep: int) -> None:
+    """Remove what a killed job left half written, all but the last ``keep`` checkpoints, and Ray Train's snapshot.
+
+    The snapshot lists checkpoints by name and stops the next job if one is missing or if it was itself cut short; a new
+    job is told its starting point instead. Only while no training writes to ``output``.
+    """
+    kept = {card.uri for card in complete(output)[-keep:]}
+    for uri in stored(output):
+        if uri not in kept:
+            storage.remove(uri)
+    storage.remove(storage.join(output, RUN, _SNAPSHOT))
+
+
+def find(location: str) -> CheckpointCard:
+    """A checkpoint by its own URI, or the latest one of a run's output directory.
+
+    Raises:
+        InputError: there is none, or it is incomplete.
+    """
+    location = storage.absolute(location)
+    if not storage.exists(storage.join(location, RECORD)):
+        card = latest(location)
+        if card is None:
+            raise InputError(f"checkpoint {location}: none there; expected a run's --output or one of its checkpoint_*")
+        return card
+    card = read(location)
+    if card is None:
+        raise InputError(f"checkpoint {location}: incomplete (files missing or cut short); use an earlier one")
+    return card

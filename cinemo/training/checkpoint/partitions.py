@@ -1,0 +1,132 @@
+"""Where DeepSpeed keeps this rank's master weights and optimiser state, for each ZeRO stage.
+
+`Partitions.fragments` are views: a checkpoint is written from them and read into them
+(`cinemo.training.checkpoint.shares`).
+DeepSpeed's own files can be taken up by the same number of ranks only, its converter to universal ones does not know
+stage 0, a state beside Adam's two moments, or a way from stage 2 to 3; and both are pickles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cinemo.training.checkpoint.shares import WEIGHT, Fragment, Shares
+from cinemo.training.run.averaging import EMA, AveragingAdam
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Partitions:
+    """Views of one rank's share of a DeepSpeed engine's state.
+
+    Args:
+        engine: as ``deepspeed.initialize`` returned it, around Adam.
+        adam: the optimiser that was handed in.
+    """
+
+    def __init__(self, engine: Any, adam: torch.optim.Adam, stage: int, rank: int, world: int) -> None:
+        self._engine, self._adam, self._stage, self._rank, self._world = engine, adam, stage, rank, world
+        self._keys = (*_MOMENTS, EMA) if isinstance(adam, AveragingAdam) else _MOMENTS
+        self._names: dict[nn.Parameter, str] = {value: name for name, value in engine.module.named_parameters()}
+
+    def written(self) -> Iterator[Fragment]:
+        """What this rank writes: all ranks together each value once."""
+        replicated = self._stage == 0
+        for fragment in self._trained():
+            yield fragment.part(self._rank, self._world) if replicated else fragment
+        for fragment in self._frozen():
+            yield fragment if self._stage == 3 else fragment.part(self._rank, self._world)
+
+    @property
+    def steps(self) -> int:
+        """Steps that Adam has done."""
+        return max((int(state["step"]) for state in self._adam.state.values() if state), default=0)
+
+    @torch.no_grad()
+    def read(self, shares: Shares, steps: int) -> None:
+        """Fill this rank's share, then the weights that the network computes with. Every rank must call."""
+        wrapper = self._engine.optimizer
+        if self._stage == 3:
+            wrapper.checkpoint_event_prologue()  # small weights that stay whole give way to their shares
+        for fragment in (*self._trained(), *self._frozen()):
+            for key, values in fragment.values.items():
+                # Averages that were switched on after this checkpoint begin at its weights.
+                stored = WEIGHT if key == EMA and not shares.has(EMA, fragment.name) else key
+                shares.read(stored, fragment.name, fragment.shape, values, fragment.start)
+        for state in self._adam.state.values():
+            state["step"].fill_(steps)
+        if self._stage == 0 and self._mixed:
+            for lower, master in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+                for parameter, whole in zip(lower, master, strict=True):
+                    parameter.copy_(whole)
+        elif self._stage in (1, 2):
+            wrapper.update_lp_params()
+        elif self._stage == 3:
+            for flat, master in zip(
+                wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True
+            ):
+                flat.copy_(master)
+            wrapper.checkpoint_event_epilogue()
+
+    @property
+    def _mixed(self) -> bool:
+        return self._engine.optimizer is not self._adam
+
+    def _trained(self) -> Iterator[Fragment]:
+        wrapper = self._engine.optimizer
+        if self._stage == 0 and not self._mixed:
+            for parameter in self._names:
+                if parameter.requires_grad:
+                    yield self._fragment(parameter, parameter.shape, 0, parameter, 0, parameter.numel())
+        elif self._stage == 0:
+            for lower, master in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+                for parameter, whole in zip(lower, master, strict=True):
+                    yield self._fragment(parameter, parameter.shape, 0, whole, 0, whole.numel())
+        elif self._stage in (1, 2):
+            for group, flat in zip(wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, strict=True):
+                for parameter in group:
+                    if parameter._hp_mapping is not None:  # else it lies wholly on other ranks
+                        inside = parameter._hp_mapping.lp_fragment_address
+                        held = parameter._hp_mapping.hp_fragment_address
+                        yield self._fragment(parameter, parameter.shape, inside.start, flat, held.start, held.numel)
+        else:
+            for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
+                offset = 0
+                for parameter in group:
+                    start, count = self._share(parameter)
+                    yield self._fragment(parameter, parameter.ds_shape, start, flat, offset, count)
+                    offset += parameter.partition_numel()
+
+    def _frozen(self) -> Iterator[Fragment]:
+        for parameter, name in self._names.items():
+            if parameter.requires_grad:
+                continue
+            if self._stage == 3:
+                start, count = self._share(parameter)
+                values = parameter.ds_tensor.detach()[:count]  # type: ignore[attr-defined]
+                yield Fragment(name, tuple(parameter.ds_shape), start, {WEIGHT: values})  # type: ignore[attr-defined]
+            else:
+                yield Fragment(name, tuple(parameter.shape), 0, {WEIGHT: parameter.detach().view(-1)})
+
+    def _share(self, parameter: Any) -> tuple[int, int]:
+        """First value and number of values of a ZeRO-3 parameter on this rank; shares are equal, the last padded."""
+        start = min(self._rank * parameter.partition_numel(), parameter.ds_numel)
+        return start, min(parameter.partition_numel(), parameter.ds_numel - start)
+
+    def _fragment(
+        self, parameter: nn.Parameter, shape: torch.Size, start: int, master: Tensor, offset: int, count: int
+    ) -> Fragment:
+        """The run of ``count`` values at ``offset`` of a tensor the optimiser works on."""
+        state = self._adam.state[master]
+        if "step" not in state:  # as Adam would at its first step
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        for key in self._keys:
+            if key not in state:
+                state[key] = master.detach().clone() if key == EMA else torch.zeros_like(master.detach())
+        tensors = {WEIGHT: master} | {key: state[key] for key in self._keys}
+        values = {key: value.detach().view(-1)[offset : offset + count] for key, value in tensors.items()}
+        return Fragment(self._names[parameter], tuple(shape), start, values)

@@ -1,0 +1,179 @@
+"""Memory of one training worker, part by part, for each ZeRO stage (arXiv 1910.02054), as DeepSpeed 0.19 lays it out.
+
+P values learn, A values are there in all, N workers share; in float32 a value takes 4 bytes, in bfloat16 2. Adam has
+two float32 moments, with an average of the weights three; whatever computes in bfloat16, and ZeRO 1 to 3 always, has
+float32 master weights too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from cinemo.config import Recipe, TrainConfig
+from cinemo.methods import method_class
+from cinemo.training.plan.activations import precision
+from cinemo.training.run.batch import TEXT_CACHE, TOKENS, latent_shape
+from cinemo.training.run.engine import accumulation, optimizer
+
+Offload = Literal["none", "optimizer", "all"]
+
+# DeepSpeed's defaults, in values: what is reduced at once, what ZeRO-3 holds gathered at most, and what it never parts.
+REDUCE_BUCKET = 500_000_000
+GATHERED_AT_MOST = 1_000_000_000
+# Of the activations' bytes: what the C library keeps beyond them on a CPU, where the worker asks it to keep freed
+# memory (`networks.memory.keep_freed_memory`): holes that no later activation fitted. Measured, see BENCHMARKS.md.
+KEPT_SHARE = 0.45
+# What oneDNN holds on a CPU in bfloat16 once every shape has been met: compiled kernels and their workspaces, until its
+# cache of kernels lets them go (float32: 6 MB). Measured for the tiny network on a processor with AMX; 16 MB of it stay
+# when that cache is made to hold a single kernel.
+KERNELS_BF16 = 41_000_000
+_PREFETCHED = 4  # steps' batches in host memory: two wait, one is made, one is used
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Values of a method: in all, those that learn, and the largest tensor of the latter."""
+
+    total: int
+    trainable: int
+    largest: int
+
+    @classmethod
+    def of(cls, method: nn.Module) -> Parameters:
+        learning = [parameter.numel() for parameter in method.parameters() if parameter.requires_grad]
+        return cls(sum(p.numel() for p in method.parameters()), sum(learning), max(learning, default=0))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one worker.
+
+    ``buffers``: the most at one time of DeepSpeed's buckets, gathered weights and the optimizer's temporaries.
+    ``inputs``: the frozen text encoder, kept text states, a micro batch. ``kernels``: what the CPU's kernel library
+    holds. ``kept``: freed memory that a process on CPUs does not give back. ``peak``: on the device, less than the sum
+    of the parts, which are not all there at one time: the larger of the backward pass and the optimizer's step.
+    ``in_use``: the same without ``kept``. ``host``: host memory of a worker on an accelerator.
+    """
+
+    zero_stage: int
+    checkpointing: bool
+    offload: Offload
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    inputs: int
+    kernels: int
+    kept: int
+    peak: int
+    in_use: int
+    host: int
+
+
+def footprints(
+    recipe: Recipe, parameters: Parameters, activations: dict[bool, int], encoder: int
+) -> Iterator[Footprint]:
+    """Every ZeRO stage with and without gradient checkpointing and, on accelerators, each offload that it allows.
+
+    Args:
+        activations: with and without checkpointing, see `cinemo.training.plan.activations.activation_bytes`.
+        encoder: values of the frozen text encoder.
+    """
+    offloads: dict[int, tuple[Offload, ...]] = {0: ("none",), 1: ("none", "optimizer"), 2: ("none", "optimizer")}
+    for stage in range(4):
+        allowed = offloads.get(stage, ("none", "optimizer", "all")) if recipe.train.gpus_per_worker else ("none",)
+        for offload in allowed:
+            for checkpointing in (False, True):
+                yield footprint(recipe, parameters, activations, encoder, stage, checkpointing, offload)
+
+
+def footprint(
+    recipe: Recipe,
+    parameters: Parameters,
+    activations: dict[bool, int],
+    encoder: int,
+    stage: int,
+    checkpointing: bool,
+    offload: Offload,
+) -> Footprint:
+    """The parts of one setting."""
+    train = recipe.train
+    value, workers, on_accelerator = precision(recipe).itemsize, train.workers, train.gpus_per_worker > 0
+    trainable, frozen = parameters.trainable, parameters.total - parameters.trainable
+    share = -(-trainable // workers)
+    held = share if stage else trainable  # what this worker's optimizer works on
+
+    weights = value * (parameters.total if stage < 3 else share + -(-frozen // workers))
+    # ZeRO 1 keeps whole gradients until a step's last micro batch, ZeRO 2 and 3 add theirs up after each.
+    gradients = value * (share if stage >= 2 else trainable)
+    master = 4 * held if stage or value < 4 else 0
+    states = master + 4 * held * (3 if train.ema_decay else 2)
+
+    bucket = min(trainable, REDUCE_BUCKET)
+    at_backward = 0
+    if stage:
+        # The bucket is allocated whole when a backward pass begins; a CPU gives it memory as it fills.
+        at_backward = value * REDUCE_BUCKET if on_accelerator else 0
+        reducing = at_backward + value * bucket + (0 if on_accelerator else value * bucket)
+    else:
+        reducing = value * bucket  # flattened for the all-reduce
+    # Gradients of the optimizer's own: a float32 copy where they lie apart, or are of another type.
+    at_step = 4 * held if stage or value < 4 else 0
+    if stage and value < 4:
+        at_step += value * held  # flattened in their own type first
+    at_step += _adam_temporaries(train, held, share if stage else parameters.largest, on_accelerator, offload)
+    if stage == 3:  # weights gathered for a forward pass stay where they are soon used again
+        gathered = value * min(parameters.total, GATHERED_AT_MOST)
+        at_backward, reducing = at_backward + gathered, reducing + gathered
+    host = 0
+    if offload != "none":
+        # Gradients go there as they come; one whole float32 share, and one of the weights on their way back.
+        host += states + 4 * held + value * held
+        states, gradients = 0, value * (trainable if stage == 1 else parameters.largest)
+        at_step = 0
+    if offload == "all":
+        host, weights = host + weights, 0
+
+    frames, channels, rows, columns = latent_shape(recipe)
+    noise = method_class(recipe).target_shape((channels, frames, rows, columns))
+    sample = 4 * (channels * frames * rows * columns + math.prod(noise))  # latents and noise, float32
+    states_of_text = TOKENS * recipe.model.cross_attention_dim * value
+    inputs = encoder * value + TEXT_CACHE * states_of_text + train.micro_batch * (sample + states_of_text)
+    waiting = _PREFETCHED * sample * train.global_batch // workers
+    active = activations[checkpointing]
+    kept = 0 if on_accelerator else int(KEPT_SHARE * active)
+    if on_accelerator:
+        host += waiting
+    else:
+        inputs += waiting
+
+    kernels = KERNELS_BF16 if value < 4 and not on_accelerator else 0
+
+    resident = weights + states + inputs + kernels
+    # Without accumulation gradients come as activations go; ZeRO 3 gives them their place when it is built.
+    adding_up = gradients if accumulation(train) > 1 or offload != "none" or stage == 3 else 0
+    backward = active + adding_up + at_backward
+    in_use = resident + max(backward, gradients + reducing, gradients + at_step)
+    peak = max(in_use, resident + backward + kept)
+    buffers = max(at_backward, reducing, at_step)
+    return Footprint(
+        stage, checkpointing, offload,
+        weights, gradients, states, active, buffers, inputs, kernels, kept,
+        peak, in_use, host,
+    )  # fmt: skip
+
+
+def _adam_temporaries(train: TrainConfig, held: int, largest: int, on_accelerator: bool, offload: Offload) -> int:
+    """Bytes that torch's Adam makes and drops in a step: none fused, one a weight for all at once on an accelerator,
+    two a weight one tensor after the other on a CPU."""
+    settings = optimizer(train, [nn.Parameter(torch.empty(0))]).defaults
+    if settings.get("fused") or offload != "none":
+        return 0
+    return 4 * held if on_accelerator else 8 * largest

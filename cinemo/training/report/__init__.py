@@ -1,0 +1,1 @@
+"""What a training says of itself: metrics, validation, sample sheets, progress, the log of samples."""

@@ -1,0 +1,284 @@
+"""What the job's own process does with the workers' reports: progress lines, ``loss.csv``, MLflow, ``train.json``.
+
+Knows nothing of Ray: `Progress.handle` takes the events that rank 0 posts.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import io
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cinemo import storage
+from cinemo.config import Recipe
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.tracking import Run, flatten
+from cinemo.training.report.metrics import COLUMNS, Report
+
+RUN_FILE, SUMMARY_FILE, LOSS_FILE = "run.json", "train.json", "loss.csv"
+_CSV_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A worker group (re)started at ``step`` with the reports that led there."""
+
+    step: int
+    history: tuple[Report, ...]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of ``step`` is stored."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Samples of ``step`` were written: a contact sheet and videos."""
+
+    step: int
+    uris: tuple[str, ...]
+
+
+Event = Report | Resumed | Saved | Sheet
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """How a training ended; ``train.json``.
+
+    ``first_loss``, ``last_loss``: means over the first and the last tenth of all reports. ``start_step``: where this
+    invocation took up. ``seconds``: of this invocation, its workers' start-up included. ``samples_per_second``
+    and ``mfu``: medians of the reports. ``memory_gb``: the most any rank held. ``val_loss``, ``val_loss_t0`` ..: the
+    last ones that were measured. ``checkpoint``: URI of the latest one. None stands for what is not known.
+    """
+
+    steps: int
+    start_step: int
+    first_loss: float
+    last_loss: float
+    seconds: float
+    samples_per_second: float
+    checkpoint: str
+    dataset: str
+    mlflow_run: str | None
+    mlflow_uri: str | None
+    val_loss: float | None = None
+    val_loss_t0: float | None = None
+    val_loss_t1: float | None = None
+    val_loss_t2: float | None = None
+    val_loss_t3: float | None = None
+    mfu: float | None = None
+    memory_gb: float | None = None
+
+
+class Progress:
+    """Follows one invocation of a training.
+
+    Args:
+        output: the run's output directory; its ``run.json`` remembers the MLflow run across invocations.
+        dataset: its URI. ``fingerprint``: of its content, see `cinemo.training.run.dataset_check.dataset_digest`.
+        say: takes the lines for a person.
+        profile: what else there is to know of the dataset, for MLflow (`dataset_profile`).
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: str,
+        dataset: str,
+        fingerprint: str,
+        say: Callable[[str], None] = print,
+        profile: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._recipe, self._output, self._say = recipe, output, say
+        self._dataset, self._fingerprint, self._profile = dataset, fingerprint, profile or {}
+        self._begun = time.monotonic()
+        self._record = {"dataset": dataset, "fingerprint": fingerprint, "mlflow_run": None, "mlflow_uri": None}
+        self._record |= read_run(output) or {}
+        storage.write_json(storage.join(output, RUN_FILE), self._record)
+        self._rows: list[Report] = []
+        self._start: int | None = None
+        self._csv_due = 0.0
+        self._run: Run | None = None
+
+    def track(self) -> None:
+        """Open the MLflow run (seconds: import and database) with the recipe and the dataset it reads.
+
+        A tracking fault never stops a training.
+        """
+        try:
+            self._run = Run(
+                self._output,
+                f"train {self._recipe.name}",
+                run_id=self._record["mlflow_run"],
+                params=flatten(self._recipe),
+                tags={"output": self._output, "dataset": self._dataset, "fingerprint": self._fingerprint},
+            )
+        except Exception as error:
+            self._lost(error)
+            return
+        self._record |= {"mlflow_run": self._run.run_id, "mlflow_uri": self._run.uri}
+        storage.write_json(storage.join(self._output, RUN_FILE), self._record)
+        self._say(self._run.hint)
+        self._tracked(lambda run: run.text("recipe.json", self._recipe.to_json()))
+        self._tracked(lambda run: run.dataset(self._dataset, self._fingerprint, self._profile))
+
+    def handle(self, event: Event) -> None:
+        """Take up one event, in the order they were posted."""
+        if isinstance(event, Report):
+            self._rows.append(event)
+            self._say(self._line(event))
+            self._tracked(lambda run: run.log(event.step, event.metrics()))
+            if time.monotonic() > self._csv_due:
+                self._write_csv()
+        elif isinstance(event, Resumed):
+            if event.step:
+                self._say(f"continuing at step {event.step}")
+            elif self._start is not None:
+                self._say("starting again at step 0")
+            self._start = event.step if self._start is None else self._start
+            self._rows = list(event.history)
+            # What a killed job had not yet sent, or could not; what is there already is left out.
+            self._tracked(lambda run: run.log_all((row.step, row.metrics()) for row in event.history))
+        elif isinstance(event, Saved):
+            self._write_csv()
+        else:
+            for uri in event.uris:
+                self._tracked(functools.partial(_store, uri=uri, folder=self._folder(uri)))
+
+    def finish(self, checkpoint: str) -> TrainSummary:
+        """Write ``loss.csv`` and ``train.json``, end the MLflow run."""
+        self._write_csv()
+        losses = [row.loss for row in self._rows if math.isfinite(row.loss)] or [math.nan]
+        tenth = max(1, len(losses) // 10)
+        mfu = [row.mfu for row in self._rows if math.isfinite(row.mfu)]
+        memory = [row.memory_gb for row in self._rows if math.isfinite(row.memory_gb)]
+        validated = [row for row in self._rows if math.isfinite(row.val_loss)]
+        names = ("val_loss", "val_loss_t0", "val_loss_t1", "val_loss_t2", "val_loss_t3")
+        validation = {name: _known(getattr(validated[-1], name)) for name in names} if validated else {}
+        summary = TrainSummary(
+            steps=self._rows[-1].step,
+            start_step=self._start or 0,
+            first_loss=statistics.fmean(losses[:tenth]),
+            last_loss=statistics.fmean(losses[-tenth:]),
+            seconds=round(time.monotonic() - self._begun, 1),
+            samples_per_second=round(statistics.median(row.samples_per_second for row in self._rows), 3),
+            checkpoint=checkpoint,
+            dataset=self._dataset,
+            mlflow_run=self._record["mlflow_run"],
+            mlflow_uri=self._record["mlflow_uri"],
+            mfu=statistics.median(mfu) if mfu else None,
+            memory_gb=round(max(memory), 3) if memory else None,
+            **validation,
+        )
+        storage.write_json(storage.join(self._output, SUMMARY_FILE), asdict(summary))
+
+        def end(run: Run) -> None:
+            for name in (LOSS_FILE, SUMMARY_FILE):
+                _store(run, storage.join(self._output, name))
+            run.finish()
+
+        self._tracked(end)
+        return summary
+
+    def fail(self, status: str = "FAILED") -> None:
+        """Keep what is known of a training that did not get to its end (MLflow status ``FAILED`` or ``KILLED``)."""
+        if self._rows:
+            self._write_csv()
+        self._tracked(lambda run: run.finish(status))
+
+    def _line(self, report: Report) -> str:
+        left = (self._recipe.train.max_steps - report.step) * self._recipe.train.global_batch
+        minutes, seconds = divmod(round(left / report.samples_per_second), 60)
+        validation = f"validation {report.val_loss:.4f}  " if math.isfinite(report.val_loss) else ""
+        mfu = f"mfu {report.mfu:.0%}  " if math.isfinite(report.mfu) else ""
+        skipped = f"{report.skipped:g} samples left out  " if report.skipped > 0 else ""
+        return (
+            f"step {report.step}/{self._recipe.train.max_steps}  loss {report.loss:.4f}  {validation}"
+            f"lr {report.lr:.2e}  {report.samples_per_second:.1f} samples/s  {mfu}data wait {report.data_wait:.0%}  "
+            f"{skipped}eta {minutes}:{seconds:02d}"
+        )
+
+    def _write_csv(self) -> None:
+        begun = time.monotonic()
+        buffer = io.StringIO(newline="")
+        table = csv.writer(buffer, lineterminator="\n")
+        table.writerow(COLUMNS)
+        for row in self._rows:
+            table.writerow([row.step, *("" if value is None else f"{value:.8g}" for value in row.kept()[1:])])
+        try:
+            storage.write_bytes(storage.join(self._output, LOSS_FILE), buffer.getvalue().encode())
+        except OSError as error:  # a curve is not worth a training; a checkpoint that finds no room ends it by itself
+            self._say(f"{LOSS_FILE}: cannot be written ({error.strerror or error}); training goes on")
+        # The whole table each time: what takes longer is done less often.
+        now = time.monotonic()
+        self._csv_due = now + max(_CSV_SECONDS, 20 * (now - begun))
+
+    def _folder(self, uri: str) -> str:
+        """Where an artifact of the output directory lies in the run's artifacts."""
+        return uri.removeprefix(self._output).strip("/").rpartition("/")[0]
+
+    def _tracked(self, call: Callable[[Run], None]) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:
+            self._lost(error)
+
+    def _lost(self, error: Exception) -> None:
+        """A lost tracking server costs its curves, never the training."""
+        first = (str(error).splitlines() or [""])[0]
+        self._say(f"mlflow: {type(error).__name__}: {first} (training goes on; {LOSS_FILE} has the curve)")
+        self._run = None
+
+
+def dataset_profile(index: DatasetIndex) -> dict[str, Any]:
+    """What MLflow is told of a dataset beside its place and digest."""
+    rows = hashlib.sha256(storage.read_bytes(storage.join(index.uri, "index.parquet"))).hexdigest()
+    known = ("samples", "quarantined", "size", "frames", "latent_shape", "bucket_edges", "fields")
+    return {
+        "fingerprint": index.info["fingerprint"],
+        "index_sha256": rows,
+        "shards": len(index.shards),
+        **{name: index.info[name] for name in known if name in index.info},
+    }
+
+
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _store(run: Run, uri: str, folder: str | None = None) -> None:
+    with tempfile.TemporaryDirectory(prefix="cinemo-") as scratch:
+        path = Path(scratch) / uri.rsplit("/", 1)[-1]
+        path.write_bytes(storage.read_bytes(uri))
+        run.artifact(path, folder)
+
+
+def read_run(output: str) -> dict[str, Any] | None:
+    """What an output directory remembers of its run; None where it holds none."""
+    try:
+        return dict(storage.read_json(storage.join(output, RUN_FILE)))
+    except FileNotFoundError:
+        return None
+
+
+def read_summary(output: str) -> TrainSummary | None:
+    """The summary of a training that ended, else None."""
+    try:
+        return TrainSummary(**storage.read_json(storage.join(output, SUMMARY_FILE)))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""A training run: the Ray Train job, its ranks, the loop, and DeepSpeed."""

@@ -1,0 +1,213 @@
+"""DeepSpeed behind a small wrapper: its settings derived from the recipe, optimiser, schedule, checkpoints.
+
+DeepSpeed's JSON is never written by hand: `deepspeed_config` derives it from `cinemo.config.TrainConfig`. The optimiser
+is torch's own Adam, handed in (DeepSpeed's would be built first, also for offload), and no extension is ever compiled:
+the only one training would load on a CPU serves an inference collective that training never calls.
+
+Checkpoints are our own files (`cinemo.training.checkpoint.shares`): any number of workers and any ZeRO stage reads
+them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cinemo.config import TrainConfig
+from cinemo.training.checkpoint import shares
+from cinemo.training.checkpoint.partitions import Partitions
+from cinemo.training.run.averaging import AveragingAdam
+from cinemo.types import LatentBatch
+
+
+def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
+    """The DeepSpeed settings of a recipe. Accumulation fills the global batch: global / (workers x micro)."""
+    zero: dict[str, Any] = {"stage": train.zero_stage}
+    host = {"device": "cpu", "pin_memory": train.gpus_per_worker > 0}
+    if train.offload != "none":
+        zero["offload_optimizer"] = host
+    if train.offload == "all":
+        zero["offload_param"] = host
+    return {
+        "train_batch_size": train.global_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation(train),
+        "gradient_clipping": train.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # Adam with averages is one
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": train.precision == "bf16"},
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def accumulation(train: TrainConfig) -> int:
+    """Micro batches per worker and step."""
+    return train.global_batch // (train.workers * train.micro_batch)
+
+
+def optimizer(train: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
+    """Adam (Cinemo section 4.1); weight decay is AdamW's, apart from the gradient; with ``ema_decay`` averages too."""
+    settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas}
+    if not train.gpus_per_worker or train.offload != "none":
+        settings["fused"] = True  # on a CPU one pass over the weights instead of a dozen
+    if train.weight_decay:
+        settings |= {"weight_decay": train.weight_decay, "decoupled_weight_decay": True}
+    if train.ema_decay:
+        return AveragingAdam(parameters, train.ema_decay, **settings)
+    return torch.optim.Adam(parameters, **settings)
+
+
+def lr_factor(train: TrainConfig, step: int) -> float:
+    """The factor on ``train.lr`` in optimiser step ``step`` (0 = the first): warm-up, then flat or half a cosine."""
+    if step < train.warmup_steps:
+        return (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return 1.0
+    done = (step - train.warmup_steps) / max(1, train.max_steps - train.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class Engine:
+    """A method under DeepSpeed on this rank. Every rank makes every call.
+
+    Needs an initialised torch process group (Ray Train makes one) of ``train.workers`` ranks.
+    """
+
+    def __init__(self, method: nn.Module, train: TrainConfig, device: torch.device) -> None:
+        deepspeed = import_deepspeed(device.type)
+        self.device, self.train = device, train
+        self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self._micro, self._micros = 0, accumulation(train)
+        self._norm: Tensor | float | None = None
+        os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # Ray Train sets it; DeepSpeed insists on it
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        method.to(device)
+        self._adam = optimizer(train, [p for p in method.parameters() if p.requires_grad])
+        self._engine, _, _, self._schedule = deepspeed.initialize(
+            model=method,
+            optimizer=self._adam,
+            lr_scheduler=lambda made: torch.optim.lr_scheduler.LambdaLR(made, lambda step: lr_factor(train, step)),
+            config=deepspeed_config(train),
+            dist_init_required=False,
+        )
+        if train.zero_stage == 0 and train.precision == "bf16":
+            # DeepSpeed's wrapper of this pair lets Adam do a step on zero gradients when it is built: the bias
+            # corrections would be those of one step later for good, and weight decay has been applied once.
+            self._adam.state.clear()
+            self._engine.optimizer.refresh_fp32_params()
+        self._partitions = Partitions(self._engine, self._adam, train.zero_stage, self.rank, self.world)
+
+    @property
+    def method(self) -> nn.Module:
+        """The wrapped method. Under ZeRO-3 its parameters are whole only inside a forward pass that all ranks make."""
+        return self._engine.module  # type: ignore[no-any-return]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a forward pass of the method needs every rank."""
+        return self.train.zero_stage == 3
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next optimiser step."""
+        return float(self._schedule.get_last_lr()[0])
+
+    @property
+    def grad_norm(self) -> float:
+        """The gradient norm of the last optimiser step, before clipping. Waits for the device."""
+        norm = self._norm if self._norm is not None else self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def loss(self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor) -> Tensor:
+        """The method's loss of each sample of a micro batch (B,)."""
+        return self._engine(batch, t_B, noise_BCFHW, each=True)  # type: ignore[no-any-return]
+
+    def step(self, loss: Tensor) -> None:
+        """Backward of one micro batch's scalar loss; the last one of a step also moves the weights and the schedule."""
+        self._engine.backward(loss)
+        self._micro = (self._micro + 1) % self._micros
+        if self._micro == 0 and self.train.zero_stage == 0 and self.train.precision == "fp32":
+            # Plain data parallel has no optimiser wrapper that would keep the norm; the gradients are reduced by now.
+            self._norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+        self._engine.step()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks of a tensor of the same shape on each."""
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+            values = values / self.world
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, on every rank."""
+        found: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    @property
+    def share_bytes(self) -> int:
+        """What `save` writes on this rank."""
+        return sum(value.nbytes for fragment in self._partitions.written() for value in fragment.values.values())
+
+    def save(self, directory: Path, client_state: dict[str, Any]) -> None:
+        """Write this rank's share (rank 0: the record with ``client_state`` too) under ``directory``.
+
+        Frozen parameters are written as well, so that a checkpoint needs nothing beside it.
+
+        Args:
+            client_state: JSON values.
+        """
+        state = directory / shares.STATE
+        shares.write(state, self.rank, self._partitions.written())
+        if self.rank == 0:
+            schedule = self._schedule.state_dict()["last_epoch"]
+            record = {"adam_steps": self._partitions.steps, "schedule_steps": schedule, "client": client_state}
+            shares.write_record(state, record)
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Take up weights, optimiser, schedule and ``client_state`` from a complete checkpoint of any number of ranks.
+
+        Raises:
+            RunError: the directory holds no state, or not the parameters of this method.
+        """
+        with shares.Shares(directory / shares.STATE) as stored:
+            self._partitions.read(stored, stored.record["adam_steps"])
+            self._set_schedule(stored.record["schedule_steps"])
+        return dict(stored.record["client"])
+
+    def _set_schedule(self, steps: int) -> None:
+        lr = self.train.lr * lr_factor(self.train, steps)
+        self._schedule.load_state_dict(self._schedule.state_dict() | {"last_epoch": steps, "_last_lr": [lr]})
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+
+
+def import_deepspeed(accelerator: str) -> Any:
+    """DeepSpeed, quietly, for ``cpu`` or ``cuda``: the first call in a process decides."""
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
+    if "deepspeed" not in sys.modules:
+        # DeepSpeed's autotuner imports mlflow where it finds it: 80% of its import time, for something unused here.
+        absent = {name: sys.modules.get(name) for name in ("mlflow",) if name not in sys.modules}
+        sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+        try:
+            import deepspeed
+        finally:
+            for name in absent:
+                del sys.modules[name]
+    import deepspeed
+    import deepspeed.ops
+
+    # Left alone, the first look at this table runs a compiler for every optional kernel, then builds one of them.
+    deepspeed.ops.__dict__.setdefault("__compatible_ops__", {})
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed

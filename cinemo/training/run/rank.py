@@ -1,0 +1,160 @@
+"""One rank of a training under Ray Train: network, engine, data, and what happens with reports and checkpoints."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import Checkpoint
+from ray.train.torch import get_device
+
+from cinemo import cache
+from cinemo.config import Recipe, parse_recipe
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading.loader import HeldOut, LatentLoader, StepBatch
+from cinemo.methods import build_method, mark_trainable
+from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.memory import keep_freed_memory
+from cinemo.training.checkpoint import checkpoints
+from cinemo.training.plan.cost import peak_flops
+from cinemo.training.report import sample_log
+from cinemo.training.report.metrics import Report
+from cinemo.training.report.progress import Event, Resumed, Saved, Sheet
+from cinemo.training.report.sheets import first_samples, sheet_latents, write_samples
+from cinemo.training.report.validation import Validation
+from cinemo.training.run.base_weights import base_networks
+from cinemo.training.run.batch import TextStates
+from cinemo.training.run.dataset_check import dataset_digest
+from cinemo.training.run.engine import Engine
+from cinemo.training.run.loop import train
+from cinemo.types import InputError, RunError, keyed_seed
+
+
+def work(config: dict[str, Any]) -> None:
+    """One rank."""
+    mailbox = config["mailbox"]
+    if ray.get(mailbox.fault.remote()):
+        return  # the attempt before this one met what no restart can mend
+    try:
+        recipe = parse_recipe(config["recipe"], "recipe")
+        _train(recipe, config["data"], config["output"], config["start"], config["flops"], mailbox)
+    except (InputError, RunError) as error:
+        ray.get(mailbox.post_fault.remote(type(error).__name__, str(error)))
+        raise
+
+
+def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int, mailbox: Any) -> None:
+    torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    device = get_device()
+    assert isinstance(device, torch.device)
+    index = DatasetIndex.load(data)
+    digest = dataset_digest(index)
+    # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
+    torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
+    method = build_method(recipe, base_networks(recipe))
+    mark_trainable(method, recipe.train)
+    method.checkpoint_activations(recipe.train.gradient_checkpointing)
+    if recipe.compile:
+        method.compile_networks()
+    if device.type == "cpu":
+        keep_freed_memory()
+    engine = Engine(method, recipe.train, device)
+    text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device, engine.dtype))
+
+    step, history = 0, []
+    with _checkpoint_directory(start) as directory:
+        if directory is not None:
+            state = engine.load(directory)
+            if state["dataset"] != digest:
+                raise InputError(f"dataset {data}: changed while training ({state['dataset']} -> {digest})")
+            step, history = state["step"], [Report.of_kept(row) for row in state["history"]]
+
+    def post(event: Event) -> None:
+        if rank == 0:
+            mailbox.post.remote(pickle.dumps(event))
+
+    loader = LatentLoader.of(index, recipe.train, rank, world, method.stored_fields)
+
+    def on_report(report: Report) -> None:
+        if recipe.train.on_damaged == "skip":
+            report = replace(report, skipped=sum(engine.gather(loader.skipped.samples)))
+        history.append(report)
+        post(report)
+
+    seen: dict[int, tuple[str, ...]] = {}  # ids of this rank's samples, by step; made ahead of the training
+    if rank == 0:
+        sample_log.cut(output, step)
+
+    def noted(batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+        for batch in batches:
+            seen[batch.step] = batch.keys
+            yield batch
+
+    def on_checkpoint(done: int) -> None:
+        own = {step: seen.pop(step) for step in sorted(seen) if step < done}
+        parts = engine.gather(own)
+        if rank == 0:
+            sample_log.write(output, {step: [key for part in parts for key in part[step]] for step in own})
+        place = {"step": done, "epoch": loader.order.epoch(done), "dataset": digest}
+        state = {**place, "history": [row.kept() for row in history]}
+        with tempfile.TemporaryDirectory(prefix="cinemo-checkpoint-") as scratch:
+            share = Path(scratch)
+            with checkpoints.saving(done, engine.share_bytes, scratch):
+                engine.save(share, state)
+            files = {name: size for part in engine.gather(checkpoints.sizes(share)) for name, size in part.items()}
+            if rank == 0:
+                checkpoints.describe(share, recipe, done, world, digest, files)
+            with checkpoints.saving(done, sum(files.values()), output):
+                # Returns when the files are uploaded.
+                ray.train.report(
+                    {"step": done, "loss": history[-1].loss}, checkpoint=Checkpoint.from_directory(scratch)
+                )
+        post(Saved(done))
+
+    samples = first_samples(index, recipe.train.sample_count, recipe.train.held_out_shards)
+
+    def on_sheet(done: int) -> None:
+        if rank == 0 or engine.sharded:
+            animated = sheet_latents(recipe, method, text, samples, device)
+        if rank == 0:
+            encoders = recipe.encoders
+            vae = Vae(encoders.vae_decoder or encoders.vae, device, engine.dtype, encoders.statistics)
+            post(Sheet(done, write_samples(output, recipe, done, vae, samples, animated)))
+
+    post(Resumed(step, tuple(history)))
+    held_out = HeldOut.of(index, recipe.train, method.stored_fields)
+    validate = Validation(recipe, engine, text, held_out) if recipe.train.held_out_shards else None
+    sample_seconds = flops / peak_flops(device, engine.dtype)
+    train(
+        recipe,
+        engine,
+        noted(loader.batches(step)),
+        text,
+        step,
+        on_report,
+        on_checkpoint,
+        on_sheet,
+        validate,
+        sample_seconds,
+    )
+    ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived
+
+
+@contextmanager
+def _checkpoint_directory(start: str | None) -> Iterator[Path | None]:
+    """The files to load: Ray Train's committed checkpoint of this job, else the one the job starts from."""
+    committed = ray.train.get_checkpoint()
+    if committed is not None:
+        with committed.as_directory() as directory:
+            yield Path(directory)
+    else:
+        yield cache.localize(start) if start else None

@@ -1,0 +1,251 @@
+"""The Ray Train entry: a group of workers around `cinemo.training.run.loop`, resume, and what the job's process shows.
+
+A restart inside a job (a worker died) takes up the checkpoint that Ray Train has committed. A new job (``--resume
+auto`` after the whole job was killed, or with another number of workers or ZeRO stage) takes up the newest complete one
+on storage. In both the data position comes from the loaded checkpoint itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cinemo import storage
+from cinemo.config import Recipe, parse_recipe
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.dataset.statistics import with_statistics
+from cinemo.data.loading.loader import LatentLoader
+from cinemo.data.precompute.cluster import connect
+from cinemo.methods import check_trainable, method_class
+from cinemo.training.checkpoint import checkpoints
+from cinemo.training.checkpoint.checkpoints import CheckpointCard
+from cinemo.training.plan.cost import sample_flops
+from cinemo.training.report.mailbox import Mailbox
+from cinemo.training.report.progress import (
+    Progress,
+    TrainSummary,
+    dataset_profile,
+    read_run,
+    read_summary,
+)
+from cinemo.training.run import rank
+from cinemo.training.run.base_weights import check_base
+from cinemo.training.run.dataset_check import check_canary, check_dataset, dataset_digest
+from cinemo.types import InputError, RunError
+
+# A checkpoint can be continued only with these unchanged: they decide its tensors, the order of data, or every draw.
+_FIXED = (
+    *(
+        "method",
+        "model",
+        "diffusion",
+        "encoders.text_encoder",
+        "encoders.tokenizer",
+        "encoders.latents_mean",
+        "encoders.latents_std",
+        "data.frames",
+        "data.size",
+        "data.bucket_edges",
+    ),
+    *("train.precision", "train.global_batch", "train.lanes", "train.seed"),
+    *("train.trainable", "train.lora_rank", "train.lora_alpha", "train.lora_layers"),
+)
+
+
+def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSummary:
+    """Train ``recipe`` on a dataset of latents and return how it ended.
+
+    Args:
+        data: dataset directory written by precompute (local or s3://).
+        output: run directory (local or s3://): ``train.json``, ``loss.csv``, ``samples/``, ``train/checkpoint_*``.
+        resume: ``auto`` continues what ``output`` holds, or starts; ``never`` insists on an empty output; a URI (a
+            checkpoint or another run's output) starts from that checkpoint, its step included.
+
+    Raises:
+        InputError: dataset, checkpoint, recipe and machine do not fit together.
+        RunError: training failed for good.
+    """
+    data, output = storage.absolute(data), storage.absolute(output)
+    index = DatasetIndex.load(data)
+    check_dataset(index, recipe)
+    recipe = with_statistics(recipe, index)
+    check_trainable(recipe, method_class(recipe))
+    base_note = check_base(recipe)
+    digest = dataset_digest(index)
+    start = _starting_point(recipe, digest, output, resume)
+    summary = read_summary(output)
+    if start and summary and start.step >= recipe.train.max_steps and start.uri.startswith(output):
+        print(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
+        return summary
+    storage.check_writable(output)
+    note = LatentLoader.of(index, recipe.train, fields=method_class(recipe).stored_fields).note
+    if note:
+        print(f"{data}: {note}")
+    if base_note and not start:
+        print(base_note)
+    with ThreadPoolExecutor(1, "flops") as pool:
+        flops = pool.submit(sample_flops, recipe)
+        _join_cluster(recipe)
+    if recipe.train.canary and not start:
+        print(_canary(index, recipe), flush=True)
+    progress = Progress(recipe, output, data, digest, profile=dataset_profile(index))
+    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    filesystem, path = storage.arrow_filesystem(output)
+    train_settings = recipe.train
+    trainer = TorchTrainer(
+        rank.work,
+        train_loop_config={
+            "recipe": recipe.model_dump(mode="json"),
+            "data": data,
+            "output": output,
+            "start": start.uri if start else None,
+            "flops": flops.result().training,
+            "mailbox": mailbox,
+        },
+        torch_config=TorchConfig(backend="nccl" if train_settings.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train_settings.workers,
+            use_gpu=train_settings.gpus_per_worker > 0,
+            resources_per_worker=_resources(recipe),
+        ),
+        run_config=RunConfig(
+            name=checkpoints.RUN,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=train_settings.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=train_settings.max_failures),
+        ),
+    )
+    try:
+        with _following(mailbox, progress):
+            trainer.fit()
+        _raise_fault(mailbox)
+    except SystemExit:  # what Ray Train makes of an interrupt
+        progress.fail("KILLED")
+        raise KeyboardInterrupt from None
+    except Exception as error:
+        with suppress(Exception):  # before anything else is written: half a checkpoint may be what fills a disk
+            checkpoints.prune(output, train_settings.keep_checkpoints)
+        progress.fail()
+        _raise_fault(mailbox)
+        if isinstance(error, ray.train.TrainingFailedError):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            text = f"training failed after {train_settings.max_failures} restarts: {lines[-1]}"
+            raise RunError(text) from error
+        raise
+    except BaseException:
+        progress.fail()
+        raise
+    checkpoints.prune(output, train_settings.keep_checkpoints)
+    latest = checkpoints.latest(output)
+    assert latest is not None
+    return progress.finish(latest.uri)
+
+
+def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> CheckpointCard | None:
+    """The checkpoint to take up, or None for a start from nothing. Sweeps what a killed job left half written."""
+    holds = read_run(output) is not None or checkpoints.stored(output)
+    if resume != "auto" and holds:
+        raise InputError(
+            f"output {output}: already holds a run; continue it with --resume auto, or choose another --output"
+        )
+    if resume == "never":
+        return None
+    if resume == "auto":
+        checkpoints.prune(output, recipe.train.keep_checkpoints)
+        card = checkpoints.latest(output)
+    else:
+        card = checkpoints.find(resume)
+    if card is None:
+        return None
+    if card.dataset != digest:
+        raise InputError(
+            f"checkpoint {card.uri}: was trained on dataset {card.dataset}, but --data is {digest}; "
+            "give the same --data, or start again with train.init and another --output"
+        )
+    # Parsed, so that keys that are younger than the checkpoint have their defaults.
+    old = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}").model_dump(mode="json")
+    new = recipe.model_dump(mode="json")
+    changed = [f"{key} {_pick(old, key)} -> {_pick(new, key)}" for key in _FIXED if _pick(old, key) != _pick(new, key)]
+    if changed:
+        raise InputError(
+            f"checkpoint {card.uri}: cannot continue with another {'; '.join(changed)}; use the recipe it was made "
+            f"with (--recipe {storage.join(card.uri, 'recipe.json')})"
+        )
+    return card
+
+
+def _pick(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name)
+    return values
+
+
+def _resources(recipe: Recipe) -> dict[str, float]:
+    wanted = {"CPU": recipe.train.cpus_per_worker}
+    return wanted | ({"GPU": recipe.train.gpus_per_worker} if recipe.train.gpus_per_worker else {})
+
+
+def _join_cluster(recipe: Recipe) -> None:
+    """Connect to Ray and see that the worker group can be placed at all; it would wait for ever otherwise."""
+    workers = recipe.train.workers
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more, for nodes that may be taken
+    # A private Ray counts logical CPUs, so that more workers than cores are slow but possible.
+    connect(cpus=math.ceil(workers * recipe.train.cpus_per_worker))
+    there = ray.cluster_resources()
+    for name, each in _resources(recipe).items():
+        if there.get(name, 0) < workers * each:
+            raise InputError(
+                f"train.workers is {workers} with {each:g} {name} each, but the cluster has {there.get(name, 0):g} "
+                f"{name}; lower train.workers or train.{name.lower()}s_per_worker, or add nodes"
+            )
+
+
+def _canary(index: DatasetIndex, recipe: Recipe) -> str:
+    """`check_canary` in a process of its own, on an accelerator where the recipe encodes on one."""
+    gpus = recipe.data.encode_gpus if ray.cluster_resources().get("GPU", 0) >= recipe.data.encode_gpus else 0
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=1)(check_canary)
+    try:
+        line: str = ray.get(task.remote(index, recipe))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, InputError | RunError) else error) from None
+    return line
+
+
+def _raise_fault(mailbox: Any) -> None:
+    fault = ray.get(mailbox.fault.remote())
+    if fault:
+        raise (InputError if fault[0] == "InputError" else RunError)(fault[1])
+
+
+@contextmanager
+def _following(mailbox: Any, progress: Progress) -> Iterator[None]:
+    """Hand the mailbox's events to ``progress`` from a thread, until the block ends and none are left."""
+    over = threading.Event()
+
+    def follow() -> None:
+        progress.track()
+        ending = False
+        while not ending:
+            ending = over.wait(0.3)
+            for event in ray.get(mailbox.take.remote()):
+                progress.handle(pickle.loads(event))
+
+    with ThreadPoolExecutor(1, "progress") as pool:
+        following = pool.submit(follow)
+        try:
+            yield
+        finally:
+            over.set()
+            following.result()
