@@ -23,7 +23,7 @@ import psutil
 from bench import table
 
 from cinemo import s3
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.data.dataset.identity import encoder_dtype
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.data.precompute import cluster, stages
@@ -31,7 +31,7 @@ from cinemo.data.precompute import graph as precompute
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.plan import make_plan
 from cinemo.media.synthetic import render_clips
-from cinemo.recipes import cinemo_tiny
+from cinemo.recipes import cinemo_tiny, override
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "## The precompute graph"

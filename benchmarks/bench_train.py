@@ -28,7 +28,7 @@ from bench import fill, table
 from bench_precompute import in_turns
 
 from cinemo import s3, storage
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import LatentLoader
@@ -36,7 +36,7 @@ from cinemo.data.loading.reader import ShardReader
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.memory import keep_freed_memory
-from cinemo.recipes import load_recipe
+from cinemo.recipes import load_recipe, override
 from cinemo.training.plan.cost import peak_flops, sample_flops
 from cinemo.training.run.batch import TextStates, host_batch, latent_shape
 from cinemo.training.run.engine import Engine

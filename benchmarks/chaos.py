@@ -27,9 +27,8 @@ import psutil
 from data.small_data import digests, film
 
 from cinemo import s3, storage
-from cinemo.config import override
 from cinemo.media.mp4 import write_video
-from cinemo.recipes import cinemo_tiny
+from cinemo.recipes import cinemo_tiny, override
 
 ROOT = Path(__file__).resolve().parent.parent
 FATAL = ("raylet", "gcs", "driver", "everything")

@@ -1,17 +1,13 @@
 """Image + prompt (+ controls) -> frames: the one path used by command line, server, page, notebook and evaluation.
 
-Order (arXiv 2407.15642, sections 3.2-3.3): prepare the image to the recipe's size, encode it, take noise, put the
-image's layout into it (DCTInit), DDIM with classifier-free guidance over the residuals, add the first frame, decode.
-
-With a source video (section 4.4: motion transfer and video editing) the noise is that of its motion residuals, found
-by DDIM inversion; the image is then its edited first frame, or another picture that shall move like it.
+The bundle's method says what happens (for Cinemo: arXiv 2407.15642, sections 3.2-3.3 and 4.4): it encodes pictures and
+prompt, takes noise, and samples; here the request is checked, and its result decoded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,95 +21,77 @@ from torch import Tensor
 import cinemo
 from cinemo import storage
 from cinemo.bundle import ModelBundle
-from cinemo.config import MOTION_BUCKETS, Recipe
+from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
-from cinemo.media.motion import strength_to_bucket
 from cinemo.media.video import probe, read_frames
-from cinemo.methods import run
+from cinemo.methods import method_class, motion_control, run
+from cinemo.methods.controls import check_text
 from cinemo.types import Animation, ClipError, InputError
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow suspects a decompression bomb
-MAX_STEPS = 999
-MAX_GUIDANCE = 50.0
-MAX_PROMPT = 4000
 _MIN_SIDE, _MAX_ASPECT = 8, 20
 
 
-@dataclass(frozen=True)
 class AnimateRequest:
-    """What to animate and how. ``None`` stands for the default of the bundle's recipe.
+    """What to animate and how.
 
     Args:
         image: RGB picture of any size, (H, W, 3) uint8 or PIL; it is resized and centre-cropped to the recipe's size.
         prompt: text; the encoder reads its first 77 tokens.
-        negative_prompt: text of the unconditional branch.
-        motion_bucket: 0..19, larger = more motion. ``motion_strength``: the same as a share 0..1; give at most one.
-        steps: DDIM steps, 1..999. ``guidance_scale``: 1 (off) .. 50. ``seed``: 0 .. 2^63 - 1.
-        dct_init: put the image's layout into the initial noise (DCTInit).
-        solver, guidance_interval, reuse_features: less work per video, see `cinemo.config.SampleConfig`.
-        source: frames of a video to take the motion from, (F, H, W, 3) uint8 of any size, as many as the recipe has.
-            Defaults then are the recipe's for editing, and the bucket is the one measured on these frames.
-        source_prompt: what is seen in ``source``.
+        inputs: other pictures (H, W, 3) and videos (F, H, W, 3) that the bundle's method takes, uint8, by name.
+        controls: what the method can be asked, by name (its ``controls_type``; Cinemo: ``motion_bucket``, ``steps``,
+            ``seed``, ...). None stands for the default of the bundle's recipe.
 
     Raises:
-        InputError: a value out of range.
+        InputError: the prompt is no text, or an input no picture or video. Controls are checked where the bundle is
+            known (`prepare`).
     """
 
-    image: np.ndarray | Image.Image
-    prompt: str
-    negative_prompt: str = ""
-    motion_bucket: int | None = None
-    motion_strength: float | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int = 0
-    dct_init: bool | None = None
-    solver: str | None = None
-    guidance_interval: tuple[float, float] | None = None
-    reuse_features: int | None = None
-    source: np.ndarray | None = None
-    source_prompt: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt", "source_prompt"):
-            check_text(name, getattr(self, name))
-        if self.source is not None and (self.source.ndim != 4 or self.source.dtype != np.uint8):
-            got = f"{self.source.shape} {self.source.dtype}"
-            raise InputError(f"source: got {got}, expected uint8 frames (F, H, W, 3)")
-        if self.motion_bucket is not None and self.motion_strength is not None:
-            raise InputError("motion_bucket and motion_strength: both given, expected at most one of them")
-        _in_range("motion_bucket", self.motion_bucket, 0, MOTION_BUCKETS - 1, int)
-        _in_range("motion_strength", self.motion_strength, 0, 1, float)
-        _in_range("steps", self.steps, 1, MAX_STEPS, int)
-        _in_range("guidance_scale", self.guidance_scale, 1, MAX_GUIDANCE, float)
-        _in_range("seed", self.seed, 0, 2**63 - 1, int)
-        _in_range("reuse_features", self.reuse_features, 1, MAX_STEPS, int)
-        if self.solver not in (None, "ddim", "multistep"):
-            raise InputError(f"solver is {self.solver!r}, expected ddim or multistep")
-        if self.guidance_interval is not None:
-            low, high = self.guidance_interval
-            if not 0 <= low <= high <= 1:
-                raise InputError(f"guidance_interval is {low}, {high}; expected 0 <= low <= high <= 1")
+    def __init__(
+        self,
+        image: np.ndarray | Image.Image,
+        prompt: str,
+        inputs: Mapping[str, np.ndarray] | None = None,
+        **controls: Any,
+    ) -> None:
+        check_text("prompt", prompt)
+        self.image, self.prompt = image, prompt
+        self.inputs, self.controls = dict(inputs or {}), controls
+        for name, pixels in self.inputs.items():
+            if not isinstance(pixels, np.ndarray) or pixels.ndim not in (3, 4) or pixels.dtype != np.uint8:
+                got = f"{pixels.shape} {pixels.dtype}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
+                raise InputError(f"{name}: got {got}, expected uint8 (H, W, 3), or (F, H, W, 3) for a video")
 
     def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """Every control with its value, the recipe's defaults filled in."""
-        sample = recipe.sample
-        bucket = sample.motion_bucket if self.motion_bucket is None else self.motion_bucket
-        if self.motion_strength is not None:
-            bucket = strength_to_bucket(self.motion_strength)
-        usual_scale = sample.guidance_scale if self.source is None else sample.edit_guidance_scale
-        return {
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "motion_bucket": bucket,
-            "steps": self.steps or sample.steps,
-            "guidance_scale": float(self.guidance_scale or usual_scale),
-            "seed": self.seed,
-            "dct_init": sample.dct_init if self.dct_init is None else self.dct_init,
-            "solver": self.solver or sample.solver,
-            "guidance_interval": list(self.guidance_interval or sample.guidance_interval),
-            "reuse_features": self.reuse_features or sample.reuse_features,
-        }
+        """The prompt and every control with its value, the recipe's defaults filled in.
+
+        Raises:
+            InputError: a control or input that the recipe's method does not have, or a value out of range.
+        """
+        method = method_class(recipe)
+        for name in self.inputs:
+            if name not in method.inputs:
+                has = ", ".join(("image", *method.inputs))
+                raise InputError(f"{name}: {recipe.name} takes no such input; it takes {has}")
+        for name, about in method.inputs.items():
+            if about.required and name not in self.inputs:
+                raise InputError(f"{name}: {recipe.name} needs it: {about.description}")
+            if name in self.inputs and self.inputs[name].ndim != (4 if about.kind == "video" else 3):
+                raise InputError(f"{name}: got {self.inputs[name].shape}, expected the frames of a {about.kind}")
+        controls = method.controls_type.of(self.controls, recipe.name)
+        return {"prompt": self.prompt, **controls.settings(recipe, self.inputs.keys())}
+
+
+def at_motion(
+    recipe: Recipe, image: np.ndarray, prompt: str, level: int, steps: int | None = None, seed: int = 0
+) -> AnimateRequest:
+    """A request for a level of motion, 0 the stillest, whatever the recipe's method calls it.
+
+    Raises:
+        InputError: it has no control of how much moves.
+    """
+    controls: dict[str, Any] = {motion_control(recipe): level, "steps": steps, "seed": seed}
+    return AnimateRequest(image, prompt, **controls)
 
 
 @dataclass(frozen=True)
@@ -157,12 +135,7 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     """
     recipe, settings = bundle.recipe, request.settings(bundle.recipe)
     image = request.image.convert("RGB") if isinstance(request.image, Image.Image) else request.image
-    inputs = {"image": np.ascontiguousarray(image)}
-    if request.source is not None:
-        inputs["source"] = np.ascontiguousarray(request.source)
-        settings["source_prompt"] = request.source_prompt
-        if request.motion_bucket is None and request.motion_strength is None:
-            settings["motion_bucket"] = None  # measured on the source
+    inputs = {name: np.ascontiguousarray(pixels) for name, pixels in {"image": image, **request.inputs}.items()}
     sampling, calls = bundle.method.prepare(recipe, bundle.encoders, inputs, settings)
     settings |= {
         "recipe": recipe.name,
@@ -222,7 +195,7 @@ def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.n
 
 
 def load_source(uri: str, recipe: Recipe, interval: int = 1) -> np.ndarray:
-    """The first frames of a video for `AnimateRequest.source`: every ``interval``-th, as many as the recipe has.
+    """The first frames of a video for `AnimateRequest`: every ``interval``-th, as many as the recipe has.
 
     Raises:
         InputError: missing, no video, or too short.
@@ -252,21 +225,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def check_text(name: str, value: Any) -> None:
-    """Raise `InputError` where ``value`` is no text that an encoder, a database and a video file can hold."""
-    if not isinstance(value, str) or len(value) > MAX_PROMPT:
-        got = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
-        raise InputError(f"{name}: got {got}, expected a text of at most {MAX_PROMPT} characters")
-    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise InputError(f"{name}: holds a null character or half a surrogate pair, expected plain text")
-
-
-def _in_range(name: str, value: Any, low: float, high: float, kind: type) -> None:
-    if value is None:
-        return
-    fits = isinstance(value, int | np.integer) if kind is int else isinstance(value, int | float | np.number)
-    if isinstance(value, bool) or not fits or not math.isfinite(value) or not low <= value <= high:
-        what = "a whole number" if kind is int else "a number"
-        raise InputError(f"{name} is {value!r}, expected {what} {low}..{high}")

@@ -28,12 +28,13 @@ from torch import nn
 
 import cinemo
 from cinemo import cache, storage, tracking
-from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, SampleConfig, parse_recipe
+from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, SampleConfig
 from cinemo.media.motion import MORE_MOTION, STILLER, MotionScale
 from cinemo.methods import Encoders, Method, build_method, method_class
 from cinemo.networks.frozen import Statistics, TextEncoder, Vae, normalised
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import convert_pickled, resolve, save_network
+from cinemo.recipes import parse_recipe
 from cinemo.types import InputError
 
 RECORD = "bundle.json"

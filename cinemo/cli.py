@@ -6,14 +6,25 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cinemo.config import Recipe, keys
-from cinemo.recipes import RECIPES, load_recipe
+from cinemo.recipes import DEFAULT_RECIPE, RECIPES, load_recipe
 from cinemo.types import InputError, RunError
+
+if TYPE_CHECKING:
+    from cinemo.methods import Method
 
 
 class _Parser(argparse.ArgumentParser):
     """One clear line on bad input; the usage is a ``--help`` away."""
+
+    recipe: str | None = None
+
+    def format_help(self) -> str:
+        if self.recipe:
+            self.epilog = "recipe keys for --set: " + ", ".join(keys(type(load_recipe(self.recipe))))
+        return super().format_help()
 
     def error(self, message: str) -> None:  # type: ignore[override]
         self.exit(2, f"{self.prog}: {message} (see --help)\n")
@@ -26,16 +37,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parser(description: str | None, recipe: str | None = "cinemo-tiny") -> argparse.ArgumentParser:
+def parser(description: str | None, recipe: str | None = DEFAULT_RECIPE) -> argparse.ArgumentParser:
     """An argument parser that shows every default, with ``--set`` and ``--recipe``, which is ``recipe`` unless given.
 
     Args:
         recipe: None leaves both flags out.
     """
-    epilog = None
-    if recipe:
-        epilog = "recipe keys for --set: " + ", ".join(keys())
-    made = _Parser(description=description, epilog=epilog, formatter_class=_Help)
+    made = _Parser(description=description, formatter_class=_Help)
+    made.recipe = recipe
     if recipe:
         names = ", ".join(RECIPES)
         made.add_argument("--recipe", default=recipe, metavar="NAME|FILE", help=f"{names}, or a .json file")
@@ -47,6 +56,39 @@ def parser(description: str | None, recipe: str | None = "cinemo-tiny") -> argpa
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
     return load_recipe(arguments.recipe, arguments.assignments)
+
+
+def add_controls(parser: argparse.ArgumentParser, method: type[Method]) -> None:
+    """A flag for each control of a method: ``motion_bucket`` becomes ``--motion-bucket``."""
+    from cinemo.methods import controls_of
+
+    for name, info in controls_of(method.controls_type).items():
+        about: dict[str, Any] = {"default": info.default}
+        default = "" if info.default is not None else " (default: what the bundle's recipe says)"
+        if info.kind == "boolean":
+            about["action"] = argparse.BooleanOptionalAction
+        elif info.kind == "choice":
+            about["choices"] = info.choices
+        elif info.kind == "pair":
+            about |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
+        elif info.kind != "text":
+            about["type"] = int if info.kind == "integer" else float
+            if info.maximum is not None and info.maximum < 1000:
+                about["metavar"] = f"{info.minimum:g}..{info.maximum:g}"
+        text = info.description.replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text}{default}", **about)
+
+
+def add_inputs(parser: argparse.ArgumentParser, method: type[Method]) -> None:
+    """Flags for the pictures and videos that a method takes beside ``--image``."""
+    for name, about in method.inputs.items():
+        flag = f"--{name.replace('_', '-')}"
+        if about.kind == "image":
+            parser.add_argument(flag, metavar="FILE", required=about.required, help=f"{about.description}; also s3://")
+            continue
+        help_text = f"{about.description}; also s3://"
+        parser.add_argument(f"{flag}-video", metavar="FILE", required=about.required, help=help_text)
+        parser.add_argument(f"{flag}-interval", type=int, default=1, metavar="N", help="use every Nth of its frames")
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:

@@ -6,12 +6,9 @@ A machine's properties (how many nodes, which accelerator) are not here but in `
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from cinemo.types import InputError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
 
 MOTION_BUCKETS = 20
 
@@ -104,19 +101,6 @@ class EncodersConfig(Part):
         return self.latents_mean, self.latents_std
 
 
-class ModelConfig(Part):
-    """Arguments of `cinemo.networks.lavie_unet.LavieUNet`; the defaults are the published network."""
-
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    cross_attention_dim: int = 768
-    attention_head_dim: int = Field(8, description="number of heads (the published name is a misnomer)")
-    addition_time_embed_dim: int = 256
-
-
 class DiffusionConfig(Part):
     """Noise schedule. LaVie and Cinemo: linear betas, epsilon prediction."""
 
@@ -164,9 +148,7 @@ class TrainConfig(Part):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, description="0 is the paper's Adam; above 0 it is AdamW")
     grad_clip: float = Field(1.0, ge=0, description="0 switches clipping off")
-    prompt_dropout: float = Field(0.5, ge=0, le=1)
-    image_dropout: float = Field(0.0, ge=0, le=1, description="share of samples whose given frame is zeroed")
-    motion_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without a motion embedding")
+    prompt_dropout: float = Field(0.5, ge=0, le=1, description="share of samples whose prompt is empty")
     min_snr_gamma: float | None = Field(
         None, gt=0, description="min-SNR loss weights (arXiv 2303.09556, which uses 5); null: none"
     )
@@ -252,17 +234,10 @@ class TrainConfig(Part):
 
 
 class SampleConfig(Part):
-    """Sampling defaults (Cinemo sections 3.3 and 4.1; values the paper leaves open are the published code's)."""
+    """Sampling defaults of any method; one with more of its own derives from this."""
 
     steps: int = Field(50, ge=1)
     guidance_scale: float = Field(7.5, ge=1)
-    dct_init: bool = True
-    dct_tau: int = Field(975, description="diffusion step of the layout guidance")
-    dct_keep: float = Field(0.23, ge=0, le=1, description="share of each axis that is kept as low frequency")
-    dct_mode: Literal["spatial", "3d", "fft"] = Field(
-        "spatial", description="spatial = published, 3d = the paper's text"
-    )
-    motion_bucket: int = Field(10, ge=0, lt=MOTION_BUCKETS)
     fps: float = Field(8, gt=0)
     solver: Literal["ddim", "multistep"] = Field("ddim", description="multistep: DPM-Solver++, for about 20 steps")
     eta: float = Field(0.0, ge=0, le=1, description="fresh noise in each DDIM step; 0: none, 1: as much as DDPM")
@@ -279,8 +254,6 @@ class SampleConfig(Part):
         (0.0, 1.0), description="part of the noise range in which guidance acts"
     )
     reuse_features: int = Field(1, ge=1, description="run the inner layers at every Nth step only (DeepCache)")
-    edit_guidance_scale: float = Field(1.0, ge=1, description="for editing: the published code's; the paper says 7.5")
-    edit_dct_tau: int = Field(985, description="for editing: the published code's step of the layout guidance")
 
     @model_validator(mode="after")
     def _check(self) -> SampleConfig:
@@ -293,17 +266,21 @@ class SampleConfig(Part):
 
 
 class Recipe(Part):
-    """A complete run. Built by a function in `cinemo.recipes`, changed with ``--set dotted.key=value``."""
+    """A complete run. Built by a function in `cinemo.recipes`, changed with ``--set dotted.key=value``.
+
+    Each method has a type of recipe of its own (`cinemo.methods.base.Method.Recipe`), whose ``model``, and where it
+    needs them ``train`` and ``sample``, have the keys of that method.
+    """
 
     name: str
-    method: str = Field("cinemo", description="a method of cinemo.methods, or package.module:Class of one elsewhere")
+    method: str = Field(description="a method of cinemo.methods, or package.module:Class of one elsewhere")
     compile: bool = Field(False, description="torch.compile the network, in training and sampling")
     data: DataConfig = DataConfig()
     encoders: EncodersConfig = EncodersConfig()
-    model: ModelConfig = ModelConfig()
+    model: SerializeAsAny[Part] = Part()
     diffusion: DiffusionConfig = DiffusionConfig()
-    train: TrainConfig = TrainConfig()
-    sample: SampleConfig = SampleConfig()
+    train: SerializeAsAny[TrainConfig] = TrainConfig()
+    sample: SerializeAsAny[SampleConfig] = SampleConfig()
 
     @property
     def toy(self) -> bool:
@@ -314,59 +291,13 @@ class Recipe(Part):
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
 
 
-def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
-    """Validate ``values``; every fault becomes one `InputError` line that names the dotted key."""
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        faults = []
-        for fault in error.errors():
-            key = ".".join(map(str, fault["loc"])) or "recipe"
-            got = "" if fault["type"] in ("missing", "value_error") else f" (got {fault['input']!r})"
-            hint = _near(key) if fault["type"] == "extra_forbidden" else ""
-            faults.append(f"{key}: {fault['msg']}{got}{hint}")
-        raise InputError(f"{source}: " + "; ".join(faults)) from None
-
-
-def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
-    """Apply ``dotted.key=value`` assignments; the value is JSON, or a plain string where it is not JSON."""
-    values = recipe.model_dump(mode="json")
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise InputError(f"--set {assignment}: expected dotted.key=value, for example train.lr=1e-4")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        node = values
-        *path, leaf = key.strip().split(".")
-        for name in path:
-            child = node.get(name)
-            if not isinstance(child, dict):
-                raise InputError(f"--set {assignment}: unknown key {key!r}{_near(key)}")
-            node = child
-        if leaf not in node:
-            raise InputError(f"--set {assignment}: unknown key {key!r}{_near(key)}")
-        node[leaf] = value
-    return parse_recipe(values, "--set " + " ".join(assignments) if assignments else recipe.name)
-
-
-def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> list[str]:
-    """Every dotted key of a recipe."""
-    found = []
+def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a type of recipe."""
+    names = []
     for name, info in model.model_fields.items():
         part = info.annotation
         if isinstance(part, type) and issubclass(part, BaseModel):
-            found += keys(part, f"{prefix}{name}.")
+            names += keys(part, f"{prefix}{name}.")
         else:
-            found.append(prefix + name)
-    return found
-
-
-def _near(key: str) -> str:
-    import difflib
-
-    leaf = key.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(key, keys(), 1, 0.75) or [k for k in keys() if k.rsplit(".", 1)[-1] == leaf][:1]
-    return f"; did you mean {close[0]}?" if close else "; known keys: pipelines/train.py --help"
+            names.append(prefix + name)
+    return names

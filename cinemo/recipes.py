@@ -1,23 +1,23 @@
-"""Named runs: one function per recipe, each returning a complete `Recipe`."""
+"""Named runs: one function per recipe, each returning a complete `Recipe`; and recipes from files and assignments.
+
+Methods are imported late: the names of recipes, for ``--help`` and bad flags, need no torch.
+"""
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
 
 from cinemo import storage
-from cinemo.config import (
-    DataConfig,
-    DiffusionConfig,
-    EncodersConfig,
-    ModelConfig,
-    Recipe,
-    SampleConfig,
-    TrainConfig,
-    override,
-    parse_recipe,
-)
+from cinemo.config import DataConfig, DiffusionConfig, EncodersConfig, Recipe, keys
 from cinemo.types import InputError
+
+DEFAULT_RECIPE = "cinemo-tiny"
+DEFAULT_METHOD = "cinemo"  # of recipe files that name none
 
 
 def cinemo_320x512() -> Recipe:
@@ -58,7 +58,9 @@ def cinemo_320x512() -> Recipe:
       data.decode_resource, data.max_quarantine_share, data.encode_batch, data.encode_actors, data.encode_gpus.
     - Not used here. train.lora_rank, train.lora_alpha, train.lora_layers, data.fields, encoders.image_encoder.
     """
-    return Recipe(
+    from cinemo.methods.cinemo import CinemoRecipe, CinemoTrain
+
+    return CinemoRecipe(
         name="cinemo-320x512",
         data=DataConfig(encode_gpus=1.0),
         encoders=EncodersConfig(
@@ -67,7 +69,7 @@ def cinemo_320x512() -> Recipe:
             text_encoder="models/sd-v1-4/text_encoder",
             tokenizer="models/sd-v1-4/tokenizer",
         ),
-        train=TrainConfig(gpus_per_worker=1, gradient_checkpointing=True, init="models/lavie_base.pt"),
+        train=CinemoTrain(gpus_per_worker=1, gradient_checkpointing=True, init="models/lavie_base.pt"),
     )
 
 
@@ -91,11 +93,14 @@ def cinemo_tiny() -> Recipe:
     - data.bucket_edges: those that rendered clips fill. encoders.latent: the posterior's mode.
     - sample.guidance_scale 3: without it the direction is right and the motion two thirds as fast as it should be.
     """
-    return Recipe(
+    from cinemo.methods.cinemo import CinemoRecipe, CinemoSample, CinemoTrain
+    from cinemo.networks.lavie_unet import UNetConfig
+
+    return CinemoRecipe(
         name="cinemo-tiny",
         data=DataConfig(size=(64, 96), clips_per_shard=16, bucket_edges=RENDERED_EDGES),
         encoders=EncodersConfig(latent="mode"),
-        model=ModelConfig(
+        model=UNetConfig(
             in_channels=16,
             out_channels=16,
             block_out_channels=(64, 128),
@@ -106,7 +111,7 @@ def cinemo_tiny() -> Recipe:
             addition_time_embed_dim=64,
         ),
         diffusion=DiffusionConfig(prediction="v", data_scale=2.44),
-        train=TrainConfig(
+        train=CinemoTrain(
             workers=2,
             global_batch=8,
             micro_batch=4,
@@ -123,7 +128,7 @@ def cinemo_tiny() -> Recipe:
             checkpoint_every=100,
             sample_every=100,
         ),
-        sample=SampleConfig(steps=25, guidance_scale=3.0),
+        sample=CinemoSample(steps=25, guidance_scale=3.0),
     )
 
 
@@ -151,3 +156,59 @@ def load_recipe(name_or_file: str, assignments: Sequence[str] = ()) -> Recipe:
     else:
         raise InputError(f"recipe {name_or_file!r}: unknown name; expected one of {', '.join(RECIPES)} or a .json file")
     return override(recipe, assignments)
+
+
+def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
+    """A recipe of its method's own type; every fault becomes one `InputError` line that names the dotted key."""
+    from cinemo.methods import method_named
+
+    name = values.get("method", DEFAULT_METHOD)
+    if not isinstance(name, str):
+        raise InputError(f"{source}: method is {name!r}, expected the name of a method")
+    try:
+        kind = method_named(name).recipe_type
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+    try:
+        return kind.model_validate({**values, "method": name})
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors():
+            key = ".".join(map(str, fault["loc"])) or "recipe"
+            got = "" if fault["type"] in ("missing", "value_error") else f" (got {fault['input']!r})"
+            hint = _near(key, kind, name) if fault["type"] == "extra_forbidden" else ""
+            faults.append(f"{key}: {fault['msg']}{got}{hint}")
+        raise InputError(f"{source}: " + "; ".join(faults)) from None
+
+
+def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """Apply ``dotted.key=value`` assignments; the value is JSON, or a plain string where it is not JSON."""
+    values = recipe.model_dump(mode="json")
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment}: expected dotted.key=value, for example train.lr=1e-4")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        node = values
+        *path, leaf = key.strip().split(".")
+        for name in path:
+            child = node.get(name)
+            node = child if isinstance(child, dict) else {}
+        if leaf not in node:
+            raise InputError(f"--set {assignment}: unknown key {key!r}{_near(key, type(recipe), recipe.method)}")
+        node[leaf] = value
+    return parse_recipe(values, "--set " + " ".join(assignments) if assignments else recipe.name)
+
+
+def _near(key: str, kind: type[Recipe], method: str) -> str:
+    """What was perhaps meant; or which keys this part of a recipe of this method has."""
+    leaf, every = key.rsplit(".", 1)[-1], keys(kind)
+    close = difflib.get_close_matches(key, every, 1, 0.75) or [k for k in every if k.rsplit(".", 1)[-1] == leaf][:1]
+    if close:
+        return f"; did you mean {close[0]}?"
+    part = key.rpartition(".")[0]
+    beside = [k.rpartition(".")[2] for k in every if k.rpartition(".")[0] == part]
+    return f"; {part} of method {method} has {', '.join(beside)}" if beside and part else "; see --help for all keys"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cinemo import cli
+from cinemo.methods import published_sources
 from cinemo.types import InputError
 
 
@@ -17,13 +18,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     source.add_argument(
         "--checkpoint", metavar="URI", help="a run's --output (its latest checkpoint) or one checkpoint"
     )
-    source.add_argument("--from-cinemo", metavar="DIR", help="folder of published Cinemo weights, made into a bundle")
-    source.add_argument("--from-lavie", metavar="FILE", help="published LaVie weights, made into a train.init folder")
+    for name, published in published_sources().items():
+        source.add_argument(f"--from-{name}", metavar=published.takes, help=published.description)
     parser.add_argument(
         "--motion-scale",
         choices=("more", "stiller"),
         default="more",
-        help="of --from-cinemo's motion ids: more (0..19, larger = more motion) or stiller (100 x SSIM, larger = "
+        help="of imported motion ids: more (0..19, larger = more motion) or stiller (100 x SSIM, larger = "
         "stiller); pipelines/probe_motion.py tells which",
     )
     parser.add_argument(
@@ -50,20 +51,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = cli.recipe_of(arguments)
     if arguments.checkpoint:
         if arguments.assignments:
-            raise InputError(
-                "--set: a checkpoint has its own recipe; expected --set with --from-cinemo or --from-lavie"
-            )
+            raise InputError("--set: a checkpoint has its own recipe; expected --set with weights that are imported")
         if arguments.register:
             tracked_run(checkpoints.find(arguments.checkpoint).uri)  # before minutes of work
         make = export.adapter_from_checkpoint if arguments.adapter else export.from_checkpoint
         made = make(arguments.checkpoint, arguments.output)
         if arguments.register:
             made += f"; {register(arguments.output, arguments.register)}"
-    elif arguments.from_cinemo:
-        scale = {"more": MORE_MOTION, "stiller": STILLER}[arguments.motion_scale]
-        made = export.from_cinemo(arguments.from_cinemo, arguments.output, recipe, scale)
     else:
-        made = export.from_lavie(arguments.from_lavie, arguments.output, recipe)
+        scale = {"more": MORE_MOTION, "stiller": STILLER}[arguments.motion_scale]
+        name = next(name for name in published_sources() if getattr(arguments, f"from_{name}"))
+        made = export.from_published(name, getattr(arguments, f"from_{name}"), arguments.output, recipe, scale)
     print(f"{arguments.output}: {made}")
 
 

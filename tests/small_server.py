@@ -17,9 +17,10 @@ from fastapi import FastAPI
 from PIL import Image
 
 from cinemo.bundle import BundleCard
-from cinemo.config import DataConfig, EncodersConfig, Recipe, SampleConfig
+from cinemo.config import DataConfig, EncodersConfig
 from cinemo.media.motion import MotionScale
 from cinemo.media.mp4 import write_video
+from cinemo.methods.cinemo import CinemoRecipe, CinemoSample
 from cinemo.serving.http.api import ApiSettings, build_api
 from cinemo.serving.store.database import Database
 from cinemo.serving.store.jobs import Job, JobStore, QueueLimits
@@ -37,11 +38,11 @@ def png(width: int = 60, height: int = 40, form: str = "PNG", seed: int = 0) -> 
 
 
 def card() -> BundleCard:
-    recipe = Recipe(
+    recipe = CinemoRecipe(
         name=MODEL,
         data=DataConfig(size=(32, 48), frames=6),
         encoders=EncodersConfig(vae="vae", text_encoder="text_encoder", tokenizer="tokenizer"),
-        sample=SampleConfig(steps=4, guidance_scale=2.0, motion_bucket=7, fps=8),
+        sample=CinemoSample(steps=4, guidance_scale=2.0, motion_bucket=7, fps=8),
     )
     return BundleCard(recipe, MotionScale(tuple(k / 20 for k in range(1, 20))), "d" * 64, {})
 

@@ -25,6 +25,7 @@ from cinemo.media.saving import save_animation, save_latents
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
 from cinemo.methods.base import run
+from cinemo.recipes import cinemo_tiny
 from cinemo.types import Condition, InputError, keyed_generator
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -174,12 +175,13 @@ def test_latents_are_saved_with_their_settings(bundle: ModelBundle, tmp_path: Pa
         ({"solver": "euler"}, "solver"), ({"reuse_features": 0}, "reuse_features"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance_interval"),
         ({"guidance_interval": (0, 1.5)}, "guidance_interval"),
-        ({"source": PICTURE}, "source"), ({"source_prompt": None}, "source_prompt"),
+        ({"inputs": {"source": PICTURE}}, "source"), ({"source_prompt": 3}, "source_prompt"),
+        ({"inputs": {"mask": PICTURE}}, "mask"), ({"inputs": {"source": "a.mp4"}}, "source"), ({"speed": 1}, "speed"),
     ],
 )  # fmt: skip
 def test_bad_controls_are_named(controls: dict[str, Any], named: str) -> None:
     with pytest.raises(InputError, match=f"^{named}") as error:
-        AnimateRequest(**({"image": PICTURE, "prompt": "waves"} | controls))
+        AnimateRequest(**({"image": PICTURE, "prompt": "waves"} | controls)).settings(cinemo_tiny())
     assert "\n" not in str(error.value)
 
 
@@ -262,9 +264,9 @@ def moving_video() -> np.ndarray:
 def test_a_video_inverted_and_sampled_again_comes_back(bundle: ModelBundle) -> None:
     """The law behind editing: with its own first frame and prompt, the inverted noise is the video."""
     frames = moving_video()
-    own = {"image": frames[0], "prompt": "a square", "source": frames, "source_prompt": "a square", "dct_init": False}
+    own: dict[str, Any] = {"inputs": {"source": frames}, "source_prompt": "a square", "dct_init": False}
     latents = bundle.vae.encode(torch.stack([prepare_image(frame, SIZE) for frame in frames]))
-    again = animate(bundle, AnimateRequest(**own, steps=200)).latents_CFHW.transpose(0, 1)
+    again = animate(bundle, AnimateRequest(frames[0], "a square", steps=200, **own)).latents_CFHW.transpose(0, 1)
     drawn = animate(bundle, AnimateRequest(frames[0], "a square", dct_init=False, steps=200)).latents_CFHW
     error, usual = (again - latents).square().mean(), (drawn.transpose(0, 1) - latents).square().mean()
     assert error < 0.1 * usual, (error, usual)
@@ -274,16 +276,17 @@ def test_editing_uses_its_own_defaults_and_the_measured_bucket(bundle: ModelBund
     still = np.repeat(PICTURE[None], FRAMES, axis=0)
     moving = np.random.default_rng(1).integers(0, 256, (FRAMES, 50, 70, 3), dtype=np.uint8)
     for source, bucket in ((still, 0), (moving, 19)):
-        settings = animate(bundle, AnimateRequest(PICTURE, "snow", source=source, source_prompt="rain")).settings
+        settings = animate(bundle, AnimateRequest(PICTURE, "snow", {"source": source}, source_prompt="rain")).settings
         assert settings["motion_bucket"] == bucket
         assert settings["guidance_scale"] == bundle.recipe.sample.edit_guidance_scale
         assert settings["source_prompt"] == "rain"
         assert len(settings["source_sha256"]) == 64
     assert (
-        animate(bundle, AnimateRequest(PICTURE, "snow", source=still, motion_bucket=4)).settings["motion_bucket"] == 4
+        animate(bundle, AnimateRequest(PICTURE, "snow", {"source": still}, motion_bucket=4)).settings["motion_bucket"]
+        == 4
     )
     with pytest.raises(InputError, match="source: got 3 frames, recipe random-32x48 takes 6"):
-        animate(bundle, AnimateRequest(PICTURE, "snow", source=still[:3]))
+        animate(bundle, AnimateRequest(PICTURE, "snow", {"source": still[:3]}))
 
 
 def test_a_source_video_is_read_as_asked(bundle: ModelBundle, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinemo.config import Recipe, keys, override, parse_recipe
-from cinemo.recipes import RECIPES, cinemo_320x512, load_recipe
+from cinemo.config import Recipe, keys
+from cinemo.methods.cinemo import CinemoRecipe, CinemoTrain
+from cinemo.recipes import RECIPES, cinemo_320x512, load_recipe, override, parse_recipe
 from cinemo.types import InputError
 
 
@@ -31,6 +32,7 @@ def test_the_paper_is_the_paper() -> None:
     assert (recipe.train.workers, recipe.train.global_batch, recipe.train.prompt_dropout) == (8, 80, 0.5)
     assert (recipe.sample.steps, recipe.sample.guidance_scale, recipe.sample.solver) == (50, 7.5, "ddim")
     train = recipe.train
+    assert isinstance(train, CinemoTrain)
     assert train.workers * train.gpus_per_worker == 8
     assert (train.weight_decay, train.betas, train.trainable) == (0.0, (0.9, 0.999), "all")
     assert (train.image_dropout, train.motion_dropout, train.noise_offset, train.min_snr_gamma) == (0, 0, 0, None)
@@ -44,7 +46,7 @@ def test_every_number_of_the_paper_s_recipe_has_its_source() -> None:
     named = re.findall(
         r"\b(?:data|encoders|model|diffusion|train|sample)\.[a-z_]+|``compile``", cinemo_320x512.__doc__ or ""
     )
-    expected = [key for key in keys() if key not in ("name", "method", "compile")]
+    expected = [key for key in keys(CinemoRecipe) if key not in ("name", "method", "compile")]
     assert sorted(named) == sorted([*expected, "``compile``"])
 
 
@@ -93,7 +95,7 @@ def test_unknown_recipes_and_files_are_refused(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "extra.json"))
 
 
-@given(st.sampled_from(keys()))
+@given(st.sampled_from(keys(CinemoRecipe)))
 def test_every_listed_key_can_be_set_to_its_own_value(key: str) -> None:
     recipe = load_recipe("cinemo-tiny")
     value: object = recipe.model_dump(mode="json")

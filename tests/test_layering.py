@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from cinemo.methods import method_named
+from cinemo.methods.controls import Controls, FastSampling
+from cinemo.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -113,3 +119,80 @@ def test_the_rules_catch_a_late_import(tmp_path: Path, monkeypatch: pytest.Monke
         "cinemo/media/motion.py:3: media may not import training",
         "cinemo/media/motion.py:4: the library may not import tools",
     ]
+
+
+# --- nobody but a method knows what it is ----------------------------------------------------------------------------
+
+AT_HOME = ("methods", "networks", "recipes")
+
+
+def names_of_methods() -> tuple[set[str], set[str]]:
+    """(classes that are one method's: itself, its recipe, controls and networks; controls that only one method has)."""
+    classes, controls = set(), set()
+    for recipe in (make() for make in RECIPES.values()):
+        method = method_named(recipe.method)
+        with torch.device("meta"):
+            networks = method.fresh_networks(recipe).values()
+        own = (method, method.recipe_type, method.controls_type, *map(type, networks))
+        classes |= {kind.__name__ for kind in own}
+        controls |= method.controls_type.model_fields.keys() - FastSampling.model_fields.keys()
+    assert not controls & Controls.model_fields.keys()
+    return classes, controls
+
+
+CLASSES, CONTROLS = names_of_methods()
+
+
+def named_methods(source: str) -> list[str]:
+    """Where a file names a method's class, or one method's control: as an attribute, argument, field or text.
+
+    A function of the same name, such as `cinemo.media.motion.motion_bucket`, is another thing.
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        name, among = "", CONTROLS
+        if isinstance(node, ast.Name | ast.alias):
+            name, among = (node.id if isinstance(node, ast.Name) else node.name), CLASSES
+        elif isinstance(node, ast.Attribute):
+            name, among = node.attr, CLASSES | CONTROLS
+        elif isinstance(node, ast.keyword):
+            name = node.arg or ""
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            name = node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        elif isinstance(node, ast.ImportFrom):
+            name, among = node.module or "", {f"cinemo.methods.{own}" for own in ONE_METHOD}
+        if name in among:
+            found.append(f"{getattr(node, 'lineno', '?')}: {name}")
+    return found
+
+
+SHARED = ("__init__", "base", "controls", "trainable")
+ONE_METHOD = {path.stem for path in ROOT.glob("cinemo/methods/*.py")} - set(SHARED)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in SOURCES if module_name(path).split(".")[0] not in AT_HOME],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_only_its_own_file_knows_a_method(path: Path) -> None:
+    assert named_methods(path.read_text()) == []
+
+
+def test_the_page_knows_no_control_of_a_method() -> None:
+    files = [path for path in ROOT.glob("cinemo/serving/page/static/*") if path.suffix in (".js", ".html")]
+    assert len(files) > 8
+    words = re.compile(rf"\b({'|'.join(sorted(CONTROLS))})\b")
+    assert {path.name: words.findall(path.read_text()) for path in files if words.search(path.read_text())} == {}
+
+
+def test_the_rule_about_methods_catches_what_it_is_for() -> None:
+    assert {"motion_bucket", "dct_init"} <= CONTROLS
+    assert {"CinemoMethod", "LavieUNet"} <= CLASSES
+    source = (
+        "from cinemo.methods.cinemo import CinemoMethod\nrequest(motion_bucket=3)\nx.dct_init\ny['motion_bucket']\n"
+        "class A:\n    motion_bucket: int\nfrom cinemo.media.motion import motion_bucket\nmotion_bucket(0.5)\n"
+    )
+    assert {int(line.split(":")[0]) for line in named_methods(source)} == {1, 2, 3, 4, 6}

@@ -12,16 +12,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from cinemo import storage
 from cinemo.bundle import save_bundle
-from cinemo.config import DataConfig, EncodersConfig, ModelConfig, Recipe, SampleConfig
+from cinemo.config import DataConfig, EncodersConfig, Recipe
 from cinemo.data.dataset.shards import commit, index_bytes
-from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.methods.cinemo import CinemoRecipe, CinemoSample
+from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
 from cinemo.types import LatentSample, Refusal
 
 SIZE, FRAMES, WIDTH = (32, 48), 6, 32
 
 
 def tiny_recipe(encoders: Path) -> Recipe:
-    return Recipe(
+    return CinemoRecipe(
         name="random-32x48",
         data=DataConfig(size=SIZE, frames=FRAMES),
         encoders=EncodersConfig(
@@ -29,7 +30,7 @@ def tiny_recipe(encoders: Path) -> Recipe:
             text_encoder=str(encoders / "text_encoder"),
             tokenizer=str(encoders / "tokenizer"),
         ),
-        model=ModelConfig(
+        model=UNetConfig(
             block_out_channels=(32, 64),
             layers_per_block=1,
             norm_num_groups=8,
@@ -37,7 +38,7 @@ def tiny_recipe(encoders: Path) -> Recipe:
             attention_head_dim=1,
             addition_time_embed_dim=32,
         ),
-        sample=SampleConfig(steps=4, dct_keep=0.5, guidance_scale=2.0, motion_bucket=7, fps=8),
+        sample=CinemoSample(steps=4, dct_keep=0.5, guidance_scale=2.0, motion_bucket=7, fps=8),
     )
 
 

@@ -37,9 +37,10 @@ from cinemo.config import Recipe
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
 from cinemo.media.synthetic import CLIP_FRAMES, PAINTERS, render_scene, turned
 from cinemo.methods import build_method
+from cinemo.methods.cinemo import CinemoMethod
 from cinemo.networks.frozen import TextEncoder, Vae, network_digest
 from cinemo.networks.memory import keep_freed_memory
-from cinemo.networks.weights import load_unet, save_network
+from cinemo.networks.weights import save_network
 from cinemo.training.run.batch import drawn_timestep
 from cinemo.types import Condition, InputError, LatentBatch, keyed_generator
 
@@ -139,7 +140,7 @@ def _train(
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = torch.device(settings.device)
     keep_freed_memory()
-    begun = {"unet": load_unet(recipe.model, settings.init, torch.float32)} if settings.init else None
+    begun = {"unet": CinemoMethod.load_network(recipe, "unet", settings.init, torch.float32)} if settings.init else None
     torch.manual_seed(settings.seed)
     method = build_method(recipe, begun).to(device).train()
     text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device)

@@ -110,7 +110,7 @@ def ddim_step(
             There x_0 keeps the schedule's ``clean_scale`` of ``t``, as published.
         fresh: N(0, 1), shaped like ``x``; with ``eta`` above 0.
     """
-    x_0, noise = schedule.split(x, output, t)
+    x_0, noise = schedule.predict_x0_eps(x, output, t)
     if below is not None and schedule.clean_scale is not None:
         x_0 = x_0 * schedule.scale_change(t, below)
     level = below or 0
@@ -151,7 +151,7 @@ def ddim_invert_steps(x_0: Tensor, schedule: NoiseSchedule, steps: int, spacing:
     visited = timesteps(schedule, steps, spacing)
     x = x_0
     for t, below in zip(reversed(visited), [0, *reversed(visited[1:])], strict=True):
-        clean, noise = schedule.split(x, (yield x, t), below)
+        clean, noise = schedule.predict_x0_eps(x, (yield x, t), below)
         if schedule.clean_scale is not None:
             clean = clean * schedule.scale_change(below, t)
         signal, spread = schedule.scales(t)

@@ -64,7 +64,7 @@ class NoiseSchedule:
         snr = level / (1 - level)
         return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
 
-    def split(self, x_t: Tensor, output: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
+    def predict_x0_eps(self, x_t: Tensor, output: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """The network's idea of (x_0, noise) from its output at x_t; undoes `add_noise` where the output is perfect.
 
         With ``clean_scale``, x_0 is as it stands at step t: times the scale there.

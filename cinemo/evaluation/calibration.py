@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from cinemo.animate import AnimateRequest, animate
+from cinemo.animate import animate, at_motion
 from cinemo.bundle import ModelBundle
 from cinemo.evaluation.metrics import motion
 
@@ -50,7 +50,7 @@ def calibrate(
     for i, (image, prompt) in enumerate(images):
         row = []
         for j, bucket in enumerate(buckets):
-            request = AnimateRequest(image, prompt, motion_bucket=bucket, steps=steps, seed=seed)
+            request = at_motion(bundle.recipe, image, prompt, bucket, steps, seed)
             row.append(motion(animate(bundle, request).frames_FHWC))
             if progress is not None:
                 progress(i * len(buckets) + j + 1, total)

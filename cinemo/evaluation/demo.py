@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from cinemo import storage, tracking
-from cinemo.animate import AnimateRequest, animate, load_image
+from cinemo.animate import animate, at_motion, load_image
 from cinemo.bundle import load_bundle, read_card, save_bundle
 from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.data.dataset.shards import DatasetIndex
@@ -38,8 +38,8 @@ from cinemo.media.motion import motion_bucket
 from cinemo.media.saving import save_animation
 from cinemo.media.synthetic import CLIP_FRAMES, render_clips, render_scene
 from cinemo.media.video import read_frames
-from cinemo.methods import build_method, method_class
-from cinemo.recipes import load_recipe
+from cinemo.methods import build_method, method_class, motion_control
+from cinemo.recipes import DEFAULT_RECIPE, load_recipe
 from cinemo.types import ClipError, InputError, RunError
 
 IMAGES = 3
@@ -111,12 +111,13 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     stages.run("export", [], ["bundle"], lambda: stages.command("export", export))
 
     buckets = motion_buckets(index, edges)
-    pictures = _pictures(output / "images", table, read_card(bundle).recipe.data.size)
+    recipe = read_card(bundle).recipe
+    pictures, control = _pictures(output / "images", table, recipe.data.size), motion_control(recipe)
     first = pictures[0]
     video = output / "videos" / _video_name(first, buckets[0])
     words_animate = stages.note(
         "animate", "animate", "--bundle", bundle, "--image", first.path, "--prompt", first.prompt,
-        "--motion-bucket", buckets[0], "--steps", _STEPS, "--seed", settings.seed, "--output", video,
+        f"--{control.replace('_', '-')}", buckets[0], "--steps", _STEPS, "--seed", settings.seed, "--output", video,
     )  # fmt: skip
 
     def make_videos() -> None:
@@ -139,7 +140,10 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     serve = stages.note("serve", "serve", "--bundle", bundle, "--port", port, "--state", output / "serve")
     served = output / "served"
     stages.run(
-        "serve", first.prompt, ["served", "serve"], lambda: _serve(serve, port, first, buckets[-1], served, stages)
+        "serve",
+        first.prompt,
+        ["served", "serve"],
+        lambda: _serve(serve, port, first, control, buckets[-1], served, stages),
     )
 
     _report(output, stages, index, pictures, buckets)
@@ -163,7 +167,7 @@ def _video_name(picture: _Picture, bucket: int) -> str:
 def _measure(base: Path, tuned: Path, index: DatasetIndex, target: Path) -> None:
     """Does what they make move as asked? Of the shipped weights, and of what this training made of them; on unseen
     rendered scenes and, as ``given``, on samples of the dataset."""
-    recipe = load_recipe("cinemo-tiny")
+    recipe = load_recipe(DEFAULT_RECIPE)
     assert recipe.train.init is not None
     method, init = method_class(recipe), recipe.train.init
     networks = {part: method.load_network(recipe, part, init) for part in method.parts}
@@ -246,12 +250,14 @@ def _animate_rest(bundle: Path, pictures: Sequence[_Picture], buckets: Sequence[
             if path.exists():
                 continue
             image = load_image(picture.path)
-            request = AnimateRequest(image, picture.prompt, motion_bucket=bucket, steps=_STEPS, seed=seed)
+            request = at_motion(loaded.recipe, image, picture.prompt, bucket, _STEPS, seed)
             save_animation(path, animate(loaded, request))
             print(f"   {path}", flush=True)
 
 
-def _serve(words: Sequence[str], port: int, picture: _Picture, bucket: int, target: Path, stages: Stages) -> None:
+def _serve(
+    words: Sequence[str], port: int, picture: _Picture, control: str, bucket: int, target: Path, stages: Stages
+) -> None:
     """Start the server, ask it once as a client would, stop it; ``target`` gets the video and what was said."""
     log = stages.directory / "logs" / "serve.log"
     shutil.rmtree(target, ignore_errors=True)
@@ -265,7 +271,7 @@ def _serve(words: Sequence[str], port: int, picture: _Picture, bucket: int, targ
         _wait_ready(client, process, log)
         ready = time.monotonic() - begun
         print(f"   ready after {ready:.0f} s", flush=True)
-        form = {"prompt": picture.prompt, "motion_bucket": str(bucket), "num_inference_steps": str(_STEPS), "seed": "1"}
+        form = {"prompt": picture.prompt, control: str(bucket), "num_inference_steps": str(_STEPS), "seed": "1"}
         answer = client.post("/v1/videos", data=form, files={"input_reference": picture.path.read_bytes()})
         asked = time.monotonic()
         video = answer.raise_for_status().json()
@@ -284,7 +290,7 @@ def _serve(words: Sequence[str], port: int, picture: _Picture, bucket: int, targ
     if code:
         raise RunError(f"serve: ended with exit code {code} after SIGINT; see {log}")
     (target / "video.mp4").write_bytes(content)
-    told = {name: video[name] for name in ("prompt", "motion_bucket", "seed", "size", "seconds", "id")}
+    told = {name: video[name] for name in ("prompt", control, "seed", "size", "seconds", "id")}
     times = {"server ready after": f"{ready:.0f} s", "video ready after": f"{took:.1f} s"}
     (target / "video.json").write_text(json.dumps(told | times, indent=2) + "\n")
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cinemo import storage
-from cinemo.animate import AnimateRequest, animate
+from cinemo.animate import animate, at_motion
 from cinemo.bundle import CALIBRATION, ModelBundle, keep_calibration, load_bundle
 from cinemo.data.dataset.shards import DatasetIndex, Members, read_sample, record_uri, tar_uri
 from cinemo.evaluation.calibration import calibrate
@@ -19,6 +19,7 @@ from cinemo.evaluation.rendered import BARS, STEPS, measure_motion, misses
 from cinemo.evaluation.report import write_evaluation_report
 from cinemo.media.motion import motion_bucket
 from cinemo.media.synthetic import CLIP_FRAMES
+from cinemo.methods import motion_control
 from cinemo.types import InputError, LatentSample
 
 _SHOWN = 8
@@ -50,16 +51,16 @@ def evaluate(
     storage.check_writable(output)
     index = DatasetIndex.load(data)
     bundle = load_bundle(bundle_location, device)
-    samples = spread_samples(index, limit)
+    samples, control = spread_samples(index, limit), motion_control(bundle.recipe)
     _check_fit(bundle, samples[0], data)
     rows, videos, labels, images = [], [], [], []
     for number, sample in enumerate(samples):
         latents_FCHW = torch.from_numpy(np.array(sample.latents_FCHW, np.float32))
         truth_FHWC = bundle.decoder.decode(latents_FCHW)
         bucket = motion_bucket(sample.ssim, bundle.motion.edges)
-        request = AnimateRequest(truth_FHWC[0], sample.caption, motion_bucket=bucket, steps=steps, seed=seed)
+        request = at_motion(bundle.recipe, truth_FHWC[0], sample.caption, bucket, steps, seed)
         made_FHWC = animate(bundle, request).frames_FHWC
-        rows.append({"clip": sample.clip_id, "motion_bucket": bucket} | compare(truth_FHWC, made_FHWC))
+        rows.append({"clip": sample.clip_id, control: bucket} | compare(truth_FHWC, made_FHWC))
         images.append((truth_FHWC[0], sample.caption))
         videos += [truth_FHWC, made_FHWC]
         labels += [f"{sample.clip_id} (clip)", f"generated, bucket {bucket}: {sample.caption}"]
@@ -67,7 +68,7 @@ def evaluate(
     calibration = calibrate(
         bundle, images, steps=steps, seed=seed, progress=lambda done, total: say(f"motion control {done}/{total}")
     )
-    means = {name: float(np.mean([row[name] for row in rows])) for name in compare_names(rows[0])}
+    means = {name: float(np.mean([row[name] for row in rows])) for name in compare_names(rows[0], control)}
     metrics = {
         "bundle": bundle.digest,
         "dataset": index.info["fingerprint"],
@@ -138,9 +139,9 @@ def compare(truth_FHWC: np.ndarray, made_FHWC: np.ndarray) -> dict[str, float]:
     }
 
 
-def compare_names(row: dict[str, Any]) -> list[str]:
+def compare_names(row: dict[str, Any], control: str) -> list[str]:
     """Those keys of a row that are metrics."""
-    return [name for name in row if name not in ("clip", "motion_bucket")]
+    return [name for name in row if name not in ("clip", control)]
 
 
 def spread_samples(index: DatasetIndex, count: int) -> list[LatentSample]:

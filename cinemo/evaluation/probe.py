@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cinemo.animate import AnimateRequest, animate
+from cinemo.animate import animate, at_motion
 from cinemo.bundle import ModelBundle
 from cinemo.evaluation.calibration import rank_correlation
 from cinemo.media.motion import MORE_MOTION, STILLER, MotionScale, mean_adjacent_ssim
@@ -68,7 +68,7 @@ def probe_motion_scale(
     for i, (image, prompt) in enumerate(images):
         row = []
         for place in range(len(IDS)):
-            request = AnimateRequest(image, prompt, motion_bucket=place, steps=steps, seed=seed)
+            request = at_motion(bundle.recipe, image, prompt, place, steps, seed)
             row.append(mean_adjacent_ssim(animate(plain, request).frames_FHWC, bundle.motion.metric))
             if progress is not None:
                 progress(i * len(IDS) + place + 1, total)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cinemo.animate import AnimateRequest, animate
+from cinemo.animate import animate, at_motion
 from cinemo.bundle import ModelBundle
 from cinemo.evaluation.calibration import rank_correlation
 from cinemo.evaluation.metrics import psnr
@@ -28,7 +28,7 @@ from cinemo.media.flow import dense_flow
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
 from cinemo.media.synthetic import CLIP_FRAMES, Scene, render_scene
 from cinemo.media.transforms import prepare_image
-from cinemo.types import Condition, LatentBatch, LatentSample, keyed_generator
+from cinemo.types import LatentBatch, LatentSample, keyed_generator
 
 SEED = 7001  # of the test scenes; the shipped weights are trained on others
 STEPS = 25
@@ -194,15 +194,12 @@ def unexplained(bundle: ModelBundle, questions: Sequence[Question], seed: int = 
     for number, question in enumerate(questions):
         video_BCFHW = question.video_CFHW[None].to(bundle.device)
         words, buckets = zip(*question.asked.values(), strict=True)
-        condition = Condition(
-            image=video_BCFHW[:, :, 0].expand(len(words), -1, -1, -1),
-            text=bundle.text.encode(words),
-            motion_bucket=torch.tensor([bundle.motion.motion_id(bucket) for bucket in buckets], device=bundle.device),
-        )
+        image_BCHW = video_BCFHW[:, :, 0].expand(len(words), -1, -1, -1)
+        condition = method.asked(bundle.encoders, image_BCHW, words, buckets)
         target = method.target(LatentBatch(video_BCFHW, condition))
         noise = torch.randn(target.shape, generator=keyed_generator(seed, "explained", number)).to(bundle.device)
         x_t = schedule.add_noise(target, noise, last).expand(len(words), *target.shape[1:])
-        x_0, _ = schedule.split(x_t, method.predict(x_t, last, condition), last)
+        x_0, _ = schedule.predict_x0_eps(x_t, method.predict(x_t, last, condition), last)
         squares: Tensor = (x_0.float() - target).square().flatten(1).sum(1)
         errors.update(dict(zip(question.asked, squares.tolist(), strict=True)))
         energy += float(target.square().sum())
@@ -243,7 +240,7 @@ def _video(
     bundle: ModelBundle, clip: TestClip, bucket: int, steps: int, seed: int, prompt: str | None = None
 ) -> np.ndarray:
     words = clip.scene.caption if prompt is None else prompt
-    request = AnimateRequest(clip.frames_FHWC[0], words, motion_bucket=bucket, steps=steps, seed=seed)
+    request = at_motion(bundle.recipe, clip.frames_FHWC[0], words, bucket, steps, seed)
     return animate(bundle, request).frames_FHWC
 
 

@@ -29,7 +29,7 @@ class Sample:
 
     image: Any
     prompt: str
-    motion_bucket: int
+    bucket: int
     video: bytes
 
 
@@ -204,11 +204,11 @@ def _dataset_part(dataset: DatasetIndex, edges: Sequence[float] | None = None) -
 
 def _sample_table(samples: Sequence[Sample]) -> str:
     """One row per prompt: the image, then its videos by motion bucket."""
-    buckets = sorted({sample.motion_bucket for sample in samples})
+    buckets = sorted({sample.bucket for sample in samples})
     header = "".join(f"<th>motion bucket {bucket}</th>" for bucket in buckets)
     rows = []
     for prompt in dict.fromkeys(sample.prompt for sample in samples):
-        own = {sample.motion_bucket: sample for sample in samples if sample.prompt == prompt}
+        own = {sample.bucket: sample for sample in samples if sample.prompt == prompt}
         image = data_uri(image_png(next(iter(own.values())).image), "image/png")
         cells = "".join(f"<td>{video(own[bucket].video)}</td>" if bucket in own else "<td></td>" for bucket in buckets)
         text = html.escape(prompt)

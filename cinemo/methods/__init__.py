@@ -9,44 +9,72 @@ from typing import Any
 from torch import nn
 
 from cinemo.config import Recipe
-from cinemo.methods.base import Encoders, Example, Method, run
+from cinemo.methods.base import Encoders, Example, Imported, Method, Published, run
 from cinemo.methods.cinemo import CinemoMethod
+from cinemo.methods.controls import ControlInfo, Controls, Input, controls_of
 from cinemo.methods.trainable import check_trainable, mark_trainable
 from cinemo.types import InputError
 
 __all__ = [
-    "CinemoMethod",
+    "ControlInfo",
+    "Controls",
     "Encoders",
     "Example",
+    "Imported",
+    "Input",
     "Method",
+    "Published",
     "build_method",
     "check_trainable",
+    "controls_of",
     "mark_trainable",
     "method_class",
+    "method_named",
+    "motion_control",
+    "published_sources",
     "run",
 ]
 
 _METHODS: dict[str, type[Method]] = {method.name: method for method in (CinemoMethod,)}
 
 
-def method_class(recipe: Recipe) -> type[Method]:
-    """The class of a recipe's method: one of this package, or ``package.module:Class`` of any that can be imported.
+def method_named(name: str) -> type[Method]:
+    """The class of a method, by its name in a recipe: one of this package, or ``package.module:Class`` of any other
+    that can be imported.
 
     Raises:
         InputError: there is no such method.
     """
-    module, colon, name = recipe.method.partition(":")
+    module, colon, attribute = name.partition(":")
     if not colon:
-        found: Any = _METHODS.get(recipe.method)
+        method: Any = _METHODS.get(name)
     else:
         try:
-            found = getattr(importlib.import_module(module), name, None)
+            method = getattr(importlib.import_module(module), attribute, None)
         except (ImportError, ValueError, TypeError) as error:  # the last two: no name of a module at all
-            raise InputError(f"method is {recipe.method!r}, which cannot be imported ({error})") from None
-    if not (isinstance(found, type) and issubclass(found, Method)):
+            raise InputError(f"method is {name!r}, which cannot be imported ({error})") from None
+    if not (isinstance(method, type) and issubclass(method, Method)):
         known = ", ".join(_METHODS)
-        raise InputError(f"method is {recipe.method!r}, expected one of {known}, or package.module:Class of a Method")
-    return found
+        raise InputError(f"method is {name!r}, expected one of {known}, or package.module:Class of a Method")
+    return method
+
+
+def method_class(recipe: Recipe) -> type[Method]:
+    """The class of a recipe's method. Raises `InputError`: there is no such method."""
+    return method_named(recipe.method)
+
+
+def motion_control(recipe: Recipe) -> str:
+    """The name of the control that says how much moves. Raises `InputError`: the recipe's method has none."""
+    name = method_class(recipe).controls_type.motion
+    if name is None:
+        raise InputError(f"recipe {recipe.name}: method {recipe.method} has no control of how much moves")
+    return name
+
+
+def published_sources() -> dict[str, Published]:
+    """Published weights that can be imported, of all methods here, by name."""
+    return {name: source for method in _METHODS.values() for name, source in method.published.items()}
 
 
 def build_method(recipe: Recipe, networks: Mapping[str, nn.Module] | None = None) -> Method:

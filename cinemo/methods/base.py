@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -16,9 +16,13 @@ from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.media.motion import MotionScale
+from cinemo.methods.controls import Controls, Input
+from cinemo.networks.features import DeepFeatures
 from cinemo.networks.frozen import TextEncoder, Vae
-from cinemo.networks.lavie_unet import DeepFeatures
-from cinemo.types import Condition, LatentBatch, LatentSample
+from cinemo.types import Condition, InputError, LatentBatch, LatentSample
+
+Reduction = Literal["mean", "none"]
+"""Of a loss: its mean, or one value for each sample."""
 
 Draw = Callable[[str], torch.Generator]
 """``draw(what)``: a generator for one draw of a training sample, keyed by seed, ``what``, step and sample."""
@@ -35,11 +39,35 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks of a bundle that a method may ask, and what its motion buckets mean."""
+    """The frozen networks of a bundle that a method may ask, and what levels of motion mean to the bundle's network."""
 
     vae: Vae
     text: TextEncoder
     motion: MotionScale
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Published weights as a bundle holds them, and a recipe that says what they are."""
+
+    recipe: Recipe
+    networks: Mapping[str, nn.Module]
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that a paper's authors published, as a method reads them.
+
+    ``takes``: what it reads (``DIR``, ``FILE``). ``whole``: a whole model, which becomes a bundle; else a base to train
+    from, whose only network is written as a folder for ``train.init``. ``load``: from a place and a recipe, which says
+    what the files do not; raises `InputError`.
+    """
+
+    takes: str
+    description: str
+    whole: bool
+    load: Callable[[str, Recipe], Imported]
 
 
 class Method(nn.Module, ABC):
@@ -48,22 +76,39 @@ class Method(nn.Module, ABC):
     Frozen encoders stay outside: a method sees latents and text states. Everything else (trainer, export, bundle, LoRA,
     compiler, server) iterates over `networks` and drives `sampling`, whatever the method is.
 
-    ``name``: as a recipe has it. ``needs``: the encoders whose output it uses (``vae``, ``text_encoder``).
+    ``name``: as a recipe has it. ``recipe_type``: a recipe with this method's keys. ``controls_type``: what may be
+    asked. ``inputs``: pictures and videos that it takes beside the picture to animate, by name.
+    ``needs``: the encoders whose output it uses (``vae``, ``text_encoder``).
     ``stored_fields``: what a sample must carry beside its latents (`cinemo.data.dataset.fields`).
     ``parts``: names of its networks, which are attributes of it: parameter ``unet.x`` is ``x`` of ``networks["unet"]``.
+    ``published``: weights that `pipelines/export.py` can import, by the name of their flag.
     ``variants``: what a sample sheet shows of each sample: by name, numbers in the place of its own fields.
     """
 
     name: ClassVar[str]
+    recipe_type: ClassVar[type[Recipe]]
+    controls_type: ClassVar[type[Controls]] = Controls
+    inputs: ClassVar[Mapping[str, Input]] = {}
     needs: ClassVar[tuple[str, ...]]
     stored_fields: ClassVar[tuple[str, ...]] = ()
     variants: ClassVar[Mapping[str, Mapping[str, float]]] = {"sample": {}}
     parts: ClassVar[tuple[str, ...]]
+    published: ClassVar[Mapping[str, Published]] = {}
     schedule: NoiseSchedule
 
     @property
     def networks(self) -> dict[str, nn.Module]:
         return {part: getattr(self, part) for part in self.parts}
+
+    @classmethod
+    @abstractmethod
+    def latent_channels(cls, recipe: Recipe) -> int:
+        """Channels of the latents that a recipe's networks are made for."""
+
+    @classmethod
+    @abstractmethod
+    def text_width(cls, recipe: Recipe) -> int:
+        """Width D of the text states (B, L, D) that they are made for."""
 
     @classmethod
     @abstractmethod
@@ -114,10 +159,16 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, batch: LatentBatch, t_B: Tensor, noise: Tensor, each: bool = False, weighted: bool = True
+        self,
+        batch: LatentBatch,
+        t_B: Tensor,
+        noise: Tensor,
+        reduction: Reduction = "mean",
+        weighted: bool = True,
     ) -> Tensor:
-        """The scalar training loss, with ``each`` that of every sample (B,); ``noise`` is shaped like `target`.
+        """The training loss: a scalar, or with ``reduction="none"`` that of every sample (B,).
 
+        ``noise``: shaped like `target`.
         ``weighted``: by timestep, where the recipe asks for it; validation measures the plain error.
         """
 
@@ -128,6 +179,15 @@ class Method(nn.Module, ABC):
         ``deep``: inner features to keep or to use again, where `sampling` says so.
         """
 
+    def asked(
+        self, encoders: Encoders, image_BCHW: Tensor, prompts: Sequence[str], levels: Sequence[int] | None = None
+    ) -> Condition:
+        """What the network is told where a person asks for each prompt and level of motion.
+
+        ``image_BCHW``: latents of the pictures. ``levels``: of the control `Controls.motion`.
+        """
+        raise InputError(f"method {self.name}: what its network makes of one prompt cannot be asked alone")
+
     @abstractmethod
     def prepare(
         self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
@@ -135,11 +195,12 @@ class Method(nn.Module, ABC):
         """A request -> its sampling, which returns the latents of a video (1, C, F, h, w), and how often that asks.
 
         Args:
-            inputs: by name, uint8 pictures (H, W, 3) and videos (F, H, W, 3) of any size; ``image`` is the first frame.
-            settings: controls by name; what is measured on the inputs is added.
+            inputs: by name, uint8 pictures (H, W, 3) and videos (F, H, W, 3) of any size; ``image`` is the picture to
+                animate, the others are among the class's ``inputs``.
+            settings: the prompt and all controls (`Controls.settings`); what is measured on the inputs is added.
 
         Raises:
-            InputError: an input or setting that this method cannot use.
+            InputError: an input or setting that does not fit.
         """
 
     @abstractmethod

@@ -5,25 +5,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cinemo.config import Recipe, SampleConfig
+from cinemo.config import MOTION_BUCKETS, Recipe, SampleConfig, TrainConfig
 from cinemo.diffusion.dct import dct_init
 from cinemo.diffusion.ddim import ddim_invert_steps, ddim_steps
 from cinemo.diffusion.guidance import Sampling, guided, reusing
 from cinemo.diffusion.multistep import multistep_steps
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
-from cinemo.media.motion import MotionScale, mean_adjacent_ssim, motion_bucket
+from cinemo.media.motion import MotionScale, mean_adjacent_ssim, motion_bucket, strength_to_bucket
 from cinemo.media.transforms import prepare_image
-from cinemo.methods.base import Draw, Encoders, Example, Method, chance, diffusion_loss, run
-from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet, is_temporal
+from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, chance, diffusion_loss, run
+from cinemo.methods.cinemo_weights import import_cinemo, import_lavie
+from cinemo.methods.controls import MAX_PROMPT, FastSampling, Input, control
+from cinemo.networks.features import DeepFeatures
+from cinemo.networks.lavie_unet import LavieUNet, UNetConfig, is_temporal
 from cinemo.networks.weights import load_unet
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
+
+
+class CinemoTrain(TrainConfig):
+    """Optimisation (section 4.1), and what a sample may go without."""
+
+    image_dropout: float = Field(0.0, ge=0, le=1, description="share of samples whose given frame is zeroed")
+    motion_dropout: float = Field(0.0, ge=0, le=1, description="share of samples without a motion embedding")
+
+
+class CinemoSample(SampleConfig):
+    """Sampling defaults (sections 3.3 and 4.1; values the paper leaves open are the published code's)."""
+
+    dct_init: bool = True
+    dct_tau: int = Field(975, description="diffusion step of the layout guidance")
+    dct_keep: float = Field(0.23, ge=0, le=1, description="share of each axis that is kept as low frequency")
+    dct_mode: Literal["spatial", "3d", "fft"] = Field(
+        "spatial", description="spatial = published, 3d = the paper's text"
+    )
+    motion_bucket: int = Field(10, ge=0, lt=MOTION_BUCKETS)
+    edit_guidance_scale: float = Field(1.0, ge=1, description="for editing: the published code's; the paper says 7.5")
+    edit_dct_tau: int = Field(985, description="for editing: the published code's step of the layout guidance")
+
+
+class CinemoRecipe(Recipe):
+    """A run of Cinemo."""
+
+    method: str = "cinemo"
+    model: UNetConfig = UNetConfig()
+    train: CinemoTrain = CinemoTrain()
+    sample: CinemoSample = CinemoSample()
+
+
+class CinemoControls(FastSampling):
+    """Motion intensity (section 3.2), DCTInit (3.3), and the source of motion transfer and editing (4.4)."""
+
+    motion: ClassVar[str | None] = "motion_bucket"
+
+    motion_bucket: int | None = control(
+        None,
+        "larger = more motion; 0 stays still",
+        title="Motion",
+        place="front",
+        words={0: "almost still", 4: "gentle", 8: "moderate", 12: "lively", 16: "strong", 19: "maximum"},
+        ge=0,
+        le=MOTION_BUCKETS - 1,
+    )
+    motion_strength: float | None = control(
+        None, "the same on a scale of 0..1; give at most one of the two", title="Motion strength", ge=0, le=1
+    )
+    dct_init: bool | None = control(
+        None, "begin from the picture's own layout: steadier motion", title="DCTInit", place="folded"
+    )
+    source_prompt: str = control("", "what the source video shows", title="Source prompt", max_length=MAX_PROMPT)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.motion_bucket is not None and self.motion_strength is not None:
+            raise ValueError("motion_bucket and motion_strength are both given; give at most one of them")
+        return self
+
+    def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
+        """With a source video the defaults are the recipe's for editing, and the bucket is measured on it (None)."""
+        values: dict[str, Any] = {}
+        edits = "source" in inputs
+        if self.motion_strength is not None:
+            values["motion_bucket"] = strength_to_bucket(self.motion_strength)
+        if edits and self.guidance_scale is None:
+            values["guidance_scale"] = _own(recipe).sample.edit_guidance_scale
+        filled = super().settings(recipe, inputs) | values
+        if edits and self.motion_bucket is None and self.motion_strength is None:
+            filled["motion_bucket"] = None
+        return {name: value for name, value in filled.items() if name != "source_prompt" or edits}
 
 
 class CinemoMethod(Method):
@@ -37,6 +113,12 @@ class CinemoMethod(Method):
     """
 
     name: ClassVar[str] = "cinemo"
+    recipe_type: ClassVar[type[Recipe]] = CinemoRecipe
+    controls_type: ClassVar[type[FastSampling]] = CinemoControls
+    inputs: ClassVar[Mapping[str, Input]] = {
+        "source": Input("video", "take the motion from this video: edit its first frame, or give any other picture")
+    }
+    published: ClassVar[Mapping[str, Published]] = {"cinemo": import_cinemo, "lavie": import_lavie}
     needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     parts: ClassVar[tuple[str, ...]] = ("unet",)
     variants: ClassVar[Mapping[str, Mapping[str, float]]] = {
@@ -45,7 +127,7 @@ class CinemoMethod(Method):
     }
 
     def __init__(
-        self, unet: LavieUNet, schedule: NoiseSchedule, sample: SampleConfig, min_snr_gamma: float | None = None
+        self, unet: LavieUNet, schedule: NoiseSchedule, sample: CinemoSample, min_snr_gamma: float | None = None
     ) -> None:
         super().__init__()
         if not 0 <= sample.dct_tau < schedule.train_steps:
@@ -56,19 +138,27 @@ class CinemoMethod(Method):
         self.min_snr_gamma = min_snr_gamma
 
     @classmethod
+    def latent_channels(cls, recipe: Recipe) -> int:
+        return _own(recipe).model.in_channels
+
+    @classmethod
+    def text_width(cls, recipe: Recipe) -> int:
+        return _own(recipe).model.cross_attention_dim
+
+    @classmethod
     def fresh_networks(cls, recipe: Recipe) -> dict[str, nn.Module]:
-        return {"unet": LavieUNet(**recipe.model.model_dump())}
+        return {"unet": LavieUNet(**_own(recipe).model.model_dump())}
 
     @classmethod
     def load_network(
         cls, recipe: Recipe, part: str, location: str, dtype: torch.dtype | None = None, base: bool = False
     ) -> nn.Module:
-        return load_unet(recipe.model, location, dtype, motion_optional=base)
+        return load_unet(_own(recipe).model, location, dtype, motion_optional=base)
 
     @classmethod
     def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
         unet = cast(LavieUNet, networks["unet"])
-        return cls(unet, noise_schedule(recipe.diffusion), recipe.sample, recipe.train.min_snr_gamma)
+        return cls(unet, noise_schedule(recipe.diffusion), _own(recipe).sample, recipe.train.min_snr_gamma)
 
     @classmethod
     def example(cls, recipe: Recipe, sample: LatentSample, draw: Draw) -> Example:
@@ -78,7 +168,7 @@ class CinemoMethod(Method):
         the network's input is then cat([0, M_t]) where Algorithm 1 has cat([z_1, M_t + z_1]), for the same residuals,
         and there is no motion embedding, as in LaVie; what either adds can then be guided as what a prompt adds.
         """
-        train = recipe.train
+        train = _own(recipe).train
         fields = {
             "motion_bucket": torch.tensor(float(motion_bucket(sample.ssim, recipe.data.bucket_edges))),
             "image_given": torch.tensor(not chance(draw, "drop image", train.image_dropout)),
@@ -110,9 +200,14 @@ class CinemoMethod(Method):
         return motion if self.schedule.data_scale == 1 else motion * self.schedule.data_scale
 
     def forward(
-        self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor, each: bool = False, weighted: bool = True
+        self,
+        batch: LatentBatch,
+        t_B: Tensor,
+        noise_BCFHW: Tensor,
+        reduction: Reduction = "mean",
+        weighted: bool = True,
     ) -> Tensor:
-        """The loss of one batch (scalar, float32), with ``each`` that of every sample (B,).
+        """The loss of one batch (scalar, float32), with ``reduction="none"`` that of every sample (B,).
 
         It is what is optimised: with ``min_snr_gamma``, the weighted error. Without ``weighted``, the plain one.
 
@@ -128,7 +223,7 @@ class CinemoMethod(Method):
         losses_B = diffusion_loss(output, self.schedule.target(motion, noise, t_B))  # line 10
         if weighted and self.min_snr_gamma is not None:
             losses_B = losses_B * self.schedule.min_snr_weights(t_B, self.min_snr_gamma).to(losses_B.device)
-        return losses_B if each else losses_B.mean()
+        return losses_B if reduction == "none" else losses_B.mean()
 
     def start(self, condition: Condition, noise: Tensor) -> Tensor:
         """x_T: the noise, its low frequencies replaced by the image's layout where DCTInit is on (section 3.3)."""
@@ -160,6 +255,13 @@ class CinemoMethod(Method):
         output: Tensor = self.unet(frames, t, text, condition["motion_bucket"], deep)
         return output[:, :, 1:]
 
+    def asked(
+        self, encoders: Encoders, image_BCHW: Tensor, prompts: Sequence[str], levels: Sequence[int] | None = None
+    ) -> Condition:
+        ids = [torch.nan] * len(prompts) if levels is None else [encoders.motion.motion_id(level) for level in levels]
+        bucket_B = torch.tensor(ids, device=image_BCHW.device)
+        return Condition(image=image_BCHW, text=encoders.text.encode(prompts), motion_bucket=bucket_B)
+
     def prepare(
         self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
     ) -> tuple[Sampling, int]:
@@ -186,7 +288,7 @@ class CinemoMethod(Method):
             source_text_BLD = encoders.text.encode([settings["source_prompt"]])
             source = Condition(image=video_BCFHW[:, :, 0], text=source_text_BLD, motion_bucket=bucket_B)
             noise = run(self, self.inversion(video_BCFHW, source, steps))
-            wanted["dct_tau"] = recipe.sample.edit_dct_tau
+            wanted["dct_tau"] = _own(recipe).sample.edit_dct_tau
         asked = CinemoMethod(self.unet, self.schedule, self.sample.model_copy(update=wanted))
         scale, fresh = float(settings["guidance_scale"]), keyed_generator(seed, "fresh noise")
         return asked.sampling(condition, negative_BLD, noise, steps, scale, fresh), steps
@@ -238,6 +340,12 @@ class CinemoMethod(Method):
         if self.schedule.data_scale != 1:
             x_0 = x_0 / self.schedule.data_scale
         return torch.cat([z_1, z_1 + x_0], dim=2)
+
+
+def _own(recipe: Recipe) -> CinemoRecipe:
+    if not isinstance(recipe, CinemoRecipe):
+        raise TypeError(f"recipe {recipe.name} is a {type(recipe).__name__}, expected a CinemoRecipe")
+    return recipe
 
 
 def _frames(source_FHWC: np.ndarray, recipe: Recipe) -> Tensor:

@@ -12,9 +12,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cinemo.config import Part
 from cinemo.networks.attention import ROTARY_DIM, TextKeysValues
 from cinemo.networks.blocks import (
     Downsample,
@@ -27,6 +29,7 @@ from cinemo.networks.blocks import (
     join_frames,
     part_frames,
 )
+from cinemo.networks.features import DeepFeatures
 from cinemo.networks.memory import silu
 from cinemo.types import InputError
 
@@ -53,19 +56,17 @@ def is_temporal(name: str) -> bool:
     return not set(TEMPORAL).isdisjoint(name.split("."))
 
 
-class DeepFeatures:
-    """What the inner layers made in one call, for calls at nearby steps to use again (DeepCache, arXiv 2312.00858).
+class UNetConfig(Part):
+    """Arguments of `LavieUNet`; the defaults are the published network."""
 
-    A call that finds ``kept`` None runs everything and fills it; later ones run the outermost ``depth`` layers alone.
-
-    Args:
-        depth: 1: the input convolution and the last layer; 2: also the first layer and the last but one; and so on,
-            inside the outermost level.
-    """
-
-    def __init__(self, depth: int = 1) -> None:
-        self.depth = depth
-        self.kept: Tensor | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    cross_attention_dim: int = 768
+    attention_head_dim: int = Field(8, description="number of heads (the published name is a misnomer)")
+    addition_time_embed_dim: int = 256
 
 
 class LavieUNet(nn.Module):

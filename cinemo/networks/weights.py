@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from cinemo import cache, storage
-from cinemo.config import ModelConfig
 from cinemo.networks.attention import rotary_frequencies
 from cinemo.networks.blocks import Embedding
-from cinemo.networks.lavie_unet import ONLY, LavieUNet
+from cinemo.networks.lavie_unet import ONLY, LavieUNet, UNetConfig
 from cinemo.types import InputError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -71,7 +70,7 @@ def read_config(directory: Path, location: str, name: str = "config.json") -> di
 
 
 def published_config(values: Mapping[str, Any], location: str) -> dict[str, Any]:
-    """The entries of a published UNet's ``config.json`` that `ModelConfig` has.
+    """The entries of a published UNet's ``config.json`` that `UNetConfig` has.
 
     Others are names of classes, or settings that change no result where the weights fit.
 
@@ -83,11 +82,11 @@ def published_config(values: Mapping[str, Any], location: str) -> dict[str, Any]
             raise InputError(
                 f"{location}: config.json has {key} = {values[key]!r}, this network supports only {only!r}"
             )
-    return {name: values[name] for name in ModelConfig.model_fields if values.get(name) is not None}
+    return {name: values[name] for name in UNetConfig.model_fields if values.get(name) is not None}
 
 
 def load_unet(
-    config: ModelConfig, location: str, dtype: torch.dtype | None = None, motion_optional: bool = False
+    config: UNetConfig, location: str, dtype: torch.dtype | None = None, motion_optional: bool = False
 ) -> LavieUNet:
     """A UNet with the weights at ``location`` (.safetensors, or .bin/.pt read without running code), on the CPU.
 
@@ -194,7 +193,7 @@ def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor
     return state
 
 
-def _fresh_motion(config: ModelConfig) -> dict[str, Tensor]:
+def _fresh_motion(config: UNetConfig) -> dict[str, Tensor]:
     fresh = Embedding(config.addition_time_embed_dim, 4 * config.block_out_channels[0])
     torch.nn.init.zeros_(fresh.linear_2.weight)
     return {f"add_embedding.{name}": value for name, value in fresh.state_dict().items()}

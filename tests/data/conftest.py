@@ -8,10 +8,10 @@ import pytest
 from data.small_data import film
 from tiny import save_encoders, save_image_encoder
 
-from cinemo.config import DataConfig, Recipe, override
+from cinemo.config import DataConfig, Recipe
 from cinemo.data.precompute.graph import run
 from cinemo.media.mp4 import write_video
-from cinemo.recipes import cinemo_tiny
+from cinemo.recipes import cinemo_tiny, override
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,12 @@ import pyarrow as pa
 import pytest
 from data.small_data import film
 
-from cinemo.config import DataConfig, Recipe, override
+from cinemo.config import DataConfig, Recipe
 from cinemo.data.dataset.shards import read_ledger
 from cinemo.data.precompute import graph as precompute
 from cinemo.data.precompute import stages
 from cinemo.media.mp4 import write_video
+from cinemo.recipes import override
 
 
 @pytest.mark.ray

@@ -13,12 +13,13 @@ from data.small_data import make_sample
 from data.test_plan import clips
 
 from cinemo import s3, storage
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.precompute import dataset as dataset_module
 from cinemo.data.precompute import journal
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.plan import Plan
+from cinemo.recipes import override
 from cinemo.types import Refusal
 
 SHARDS = 17

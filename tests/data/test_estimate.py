@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.data.precompute import estimate
 from cinemo.data.precompute.estimate import Known, compare, plan_only
 from cinemo.data.precompute.plan import Plan, make_plan
 from cinemo.data.precompute.prices import Prices, money, read_prices
 from cinemo.data.precompute.wording import plan_lines, summary_lines
+from cinemo.recipes import override
 from cinemo.types import InputError
 
 CLIP = {"decode": 0.5, "score": 0.25, "encode": 1.0, "refused": False, "reason": None, "bytes": 1000}

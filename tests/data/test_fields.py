@@ -18,7 +18,7 @@ from data.small_data import digests, film, stamps
 from PIL import Image
 
 from cinemo import storage
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.data.dataset import fields, sidecars
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import LatentLoader
@@ -27,6 +27,7 @@ from cinemo.media.flow import dense_flow
 from cinemo.media.mp4 import write_video
 from cinemo.media.video import decode_clip, read_frames
 from cinemo.networks.frozen import ImageEncoder, TextEncoder
+from cinemo.recipes import override
 from cinemo.types import Clip, InputError, LatentSample, RunError
 
 ALL = ("text_states", "first_frame", "image_tokens", "flow")

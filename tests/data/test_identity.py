@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from cinemo.config import Recipe, keys, override
+from cinemo.config import Recipe, keys
 from cinemo.data.dataset import identity
 from cinemo.data.dataset.identity import differences, fingerprint
+from cinemo.methods.cinemo import CinemoRecipe
+from cinemo.recipes import override
 
 EDGES = [round(0.5 + k * 0.02, 3) for k in range(19)]
 # Another value for every recipe key that decides bytes (or a share of an accelerator, which decides the precision).
@@ -81,7 +83,7 @@ def test_equal_exactly_where_all_covered_keys_are(small_recipe: Recipe, one: set
 def test_every_key_of_a_recipe_is_sorted_here() -> None:
     """A new key must be put into one of the tables above: forgotten in a fingerprint, it would mix datasets."""
     known = COVERED | UNCOVERED
-    assert [key for key in keys() if key not in known and not key.startswith(ELSEWHERE)] == []
+    assert [key for key in keys(CinemoRecipe) if key not in known and not key.startswith(ELSEWHERE)] == []
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ from data.small_data import digests, film, stamps
 from faulty_s3 import FAULTS, FaultyS3
 
 from cinemo import cli, s3, storage
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex, read_ledger
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.precompute import cluster
 from cinemo.data.precompute.graph import run
 from cinemo.media.mp4 import write_video
+from cinemo.recipes import override
 from cinemo.types import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]

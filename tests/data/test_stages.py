@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from data.small_data import film
 
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import read_ledger
 from cinemo.data.manifest.manifest import read_manifest
@@ -21,6 +21,7 @@ from cinemo.data.precompute.plan import Plan, make_plan
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.mp4 import write_video
 from cinemo.media.video import decode_clip
+from cinemo.recipes import override
 from cinemo.types import Clip, keyed_generator
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 
 from cinemo import cli, storage
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.verify import canary, verify
+from cinemo.recipes import override
 from cinemo.types import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ def test_split_undoes_add_noise_when_the_network_is_perfect(
     x_0, noise = torch.randn(2, 2, 3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for t in (first, torch.tensor([first, second])):
         x_t = schedule.add_noise(x_0, noise, t)
-        got_0, got_noise = schedule.split(x_t, schedule.target(x_0, noise, t), t)
+        got_0, got_noise = schedule.predict_x0_eps(x_t, schedule.target(x_0, noise, t), t)
         # float32 roots of an int step do not square to exactly one; far steps magnify that by 1/sqrt(a).
         torch.testing.assert_close(got_0, x_0, rtol=0, atol=2e-5)
         torch.testing.assert_close(got_noise, noise, rtol=0, atol=1e-6)
@@ -54,7 +54,7 @@ def test_min_snr_weights_in_closed_form(t: int, gamma: float) -> None:
 
         x_0, noise, output = torch.randn(3, 2, 50, dtype=torch.float64)
         x_t = schedule.add_noise(x_0, noise, t_B)
-        error = (schedule.split(x_t, output, t_B)[0] - x_0).square().mean(1)
+        error = (schedule.predict_x0_eps(x_t, output, t_B)[0] - x_0).square().mean(1)
         own = (output - schedule.target(x_0, noise, t_B)).square().mean(1)
         torch.testing.assert_close(weights * own, snr.clamp(max=gamma) * error, rtol=1e-2, atol=1e-9)
 
@@ -74,7 +74,7 @@ def test_zero_terminal_snr_leaves_no_signal_and_the_first_level_as_it_was() -> N
     assert (zero.alpha_bar.diff() < 0).all()
     x_0, noise = torch.randn(2, 1, 2, 3, 4)
     torch.testing.assert_close(zero.add_noise(x_0, noise, 999), noise)
-    torch.testing.assert_close(zero.split(noise, zero.target(x_0, noise, 999), 999)[0], x_0)
+    torch.testing.assert_close(zero.predict_x0_eps(noise, zero.target(x_0, noise, 999), 999)[0], x_0)
     with pytest.raises(ValueError, match="prediction epsilon, expected v"):
         DiffusionConfig(zero_terminal_snr=True)
 
@@ -85,7 +85,7 @@ def test_clean_scale_is_that_of_each_step(first: int, second: int, base: float) 
     schedule = noise_schedule(DiffusionConfig(prediction="v", dynamic_rescale=base))
     x_0, noise = torch.randn(2, 2, 3, 2, 4, 4, dtype=torch.float64)
     t_B = torch.tensor([first, second])
-    scaled, _ = schedule.split(schedule.add_noise(x_0, noise, t_B), schedule.target(x_0, noise, t_B), t_B)
+    scaled, _ = schedule.predict_x0_eps(schedule.add_noise(x_0, noise, t_B), schedule.target(x_0, noise, t_B), t_B)
     for row, t in enumerate((first, second)):
         expected = 1 - (1 - base) * min(t, 399) / 399
         torch.testing.assert_close(scaled[row], x_0[row] * expected, atol=1e-6, rtol=0)

@@ -91,11 +91,11 @@ def test_golden_schedules(capsys: pytest.CaptureFixture[str]) -> None:
         family.check(where, "noised", x_t, arrays["xt"], 1e-6)
         as_v = NoiseSchedule(schedule.alpha_bar, "v")
         family.check(where, "v", as_v.target(x_0, noise, t), arrays["v"], 1e-6)
-        back, noise_back = as_v.split(x_t, as_v.target(x_0, noise, t), t)
+        back, noise_back = as_v.predict_x0_eps(x_t, as_v.target(x_0, noise, t), t)
         family.check(where, "split", back, arrays["x0_from_v"], 1e-6)
         family.check(where, "split", noise_back, arrays["eps_from_v"], 1e-6)
         if "x0_from_eps" in arrays:
-            back, _ = NoiseSchedule(schedule.alpha_bar).split(x_t, noise, t)
+            back, _ = NoiseSchedule(schedule.alpha_bar).predict_x0_eps(x_t, noise, t)
             # Divided by sqrt(a), which is 0.07 at the end.
             family.check(where, "x_0 from noise", back, arrays["x0_from_eps"], 2e-5)
     family.finish(capsys)

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo import storage
-from cinemo.config import DataConfig, override
+from cinemo.config import DataConfig
 from cinemo.data.dataset import shards
 from cinemo.evaluation import dataset_report
 from cinemo.evaluation.dataset_report import equal_population_edges, write_dataset_report
 from cinemo.media.motion import motion_bucket
 from cinemo.media.mp4 import write_video
-from cinemo.recipes import cinemo_tiny
+from cinemo.recipes import cinemo_tiny, override
 from cinemo.types import LatentSample, Refusal
 
 SUMMARY = {

@@ -5,19 +5,21 @@ import torch
 from goldens import FLOAT32, FLOAT64, Golden, Tally, fill_golden, golden_files
 from torch import Tensor, nn
 
-from cinemo.config import DiffusionConfig, ModelConfig, Recipe, SampleConfig, override
+from cinemo.config import DiffusionConfig
 from cinemo.diffusion.dct import dct_init
 from cinemo.diffusion.ddim import Queries, ddim_invert_steps, ddim_steps, timesteps
 from cinemo.diffusion.guidance import guided
 from cinemo.diffusion.schedule import noise_schedule
 from cinemo.methods import CinemoMethod, Method, build_method
 from cinemo.methods.base import run
-from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.methods.cinemo import CinemoRecipe, CinemoSample
+from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
+from cinemo.recipes import override
 from cinemo.types import Condition, InputError, LatentBatch
 
-RECIPE = Recipe(
+RECIPE = CinemoRecipe(
     name="test",
-    model=ModelConfig(
+    model=UNetConfig(
         block_out_channels=(32, 32),
         layers_per_block=1,
         norm_num_groups=8,
@@ -36,7 +38,7 @@ def test_golden_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
             unet = LavieUNet(**golden.meta["config"])
         fill_golden(unet)
         for dtype in (torch.float64, torch.float32):
-            method = CinemoMethod(unet.to(dtype), noise_schedule(DiffusionConfig()), SampleConfig())
+            method = CinemoMethod(unet.to(dtype), noise_schedule(DiffusionConfig()), CinemoSample())
             for kind in ("sampling", "inversion"):
                 for case in golden.meta.get(kind, []):
                     run_case(method, golden, kind, case, dtype, tally)
@@ -138,11 +140,11 @@ def test_min_snr_weighs_what_is_returned(prediction: str) -> None:
     torch.manual_seed(0)
     recipe = RECIPE.model_copy(update={"diffusion": DiffusionConfig(prediction=prediction)})
     method = build_method(recipe)
-    each = method(*batch(), each=True)
+    each = method(*batch(), reduction="none")
     weighted = build_method(override(recipe, ["train.min_snr_gamma=5"]), method.networks)
     weights = method.schedule.min_snr_weights(batch()[1], 5.0)
     assert weights[0] < 0.1  # at step 10, where hardly any noise is left
-    torch.testing.assert_close(weighted(*batch(), each=True), each * weights)
+    torch.testing.assert_close(weighted(*batch(), reduction="none"), each * weights)
     torch.testing.assert_close(weighted(*batch()), (each * weights).mean())
 
 
@@ -203,7 +205,7 @@ def test_start_is_dct_init_or_the_noise_itself() -> None:
     a = method.schedule.alpha_bar[975]
     expected = dct_init(data.condition["image"][:, :, None], noise, a, 0.23, "spatial")
     assert torch.equal(method.start(data.condition, noise), expected)
-    without = build_method(RECIPE.model_copy(update={"sample": SampleConfig(dct_init=False)}), method.networks)
+    without = build_method(RECIPE.model_copy(update={"sample": CinemoSample(dct_init=False)}), method.networks)
     assert torch.equal(without.start(data.condition, noise), noise)
 
 
@@ -223,4 +225,4 @@ def test_sampling_end_to_end_is_deterministic() -> None:
 
 def test_a_step_outside_the_schedule_is_refused() -> None:
     with pytest.raises(InputError, match="dct_tau is 1000"):
-        build_method(RECIPE.model_copy(update={"sample": SampleConfig(dct_tau=1000)}))
+        build_method(RECIPE.model_copy(update={"sample": CinemoSample(dct_tau=1000)}))

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from cinemo.config import ModelConfig, Recipe, TrainConfig
 from cinemo.methods import CinemoMethod, build_method, mark_trainable
-from cinemo.networks.lavie_unet import LavieUNet, is_temporal
+from cinemo.methods.cinemo import CinemoRecipe, CinemoTrain
+from cinemo.networks.lavie_unet import LavieUNet, UNetConfig, is_temporal
 from cinemo.types import Condition, LatentBatch
 
-RECIPE = Recipe(
+RECIPE = CinemoRecipe(
     name="test",
-    model=ModelConfig(
+    model=UNetConfig(
         block_out_channels=(32, 64),
         layers_per_block=1,
         norm_num_groups=8,
@@ -51,7 +51,7 @@ def trained(made: CinemoMethod, steps: int = 2) -> set[str]:
 
 def test_all_is_every_parameter() -> None:
     made = method()
-    mark_trainable(made, TrainConfig())
+    mark_trainable(made, CinemoTrain())
     assert trained(made) == {name for name, _ in made.unet.named_parameters()}
 
 
@@ -67,7 +67,7 @@ def test_temporal_is_what_lavie_and_cinemo_added() -> None:
     assert sum(sizes.values()) - sum(temporal.values()) == 859_520_964  # Stable Diffusion v1.4
 
     made = method()
-    mark_trainable(made, TrainConfig(trainable="temporal"))
+    mark_trainable(made, CinemoTrain(trainable="temporal"))
     names = {name for name, _ in made.unet.named_parameters() if is_temporal(name)}
     assert len(names) < len(list(made.parameters())) / 2
     assert trained(made) == names
@@ -76,7 +76,7 @@ def test_temporal_is_what_lavie_and_cinemo_added() -> None:
 @pytest.mark.parametrize("layers", [("to_q", "ff.net.2"), ("attn_temp.to_v",)])
 def test_lora_moves_its_own_matrices_alone(layers: tuple[str, ...]) -> None:
     made = method()
-    mark_trainable(made, TrainConfig(trainable="lora", lora_rank=2, lora_layers=layers))
+    mark_trainable(made, CinemoTrain(trainable="lora", lora_rank=2, lora_layers=layers))
     moved = trained(made)
     assert moved == {name for name, _ in made.unet.named_parameters() if ".lora_" in name}
     assert {name.split(".lora_")[0] for name in moved} == {

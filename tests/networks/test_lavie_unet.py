@@ -7,8 +7,7 @@ import torch
 from goldens import FLOAT32, FLOAT64, Golden, Tally, fill_golden, golden_files
 from torch import Tensor, nn
 
-from cinemo.config import ModelConfig
-from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet
+from cinemo.networks.lavie_unet import DeepFeatures, LavieUNet, UNetConfig
 from cinemo.types import InputError
 
 SMALL = {
@@ -118,7 +117,7 @@ def test_golden_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None:
     tiny = Golden(golden_files("cinemo/unet_tiny_golden.npz")[0]).meta["config"]
     for path in files:
         with torch.device("meta"):
-            unet = LavieUNet(**(tiny if "tiny" in path.name else ModelConfig().model_dump()))
+            unet = LavieUNet(**(tiny if "tiny" in path.name else UNetConfig().model_dump()))
         state = {
             name: [list(value.shape), str(value.dtype).removeprefix("torch.")]
             for name, value in unet.state_dict().items()

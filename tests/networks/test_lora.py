@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cinemo.config import TrainConfig
+from cinemo.methods.cinemo import CinemoTrain
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.lora import LoraLinear, add_lora, lora_scale, merge_lora, save_adapter
 from cinemo.types import InputError
@@ -199,7 +200,7 @@ def test_an_adapter_as_peft_and_diffusers_read_it(tmp_path: Path) -> None:
         torch.testing.assert_close(merged[f"{name}.weight"], expected)
 
     with pytest.raises(InputError, match=r"train\.trainable is all, expected lora"):
-        save_adapter(base.state_dict(), TrainConfig(), tmp_path / "none")
+        save_adapter(base.state_dict(), CinemoTrain(), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 

@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cinemo.config import ModelConfig
-from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
 from cinemo.networks.weights import WEIGHTS_NAME, load_unet, resolve, save_network, weights_digest
 from cinemo.types import InputError
 
-CONFIG = ModelConfig(
+CONFIG = UNetConfig(
     block_out_channels=(32, 32),
     layers_per_block=1,
     norm_num_groups=8,
@@ -125,14 +124,14 @@ def test_a_mapped_file_is_saved_as_it_was(state: State, tmp_path: Path) -> None:
 
 MEASURED = """
 import sys, torch, safetensors.torch
-from cinemo.config import ModelConfig
+from cinemo.networks.lavie_unet import UNetConfig
 from cinemo.networks.weights import load_unet
 
 def peak():
     (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
-config = ModelConfig(block_out_channels=(256, 512, 512, 512))
+config = UNetConfig(block_out_channels=(256, 512, 512, 512))
 torch.zeros(1).half().float()
 before = peak()
 unet = load_unet(config, sys.argv[1], getattr(torch, sys.argv[2]))
@@ -149,7 +148,7 @@ print(peak() - before, sum(p.nbytes for p in unet.parameters()))
 )
 def test_loading_takes_little_more_than_the_weights(stored: str, wanted: str, tmp_path: Path) -> None:
     """A quarter of the published network, 0.9 GB in float32."""
-    unet = LavieUNet(**ModelConfig(block_out_channels=(256, 512, 512, 512)).model_dump())
+    unet = LavieUNet(**UNetConfig(block_out_channels=(256, 512, 512, 512)).model_dump())
     state = {name: value.detach().to(getattr(torch, stored)) for name, value in unet.state_dict().items()}
     save_file(state, tmp_path / WEIGHTS_NAME)
     del unet, state

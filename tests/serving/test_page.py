@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import shutil
 import socket
 import threading
 import time
@@ -24,20 +23,16 @@ from tiny import FRAMES, SIZE, tiny_bundle
 from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe
+from cinemo.methods.cinemo import CinemoControls
 from cinemo.serving.engine.runner import JobRunner
 from cinemo.serving.http.api import build_api
+from cinemo.serving.http.form import VideoForm, VideoRequest
 from cinemo.serving.http.refusals import refusal
-from cinemo.serving.http.schema import VideoForm
 from cinemo.serving.store.database import Database
 from cinemo.serving.store.jobs import JobStore, QueueLimits
 from cinemo.serving.store.keys import KeyStore
 from cinemo.serving.store.media import MediaStore, image_name
 
-# No accelerator, no sandbox inside a container, and nothing that a browser asks of its maker by itself.
-FLAGS = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 MAX_QUEUED = 16
 LONG = 120  # sampling steps of a job that is caught while it runs
@@ -100,8 +95,9 @@ class Server:
 
     def submit(self, prompt: str) -> None:
         """A job that somebody else asked for."""
-        form = VideoForm.model_construct(prompt=prompt, negative_prompt="", seed=1, num_inference_steps=1)
-        self.store.submit(form.controls(self.card), png())
+        controls = CinemoControls(seed=1, steps=1)
+        asked = VideoRequest(VideoForm.model_construct(prompt=prompt), controls, {}, seed_drawn=False)
+        self.store.submit(asked.asked(self.card), png())
 
     def stop(self) -> None:
         self.http.should_exit = True
@@ -118,18 +114,6 @@ def server(card: BundleCard, bundle: ModelBundle, tmp_path: Path) -> Iterator[Se
     made.start()
     yield made
     made.close()
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("no chromium on this machine")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
-        yield browser
-        browser.close()
 
 
 class Tab:

@@ -283,7 +283,7 @@ def test_a_lost_device_ends_the_denoiser(bundle: ModelBundle) -> None:
 def test_a_source_video_and_bad_settings_are_refused(bundle: ModelBundle) -> None:
     engine = SamplingEngine(bundle)
     with pytest.raises(InputError, match="source"):
-        engine.join("a", ask(source=np.repeat(PICTURE[None], 6, 0)))
+        engine.join("a", ask(inputs={"source": np.repeat(PICTURE[None], 6, 0)}))
     with pytest.raises(InputError, match="steps is 1"):
         engine.join("a", ask(solver="multistep", steps=1))
     assert len(engine) == 0

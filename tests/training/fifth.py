@@ -1,6 +1,7 @@
-"""A method that nothing in `cinemo` knows: a network of its own, a condition of its own, and three guidance branches.
+"""A method that nothing in `cinemo` knows: a network, a recipe, a control and an input of its own, three branches.
 
-It diffuses all frames, and is told the picture, the caption and the clip's frame rate.
+It diffuses all frames, and is told the picture, the caption and the clip's frame rate, or the pace that a person asks
+for; it may be given the picture to end at.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cinemo.config import Recipe
+from cinemo.config import Part, Recipe, SampleConfig
 from cinemo.diffusion.ddim import ddim_steps
 from cinemo.diffusion.guidance import Sampling, guided
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.transforms import prepare_image
-from cinemo.methods.base import Draw, Encoders, Example, Method, chance, diffusion_loss
+from cinemo.methods.base import Draw, Encoders, Example, Method, Reduction, chance, diffusion_loss
+from cinemo.methods.controls import Controls, Input, control
 from cinemo.networks.weights import resolve
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
@@ -37,8 +39,33 @@ class Painter(nn.Module):
         return self.paint(torch.cat([x, image[:, :, None].expand_as(x)], 1)) + told[:, :, None, None, None]
 
 
+HERE = f"{Path(__file__).parent.parent.name}.{Path(__file__).parent.name}.fifth:FifthMethod"
+
+
+class PainterConfig(Part):
+    channels: int = 4
+    text_width: int = 32
+
+
+class FifthSample(SampleConfig):
+    pace: float = 1.0
+
+
+class FifthRecipe(Recipe):
+    method: str = HERE
+    model: PainterConfig = PainterConfig()
+    sample: FifthSample = FifthSample(steps=4, guidance_scale=2.0)
+
+
+class FifthControls(Controls):
+    pace: float | None = control(None, "how fast everything goes", title="Pace", place="front", ge=0, le=4)
+
+
 class FifthMethod(Method):
     name: ClassVar[str] = "fifth"
+    recipe_type: ClassVar[type[Recipe]] = FifthRecipe
+    controls_type: ClassVar[type[Controls]] = FifthControls
+    inputs: ClassVar[Mapping[str, Input]] = {"last_image": Input("image", "the picture to end at")}
     needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     parts: ClassVar[tuple[str, ...]] = ("painter",)
     variants: ClassVar[Mapping[str, Mapping[str, float]]] = {"slow": {"pace": 0.5}, "fast": {"pace": 2.0}}
@@ -49,7 +76,15 @@ class FifthMethod(Method):
 
     @classmethod
     def fresh_networks(cls, recipe: Recipe) -> dict[str, nn.Module]:
-        return {"painter": Painter(recipe.model.in_channels, recipe.model.cross_attention_dim)}
+        return {"painter": Painter(**recipe.model.model_dump())}
+
+    @classmethod
+    def latent_channels(cls, recipe: Recipe) -> int:
+        return recipe.model.channels
+
+    @classmethod
+    def text_width(cls, recipe: Recipe) -> int:
+        return recipe.model.text_width
 
     @classmethod
     def load_network(
@@ -83,12 +118,17 @@ class FifthMethod(Method):
         return batch.video_BCFHW.float()
 
     def forward(
-        self, batch: LatentBatch, t_B: Tensor, noise: Tensor, each: bool = False, weighted: bool = True
+        self,
+        batch: LatentBatch,
+        t_B: Tensor,
+        noise: Tensor,
+        reduction: Reduction = "mean",
+        weighted: bool = True,
     ) -> Tensor:
         video = self.target(batch)
         output = self.predict(self.schedule.add_noise(video, noise, t_B), t_B, batch.condition)
         losses_B = diffusion_loss(output, self.schedule.target(video, noise, t_B))
-        return losses_B if each else losses_B.mean()
+        return losses_B if reduction == "none" else losses_B.mean()
 
     def predict(self, x_t: Tensor, t: Any, condition: Condition, deep: Any = None) -> Tensor:
         told = condition.to(x_t.device, self.painter.pace.weight.dtype)
@@ -112,16 +152,15 @@ class FifthMethod(Method):
     def prepare(
         self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
     ) -> tuple[Sampling, int]:
-        if set(inputs) != {"image"}:
-            raise InputError(f"method fifth takes a picture, got {', '.join(sorted(inputs))}")
         image_BCHW = encoders.vae.encode(prepare_image(inputs["image"], recipe.data.size)[None])
+        if "last_image" in inputs:
+            image_BCHW = (
+                image_BCHW + encoders.vae.encode(prepare_image(inputs["last_image"], recipe.data.size)[None])
+            ) / 2
         text_BLD, negative_BLD = encoders.text.encode([settings["prompt"], settings["negative_prompt"]]).chunk(2)
-        condition = Condition(picture=image_BCHW, words=text_BLD, pace=torch.ones(1))
+        condition = Condition(picture=image_BCHW, words=text_BLD, pace=torch.tensor([settings["pace"]]))
         channels, h, w = image_BCHW.shape[1:]
         shape = (1, channels, recipe.data.frames, h, w)
         noise = torch.randn(shape, generator=keyed_generator(settings["seed"], "noise"))
         steps = settings["steps"]
         return self.sampling(condition, negative_BLD, noise, steps, settings["guidance_scale"]), steps
-
-
-HERE = f"{Path(__file__).parent.parent.name}.{Path(__file__).parent.name}.fifth:FifthMethod"

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from cinemo.config import Recipe, TrainConfig
+from cinemo.config import Recipe
 from cinemo.methods import build_method
+from cinemo.methods.cinemo import CinemoTrain
 from cinemo.training.run.batch import host_batch
 from cinemo.training.run.engine import Engine
 from cinemo.types import Condition, LatentBatch, keyed_generator
@@ -52,7 +53,7 @@ def made_engine(recipe: Recipe, freeze: str | None = None, **train: Any) -> Engi
     """
     world = torch.distributed.get_world_size()
     changed = {"workers": world, "micro_batch": 2} | train
-    settings = TrainConfig(**(recipe.train.model_dump() | changed))
+    settings = CinemoTrain(**(recipe.train.model_dump() | changed))
     torch.manual_seed(0)
     method = build_method(recipe)
     method.unet.gradient_checkpointing = settings.gradient_checkpointing
@@ -71,7 +72,7 @@ def train_steps(engine: Engine, recipe: Recipe, steps: range) -> list[float]:
             shape = (3, recipe.model.cross_attention_dim)
             text = torch.stack([torch.randn(shape, generator=keyed_generator(0, "text", key)) for key in host.keys])
             condition = Condition(
-                image=host.video_BCFHW[:, :, 0], text=text.to(engine.dtype), motion_bucket=host.motion_bucket_B
+                image=host.video_BCFHW[:, :, 0], text=text.to(engine.dtype), motion_bucket=host.bucket_B
             )
             loss = engine.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean()
             engine.step(loss)

@@ -9,8 +9,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.methods import build_method
+from cinemo.recipes import override
 from cinemo.training.plan import cost
 from cinemo.training.run.batch import TextStates, host_batch, on_device
 from tests.training.conftest import moving_samples

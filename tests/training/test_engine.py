@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cinemo.config import Recipe, TrainConfig, override
+from cinemo.config import Recipe
 from cinemo.methods import build_method
-from cinemo.recipes import RECIPES
+from cinemo.methods.cinemo import CinemoTrain
+from cinemo.recipes import RECIPES, override
 from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
 from cinemo.training.run import engine
 from cinemo.training.run.averaging import EMA, AveragingAdam
@@ -33,8 +34,8 @@ def test_settings_follow_from_the_recipe() -> None:
 
 def test_weight_decay_makes_it_adamw() -> None:
     weight = [torch.nn.Parameter(torch.zeros(1))]
-    assert type(engine.optimizer(TrainConfig(), weight)) is torch.optim.Adam
-    decayed = engine.optimizer(TrainConfig(weight_decay=0.1, betas=(0.8, 0.9), lr=3e-4), weight)
+    assert type(engine.optimizer(CinemoTrain(), weight)) is torch.optim.Adam
+    decayed = engine.optimizer(CinemoTrain(weight_decay=0.1, betas=(0.8, 0.9), lr=3e-4), weight)
     group = decayed.param_groups[0]
     assert (group["weight_decay"], group["betas"], group["lr"]) == (0.1, (0.8, 0.9), 3e-4)
     assert group["decoupled_weight_decay"]
@@ -42,7 +43,7 @@ def test_weight_decay_makes_it_adamw() -> None:
 
 def test_offload_follows_from_the_recipe() -> None:
     def zero(**keys: object) -> dict[str, object]:
-        settings = engine.deepspeed_config(TrainConfig(**keys))
+        settings = engine.deepspeed_config(CinemoTrain(**keys))
         assert settings["zero_force_ds_cpu_optimizer"] is False, "DeepSpeed's own would be compiled"
         return settings["zero_optimization"]
 
@@ -82,18 +83,18 @@ def test_averages_follow_their_formula(decay: float) -> None:
 
 
 def test_schedule() -> None:
-    constant = TrainConfig(warmup_steps=4, max_steps=100)
+    constant = CinemoTrain(warmup_steps=4, max_steps=100)
     assert [engine.lr_factor(constant, step) for step in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    cosine = TrainConfig(warmup_steps=10, max_steps=110, schedule="cosine")
+    cosine = CinemoTrain(warmup_steps=10, max_steps=110, schedule="cosine")
     assert engine.lr_factor(cosine, 10) == 1.0
     assert engine.lr_factor(cosine, 60) == pytest.approx(0.5)
     assert engine.lr_factor(cosine, 109) == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.99)))
     assert engine.lr_factor(cosine, 500) == 0.0
-    assert engine.lr_factor(TrainConfig(schedule="cosine"), 0) == 1.0
+    assert engine.lr_factor(CinemoTrain(schedule="cosine"), 0) == 1.0
 
 
 def _engine(recipe: Recipe, **train: object) -> engine.Engine:
-    settings = TrainConfig(**(recipe.train.model_dump() | train))
+    settings = CinemoTrain(**(recipe.train.model_dump() | train))
     torch.manual_seed(0)
     return engine.Engine(build_method(recipe), settings, torch.device("cpu"))
 
@@ -104,7 +105,7 @@ def _run(made: engine.Engine, recipe: Recipe, steps: range) -> tuple[list[float]
         for start in (0, 2):
             host = host_batch(moving_samples(4)[start : start + 2], step, recipe)
             text = torch.zeros(2, 3, recipe.model.cross_attention_dim, dtype=made.dtype)
-            condition = Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.motion_bucket_B)
+            condition = Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.bucket_B)
             loss = made.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean()
             made.step(loss)
             losses.append(loss.item())
@@ -163,7 +164,7 @@ def test_accumulated_micro_batches_equal_one_batch(small: Recipe) -> None:
     _run(twice, small, range(1))
     host = host_batch(moving_samples(4), 0, small)
     text = torch.zeros(4, 3, small.model.cross_attention_dim)
-    condition = Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.motion_bucket_B)
+    condition = Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.bucket_B)
     whole.step(whole.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean())
     assert whole.grad_norm == pytest.approx(twice.grad_norm, rel=1e-4)
     assert whole.lr == twice.lr

@@ -19,9 +19,9 @@ from torch import Tensor
 from cinemo import storage
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle
-from cinemo.config import Recipe, TrainConfig
+from cinemo.config import Recipe
 from cinemo.methods import build_method, mark_trainable
-from cinemo.methods.cinemo import CinemoMethod
+from cinemo.methods.cinemo import CinemoMethod, CinemoTrain
 from cinemo.networks.lavie_unet import LavieUNet, is_temporal
 from cinemo.networks.weights import load_unet, save_network
 from cinemo.recipes import cinemo_320x512
@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMethod, Recipe]:
     """A stored checkpoint after one step on this process, and the method as it then was."""
-    recipe = recipe.model_copy(update={"train": TrainConfig(**(recipe.train.model_dump() | train))})
+    recipe = recipe.model_copy(update={"train": CinemoTrain(**(recipe.train.model_dump() | train))})
     torch.manual_seed(0)
     method = build_method(recipe)
     mark_trainable(method, recipe.train)
@@ -48,7 +48,7 @@ def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMe
         host = host_batch(moving_samples(4)[start : start + 2], 0, recipe)
         text = torch.zeros(2, 3, recipe.model.cross_attention_dim)
         batch = LatentBatch(
-            host.video_BCFHW, Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.motion_bucket_B)
+            host.video_BCFHW, Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.bucket_B)
         )
         engine.step(engine.loss(batch, host.t_B, host.noise_BCFHW).mean())
     directory = output / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
@@ -139,7 +139,7 @@ def test_what_does_not_learn_keeps_its_bits(small: Recipe, tmp_path: Path, stage
 @pytest.mark.usefixtures("process_group")
 def test_averaged_weights_are_exported_where_there_are_any(small: Recipe, tmp_path: Path) -> None:
     settings = {"ema_decay": 0.5, "max_steps": 9}
-    recipe = small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | settings))})
+    recipe = small.model_copy(update={"train": CinemoTrain(**(small.train.model_dump() | settings))})
     engine = made_engine(recipe)
     expected: dict[str, Tensor] = {}
     for n in range(1, 5):
@@ -174,7 +174,7 @@ print(peak("VmHWM") - before)
 def test_export_holds_the_model_once(small: Recipe, tmp_path: Path) -> None:
     """Of a checkpoint four times as large, in two shares, by a process of its own."""
     model = small.model.model_copy(update={"block_out_channels": (192, 384)})
-    train = TrainConfig(**(small.train.model_dump() | {"ema_decay": 0.9}))
+    train = CinemoTrain(**(small.train.model_dump() | {"ema_decay": 0.9}))
     recipe = small.model_copy(update={"model": model, "train": train})
     unet = LavieUNet(**model.model_dump())
     size = sum(value.nbytes for value in unet.parameters())

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from cinemo import storage
-from cinemo.config import Recipe, TrainConfig
+from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import LatentLoader
+from cinemo.methods.cinemo import CinemoTrain
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report import sample_log
 from cinemo.training.run import worker
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_se
 def recipe(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     settings = {"max_steps": 6, "checkpoint_every": 2, "sample_every": 0, "max_failures": 1, "canary": 0}
-    return small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | settings))})
+    return small.model_copy(update={"train": CinemoTrain(**(small.train.model_dump() | settings))})
 
 
 def damaged(dataset: str, place: Path) -> str:

@@ -129,7 +129,7 @@ def test_a_batch_holds_what_was_stored(small: Recipe) -> None:
     made = batches.host_batch(samples, 0, _changed(small, prompt_dropout=0.0))
     assert made.video_BCFHW.shape == (3, 4, 4, 4, 4)
     assert np.array_equal(made.video_BCFHW[1].transpose(0, 1).numpy(), samples[1].latents_FCHW.astype(np.float32))
-    assert made.motion_bucket_B.tolist() == sorted(made.motion_bucket_B.tolist())  # their motion grows
+    assert made.bucket_B.tolist() == sorted(made.bucket_B.tolist())  # their motion grows
     assert made.texts["text"] == ("a dog", "a red car", "waves")
     on_device, t_B, noise = batches.on_device(made, batches.TextStates(Letters()), torch.device("cpu"), torch.bfloat16)
     assert torch.equal(on_device.condition["image"], made.video_BCFHW[:, :, 0])
@@ -177,7 +177,7 @@ def test_images_and_motion_are_dropped_on_their_own(small: Recipe) -> None:
     assert torch.equal(part.fields["motion_given"], one.fields["motion_given"][3:5])
 
     plain = batches.host_batch(moving_samples(8), drawn.index(one), small)
-    for name in ("video_BCFHW", "motion_bucket_B", "t_B", "noise_BCFHW"):
+    for name in ("video_BCFHW", "bucket_B", "t_B", "noise_BCFHW"):
         assert torch.equal(getattr(one, name), getattr(plain, name)), name
     batch, _, _ = batches.on_device(one, batches.TextStates(Letters()), torch.device("cpu"), torch.float32)
     assert torch.equal(batch.video_BCFHW, one.video_BCFHW)

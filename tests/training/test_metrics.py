@@ -28,7 +28,7 @@ one_sample = st.tuples(
 def _batch(rows: list[tuple[float, int, int, float, bool]], recipe: Recipe) -> HostBatch:
     made = host_batch(moving_samples(1) * len(rows), 0, recipe)
     _, t, buckets, _, _ = zip(*rows, strict=True)
-    return replace(made, t_B=torch.tensor(t), motion_bucket_B=torch.tensor(buckets, dtype=torch.float32))
+    return replace(made, t_B=torch.tensor(t), bucket_B=torch.tensor(buckets, dtype=torch.float32))
 
 
 @settings(max_examples=60, deadline=None)
@@ -100,7 +100,7 @@ def test_a_window(small: Recipe) -> None:
     for quartile, value in enumerate((report.loss_t0, report.loss_t1, report.loss_t2, report.loss_t3)):
         there = flat[(t >= 250 * quartile) & (t < 250 * (quartile + 1))]
         assert value == pytest.approx(float(there.mean()), nan_ok=True)
-    names = [f"loss_bucket_{int(bucket):02d}" for batch in batches[:2] for bucket in batch.motion_bucket_B]
+    names = [f"loss_bucket_{int(bucket):02d}" for batch in batches[:2] for bucket in batch.bucket_B]
     assert len(set(names)) == 4  # each sample's own; the first of each pair has half the loss of the second
     assert report.buckets == {name: pytest.approx(mean) for name, mean in zip(names, (2.0, 4.0) * 2, strict=True)}
     assert report.mfu == pytest.approx(report.samples_per_second * 1e-3)

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cinemo.config import Recipe, TrainConfig, override
+from cinemo.config import Recipe
 from cinemo.methods import build_method
+from cinemo.methods.cinemo import CinemoTrain
+from cinemo.recipes import override
 from cinemo.training.checkpoint.export import consolidated
 from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
 from cinemo.training.run.averaging import EMA
@@ -145,7 +147,7 @@ def test_a_resume_on_other_workers_at_another_stage_goes_on_as_if_undisturbed(ru
 
 def _exported(recipe: Recipe, directory: Path, case: Case, ema: float) -> dict[str, Tensor]:
     settings = recipe.train.model_dump() | {"zero_stage": case.stage, "ema_decay": ema}
-    unet = consolidated(directory / "end", recipe.model_copy(update={"train": TrainConfig(**settings)}))["unet"]
+    unet = consolidated(directory / "end", recipe.model_copy(update={"train": CinemoTrain(**settings)}))["unet"]
     return dict(unet.named_parameters())
 
 

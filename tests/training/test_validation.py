@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from tiny import write_dataset
 
 from cinemo import storage
-from cinemo.config import Recipe, override
+from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import HeldOut, LatentLoader
 from cinemo.methods import build_method
 from cinemo.networks.frozen import TextEncoder
+from cinemo.recipes import override
 from cinemo.training.report.metrics import Losses, Report
 from cinemo.training.report.validation import LEAST, MOST, STRATA, Validation, plan_draws
 from cinemo.training.run.batch import TextStates

@@ -19,14 +19,16 @@ import torch
 
 from cinemo import storage
 from cinemo.bundle import save_bundle
-from cinemo.config import Recipe, TrainConfig, override
+from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import HeldOut, LatentLoader
 from cinemo.media.motion import STILLER
 from cinemo.methods import build_method
+from cinemo.methods.cinemo import CinemoTrain
 from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import save_network
+from cinemo.recipes import override
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report.metrics import Report
 from cinemo.training.report.progress import SUMMARY_FILE
@@ -47,7 +49,7 @@ PATIENCE = 240.0
 def _two_workers(small: Recipe) -> Recipe:
     settings = {"workers": 2, "micro_batch": 1, "max_steps": STEPS, "checkpoint_every": 4, "sample_every": 0}
     settings |= {"held_out_shards": 1, "validate_every": 8}
-    return small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | settings))})
+    return small.model_copy(update={"train": CinemoTrain(**(small.train.model_dump() | settings))})
 
 
 def _descendants(pid: int) -> list[tuple[int, str]]:
@@ -121,7 +123,7 @@ def jobs() -> Iterator[list[Job]]:
 
 def _reference(recipe: Recipe, data: str) -> list[Report]:
     """The undisturbed curve, on one rank in this process: the number of workers must not matter."""
-    settings = TrainConfig(**(recipe.train.model_dump() | {"workers": 1, "micro_batch": 4, "zero_stage": 0}))
+    settings = CinemoTrain(**(recipe.train.model_dump() | {"workers": 1, "micro_batch": 4, "zero_stage": 0}))
     torch.manual_seed(keyed_seed(settings.seed, "weights"))
     alone = recipe.model_copy(update={"train": settings})
     engine = Engine(build_method(alone), settings, torch.device("cpu"))
@@ -146,7 +148,7 @@ def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
     recipe, output = _two_workers(small), tmp_path / "run"
     # The first job runs on one worker, at another ZeRO stage: its checkpoint is everyone's.
     begun = {"workers": 1, "micro_batch": 2, "zero_stage": 3}
-    first = recipe.model_copy(update={"train": TrainConfig(**(recipe.train.model_dump() | begun))})
+    first = recipe.model_copy(update={"train": CinemoTrain(**(recipe.train.model_dump() | begun))})
     jobs.append(Job(first, dataset, output, tmp_path / "first.log"))
     jobs[0].wait_for(lambda: bool(checkpoints.complete(str(output))))
     jobs[0].kill_all()
@@ -254,7 +256,7 @@ def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_usable(
     size = 12 * sum(value.numel() for value in build_method(small).parameters())  # weights and two moments
     output = tiny_disk(round(2.5 * size)) / "run"
     settings = {"max_steps": 6, "checkpoint_every": 2, "sample_every": 0, "keep_checkpoints": 3}
-    recipe = small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | settings))})
+    recipe = small.model_copy(update={"train": CinemoTrain(**(small.train.model_dump() | settings))})
     jobs.append(Job(recipe, dataset, output, tmp_path / "first.log"))
     assert jobs[0].process.wait(PATIENCE) == 1, jobs[0].log.read_text()
     log = jobs[0].log.read_text()
@@ -357,7 +359,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     small: Recipe, dataset: str, stored: Path, tmp_path: Path
 ) -> None:
     def changed(**train_keys: object) -> Recipe:
-        return small.model_copy(update={"train": TrainConfig(**(small.train.model_dump() | train_keys))})
+        return small.model_copy(update={"train": CinemoTrain(**(small.train.model_dump() | train_keys))})
 
     def refused(
         words: str, recipe: Recipe = small, data: str = dataset, output: Path = stored, resume: str = "auto"

@@ -16,14 +16,16 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from cinemo.animate import AnimateRequest, load_image
 from cinemo.bundle import ModelBundle
 from cinemo.media.saving import save_animation
+from cinemo.methods import Controls, controls_of
 from cinemo.serving.engine.sampling import Outcome, SamplingEngine, fault_of
 from cinemo.serving.store.jobs import Job, JobStore
-from cinemo.serving.store.media import image_name, video_name
+from cinemo.serving.store.media import video_name
 from cinemo.types import Animation, InputError, RunError
 
 log = logging.getLogger(__name__)
@@ -261,16 +263,19 @@ class JobRunner:
             log.debug("closing")
 
     def _load(self, held: _Held) -> None:
-        """Read a job's picture and hand it to the device."""
+        """Read a job's pictures and hand it to the device."""
         try:
-            content = self._patiently(held, lambda: self._store.media.read(image_name(held.job.id)), _MEDIA_SECONDS)
+            files = {
+                name: self._patiently(held, partial(self._store.media.read, place), _MEDIA_SECONDS)
+                for name, place in held.job.files.items()
+            }
         except _Gone:
             return
         except Exception as error:
             self._fail(held, _internal(held, error))
             return
         try:
-            request = animate_request(held.job.request, content)
+            request = animate_request(held.job.request, files, self._engines[-1].bundle.method.controls_type)
         except Exception as error:
             self._fail(
                 held, ("invalid_request", str(error)) if isinstance(error, InputError) else _internal(held, error)
@@ -347,22 +352,11 @@ class _Gone(Exception):
     """The job is not ours any more."""
 
 
-def animate_request(asked: Mapping[str, Any], image: bytes) -> AnimateRequest:
-    """A job's controls, as the HTTP interface accepted them, and its picture. Raises `InputError`."""
-    interval = asked.get("guidance_interval")
-    return AnimateRequest(
-        image=load_image(image),
-        prompt=asked["prompt"],
-        negative_prompt=asked.get("negative_prompt", ""),
-        motion_bucket=asked.get("motion_bucket"),
-        steps=asked.get("num_inference_steps"),
-        guidance_scale=asked.get("guidance_scale"),
-        seed=asked.get("seed", 0),
-        dct_init=asked.get("dct_init"),
-        solver=asked.get("solver"),
-        guidance_interval=None if interval is None else (interval[0], interval[1]),
-        reuse_features=asked.get("reuse_features"),
-    )
+def animate_request(asked: Mapping[str, Any], files: Mapping[str, bytes], controls: type[Controls]) -> AnimateRequest:
+    """A job's controls, as the HTTP interface accepted them, and its pictures. Raises `InputError`."""
+    pictures = {name: load_image(content) for name, content in files.items()}
+    given = {name: asked.get(info.alias) for name, info in controls_of(controls).items()}
+    return AnimateRequest(pictures.pop("image"), asked["prompt"], pictures, **given)
 
 
 def _internal(held: _Held, error: Exception) -> tuple[str, str]:

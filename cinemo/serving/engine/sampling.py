@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cinemo.animate import AnimateRequest, finish, prepare
 from cinemo.bundle import ModelBundle
-from cinemo.networks.lavie_unet import DeepFeatures
+from cinemo.networks.features import DeepFeatures
 from cinemo.types import Animation, Condition, InputError
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class SamplingEngine:
     """Not safe for threads: one thread joins, steps and leaves.
 
     Args:
-        max_batch: videos in one call of the network, each up to two rows of its batch.
+        max_batch: videos in one call of the network; each has as many rows of it as there are branches of guidance.
         ahead: steps that may be under way on the device while the host prepares the next; None: 1, on a CPU 0.
     """
 
@@ -104,12 +104,11 @@ class SamplingEngine:
         """Take part from the next step on; returns how many steps it will take.
 
         Raises:
-            InputError: the request does not fit the bundle, or has a source video.
+            InputError: the request does not fit the bundle, or comes with a video.
         """
-        if request.source is not None:
-            raise InputError(
-                "source: got a video, expected none: motion transfer is not served; use pipelines/animate.py"
-            )
+        for name, about in self.bundle.method.inputs.items():
+            if name in request.inputs and about.kind == "video":  # whose preparation would hold up everybody's steps
+                raise InputError(f"{name}: got a video, expected none: it is not served; use pipelines/animate.py")
         if key in self._videos:
             raise ValueError(f"{key} has joined already")
         if not self._videos:

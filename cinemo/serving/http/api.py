@@ -12,7 +12,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio
-from fastapi import Depends, FastAPI, Form, Header, Query, Request
+from fastapi import Depends, FastAPI, Header, Query, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
@@ -25,6 +25,7 @@ from cinemo.serving.http.description import EVENT, answers, describe
 from cinemo.serving.http.events import EventStreams, is_over
 from cinemo.serving.http.exposition import Exposition, Observed
 from cinemo.serving.http.fetch import Fetcher
+from cinemo.serving.http.form import VideoForm, read_form
 from cinemo.serving.http.refusals import BodyLimit, Refused, add_error_answers
 from cinemo.serving.http.schema import (
     CancelledVideo,
@@ -33,7 +34,6 @@ from cinemo.serving.http.schema import (
     Model,
     ModelList,
     Video,
-    VideoForm,
     VideoList,
     video_seconds,
     video_size,
@@ -111,7 +111,7 @@ def build_api(
     _add_models(api, card)
     _add_operation(api, store, ready, exposition if settings.metrics != "off" else None)
     add_page(api)
-    api.openapi = partial(describe, api, keys is not None)  # type: ignore[method-assign]
+    api.openapi = partial(describe, api, keys is not None, card)  # type: ignore[method-assign]
     return api
 
 
@@ -130,7 +130,7 @@ def _add_creation(
 
     @api.post("/v1/videos", status_code=202, responses=answers(400, 401, 404, 408, 413, 415, 422, 429))
     async def create(
-        form: Annotated[VideoForm, Form()],
+        request: Request,
         client: Asking,
         response: Response,
         idempotency_key: Annotated[
@@ -145,18 +145,29 @@ def _add_creation(
     ) -> Video:
         """Queue the animation of a picture."""
         model = card()
-        _check_supported(form, model)
-        content, declared = await _picture(form, fetcher)
+        asked = await read_form(request, model)
+        _check_supported(asked.form, model)
+        content, declared = await _reference(asked.form, fetcher)
         image = await anyio.to_thread.run_sync(cleaned, content, declared, settings.pixels, limiter=places)
+        others = {}
+        for name, given in asked.pictures.items():
+            try:
+                content, declared = await _picture(given, fetcher)
+                others[name] = await anyio.to_thread.run_sync(
+                    cleaned, content, declared, settings.pixels, limiter=places
+                )
+            except Refused as fault:
+                raise fault.about(PARAM, name) from None
         submit = partial(
             store.submit,
-            form.controls(model),
+            asked.asked(model),
             image,
             client=client.id,
             idempotency_key=idempotency_key,
-            timeout=form.timeout,
+            timeout=asked.form.timeout,
             quota=client.quota,
-            drawn=() if form.seed is not None else ("seed",),
+            drawn=("seed",) if asked.seed_drawn else (),
+            others=others,
         )
         try:
             job = await run_in_threadpool(submit)
@@ -309,14 +320,18 @@ _EVENT_ANSWERS: dict[int | str, dict[str, Any]] = {
 }
 
 
-async def _picture(form: VideoForm, fetcher: Fetcher | None) -> tuple[bytes, str | None]:
-    """The picture as it was sent, or fetched, and its declared type."""
+async def _reference(form: VideoForm, fetcher: Fetcher | None) -> tuple[bytes, str | None]:
+    """The picture to animate as it was sent, or fetched, and its declared type."""
     given = form.input_reference if form.image_url is None else form.image_url
-    if isinstance(given, UploadFile):
-        return await given.read(), given.content_type
     if given is None:
         message = "input_reference: Field required; this server animates a picture: send one as a file"
         raise Refused(422, "missing_field", message, PARAM)
+    return await _picture(given, fetcher)
+
+
+async def _picture(given: UploadFile | str, fetcher: Fetcher | None) -> tuple[bytes, str | None]:
+    if isinstance(given, UploadFile):
+        return await given.read(), given.content_type
     if given.startswith("data:"):
         return data_url(given)
     if fetcher is None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from cinemo.bundle import BundleCard
+from cinemo.config import Recipe
+from cinemo.methods import controls_of, method_class
 from cinemo.serving.http.access import SCHEME
+from cinemo.serving.http.form import control_schema, form_schema
 from cinemo.serving.http.schema import ErrorBody
 
 _MEANINGS = {
@@ -47,11 +52,15 @@ def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in statuses}
 
 
-def describe(api: FastAPI, needs_key: bool) -> dict[str, Any]:
-    """The document, made once. Keys are part of it where they are needed."""
-    if api.openapi_schema is None:
+def describe(api: FastAPI, needs_key: bool, card: Callable[[], BundleCard]) -> dict[str, Any]:
+    """The document, made once for each bundle that is served: its model's controls are part of it, and keys where they
+    are needed."""
+    served = card()
+    if api.openapi_schema is None or api.openapi_schema["info"]["x-bundle"] != served.digest:
         made = get_openapi(title=api.title, version=api.version, routes=api.routes, description=_ABOUT)
-        _describe_form(made)
+        made["info"]["x-bundle"] = served.digest
+        _describe_form(made, served.recipe)
+        _describe_video(made, served.recipe)
         for path, operations in made["paths"].items():
             for operation in operations.values():
                 if not path.startswith("/v1/") or not needs_key:
@@ -76,14 +85,29 @@ _ABOUT = "Animates pictures: create a video, follow it (poll or events), downloa
 _RETRY_AFTER = {"description": "seconds", "schema": {"type": "integer"}}
 
 
-def _describe_form(document: dict[str, Any]) -> None:
+def _describe_form(document: dict[str, Any], recipe: Recipe) -> None:
     """The form is multipart, because a file may be in it; a form has absent fields and no nulls."""
-    body = document["paths"]["/v1/videos"]["post"]["requestBody"]
-    (schema,) = (kind["schema"] for kind in body["content"].values())
-    picture = {"contentType": "image/png, image/jpeg, image/webp"}
-    body["content"] = {"multipart/form-data": {"schema": schema, "encoding": {"input_reference": picture}}}
-    form = document["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    pictures = [
+        "input_reference",
+        *(name for name, each in method_class(recipe).inputs.items() if each.kind == "image"),
+    ]
+    encoding = {name: {"contentType": "image/png, image/jpeg, image/webp"} for name in pictures}
+    form = form_schema(recipe)
+    document["components"]["schemas"]["VideoForm"] = form
+    body = {"schema": {"$ref": "#/components/schemas/VideoForm"}, "encoding": encoding}
+    document["paths"]["/v1/videos"]["post"]["requestBody"] = {
+        "required": True,
+        "content": {"multipart/form-data": body},
+    }
     for name, field in form["properties"].items():
         kinds = [kind for kind in field.pop("anyOf", []) if kind.get("type") != "null"]
         form["properties"][name] = field | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
     form["anyOf"] = [{"required": ["input_reference"]}, {"required": ["input_reference[image_url]"]}]
+
+
+def _describe_video(document: dict[str, Any], recipe: Recipe) -> None:
+    """A video has the controls of the model that made it; here are those of the one that is served."""
+    controls = method_class(recipe).controls_type
+    own = {info.alias: control_schema(controls, name) for name, info in controls_of(controls).items()}
+    for name in ("Video", "CancelledVideo"):
+        document["components"]["schemas"][name]["properties"] |= own

@@ -44,6 +44,11 @@ class Refused(Exception):
         self.status, self.headers = status, headers
         self.fault = Fault(code=code, message=message, param=param, type=_kind(status))
 
+    def about(self, field: str, other: str) -> Refused:
+        """The same fault of another field."""
+        message = self.fault.message.replace(field, other, 1)
+        return Refused(self.status, self.fault.code, message, other, self.headers)
+
 
 def add_error_answers(api: FastAPI) -> None:
     """Give every fault the body of `ErrorBody`: from an endpoint, pydantic, the router, or nobody (500, logged)."""

@@ -1,124 +1,16 @@
-"""What the HTTP interface takes and gives: OpenAI's video jobs, with the controls of image animation added."""
+"""What the HTTP interface answers: OpenAI's video jobs, with the controls of the model's method added."""
 
 from __future__ import annotations
 
-import json
-import secrets
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from fastapi import File, UploadFile
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
-from cinemo.animate import MAX_GUIDANCE, MAX_PROMPT, MAX_STEPS, check_text
 from cinemo.bundle import BundleCard
 from cinemo.config import MOTION_BUCKETS
-from cinemo.media.motion import MotionScale, strength_to_bucket
+from cinemo.media.motion import MotionScale
+from cinemo.methods import controls_of, method_class
 from cinemo.serving.store.jobs import Job, Status
-
-MAX_TIMEOUT = 7 * 24 * 3600.0
-_INTERVAL = r"^\s*\[?\s*[0-9.eE+-]{1,24}\s*,\s*[0-9.eE+-]{1,24}\s*\]?\s*$"
-
-
-def _blank_is_absent(value: Any) -> Any:
-    """A form field that was sent empty counts as not sent."""
-    return None if value == "" else value
-
-
-_Absent = BeforeValidator(_blank_is_absent)
-
-
-class VideoForm(BaseModel):
-    """The multipart form of ``POST /v1/videos``."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    input_reference: Annotated[
-        UploadFile | str | None,
-        _Absent,
-        File(description="picture to animate: a PNG, JPEG or WebP file, or its URL (data:, or http(s): where enabled)"),
-    ] = None
-    image_url: Annotated[str | None, _Absent] = Field(
-        None, alias="input_reference[image_url]", description="the URL, in the form of OpenAI's reference object"
-    )
-    prompt: str = Field(max_length=MAX_PROMPT, description="what happens; the encoder reads the first 77 tokens")
-    negative_prompt: str = Field("", max_length=MAX_PROMPT, description="what should not appear")
-    model: Annotated[str | None, _Absent] = Field(None, max_length=256, description="name from /v1/models")
-    size: Annotated[str | None, _Absent] = Field(None, max_length=32, description="WIDTHxHEIGHT; one size per model")
-    seconds: Annotated[str | None, _Absent] = Field(None, max_length=32, description="one length per model")
-    motion_bucket: Annotated[int | None, _Absent] = Field(
-        None, ge=0, lt=MOTION_BUCKETS, description="larger = more motion; if absent, the model's default"
-    )
-    motion_strength: Annotated[float | None, _Absent] = Field(
-        None, ge=0, le=1, allow_inf_nan=False, description="the same on a scale of 0..1; give at most one of the two"
-    )
-    seed: Annotated[int | None, _Absent] = Field(None, ge=0, lt=2**53, description="drawn at random if absent")
-    num_inference_steps: Annotated[int | None, _Absent] = Field(None, ge=1, le=MAX_STEPS)
-    guidance_scale: Annotated[float | None, _Absent] = Field(None, ge=1, le=MAX_GUIDANCE, allow_inf_nan=False)
-    dct_init: Annotated[bool | None, _Absent] = Field(
-        None, description="start from noise that has the layout of the image"
-    )
-    solver: Annotated[Literal["ddim", "multistep"] | None, _Absent] = Field(
-        None, description="multistep: DPM-Solver++, for about 20 steps"
-    )
-    guidance_interval: Annotated[str | None, _Absent] = Field(
-        None, pattern=_INTERVAL, description="'low,high': the part of the noise range 0..1 that is guided"
-    )
-    reuse_features: Annotated[int | None, _Absent] = Field(
-        None, ge=1, le=MAX_STEPS, description="run the inner layers only at every Nth step"
-    )
-    timeout: Annotated[float | None, _Absent] = Field(
-        None, gt=0, le=MAX_TIMEOUT, allow_inf_nan=False, description="seconds from now after which the job fails"
-    )
-
-    @field_validator("prompt", "negative_prompt")
-    @classmethod
-    def _plain(cls, value: str, info: ValidationInfo) -> str:
-        check_text(str(info.field_name), value)
-        return value
-
-    @field_validator("guidance_interval")
-    @classmethod
-    def _interval(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        try:
-            low, high = (float(part) for part in value.strip(" []").split(","))
-        except ValueError:
-            raise ValueError("expected two numbers, such as 0.1,0.9") from None
-        if not 0 <= low <= high <= 1:
-            raise ValueError("expected 0 <= low <= high <= 1, such as 0.1,0.9")
-        return json.dumps([low, high])
-
-    @model_validator(mode="after")
-    def _one_of_each(self) -> VideoForm:
-        if self.motion_bucket is not None and self.motion_strength is not None:
-            raise ValueError("motion_bucket and motion_strength are both given; give at most one of them")
-        if self.input_reference is not None and self.image_url is not None:
-            raise ValueError("input_reference is given twice, directly and as input_reference[image_url]")
-        return self
-
-    def controls(self, card: BundleCard) -> dict[str, Any]:
-        """Every control with its value, the model's defaults filled in: what a job keeps as its request."""
-        sample = card.recipe.sample
-        bucket = sample.motion_bucket if self.motion_bucket is None else self.motion_bucket
-        if self.motion_strength is not None:
-            bucket = strength_to_bucket(self.motion_strength)
-        interval = sample.guidance_interval if self.guidance_interval is None else json.loads(self.guidance_interval)
-        return {
-            "model": card.recipe.name,
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
-            "motion_bucket": bucket,
-            "seed": secrets.randbits(32) if self.seed is None else self.seed,
-            "num_inference_steps": self.num_inference_steps or sample.steps,
-            "guidance_scale": self.guidance_scale or sample.guidance_scale,
-            "dct_init": sample.dct_init if self.dct_init is None else self.dct_init,
-            "solver": self.solver or sample.solver,
-            "guidance_interval": list(interval),
-            "reuse_features": self.reuse_features or sample.reuse_features,
-            "size": video_size(card),
-            "seconds": video_seconds(card),
-        }
 
 
 class Fault(BaseModel):
@@ -146,7 +38,10 @@ class JobError(BaseModel):
 
 class Video(BaseModel):
     """A job. Times are Unix seconds; ``size`` is WIDTHxHEIGHT; ``progress`` is a percentage; ``step`` of ``steps`` is
-    the same in the sampler's steps (0 of 0: not begun)."""
+    the same in the sampler's steps (0 of 0: not begun). Beside these it has the controls of the model that it was made
+    by, under their names in the form."""
+
+    model_config = ConfigDict(extra="allow")
 
     id: str
     object: Literal["video"] = "video"
@@ -161,15 +56,6 @@ class Video(BaseModel):
     deadline_at: int | None = None
     model: str
     prompt: str
-    negative_prompt: str
-    motion_bucket: int
-    seed: int
-    num_inference_steps: int
-    guidance_scale: float
-    dct_init: bool
-    solver: str = "ddim"
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    reuse_features: int = 1
     size: str
     seconds: str
     error: JobError | None = None
@@ -181,9 +67,8 @@ class Video(BaseModel):
             name: None if (value := getattr(job, name)) is None else int(value)
             for name in ("created_at", "started_at", "completed_at", "expires_at", "deadline_at")
         }
-        kept = {name: value for name, value in job.request.items() if name in cls.model_fields}
         known = {"id": job.id, "status": job.status, "progress": job.progress, "step": job.step, "steps": job.steps}
-        return cls.model_validate(kept | known | times | {"error": error})
+        return cls.model_validate(dict(job.request) | known | times | {"error": error})
 
 
 class CancelledVideo(Video):
@@ -210,17 +95,39 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
-class MotionBucket(BaseModel):
-    """What a motion bucket means to a model. ``ssim``: the range of mean SSIM between neighbouring frames that it
-    stands for. ``measured``: 1 - that SSIM in videos this model made at this bucket, where it was measured."""
+class MotionLevel(BaseModel):
+    """What a level of motion means to a model. ``ssim``: the range of mean SSIM between neighbouring frames that it
+    stands for. ``measured``: 1 - that SSIM in videos that this model made at this level, where it was measured."""
 
     bucket: int
     ssim: tuple[float, float]
     measured: float | None = None
 
 
+class Control(BaseModel):
+    """A control of a model, as a form shows it. ``name``: of its field in the form, and of its value in a video;
+    ``setting``: of its value in the settings inside a video's file.
+    ``default``: null where the server draws one. ``place``: of its widget on the page; ``api``: it has none.
+    ``words``: from which value on which word holds. ``levels``: of the control that says how much moves, what its
+    values mean, from 0 on."""
+
+    name: str
+    setting: str
+    title: str
+    description: str
+    kind: Literal["integer", "number", "boolean", "text", "choice", "pair"]
+    default: Any
+    minimum: float | None
+    maximum: float | None
+    choices: list[str]
+    place: Literal["front", "folded", "api"]
+    words: list[tuple[int, str]]
+    levels: list[MotionLevel]
+
+
 class Model(BaseModel):
-    """An available model, with what it supports and its defaults."""
+    """An available model, with what it supports and its defaults. ``motion``: as the ``levels`` of its motion control;
+    empty where it has none. ``pictures``: that it takes beside ``input_reference``, with what they are."""
 
     id: str
     object: Literal["model"] = "model"
@@ -231,30 +138,48 @@ class Model(BaseModel):
     seconds: str
     frames: int
     fps: float
-    motion_buckets: int = MOTION_BUCKETS
-    motion: list[MotionBucket]
+    motion_buckets: int
+    motion: list[MotionLevel]
     defaults: dict[str, Any]
+    controls: list[Control]
+    pictures: dict[str, str]
 
     @classmethod
     def of(cls, card: BundleCard) -> Model:
-        sample = card.recipe.sample
+        method = method_class(card.recipe)
+        infos = controls_of(method.controls_type)
+        settings = method.controls_type().settings(card.recipe)
+        levels = motion_levels(card.motion) if method.controls_type.motion else []
+        controls = [
+            Control(
+                name=info.alias,
+                setting=name,
+                title=info.title,
+                description=info.description,
+                kind=info.kind,
+                default=None if name == "seed" else settings.get(name),
+                minimum=info.minimum,
+                maximum=None if info.maximum is None else min(info.maximum, 2**53 - 1),  # what JavaScript holds
+                choices=list(info.choices),
+                place=info.place,
+                words=sorted(info.words.items()),
+                levels=levels if name == method.controls_type.motion else [],
+            )
+            for name, info in infos.items()
+        ]
+        own = [name for name in infos if name in settings and name not in ("negative_prompt", "seed")]
         return cls(
             id=card.recipe.name,
             digest=card.digest,
             size=video_size(card),
             seconds=video_seconds(card),
             frames=card.recipe.data.frames,
-            fps=sample.fps,
-            motion=motion_buckets(card.motion),
-            defaults={
-                "motion_bucket": sample.motion_bucket,
-                "num_inference_steps": sample.steps,
-                "guidance_scale": sample.guidance_scale,
-                "dct_init": sample.dct_init,
-                "solver": sample.solver,
-                "guidance_interval": list(sample.guidance_interval),
-                "reuse_features": sample.reuse_features,
-            },
+            fps=card.recipe.sample.fps,
+            motion_buckets=len(levels),
+            motion=levels,
+            defaults={infos[name].alias: settings[name] for name in own if settings[name] is not None},
+            controls=controls,
+            pictures={name: about.description for name, about in method.inputs.items() if about.kind == "image"},
         )
 
 
@@ -270,13 +195,13 @@ class Health(BaseModel):
     queued: int | None = None
 
 
-def motion_buckets(scale: MotionScale) -> list[MotionBucket]:
+def motion_levels(scale: MotionScale) -> list[MotionLevel]:
     """The motion scale of a bundle, stillest bucket first, with its calibration where the bundle holds one."""
     bounds = (0.0, *scale.edges, 1.0)
     found = scale.calibration or {}
     measured = dict(zip(found.get("buckets", ()), found.get("mean_motion", ()), strict=False))
     return [
-        MotionBucket(bucket=bucket, ssim=(bounds[-2 - bucket], bounds[-1 - bucket]), measured=measured.get(bucket))
+        MotionLevel(bucket=bucket, ssim=(bounds[-2 - bucket], bounds[-1 - bucket]), measured=measured.get(bucket))
         for bucket in range(MOTION_BUCKETS)
     ]
 

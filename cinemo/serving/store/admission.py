@@ -40,10 +40,15 @@ class KeyReused(Exception):
     """An idempotency key came again with another request."""
 
 
-def fingerprint(request: Mapping[str, Any], image: bytes, drawn: Collection[str]) -> str:
-    """sha256 of what a client asked for: the request without what the server drew itself, and the picture."""
+def fingerprint(
+    request: Mapping[str, Any], image: bytes, drawn: Collection[str], others: Mapping[str, bytes] | None = None
+) -> str:
+    """sha256 of what a client asked for: the request without what the server drew itself, and the pictures."""
     asked = {name: value for name, value in request.items() if name not in drawn}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode() + b"\0" + image).hexdigest()
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode() + b"\0" + image)
+    for name, content in sorted((others or {}).items()):
+        digest.update(f"\0{name}\0{hashlib.sha256(content).hexdigest()}".encode())
+    return digest.hexdigest()
 
 
 def earlier(client: str, idempotency_key: str) -> Select[Any]:

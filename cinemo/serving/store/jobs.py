@@ -32,7 +32,7 @@ from cinemo.serving.store.counters import Statistics, count_finished, make_count
 from cinemo.serving.store.database import Database, Transaction
 from cinemo.serving.store.keys import Quota
 from cinemo.serving.store.leases import QueueLimits, choose, due, end, end_overdue, fail_late, next_turns
-from cinemo.serving.store.media import MediaStore, image_name, is_job_id
+from cinemo.serving.store.media import MediaStore, image_name, input_name, is_job_id
 from cinemo.serving.store.tables import jobs, usage
 from cinemo.types import InputError, RunError
 
@@ -75,6 +75,12 @@ class Job:
     error_code: str | None
     error_message: str | None
 
+    @property
+    def files(self) -> dict[str, str]:
+        """What the job came with: by name (``image``, and what its model takes beside it), the media store's names."""
+        others = {name: input_name(self.id, name) for name in self.request.get("inputs", ())}
+        return {"image": image_name(self.id), **others}
+
 
 class JobStore:
     """Jobs in a database and their files in a media store. Safe for any number of processes and threads.
@@ -103,11 +109,13 @@ class JobStore:
         timeout: float | None = None,
         quota: Quota | None = None,
         drawn: Collection[str] = (),
+        others: Mapping[str, bytes] | None = None,
     ) -> Job:
-        """Queue a job. Its picture is stored before the job can be claimed.
+        """Queue a job. Its pictures are stored before the job can be claimed.
 
         Args:
-            idempotency_key: with the same one, the same request and picture are the same job again, while it is kept.
+            image: the picture to animate. ``others``: what its model takes beside it, by name.
+            idempotency_key: with the same one, the same request and pictures are the same job again, while it is kept.
             timeout: seconds until its deadline.
             drawn: names in ``request`` that the server drew itself (a seed): no part of what the client asked for.
 
@@ -115,13 +123,17 @@ class JobStore:
             QueueFull, QuotaExceeded: nothing was kept.
             KeyReused: the idempotency key came before with another request.
         """
-        asked = fingerprint(request, image, drawn)
+        others = others or {}
+        asked = fingerprint(request, image, drawn, others)
         same_key = None if idempotency_key is None else earlier(client, idempotency_key)
         if same_key is not None and (rows := self.database.read(same_key)):
             check_same(rows[0], asked)
             return _job(rows[0])
         job_id = f"video_{secrets.token_hex(12)}"
         self.media.write(image_name(job_id), image)
+        for name, content in others.items():
+            self.media.write(input_name(job_id, name), content)
+        kept = {**request, "inputs": sorted(others)} if others else dict(request)
 
         def work(transaction: Transaction) -> Row[Any]:
             if transaction.repeated and (row := transaction.execute(_GET, {"id": job_id}).one_or_none()):
@@ -133,7 +145,7 @@ class JobStore:
             admit(transaction, client, quota or Quota(), self.limits.max_queued, now)
             values = {
                 "id": job_id, "client": client, "status": "queued", "created_at": now,
-                "deadline_at": None if timeout is None else now + timeout, "request": json.dumps(dict(request)),
+                "deadline_at": None if timeout is None else now + timeout, "request": json.dumps(kept),
                 "idempotency_hash": None if idempotency_key is None else key_hash(idempotency_key),
                 "fingerprint": asked,
             }  # fmt: skip
@@ -371,7 +383,7 @@ class JobStore:
                 if job is None:
                     self._remove_media(job_id)
                 elif job.status in FINAL:
-                    for name in set(old[job_id]) - {image_name(job_id), job.media_name}:
+                    for name in set(old[job_id]) - {*job.files, job.media_name}:
                         self.media.remove_file(name)
 
     def _remove_media(self, job_id: str) -> None:

@@ -25,6 +25,11 @@ def image_name(job_id: str) -> str:
     return f"{job_id}/image"
 
 
+def input_name(job_id: str, name: str) -> str:
+    """What a job came with beside it, by the name that its model has for it."""
+    return f"{job_id}/input-{name}"
+
+
 def video_name(job_id: str, attempt: int) -> str:
     """The video of one attempt: two workers that both believe a job to be theirs write different files."""
     return f"{job_id}/video-{attempt}.mp4"

@@ -10,23 +10,16 @@ from torch import nn
 import cinemo
 from cinemo import cache, storage
 from cinemo.bundle import save_bundle
-from cinemo.config import Recipe, parse_recipe
+from cinemo.config import Recipe
 from cinemo.media.motion import MORE_MOTION
-from cinemo.methods import method_class
+from cinemo.methods import method_class, published_sources
 from cinemo.networks.lora import add_lora, merge_lora, save_adapter
-from cinemo.networks.weights import load_unet, published_config, read_config, resolve, save_network, weights_digest
+from cinemo.networks.weights import save_network
+from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
 from cinemo.training.run.averaging import EMA
-from cinemo.types import InputError, keyed_seed
-
-_PUBLISHED = {
-    "vae": "vae",
-    "vae_decoder": "vae_temporal_decoder",
-    "text_encoder": "text_encoder",
-    "tokenizer": "tokenizer",
-}
-_SCHEDULER = "scheduler_config.json"
+from cinemo.types import InputError
 
 
 def from_checkpoint(location: str, output: str) -> str:
@@ -106,55 +99,30 @@ def _as_trained(directory: Path, recipe: Recipe) -> dict[str, nn.Module]:
     return networks
 
 
-def from_cinemo(folder: str, output: str, recipe: Recipe, scale: str = MORE_MOTION) -> str:
-    """Write the bundle of the published Cinemo weights: a folder with unet, vae, [vae_temporal_decoder], text_encoder,
-    tokenizer and [scheduler], each in diffusers layout.
+def from_published(name: str, location: str, output: str, recipe: Recipe, scale: str = MORE_MOTION) -> str:
+    """Write published weights as a bundle, or, those that are a base to train from, as a folder for ``train.init``.
 
     Args:
-        recipe: what the folder does not say: size, frames, noise levels (the published pipeline sets its own as well),
-            sampling defaults. The network is what ``unet/config.json`` says, where that is there.
-        scale: of its motion ids (`cinemo.media.motion.MotionScale`); ``pipelines/probe_motion.py`` measures it.
+        name: of the weights, among `cinemo.methods.published_sources`.
+        recipe: what their files do not say.
+        scale: of their motion ids (`cinemo.media.motion.MotionScale`); ``pipelines/probe_motion.py`` measures it.
 
     Raises:
-        InputError: a part is missing, or the weights do not fit the network.
+        InputError: a file is missing, or the weights do not fit the network.
     """
-    target, root = _target(output), resolve(folder)
-    missing = [name for name in ("unet", *_PUBLISHED.values()) if not (root / name).is_dir()]
-    optional = {"vae_temporal_decoder"}
-    if set(missing) - optional:
-        raise InputError(
-            f"{folder}: {', '.join(sorted(set(missing) - optional))} missing; expected a folder with unet, vae, "
-            "vae_temporal_decoder, text_encoder and tokenizer"
-        )
-    places = {field: None if name in missing else str(root / name) for field, name in _PUBLISHED.items()}
-    values = recipe.model_dump(mode="json")
-    values["encoders"] |= places
-    if (root / "unet" / "config.json").is_file():
-        values["model"] |= published_config(read_config(root / "unet", f"{folder}/unet"), f"{folder}/unet")
-    if (root / "scheduler" / _SCHEDULER).is_file():
-        stored = read_config(root / "scheduler", f"{folder}/scheduler", _SCHEDULER)
-        values["diffusion"]["prediction"] = "v" if stored.get("prediction_type") == "v_prediction" else "epsilon"
-    recipe = parse_recipe(values, folder)
-    unet = load_unet(recipe.model, str(root / "unet"), torch.float32)
-    provenance = {"source": "published Cinemo weights", "unet": weights_digest(str(root / "unet"))}
-    digest = save_bundle(target, recipe, {"unet": unet}, provenance, scale)
-    return f"bundle {digest[:12]} of published weights ({recipe.name}), motion ids taken as {scale}"
-
-
-def from_lavie(file: str, output: str, recipe: Recipe) -> str:
-    """Write LaVie's base weights as a folder to start training from; the motion network they lack starts at zero.
-
-    Raises:
-        InputError: not a LaVie checkpoint of the recipe's network.
-    """
-    target = _target(output)
-    if target.is_dir() and any(target.iterdir()):
+    source, target = published_sources()[name], _target(output)
+    if not source.whole and target.is_dir() and any(target.iterdir()):
         raise InputError(f"{output}: is not empty; choose another --output")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(keyed_seed(0, "weights"))
-        unet = load_unet(recipe.model, file, torch.float32, motion_optional=True)
-    save_network(unet, target)
-    return f"UNet weights; train with --recipe {recipe.name} --set train.init={output}"
+    if name not in method_class(recipe).published:
+        raise InputError(f"recipe {recipe.name} is of method {recipe.method}, which has no weights named {name}")
+    imported = source.load(location, recipe)
+    recipe = imported.recipe
+    if not source.whole:
+        (network,) = imported.networks.values()
+        save_network(network, target)
+        return f"weights of one network; train with --recipe {recipe.name} --set train.init={output}"
+    digest = save_bundle(target, recipe, imported.networks, imported.provenance, scale)
+    return f"bundle {digest[:12]} of published weights ({recipe.name}), motion ids taken as {scale}"
 
 
 def _target(output: str) -> Path:

@@ -91,7 +91,7 @@ def activation_bytes(recipe: Recipe, checkpointing: bool) -> int:
             batch = LatentBatch(video_BCFHW, blank_condition(recipe, example, video_BCFHW, dtype))
             memory = PeakMemory()
             with memory:
-                method(batch, steps_B, torch.empty(train.micro_batch, *shape), each=True).mean().backward()
+                method(batch, steps_B, torch.empty(train.micro_batch, *shape), reduction="none").mean().backward()
     finally:
         torch.set_num_threads(threads)
         _kept_positions.cache_clear()

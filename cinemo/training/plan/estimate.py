@@ -206,7 +206,7 @@ def _measured_speed(recipe: Recipe, flops: SampleFlops, peak: float, fits: bool)
         spent = []
         for _ in range(3):
             begun = time.perf_counter()
-            method(LatentBatch(video_BCFHW, condition), steps_B, noise_BCFHW, each=True).mean().backward()
+            method(LatentBatch(video_BCFHW, condition), steps_B, noise_BCFHW, reduction="none").mean().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             spent.append(time.perf_counter() - begun)

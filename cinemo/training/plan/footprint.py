@@ -144,7 +144,7 @@ def footprint(
     frames, channels, rows, columns = latent_shape(recipe)
     noise = method_class(recipe).target_shape((channels, frames, rows, columns))
     sample = 4 * (channels * frames * rows * columns + math.prod(noise))  # latents and noise, float32
-    states_of_text = TOKENS * recipe.model.cross_attention_dim * value
+    states_of_text = TOKENS * method_class(recipe).text_width(recipe) * value
     inputs = encoder * value + TEXT_CACHE * states_of_text + train.micro_batch * (sample + states_of_text)
     waiting = _PREFETCHED * sample * train.global_batch // workers
     active = activations[checkpointing]

@@ -122,7 +122,7 @@ class LossSums:
             step: how many steps lie between this one and the first that was added.
             weight_B: (B,), host memory; 0 counts as not there, None is 1 for each.
         """
-        self._parts.append((losses_B.detach(), batch.t_B, batch.motion_bucket_B, step, weight_B))
+        self._parts.append((losses_B.detach(), batch.t_B, batch.bucket_B, step, weight_B))
 
     def sums(self, device: torch.device, steps: int = 1) -> Tensor:
         """(2, 25 + steps) float64: weighted losses, and weights: overall, by quartile, by bucket, by step."""

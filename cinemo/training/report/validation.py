@@ -86,7 +86,7 @@ class Validation:
             batch = _batch([sample for _, sample, _ in part], [draw for draw, _, _ in part], self._recipe)
             with torch.no_grad():
                 inputs = on_device(batch, self._text, engine.device, engine.dtype)
-                losses_B = engine.method(*inputs, each=True, weighted=False)
+                losses_B = engine.method(*inputs, reduction="none", weighted=False)
             found.add(losses_B, batch, weight_B=torch.tensor([weight for _, _, weight in part]))
         losses, weights = engine.mean(found.sums(engine.device)).tolist()
         return Losses.of_sums(losses, weights)

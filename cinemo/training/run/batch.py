@@ -39,12 +39,12 @@ class HostBatch:
     """One micro batch in host memory, before text encoding.
 
     ``fields`` and ``texts``: what ``method`` wants to be told of its samples (`cinemo.methods.base.Example`).
-    ``motion_bucket_B``: of the samples themselves, by which losses are reported, whatever the network is told.
+    ``bucket_B``: of the samples themselves, by which losses are reported, whatever the network is told.
     """
 
     method: type[Method]
     video_BCFHW: Tensor
-    motion_bucket_B: Tensor
+    bucket_B: Tensor
     fields: Mapping[str, Tensor]
     t_B: Tensor
     noise_BCFHW: Tensor
@@ -115,7 +115,7 @@ def _keyed(seed: int, step: int, key: tuple[str | int, ...], what: str) -> torch
 
 def undropped(recipe: Recipe) -> Recipe:
     """Without what training does to make samples harder: what a user asks for is told whole."""
-    plain = {"prompt_dropout": 0.0, "image_dropout": 0.0, "motion_dropout": 0.0}
+    plain = {name: 0.0 for name in type(recipe.train).model_fields if name.endswith("_dropout")}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=plain)})
 
 
@@ -142,7 +142,7 @@ def drawn_timestep(train_steps: int, shift: float, generator: torch.Generator) -
 def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     """(frames, channels, rows, columns) of a sample's latents; the VAE reduces each side by 8."""
     height, width = recipe.data.size
-    return recipe.data.frames, recipe.model.in_channels, height // 8, width // 8
+    return recipe.data.frames, method_class(recipe).latent_channels(recipe), height // 8, width // 8
 
 
 class TextStates:
@@ -191,7 +191,7 @@ def blank_condition(recipe: Recipe, example: Example, video_BCFHW: Tensor, dtype
         name: torch.zeros(batch, *field.shape, dtype=field.dtype, device=device)
         for name, field in example.fields.items()
     }
-    text_BLD = torch.zeros(batch, TOKENS, recipe.model.cross_attention_dim, dtype=dtype, device=device)
+    text_BLD = torch.zeros(batch, TOKENS, method_class(recipe).text_width(recipe), dtype=dtype, device=device)
     return method_class(recipe).condition(video_BCFHW, fields, dict.fromkeys(example.texts, text_BLD))
 
 

@@ -130,7 +130,7 @@ class Engine:
 
     def loss(self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor) -> Tensor:
         """The method's loss of each sample of a micro batch (B,)."""
-        return self._engine(batch, t_B, noise_BCFHW, each=True)  # type: ignore[no-any-return]
+        return self._engine(batch, t_B, noise_BCFHW, reduction="none")  # type: ignore[no-any-return]
 
     def step(self, loss: Tensor) -> None:
         """Backward of one micro batch's scalar loss; the last one of a step also moves the weights and the schedule."""

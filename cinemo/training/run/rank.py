@@ -16,12 +16,13 @@ from ray.train import Checkpoint
 from ray.train.torch import get_device
 
 from cinemo import cache
-from cinemo.config import Recipe, parse_recipe
+from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import HeldOut, LatentLoader, StepBatch
 from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.networks.memory import keep_freed_memory
+from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.plan.cost import peak_flops
 from cinemo.training.report import sample_log

@@ -21,12 +21,13 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cinemo import storage
-from cinemo.config import Recipe, parse_recipe
+from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.statistics import with_statistics
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.precompute.cluster import connect
 from cinemo.methods import check_trainable, method_class
+from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.checkpoint.checkpoints import CheckpointCard
 from cinemo.training.plan.cost import sample_flops

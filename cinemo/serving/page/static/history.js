@@ -34,6 +34,11 @@ export class History {
     document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
   }
 
+  // Cards say the level of motion, where the model has a control of it.
+  setModel(model) {
+    this.on.control = model.controls.find(({ levels }) => levels.length);
+  }
+
   // Ask for as many jobs as are shown, and show those.
   async refresh() {
     clearTimeout(this.timer);
@@ -102,6 +107,7 @@ class Card {
   status = "";
 
   constructor(video, on) {
+    this.on = on;
     this.id = video.id;
     this.thumb = make("span", { className: "thumb" });
     this.badge = make("span", { className: "badge" });
@@ -123,7 +129,9 @@ class Card {
 
   update(video) {
     this.title.textContent = video.prompt || "(no prompt)";
-    this.meta.textContent = `Motion ${video.motion_bucket} · ${ago(video.created_at)}`;
+    const { control } = this.on;
+    const level = control && video[control.name] !== undefined ? `${control.title} ${video[control.name]}` : "";
+    this.meta.textContent = [level, ago(video.created_at)].filter(Boolean).join(" · ");
     this.compare.setAttribute("aria-label", `Compare with: ${video.prompt}`);
     const badges = { queued: "queued", in_progress: `${video.progress} %`, failed: "failed", cancelled: "cancelled" };
     this.badge.textContent = badges[video.status] ?? "";

@@ -1,18 +1,28 @@
-// The motion slider with its calibration: one bar a bucket, as high as the motion it stands for.
+// The slider of the control that says how much moves, with its calibration: one bar a level, as high as the motion that
+// it stands for.
 
-import { byId, make } from "./dom.js";
+import { make } from "./dom.js";
 
-// From which bucket on they hold.
-const WORDS = [
-  [0, "almost still"], [4, "gentle"], [8, "moderate"], [12, "lively"], [16, "strong"], [19, "maximum"],
-];
-
-export class MotionField {
-  constructor() {
-    this.input = byId("motion_bucket");
-    this.bars = [];
-    this.scale = [];
+export class LevelsField {
+  // control.levels: per value {bucket, ssim: [low, high], measured: 1 - SSIM or null}; see schema.MotionLevel.
+  constructor(control) {
+    const { name, title } = control;
+    this.control = control;
+    this.scale = control.levels;
+    this.input = make("input", { id: name, type: "range", min: 0, max: this.scale.length - 1, step: 1 });
     this.input.addEventListener("input", () => this.show());
+    this.word = make("span", { id: "motion-word" });
+    this.reading = make("output", { id: "motion-value", for: name });
+    this.note = make("p", { id: "motion-note", className: "note" });
+    this.bars = this.drawn();
+    const chart = make("div", { id: "motion-chart", className: "chart", "aria-hidden": "true" }, ...this.bars);
+    this.root = make("div", { className: "field motion" },
+      make("div", { className: "line" },
+        make("label", { for: name }, title),
+        make("span", { className: "reading" }, this.word, " ", this.reading)),
+      chart, this.input, this.note, make("p", { id: `${name}-error`, className: "error", hidden: true }));
+    this.input.setAttribute("aria-describedby", `motion-note ${name}-error`);
+    this.value = control.default;
   }
 
   get value() {
@@ -24,21 +34,16 @@ export class MotionField {
     this.show();
   }
 
-  // model.motion: per bucket {bucket, ssim: [low, high], measured: 1 - SSIM or null}; see schema.MotionBucket.
-  setModel(model) {
-    this.scale = model.motion ?? [];
-    this.input.max = model.motion_buckets - 1;
-    const heights = this.heights(model.motion_buckets);
+  drawn() {
+    const heights = this.heights(this.scale.length);
     const highest = Math.max(...heights, 1e-6);
-    this.bars = heights.map((height, bucket) => {
+    return heights.map((height, bucket) => {
       const known = this.measured.length ? this.scale[bucket].measured !== null : true;
       const bar = make("span", { className: known ? "bar" : "bar between" });
       bar.style.setProperty("--at", bucket / (heights.length - 1));
       bar.style.setProperty("--height", Math.max(0.05, height / highest));
       return bar;
     });
-    byId("motion-chart").replaceChildren(...this.bars);
-    this.value = model.defaults.motion_bucket;
   }
 
   get measured() {
@@ -59,16 +64,16 @@ export class MotionField {
     const bucket = this.value;
     this.bars.forEach((bar, at) => bar.classList.toggle("on", at <= bucket));
     this.input.style.setProperty("--filled", bucket / Number(this.input.max));
-    const [, word] = WORDS.findLast(([from]) => from <= bucket);
-    byId("motion-value").textContent = bucket;
-    byId("motion-word").textContent = word;
-    byId("motion-note").textContent = this.explain(bucket);
-    this.input.setAttribute("aria-valuetext", `${bucket} of ${this.input.max}, ${word}`);
+    const word = this.control.words.findLast(([from]) => from <= bucket)?.[1] ?? "";
+    this.reading.textContent = bucket;
+    this.word.textContent = word;
+    this.note.textContent = this.explain(bucket);
+    this.input.setAttribute("aria-valuetext", [`${bucket} of ${this.input.max}`, word].filter(Boolean).join(", "));
   }
 
   explain(bucket) {
     const here = this.scale[bucket];
-    if (!here) return "0 stays still, the highest moves most.";
+    if (!here) return this.control.description;
     const points = this.measured.map((each) => [each.bucket, each.measured]);
     const percent = (share) => `${Math.round(100 * share)} %`;
     if (points.length) {

@@ -3,25 +3,21 @@
 import * as api from "./api.js";
 import { announce, byId, calm, make } from "./dom.js";
 import { History } from "./history.js";
-import { MotionField } from "./motion.js";
+import { ControlFields } from "./controls.js";
 import { PictureField } from "./picture.js";
-import { drawSeed } from "./seed.js";
-import { settingsOf, Stage } from "./stage.js";
+import { Stage } from "./stage.js";
 
 const form = byId("form");
 const button = byId("animate");
 const note = byId("form-note");
-// Names that an error body may give -> the field that a person sees.
-const FIELDS = { motion_strength: "motion_bucket" };
-const PLAIN = ["prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"];
 
 let model = null;
 
-const motion = new MotionField();
+const controls = new ControlFields();
 const picture = new PictureField({
   report: (message) => tellField("input_reference", message),
   onSettings: (settings) => {
-    fill({ ...settings, num_inference_steps: settings.steps });
+    fill(settings);
     tell("The settings of that video are filled in, with its first frame as the picture.");
   },
 });
@@ -36,10 +32,6 @@ form.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
 form.addEventListener("input", (event) => event.target.id && tellField(event.target.id, ""));
-byId("dice").addEventListener("click", () => {
-  byId("seed").value = drawSeed();
-  tellField("seed", "");
-});
 byId("forget-key").addEventListener("click", () => {
   api.key.set("");
   location.reload();
@@ -48,7 +40,7 @@ window.addEventListener("hashchange", () => stage.show(fromAddress()));
 
 async function submit() {
   tell("");
-  for (const name of ["input_reference", ...PLAIN]) tellField(name, "");
+  for (const name of ["input_reference", "prompt", ...controls.names]) tellField(name, "");
   if (!picture.file) return fault({ param: "input_reference", message: "Choose a picture first." });
   button.disabled = true;
   const made = await send(entered(), picture.file, { note, fault, again: submit });
@@ -61,11 +53,7 @@ async function submit() {
   }
 }
 
-// What the form holds; an empty field is the server's to fill.
-function entered() {
-  const settings = Object.fromEntries(PLAIN.map((name) => [name, byId(name).value]));
-  return { ...settings, motion_bucket: motion.value, dct_init: byId("dct_init").checked };
-}
+const entered = () => ({ prompt: byId("prompt").value, ...controls.values });
 
 // Resolves to the new job, or null where the fault has been shown in place: {note, fault?, again?}.
 async function send(settings, file, place) {
@@ -109,10 +97,9 @@ function countDown(error, place) {
 
 // An error body, beside the field that it is about.
 function fault({ param, message }) {
-  const name = FIELDS[param] ?? param;
-  if (!byId(`${name}-error`)) return tell(message, "bad");
-  tellField(name, sentence(message, param));
-  const field = byId(name);
+  if (!byId(`${param}-error`)) return tell(message, "bad");
+  tellField(param, sentence(message, param));
+  const field = byId(param);
   const fold = field.closest("details");
   if (fold) fold.open = true;
   field.focus();
@@ -142,7 +129,7 @@ function sentence(message, param) {
 
 // The settings of an earlier video, and its picture: the file itself where this tab sent it, else the first frame.
 async function reuse(video) {
-  fill(settingsOf(video));
+  fill(video);
   const own = stage.pictures.has(video.id);
   try {
     const file = await stage.pictureOf(video);
@@ -156,10 +143,9 @@ async function reuse(video) {
 }
 
 function fill(settings) {
-  for (const name of PLAIN) if (settings[name] !== undefined) byId(name).value = settings[name];
-  for (const name of PLAIN) tellField(name, "");
-  if (settings.motion_bucket !== undefined) motion.value = settings.motion_bucket;
-  if (settings.dct_init !== undefined) byId("dct_init").checked = settings.dct_init;
+  if (settings.prompt !== undefined) byId("prompt").value = settings.prompt;
+  controls.fill(settings);
+  for (const name of ["prompt", ...controls.names]) tellField(name, "");
 }
 
 // What is on the stage is in the address, so that it can be kept, shared, and left with the back button.
@@ -215,10 +201,8 @@ function setModel(known) {
   const length = `${model.frames} frames, ${Number(model.seconds)} s`;
   const toy = Math.min(width, height) < 128 ? " · a toy, to show the method at work" : "";
   byId("model").textContent = `${model.id} · ${width} × ${height} · ${length}${toy}`;
-  motion.setModel(model);
-  byId("num_inference_steps").placeholder = model.defaults.num_inference_steps;
-  byId("guidance_scale").placeholder = model.defaults.guidance_scale;
-  byId("dct_init").checked = model.defaults.dct_init;
+  controls.setModel(model);
+  history.setModel(model);
 }
 
 // Until the server answers: a page that was opened while it starts comes to life by itself.

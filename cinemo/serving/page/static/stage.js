@@ -8,14 +8,6 @@ import { Transport } from "./player.js";
 import { VariantForm } from "./variant.js";
 
 const LONG = 280; // letters of a prompt that a table shows
-const SETTINGS = [
-  ["prompt", "Prompt"], ["negative_prompt", "Without"], ["motion_bucket", "Motion"], ["seed", "Seed"],
-  ["num_inference_steps", "Steps"], ["guidance_scale", "Guidance"], ["dct_init", "DCTInit"], ["model", "Model"],
-];
-// Ways to less work for a video, which programs may ask for: told where they are used.
-const SHORTCUTS = [
-  ["solver", "Solver", "ddim"], ["guidance_interval", "Guidance range", "0,1"], ["reuse_features", "Feature reuse", "1"],
-];
 
 export class Stage {
   panes = [];
@@ -58,9 +50,8 @@ export class Stage {
   async startVariant({ name, value }, form) {
     const [pane] = this.panes;
     const file = await this.pictureOf(pane.video);
-    const shortcuts = SHORTCUTS.filter(([each]) => pane.video[each] !== undefined);
-    const asBefore = Object.fromEntries(shortcuts.map(([each]) => [each, String(pane.video[each])]));
-    const made = await this.on.variant({ ...asBefore, ...settingsOf(pane.video), [name]: value }, file, form);
+    const asBefore = { ...settingsOf(pane.video, this.model), [name]: value };
+    const made = await this.on.variant(asBefore, file, form);
     if (made) this.show([pane.id, made.id]);
   }
 
@@ -86,7 +77,7 @@ export class Stage {
 
   facts() {
     const { video, inside } = this.panes[0];
-    const rows = told([video]).filter(([name]) => name !== "prompt").map(([name, title]) =>
+    const rows = told([video], this.model).filter(([name]) => name !== "prompt").map(([name, title]) =>
       make("div", {}, make("dt", {}, title), make("dd", {}, said(video[name]))),
     );
     const prompt = make("p", { className: "prompt" }, video.prompt);
@@ -98,7 +89,7 @@ export class Stage {
 
   differences() {
     const [a, b] = this.panes.map((pane) => pane.video);
-    const rows = told([a, b]).map(([name, title]) => {
+    const rows = told([a, b], this.model).map(([name, title]) => {
       const differs = String(a[name]) !== String(b[name]);
       const marked = differs ? make("span", { className: "visually-hidden" }, " (differs)") : null;
       const cells = [a, b].map((each) => make("td", {}, said(each[name])));
@@ -315,16 +306,20 @@ class Pane {
   }
 }
 
-// What a new job needs to be like an old one.
-export function settingsOf(video) {
-  const names = SETTINGS.map(([name]) => name).filter((name) => name !== "model");
-  return Object.fromEntries(names.map((name) => [name, video[name]]));
+// What a new job needs to be like an old one: the prompt, and every control of the model that the old one has.
+function settingsOf(video, model) {
+  const names = model.controls.map(({ name }) => name).filter((name) => ![undefined, null].includes(video[name]));
+  return { prompt: video.prompt, ...Object.fromEntries(names.map((name) => [name, String(video[name])])) };
 }
 
-// The settings of some videos that are worth a line.
-function told(videos) {
-  const used = ([name, , usual]) => videos.some((video) => ![undefined, usual].includes(video[name]?.toString()));
-  return [...SETTINGS.filter(([name]) => videos.some((video) => video[name] !== "")), ...SHORTCUTS.filter(used)];
+// [name, title] of the settings of some videos that are worth a line: of those that only programs ask for, what is not
+// as usual.
+function told(videos, model) {
+  const controls = (model?.controls ?? []).filter(({ name, place, default: usual }) =>
+    videos.some((video) => ![undefined, null, ""].includes(video[name])
+      && (place !== "api" || String(video[name]) !== String(usual))));
+  const own = controls.map(({ name, title }) => [name, title]);
+  return [["prompt", "Prompt"], ...own, ["model", "Model"]];
 }
 
 function insideFile(written) {

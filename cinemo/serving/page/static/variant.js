@@ -3,6 +3,28 @@
 import { make } from "./dom.js";
 import { drawSeed } from "./seed.js";
 
+// What moves most first, then what draws the noise, then what is folded away.
+const rank = ({ levels, place, kind }) => (levels.length ? 0 : place === "front" ? 1 : kind === "boolean" ? 2 : 3);
+
+// [name, title, what to begin with, properties of the input, how to read it]
+function choice(control, now) {
+  const { name, kind, minimum, maximum } = control;
+  const title = /^[A-Z][a-z]/.test(control.title) ? control.title.toLowerCase() : control.title;
+  if (kind === "boolean") return [name, title, !now, { type: "checkbox", role: "switch" }, (input) => input.checked];
+  if (kind === "choice") return [name, title, now, { options: control.choices }, (input) => input.value];
+  const limits = { type: "number", min: minimum, max: Math.min(maximum, Number.MAX_SAFE_INTEGER), step: kind === "integer" ? 1 : 0.1 };
+  return [name, title, another(control, now), limits, (input) => Number(input.value)];
+}
+
+// A value far enough from the present one that the difference shows.
+function another(control, now) {
+  const { levels, kind, minimum, maximum } = control;
+  if (kind === "integer" && control.default === null) return drawSeed();
+  if (levels.length) return now > maximum / 2 ? 2 : maximum - 2;
+  if (kind === "integer") return Math.min(maximum, 2 * now);
+  return now > minimum ? minimum : Number(((minimum + maximum) / 7).toFixed(1));
+}
+
 export class VariantForm {
   // start({name, value}, form) is called when the second video is wanted; it reports through form.note.
   constructor(start) {
@@ -30,18 +52,10 @@ export class VariantForm {
   }
 
   open(video, model) {
-    const number = (input) => Number(input.value);
-    const last = model.motion_buckets - 1;
-    const numeric = (min, max, step = 1) => ({ type: "number", min, max, step });
-    const motion = video.motion_bucket > last / 2 ? 2 : last - 2;
-    // name, title, what to begin with, properties of the input, how to read it
-    this.choices = [
-      ["motion_bucket", "motion", motion, numeric(0, last), number],
-      ["seed", "seed", drawSeed(), numeric(0, Number.MAX_SAFE_INTEGER), number],
-      ["dct_init", "DCTInit", !video.dct_init, { type: "checkbox", role: "switch" }, (input) => input.checked],
-      ["num_inference_steps", "steps", Math.min(999, 2 * video.num_inference_steps), numeric(1, 999), number],
-      ["guidance_scale", "guidance", video.guidance_scale > 1 ? 1 : 7.5, numeric(1, 50, 0.1), number],
-    ];
+    this.choices = model.controls
+      .filter(({ name, kind, place }) => place !== "api" && kind !== "text" && ![undefined, null].includes(video[name]))
+      .sort((a, b) => rank(a) - rank(b))
+      .map((control) => choice(control, video[control.name]));
     this.select.replaceChildren(...this.choices.map(([name, title]) => make("option", { value: name }, title)));
     this.note.replaceChildren();
     this.root.hidden = false;
@@ -56,7 +70,10 @@ export class VariantForm {
 
   offer() {
     const [, , value, properties] = this.choices[this.select.selectedIndex];
-    this.input = make("input", { id: "variant-value", required: properties.type === "number", ...properties });
+    const { options, ...plain } = properties;
+    this.input = options
+      ? make("select", { id: "variant-value" }, ...options.map((each) => make("option", { value: each }, each)))
+      : make("input", { id: "variant-value", required: properties.type === "number", ...plain });
     if (properties.type === "checkbox") this.input.checked = value;
     else this.input.value = value;
     this.place.replaceChildren(this.input);

@@ -1,0 +1,259 @@
+"""What a person may ask of a method, said once: flags, HTTP form, stored settings and page widgets are made from it.
+
+A method's `Controls` is a pydantic model whose fields are made by `control`. None stands for the default of the recipe;
+`Controls.settings` fills it in.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+
+from cinemo.config import Recipe
+from cinemo.types import InputError
+
+MAX_PROMPT = 4000  # letters
+MAX_STEPS = 999
+MAX_SEED = 2**63 - 1
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raise `InputError` where ``value`` is no text that an encoder, a database and a video file can hold."""
+    if not isinstance(value, str) or len(value) > MAX_PROMPT:
+        got = f"{len(value)} characters" if isinstance(value, str) else type(value).__name__
+        raise InputError(f"{name}: got {got}, expected a text of at most {MAX_PROMPT} characters")
+    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InputError(f"{name}: holds a null character or half a surrogate pair, expected plain text")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A picture or video that a method takes beside the picture to animate.
+
+    ``kind``: ``image`` (H, W, 3) or ``video`` (F, H, W, 3), uint8, of any size. Videos are for the command line and
+    Python alone: the server's form takes pictures.
+    """
+
+    kind: Literal["image", "video"]
+    description: str
+    required: bool = False
+
+
+def control(
+    default: Any,
+    description: str,
+    *,
+    title: str | None = None,
+    place: Literal["front", "folded", "api"] = "api",
+    alias: str | None = None,
+    words: Mapping[int, str] | None = None,
+    **limits: Any,
+) -> Any:
+    """A field of `Controls`.
+
+    Args:
+        default: None: the recipe's, from its ``sample.<name>`` unless `Controls.settings` knows better.
+        title: its name for people.
+        place: on the page: in sight, among more settings, or not there.
+        alias: its name in HTTP, where that is another one.
+        words: of a control with steps, from which value on which word holds.
+        limits: as pydantic's `Field` takes them: ``ge``, ``le``, ``max_length``.
+    """
+    about: dict[str, Any] = {"place": place, "alias": alias, "words": dict(words or {})}
+    return Field(default, title=title, description=description, json_schema_extra={"about": about}, **limits)
+
+
+def _pair(value: Any) -> Any:
+    """``0.1,0.9`` and ``[0.1, 0.9]``, as forms send pairs."""
+    if isinstance(value, str):
+        value = value.strip(" []").split(",")
+        try:
+            return tuple(float(part) for part in value)
+        except ValueError:
+            raise ValueError("expected two numbers, such as 0.1,0.9") from None
+    return tuple(value) if isinstance(value, list) else value
+
+
+Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
+
+
+class Controls(BaseModel):
+    """What every method can be asked, and how much of the answer can be seen in its settings.
+
+    ``motion``: the name of the control that says how much moves, in whole numbers from 0, where a method has one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    motion: ClassVar[str | None] = None
+
+    negative_prompt: str = control(
+        "", "what should not appear", title="What should not appear", place="folded", max_length=MAX_PROMPT
+    )
+    seed: int = control(0, "determines every random draw", title="Seed", place="front", ge=0, le=MAX_SEED)
+    steps: int | None = control(
+        None,
+        "denoising steps: more are finer and slower",
+        title="Steps",
+        place="folded",
+        alias="num_inference_steps",
+        ge=1,
+        le=MAX_STEPS,
+    )
+    guidance_scale: float | None = control(
+        None, "how closely to follow the text, 1 = off", title="Guidance", place="folded", ge=1, le=50
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _plain_text(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str):
+            check_text(str(info.field_name), value)
+        return value
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], whose: str) -> Self:
+        """Controls from Python values or those of a stored job; None counts as not given.
+
+        Raises:
+            InputError: an unknown name, a value of another type or out of range; ``whose`` controls is in the message.
+        """
+        plain = {name: _plain(value) for name, value in values.items() if value is not None}
+        for name in plain:
+            if name not in cls.model_fields:
+                raise InputError(f"{name}: {whose} has no such control; it has {', '.join(cls.model_fields)}")
+        try:
+            return cls.model_validate(plain, strict=True)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            name, message = ".".join(map(str, fault["loc"][:1])), str(fault["msg"]).removeprefix("Value error, ")
+            if not name:
+                raise InputError(message) from None
+            if fault["type"] == "value_error":
+                message = message if message.startswith(f"{name}: ") else f"{name} is {_shown(plain[name])}; {message}"
+                raise InputError(message) from None
+            raise InputError(f"{name} is {_shown(plain[name])}, expected {expectation(cls, name)}") from None
+
+    def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
+        """Every control with its value, the recipe's defaults filled in: JSON values, kept with a video.
+
+        ``inputs``: names of the pictures and videos that are given.
+        """
+        filled: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            value = getattr(recipe.sample, name, None) if value is None else value
+            if value is not None:  # None: another way to say something, such as a share of a scale
+                filled[name] = list(value) if isinstance(value, tuple) else value
+        filled["guidance_scale"] = float(filled["guidance_scale"])
+        return filled
+
+
+class FastSampling(Controls):
+    """Less work for a video, for methods whose samplers can: see `cinemo.config.SampleConfig`."""
+
+    solver: Literal["ddim", "multistep"] | None = control(
+        None, "multistep: DPM-Solver++, which needs about 20 steps", title="Solver"
+    )
+    guidance_interval: Pair | None = control(
+        None, "part of the noise range 0..1 in which guidance acts; a step outside costs half", title="Guidance range"
+    )
+    reuse_features: int | None = control(
+        None, "run the inner layers only at every Nth step", title="Feature reuse", ge=1, le=MAX_STEPS
+    )
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _interval(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        low, high = value or (0.0, 1.0)
+        if not 0 <= low <= high <= 1:
+            raise ValueError("expected 0 <= low <= high <= 1, such as 0.1,0.9")
+        return value
+
+
+@dataclass(frozen=True)
+class ControlInfo:
+    """A control as interfaces show it. ``kind``: what its value is; limits and choices where it has them."""
+
+    name: str
+    alias: str
+    kind: Literal["integer", "number", "boolean", "text", "choice", "pair"]
+    default: Any
+    title: str
+    description: str
+    place: Literal["front", "folded", "api"]
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[str, ...]
+    words: Mapping[int, str]
+
+
+def controls_of(controls: type[Controls]) -> dict[str, ControlInfo]:
+    """Every control by name, in the order of the model's fields."""
+    return {name: _info(name, field) for name, field in controls.model_fields.items()}
+
+
+def expectation(controls: type[Controls], name: str) -> str:
+    """What a control takes, in words: ``a whole number 0..19``."""
+    info = controls_of(controls)[name]
+    if info.choices:
+        return " or ".join(info.choices)
+    what = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "pair": "two numbers"}
+    if info.kind == "text":
+        return f"a text of at most {info.maximum:g} characters" if info.maximum else "a text"
+    limits = "" if info.minimum is None or info.maximum is None else f" {info.minimum:g}..{info.maximum:g}"
+    if info.maximum == MAX_SEED:
+        limits = " 0..2^63 - 1"
+    return what[info.kind] + limits
+
+
+def _info(name: str, field: FieldInfo) -> ControlInfo:
+    options = [each for each in _union(field.annotation) if each is not type(None)]
+    (annotation,) = options or [str]
+    choices: tuple[str, ...] = ()
+    if typing.get_origin(annotation) is Literal:
+        choices, kind = typing.get_args(annotation), "choice"
+    else:
+        kinds = {int: "integer", float: "number", bool: "boolean", str: "text"}
+        kind = kinds.get(annotation, "pair")
+    limit = {
+        key: getattr(part, key) for part in field.metadata for key in ("ge", "le", "max_length") if hasattr(part, key)
+    }
+    extra = field.json_schema_extra
+    about: Any = extra.get("about", {}) if isinstance(extra, dict) else {}
+    return ControlInfo(
+        name=name,
+        alias=about.get("alias") or name,
+        kind=kind,  # type: ignore[arg-type]
+        default=field.default,
+        title=field.title or name.replace("_", " ").capitalize(),
+        description=field.description or "",
+        place=about.get("place", "api"),
+        minimum=limit.get("ge"),
+        maximum=limit.get("le", limit.get("max_length")),
+        choices=choices,
+        words=about.get("words", {}),
+    )
+
+
+def _union(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as Python's, lists as the tuples that they stand for."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if len(repr(value)) < 100 else f"{repr(value)[:80]}..."

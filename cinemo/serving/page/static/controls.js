@@ -1,0 +1,159 @@
+// The widgets of a model's controls, made from what /v1/models says of them; see schema.Control.
+
+import { byId, icon, make } from "./dom.js";
+import { LevelsField } from "./motion.js";
+import { drawSeed } from "./seed.js";
+
+const NUMBERS = ["integer", "number"];
+
+export class ControlFields {
+  fields = new Map(); // name -> {root, value}
+
+  setModel(model) {
+    this.controls = model.controls;
+    this.fields = new Map();
+    const shown = model.controls.filter(({ place }) => place !== "api");
+    for (const control of shown) this.fields.set(control.name, fieldOf(control));
+    // What the server draws comes after what a person decides.
+    const front = shown.filter(({ place }) => place === "front").sort((a, b) => isDrawn(a) - isDrawn(b));
+    const folded = shown.filter(({ place }) => place === "folded");
+    byId("front-controls").replaceChildren(...this.arranged(front));
+    byId("folded-controls").replaceChildren(...this.arranged(folded));
+    byId("more").hidden = folded.length === 0;
+    byId("pictures").replaceChildren(...Object.entries(model.pictures).map(([name, text]) => pictureField(name, text)));
+    this.pictures = Object.keys(model.pictures);
+  }
+
+  get names() {
+    return [...this.fields.keys(), ...this.pictures];
+  }
+
+  // What the form holds; an empty field is the server's to fill.
+  get values() {
+    const values = Object.fromEntries([...this.fields].map(([name, field]) => [name, field.value]));
+    const chosen = this.pictures.map((name) => [name, byId(name).files[0]]).filter(([, file]) => file);
+    return { ...values, ...Object.fromEntries(chosen) };
+  }
+
+  // settings: by the names of the form, or by those inside a video's file.
+  fill(settings) {
+    for (const control of this.controls) {
+      const value = settings[control.name] ?? settings[control.setting];
+      if (value !== undefined && this.fields.has(control.name)) this.fields.get(control.name).value = value;
+    }
+  }
+
+  // Two small fields share a line.
+  arranged(controls) {
+    const rows = [];
+    for (const control of controls) {
+      const { root } = this.fields.get(control.name);
+      const small = NUMBERS.includes(control.kind) && !control.levels.length && !isDrawn(control);
+      const last = rows.at(-1);
+      if (small && last?.className === "pair" && last.children.length === 1) last.append(root);
+      else rows.push(small ? make("div", { className: "pair" }, root) : root);
+    }
+    for (const row of rows) if (row.className === "pair" && row.children.length === 1) row.classList.add("single");
+    return rows;
+  }
+}
+
+const isDrawn = (control) => control.kind === "integer" && control.default === null;
+
+function fieldOf(control) {
+  if (control.levels.length) return new LevelsField(control);
+  if (isDrawn(control)) return new SeedField(control);
+  if (control.kind === "boolean") return new SwitchField(control);
+  if (control.kind === "choice") return new ChoiceField(control);
+  return new TextField(control);
+}
+
+class TextField {
+  constructor(control) {
+    const mode = { integer: "numeric", number: "decimal" }[control.kind];
+    const usual = control.kind === "text" ? "" : String(control.default ?? "");
+    this.input = input(control, { type: "text", autocomplete: "off", placeholder: usual });
+    if (mode) this.input.inputMode = mode;
+    const label = make("label", { for: control.name }, control.title);
+    const told = control.kind === "text" && control.place === "folded" ? null : note(control);
+    this.root = make("div", { className: "field" }, label, this.input, told, error(control));
+  }
+
+  get value() {
+    return this.input.value;
+  }
+
+  set value(value) {
+    this.input.value = value;
+  }
+}
+
+class SeedField extends TextField {
+  constructor(control) {
+    super(control);
+    this.input.inputMode = "numeric";
+    this.input.placeholder = "drawn at random";
+    const dice = make("button", { type: "button", className: "square", title: "Draw a seed" }, icon("dice"));
+    dice.id = "dice";
+    dice.setAttribute("aria-label", "Draw a seed");
+    dice.addEventListener("click", () => {
+      this.input.value = drawSeed();
+      this.input.dispatchEvent(new Event("input", { bubbles: true }));
+    });
+    const label = make("label", { for: control.name }, control.title);
+    const line = make("div", { className: "with-button" }, this.input, dice);
+    this.root = make("div", { className: "field" }, label, line, error(control));
+  }
+}
+
+class SwitchField {
+  constructor(control) {
+    this.input = input(control, { type: "checkbox", role: "switch", checked: control.default });
+    const label = make("label", { for: control.name }, make("span", {}, control.title), note(control, "span"));
+    this.root = make("div", { className: "field switch-field" }, label, this.input, error(control));
+  }
+
+  get value() {
+    return this.input.checked;
+  }
+
+  set value(value) {
+    this.input.checked = value;
+  }
+}
+
+class ChoiceField {
+  constructor(control) {
+    const options = control.choices.map((choice) => make("option", { value: choice }, choice));
+    this.input = make("select", { id: control.name }, ...options);
+    this.input.value = control.default;
+    const label = make("label", { for: control.name }, control.title);
+    this.root = make("div", { className: "field" }, label, this.input, note(control), error(control));
+  }
+
+  get value() {
+    return this.input.value;
+  }
+
+  set value(value) {
+    this.input.value = value;
+  }
+}
+
+function pictureField(name, text) {
+  const file = make("input", { id: name, type: "file", accept: "image/png,image/jpeg,image/webp" });
+  const label = make("label", { for: name }, `${text.charAt(0).toUpperCase()}${text.slice(1)}`);
+  return make("div", { className: "field" }, label, file, error({ name }));
+}
+
+function input(control, properties) {
+  const described = `${control.name}-note ${control.name}-error`;
+  return make("input", { id: control.name, "aria-describedby": described, ...properties });
+}
+
+function note(control, tag = "p") {
+  const text = `${control.description.charAt(0).toUpperCase()}${control.description.slice(1)}`;
+  return make(tag, { className: "note", id: `${control.name}-note` }, text);
+}
+
+const error = ({ name }) => make("p", { id: `${name}-error`, className: "error", hidden: true });
