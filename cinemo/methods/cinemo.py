@@ -99,7 +99,8 @@ class CinemoControls(FastSampling):
         filled = super().settings(recipe, inputs) | values
         if edits and self.motion_bucket is None and self.motion_strength is None:
             filled["motion_bucket"] = None
-        return {name: value for name, value in filled.items() if name != "source_prompt" or edits}
+        unused = {"motion_strength"} if edits else {"motion_strength", "source_prompt"}
+        return {name: value for name, value in filled.items() if name not in unused}
 
 
 class CinemoMethod(Method):

@@ -23,12 +23,14 @@ from cinemo.bundle import load_bundle, read_card, save_bundle
 from cinemo.config import Recipe, TrainConfig
 from cinemo.media.mp4 import read_metadata
 from cinemo.methods import method_class
+from cinemo.recipes import override, parse_recipe
 from cinemo.serving.engine.runner import JobRunner
 from cinemo.serving.engine.sampling import SamplingEngine
 from cinemo.serving.http.api import build_api
 from cinemo.serving.store.jobs import JobStore
 from cinemo.training.plan.estimate import plan_training
 from cinemo.types import InputError
+from pipelines.animate import parser
 from tests.training.fifth import FifthMethod, FifthRecipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,6 +193,22 @@ def test_the_page_shows_its_control(served: tuple[str, JobStore], chromium: Any,
     assert "Motion" not in facts
     assert not complaints
     page.close()
+
+
+def test_flags_are_its_own() -> None:
+    text = parser(FifthMethod).format_help()
+    assert "--pace" in text
+    assert "--last-image FILE" in text
+    assert not {"--motion-bucket", "--no-dct-init", "--source-video", "--solver"} & set(text.split())
+
+
+def test_a_recipe_part_of_another_method_is_one_line(fifth: FifthRecipe) -> None:
+    with pytest.raises(InputError, match=r"model\.norm_num_groups.*; model of method .* has channels, text_width"):
+        parse_recipe(fifth.model_dump(mode="json") | {"model": {"norm_num_groups": 4}}, "recipe x.json")
+    with pytest.raises(InputError, match=r"unknown key 'sample\.dct_tau'; sample of method .* has steps, .*pace"):
+        override(fifth, ["sample.dct_tau=3"])
+    with pytest.raises(InputError, match=r"model\.channels: Extra inputs"):
+        override(fifth, ["method=cinemo"])
 
 
 def test_its_training_is_planned(fifth: FifthRecipe) -> None:

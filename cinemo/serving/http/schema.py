@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cinemo.bundle import BundleCard
 from cinemo.config import MOTION_BUCKETS
 from cinemo.media.motion import MotionScale
-from cinemo.methods import controls_of, method_class
+from cinemo.methods import ControlInfo, controls_of, method_class
 from cinemo.serving.store.jobs import Job, Status
 
 
@@ -126,8 +126,9 @@ class Control(BaseModel):
 
 
 class Model(BaseModel):
-    """An available model, with what it supports and its defaults. ``motion``: as the ``levels`` of its motion control;
-    empty where it has none. ``pictures``: that it takes beside ``input_reference``, with what they are."""
+    """An available model, with what it supports and its defaults. ``controls``: in the order in which people see them.
+    ``motion``: as the ``levels`` of its motion control; empty where it has none. ``pictures``: that it takes beside
+    ``input_reference``, with what they are."""
 
     id: str
     object: Literal["model"] = "model"
@@ -165,7 +166,7 @@ class Model(BaseModel):
                 words=sorted(info.words.items()),
                 levels=levels if name == method.controls_type.motion else [],
             )
-            for name, info in infos.items()
+            for name, info in sorted(infos.items(), key=lambda item: _rank(item[1], method.controls_type.motion))
         ]
         own = [name for name in infos if name in settings and name not in ("negative_prompt", "seed")]
         return cls(
@@ -193,6 +194,11 @@ class Health(BaseModel):
 
     status: Literal["ok", "starting"]
     queued: int | None = None
+
+
+def _rank(info: ControlInfo, motion: str | None) -> tuple[int, bool, bool]:
+    """In which order people see controls: by place, how much moves first, what is drawn at random last."""
+    return ("front", "folded", "api").index(info.place), info.name != motion, info.name == "seed"
 
 
 def motion_levels(scale: MotionScale) -> list[MotionLevel]:

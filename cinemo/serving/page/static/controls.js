@@ -14,8 +14,7 @@ export class ControlFields {
     this.fields = new Map();
     const shown = model.controls.filter(({ place }) => place !== "api");
     for (const control of shown) this.fields.set(control.name, fieldOf(control));
-    // What the server draws comes after what a person decides.
-    const front = shown.filter(({ place }) => place === "front").sort((a, b) => isDrawn(a) - isDrawn(b));
+    const front = shown.filter(({ place }) => place === "front");
     const folded = shown.filter(({ place }) => place === "folded");
     byId("front-controls").replaceChildren(...this.arranged(front));
     byId("folded-controls").replaceChildren(...this.arranged(folded));

@@ -3,9 +3,6 @@
 import { make } from "./dom.js";
 import { drawSeed } from "./seed.js";
 
-// What moves most first, then what draws the noise, then what is folded away.
-const rank = ({ levels, place, kind }) => (levels.length ? 0 : place === "front" ? 1 : kind === "boolean" ? 2 : 3);
-
 // [name, title, what to begin with, properties of the input, how to read it]
 function choice(control, now) {
   const { name, kind, minimum, maximum } = control;
@@ -54,7 +51,6 @@ export class VariantForm {
   open(video, model) {
     this.choices = model.controls
       .filter(({ name, kind, place }) => place !== "api" && kind !== "text" && ![undefined, null].includes(video[name]))
-      .sort((a, b) => rank(a) - rank(b))
       .map((control) => choice(control, video[control.name]));
     this.select.replaceChildren(...this.choices.map(([name, title]) => make("option", { value: name }, title)));
     this.note.replaceChildren();

@@ -1,0 +1,112 @@
+"""What may be asked of a method: checked, filled in from a recipe, and shown as flags and schemas."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cinemo import cli
+from cinemo.methods import controls_of, method_named, motion_control
+from cinemo.methods.cinemo import CinemoControls, CinemoMethod
+from cinemo.methods.controls import Controls, FastSampling, expectation
+from cinemo.recipes import RECIPES, cinemo_tiny
+from cinemo.serving.http.form import form_schema
+from cinemo.types import InputError
+
+TINY = cinemo_tiny()
+EVERY = {method_named(make().method) for make in RECIPES.values()}
+
+
+def flags(method: Any) -> argparse.ArgumentParser:
+    parser = cli.parser(None, recipe=None)
+    cli.add_controls(parser, method)
+    cli.add_inputs(parser, method)
+    return parser
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_flags_form_and_settings_have_every_control(method: Any) -> None:
+    infos = controls_of(method.controls_type)
+    given_flags = vars(flags(method).parse_args([]))
+    assert infos.keys() <= given_flags.keys()
+    assert {info.alias for info in infos.values()} <= form_schema(TINY)["properties"].keys()
+    assert all(info.title and info.description for info in infos.values())
+    assert all(
+        info.minimum is not None and info.maximum is not None
+        for info in infos.values()
+        if info.kind in ("integer", "number")
+    )
+    # Flags that nobody gives are the recipe's defaults.
+    own = {name: value for name, value in given_flags.items() if name in infos}
+    assert method.controls_type.of(own, "x").settings(TINY) == method.controls_type().settings(TINY)
+
+
+@given(
+    bucket=st.integers(0, 19), steps=st.integers(1, 999), scale=st.floats(1, 50), seed=st.integers(0, 2**63 - 1),
+    interval=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted), dct_init=st.booleans(),
+)  # fmt: skip
+def test_flags_stored_jobs_and_python_say_the_same(
+    bucket: int, steps: int, scale: float, seed: int, interval: list[float], dct_init: bool
+) -> None:
+    """A control has one meaning, whether it comes as text, as JSON or as a value of NumPy's."""
+    words = [
+        f"--motion-bucket={bucket}", f"--steps={steps}", f"--guidance-scale={scale!r}", f"--seed={seed}",
+        "--dct-init" if dct_init else "--no-dct-init", "--guidance-interval", *map(repr, interval),
+    ]  # fmt: skip
+    parsed = vars(flags(CinemoMethod).parse_args(words))
+    as_flags = CinemoControls.of({name: parsed[name] for name in CinemoControls.model_fields}, "x")
+    kept = as_flags.settings(TINY)
+    assert CinemoControls.of(kept, "x").settings(TINY) == kept
+    plain = CinemoControls.of({"motion_bucket": np.int64(bucket), "steps": np.int32(steps), "seed": seed}, "x")
+    assert plain.settings(TINY)["motion_bucket"] == kept["motion_bucket"] == bucket
+    text = CinemoControls.model_validate(
+        {"guidance_interval": ",".join(map(repr, interval)), "dct_init": str(dct_init)}
+    )
+    assert text.settings(TINY)["guidance_interval"] == kept["guidance_interval"] == interval
+    assert text.settings(TINY)["dct_init"] is dct_init
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"motion_bucket": 20}, "motion_bucket is 20, expected a whole number 0..19"),
+        ({"motion_bucket": True}, "motion_bucket is True, expected a whole number 0..19"),
+        ({"guidance_scale": "high"}, "guidance_scale is 'high', expected a number 1..50"),
+        ({"solver": "euler"}, "solver is 'euler', expected ddim or multistep"),
+        ({"dct_init": 1}, "dct_init is 1, expected true or false"),
+        ({"guidance_interval": (0.9, 0.1)}, "guidance_interval is (0.9, 0.1); expected 0 <= low <= high <= 1"),
+        ({"guidance_interval": (0.9,)}, "guidance_interval is (0.9,), expected two numbers"),
+        ({"seed": 2**63}, f"seed is {2**63}, expected a whole number 0..2^63 - 1"),
+        ({"motion_bucket": 3, "motion_strength": 0.3}, "motion_bucket and motion_strength are both given"),
+        ({"speed": 3}, "speed: tiny has no such control; it has negative_prompt, seed, steps"),
+        ({"negative_prompt": "a\0b"}, "negative_prompt: holds a null character"),
+    ],
+)  # fmt: skip
+def test_a_wrong_control_is_one_line(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        CinemoControls.of(values, "tiny")
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_share_of_motion_is_a_bucket_and_a_source_brings_its_own_defaults() -> None:
+    assert CinemoControls(motion_strength=1.0).settings(TINY)["motion_bucket"] == 19
+    assert "motion_strength" not in CinemoControls(motion_strength=1.0).settings(TINY)
+    edits = CinemoControls(source_prompt="rain").settings(TINY, ["source"])
+    assert (edits["motion_bucket"], edits["guidance_scale"], edits["source_prompt"]) == (None, 1.0, "rain")
+    assert CinemoControls(guidance_scale=5.0).settings(TINY, ["source"])["guidance_scale"] == 5.0
+    assert "source_prompt" not in CinemoControls().settings(TINY)
+
+
+def test_a_method_says_which_control_is_motion_and_which_ways_to_be_fast_it_has() -> None:
+    assert motion_control(TINY) == CinemoControls.motion == "motion_bucket"
+    assert Controls.motion is None
+    assert FastSampling.model_fields.keys() - Controls.model_fields.keys() == {
+        "solver", "guidance_interval", "reuse_features",
+    }  # fmt: skip
+    assert expectation(Controls, "steps") == "a whole number 1..999"
