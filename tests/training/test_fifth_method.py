@@ -205,8 +205,8 @@ def test_flags_are_its_own() -> None:
 def test_a_recipe_part_of_another_method_is_one_line(fifth: FifthRecipe) -> None:
     with pytest.raises(InputError, match=r"model\.norm_num_groups.*; model of method .* has channels, text_width"):
         parse_recipe(fifth.model_dump(mode="json") | {"model": {"norm_num_groups": 4}}, "recipe x.json")
-    with pytest.raises(InputError, match=r"unknown key 'sample\.dct_tau'; sample of method .* has steps, .*pace"):
-        override(fifth, ["sample.dct_tau=3"])
+    with pytest.raises(InputError, match=r"unknown key 'sample\.motion_bucket'; sample of method .* has steps, .*pace"):
+        override(fifth, ["sample.motion_bucket=3"])
     with pytest.raises(InputError, match=r"model\.channels: Extra inputs"):
         override(fifth, ["method=cinemo"])
 
