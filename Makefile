@@ -8,7 +8,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 OUT   ?= demo
 CLIPS ?=
 
-.PHONY: setup demo test check format bench bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
+.PHONY: setup demo test test-slow check format bench bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
 
 setup: $(VENV)/.ready
 
@@ -23,7 +23,11 @@ demo: setup
 	$(PY) pipelines/demo.py --output '$(OUT)' $(if $(CLIPS),--clips '$(CLIPS)')
 
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -m 'not slow' $(ARGS)
+
+# What starts whole runs and servers, kills them, or measures for minutes.
+test-slow: setup
+	$(PY) -m pytest -m slow $(ARGS)
 
 check: setup
 	$(VENV)/bin/ruff format --check .

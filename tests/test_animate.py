@@ -261,6 +261,7 @@ def moving_video() -> np.ndarray:
     return frames
 
 
+@pytest.mark.slow
 def test_a_video_inverted_and_sampled_again_comes_back(bundle: ModelBundle) -> None:
     """The law behind editing: with its own first frame and prompt, the inverted noise is the video."""
     frames = moving_video()

@@ -99,6 +99,7 @@ def _uploads() -> list[Any]:
     return boto3.client("s3").list_multipart_uploads(Bucket="cinemo-test").get("Uploads") or []
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_faults_on_the_way_lose_nothing(s3_faults: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "_PART_BYTES", 5 << 20)

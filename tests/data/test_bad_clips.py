@@ -19,6 +19,8 @@ from cinemo.data.precompute import stages
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import override
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.ray
 def test_crashes_and_hangs_end_in_quarantine(

@@ -80,6 +80,7 @@ def finished(output: str, recipe: Recipe) -> dict[str, bytes]:
     return files(output)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_finds_what_is_committed(
     output: str, small_recipe: Recipe, undisturbed: dict[str, bytes], monkeypatch: Any
 ) -> None:
@@ -113,6 +114,7 @@ def test_a_large_bucket_is_not_listed(s3_endpoint: str, small_recipe: Recipe, tm
     assert sum(call.endswith(" shards") for call in asked) <= 12
 
 
+@pytest.mark.slow
 def test_a_lost_or_foreign_journal_costs_only_time(
     output: str, small_recipe: Recipe, undisturbed: dict[str, bytes]
 ) -> None:
@@ -151,6 +153,7 @@ def test_shards_removed_by_hand_are_made_again(
     assert finished(output, small_recipe) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_retry_goes_on_after_a_stop(output: str, small_recipe: Recipe) -> None:
     finished(output, small_recipe)
     dataset = opened(output, small_recipe)

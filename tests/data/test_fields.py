@@ -30,6 +30,8 @@ from cinemo.networks.frozen import ImageEncoder, TextEncoder
 from cinemo.recipes import override
 from cinemo.types import Clip, InputError, LatentSample, RunError
 
+pytestmark = pytest.mark.slow
+
 ALL = ("text_states", "first_frame", "image_tokens", "flow")
 
 
@@ -92,7 +94,6 @@ def test_the_same_command_again_touches_nothing_and_plain_ones_keep_the_fields(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_fields_are_added_and_a_killed_run_goes_on_while_shards_stay_as_they_are(
     with_fields: Path, field_recipe: Recipe, clips_folder: Path, tmp_path: Path
 ) -> None:

@@ -259,6 +259,7 @@ def test_shards_on_s3(tmp_path: Path, s3_endpoint: str, monkeypatch: pytest.Monk
     )
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_an_outage_is_no_damage(tmp_path: Path, s3_faults: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     make_dataset(tmp_path, [2, 6])  # bytes that no other test has in the cache

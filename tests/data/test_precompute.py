@@ -30,6 +30,8 @@ from cinemo.media.mp4 import write_video
 from cinemo.recipes import override
 from cinemo.types import InputError, RunError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -125,7 +127,6 @@ def test_lost_records_and_half_written_shards_are_made_again(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_killed_run_goes_on_to_the_same_bytes(
     dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -149,7 +150,6 @@ def test_killed_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_the_first_shard_is_committed_long_before_the_last_clip_is_decoded(
     clips_folder: Path, small_recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -330,7 +330,6 @@ def test_s3_that_fails_gives_the_same_bytes_and_an_outage_blames_no_clip(
 
 @pytest.mark.ray
 @pytest.mark.s3
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("output", "code", "message"),
     [

@@ -12,10 +12,11 @@ from cinemo.evaluation.rendered import BARS, measure_motion, misses
 from cinemo.networks.weights import load_unet, resolve
 from cinemo.recipes import load_recipe
 
+pytestmark = pytest.mark.slow
+
 MARGIN = 0.06  # another processor rounds differently, and a set of clips is small
 
 
-@pytest.mark.slow
 def test_the_shipped_base_moves_as_its_card_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every bar that the card says is met is met; a figure that misses its bar is no worse than the card says."""
     recipe = load_recipe("cinemo-tiny")

@@ -63,6 +63,7 @@ def test_frames_are_those_of_the_decoder(guard: Guard, folder: Path) -> None:
     assert guard.child.process is process  # faults that a decoder names cost no new process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reason", "detail"),
     [

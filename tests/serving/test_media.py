@@ -94,6 +94,7 @@ def test_old_files_are_told_by_job(media: MediaStore) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_jobs_with_their_media_on_s3_through_its_faults(s3_faults: FaultyS3, tmp_path: Path) -> None:
     media = MediaStore(f"s3://cinemo-test/media-{next(_places)}")

@@ -391,6 +391,7 @@ def test_a_full_queue_counts_down_and_tries_again(open_tab: Callable[..., Tab], 
     assert tab.page.text_content("#form-note") == ""
 
 
+@pytest.mark.slow
 @browser
 def test_a_server_that_goes_away_and_comes_back(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
     tab = open_tab().ready()
@@ -406,6 +407,7 @@ def test_a_server_that_goes_away_and_comes_back(open_tab: Callable[..., Tab], se
     tab.done()
 
 
+@pytest.mark.slow
 @browser
 def test_two_tabs_side_by_side(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
     server.work()
@@ -577,6 +579,7 @@ def test_everything_has_a_name_and_can_be_reached_by_keyboard(
     assert wanted | {"Download", "Compare", "Use settings", "Delete"} <= reached
 
 
+@pytest.mark.slow
 @browser
 def test_progress_where_something_between_keeps_the_stream_back(
     open_tab: Callable[..., Tab], server: Server, picture: Path

@@ -300,6 +300,7 @@ runner._keeper.join()
 """
 
 
+@pytest.mark.slow
 def test_jobs_of_a_killed_process_are_finished_once_by_another(
     store: WatchedStore, runner: JobRunner, directory: Path, tmp_path: Path
 ) -> None:

@@ -165,6 +165,7 @@ def test_block_pca_is_exact_on_blocks_of_low_rank() -> None:
     assert psnr(BlockPCA(true, 2).reconstruct(true), true) < 35
 
 
+@pytest.mark.slow
 def test_linear_start_is_a_codec_before_any_training() -> None:
     torch.manual_seed(0)
     frames_NHWC = rendered(14, 12)
@@ -182,6 +183,7 @@ def test_linear_start_is_a_codec_before_any_training() -> None:
     assert psnr(tiny_vae.reconstruct(vae, frames_NHWC[:8]), frames_NHWC[:8]) > untrained + 8
 
 
+@pytest.mark.slow
 def test_training_ends_within_its_budget_and_sets_the_scale() -> None:
     frames_NHWC = rendered(15, 20)
     lines: list[str] = []

@@ -17,6 +17,8 @@ from cinemo.types import InputError
 from tools import tiny_base
 from tools.tiny_base import Clips, Muon, Phase, TrainSettings, make_clips, orthogonal, planned, train_base
 
+pytestmark = pytest.mark.slow
+
 PHASES = (Phase("a", 16, 4, 1e-3, 4.0, {"pan": 1}), Phase("b", 16, 6, 1e-3, 2.0, {"pan": 1, "object": 2, "flow": 1}))
 
 

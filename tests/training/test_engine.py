@@ -113,6 +113,7 @@ def _run(made: engine.Engine, recipe: Recipe, steps: range) -> tuple[list[float]
     return losses, norms
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 def test_every_zero_stage_does_the_same_arithmetic(small: Recipe) -> None:
     plain_losses, plain_norms = _run(_engine(small, zero_stage=0), small, range(3))
@@ -134,6 +135,7 @@ def _masters(made: engine.Engine, directory: Path) -> tuple[int, dict[str, torch
         return stored.record["adam_steps"], weights
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 def test_the_first_step_in_bfloat16_is_adams_first(small: Recipe, tmp_path: Path) -> None:
     """Nothing moves weights or counts steps before it: Adam's bias corrections would be off for good."""
@@ -170,6 +172,7 @@ def test_accumulated_micro_batches_equal_one_batch(small: Recipe) -> None:
     assert whole.lr == twice.lr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32")])
 def test_a_checkpoint_continues_as_if_nothing_happened(

@@ -86,6 +86,7 @@ def test_laws_of_the_parts(workers: int, precision: str, values: int, again: boo
     assert own[3, "all"].weights == 0
 
 
+@pytest.mark.slow
 def test_activations_follow_the_batch_and_shrink_with_checkpointing(small: Recipe) -> None:
     whole = activation_bytes(small, False)
     assert activation_bytes(override(small, ["train.micro_batch=4"]), False) == pytest.approx(2 * whole, rel=0.05)
@@ -95,6 +96,7 @@ def test_activations_follow_the_batch_and_shrink_with_checkpointing(small: Recip
     assert all(torch.isfinite(value).all() for value in method.state_dict().values())  # nothing fake was left behind
 
 
+@pytest.mark.slow
 def test_time_is_useful_flops_by_the_peak(small: Recipe) -> None:
     recipe = override(small, ["train.max_steps=7200", "train.workers=2", "train.gpus_per_worker=1"])
     plan = plan_training(recipe, "A100-80GB", 0.5, Prices(accelerator_hour=2.0, core_hour=0.5, currency="EUR"))
@@ -107,6 +109,7 @@ def test_time_is_useful_flops_by_the_peak(small: Recipe) -> None:
     assert again["speed"]["mfu"] == pytest.approx(0.35 * 3 / 4)  # a quarter of what is computed is a repetition
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured(small: Recipe) -> None:
     plan = plan_training(small)
     assert plan["accelerator"]["name"] == "here"
@@ -134,6 +137,7 @@ def test_bad_requests_are_one_line(small: Recipe, tmp_path: Path, capsys: pytest
         assert said in errors
 
 
+@pytest.mark.slow
 def test_a_plan_is_printed_and_written(small: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.json").write_text(small.to_json())
     (tmp_path / "prices.json").write_text('{"currency": "EUR", "accelerator_hour": 3}')

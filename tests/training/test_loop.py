@@ -256,6 +256,7 @@ def _train(recipe: Recipe, dataset: str, start: int = 0, made: Engine | None = N
     return reports
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 def test_it_overfits_a_small_set(small: Recipe, dataset: str) -> None:
     reports = _train(_changed(small, max_steps=60, log_every=6, lr=4e-3, micro_batch=4), dataset)

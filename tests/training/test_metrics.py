@@ -114,6 +114,7 @@ def test_a_window(small: Recipe) -> None:
         window.close(12, 0.5)
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_what_is_held() -> None:
     before = peak_memory(torch.device("cpu"))
     assert 5e7 < before < 1e11

@@ -17,6 +17,8 @@ from cinemo.training.report.progress import Progress
 from cinemo.types import InputError
 from tests.training.test_export import ROOT, _checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.usefixtures("process_group")
 def test_export_registers(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

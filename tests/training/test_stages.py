@@ -23,6 +23,8 @@ from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
 from cinemo.training.run.averaging import EMA
 from tests.training.ranks import Case, made_engine, on_ranks, train_steps
 
+pytestmark = pytest.mark.slow
+
 STEPS, HALF = 20, 10
 FP32 = [*map(Case, range(4)), *(Case(stage, "optimizer") for stage in (1, 2, 3)), Case(3, "all")]
 BF16 = [Case(stage, precision="bf16") for stage in range(4)]
@@ -121,7 +123,6 @@ def _off(curve: list[float], expected: list[float]) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(curve, expected, strict=True))
 
 
-@pytest.mark.slow
 def test_curves_do_not_depend_on_what_shards_the_training(runs: Runs) -> None:
     reference = {precision: runs.whole[1, Case(0, precision=precision)] for precision in ("fp32", "bf16")}
     assert sum(reference["fp32"][-5:]) < 0.9 * sum(reference["fp32"][:5]), "something must be learnt in 20 steps"
@@ -133,7 +134,6 @@ def test_curves_do_not_depend_on_what_shards_the_training(runs: Runs) -> None:
     assert _off(reference["bf16"], reference["fp32"]) > SAME_FP32, "the tolerance tells precisions apart"
 
 
-@pytest.mark.slow
 def test_a_resume_on_other_workers_at_another_stage_goes_on_as_if_undisturbed(runs: Runs) -> None:
     off = {
         (ranks, case): _off(curve, runs.whole[1, Case(0, precision=case.precision)][HALF:])
@@ -151,7 +151,6 @@ def _exported(recipe: Recipe, directory: Path, case: Case, ema: float) -> dict[s
     return dict(unet.named_parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0.0, TRAIN["ema_decay"]])
 def test_weights_and_averages_that_are_exported_are_the_same(runs: Runs, slim: Recipe, ema: float) -> None:
     expected = _exported(slim, runs.root / "1" / _name(Case(0)), Case(0), ema)
@@ -169,7 +168,6 @@ def test_weights_and_averages_that_are_exported_are_the_same(runs: Runs, slim: R
     assert (apart > 3 * SAME_WEIGHTS) == bool(ema)  # the schedule ends at zero: the last steps are small
 
 
-@pytest.mark.slow
 def test_shares_are_shares(runs: Runs) -> None:
     """Two ranks write each value once, about half of them each; their files are read without pickle."""
     for case in (*FP32, *BF16):
@@ -180,7 +178,6 @@ def test_shares_are_shares(runs: Runs) -> None:
         assert max(parts) < 0.6 * whole, case
 
 
-@pytest.mark.slow
 def test_frozen_parameters_stay_and_are_kept(runs: Runs, slim: Recipe) -> None:
     torch.manual_seed(0)
     begun = dict(build_method(slim).unet.named_parameters())

@@ -22,7 +22,7 @@ from cinemo.data.precompute.tracker import tracked
 from cinemo.training.report.metrics import Report
 from cinemo.training.report.progress import Progress, Resumed, Sheet
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.slow]
 
 
 class Server:

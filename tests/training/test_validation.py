@@ -144,6 +144,7 @@ def test_only_the_weights_matter(small: Recipe, dataset: str) -> None:
     assert made.overall == pytest.approx(alone.overall, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_validation_is_reported_and_leaves_the_training_as_it_is(small: Recipe, dataset: str, stage: int) -> None:

@@ -41,6 +41,8 @@ from cinemo.training.run.engine import Engine
 from cinemo.training.run.loop import train
 from cinemo.types import InputError, keyed_seed
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 STEPS = 24
 PATIENCE = 240.0
@@ -137,7 +139,6 @@ def _reference(recipe: Recipe, data: str) -> list[Report]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
     small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
@@ -206,7 +207,6 @@ def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_an_interrupt_ends_in_130_and_the_run_goes_on_later(
     small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,7 +243,6 @@ def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_usable(
     small: Recipe,
     dataset: str,
