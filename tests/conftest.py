@@ -35,6 +35,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no accelerator on this machine"))
 
 
+@pytest.fixture
+def every_core() -> Iterator[None]:
+    """torch's threads on every core, for a test in which nothing else runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def real_clips() -> Path:
     """A directory of real video files: ``$CINEMO_CLIPS``, or ``../shared/clips`` beside the checkout."""

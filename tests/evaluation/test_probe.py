@@ -18,8 +18,6 @@ from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.weights import load_unet
 from cinemo.recipes import cinemo_tiny
 
-pytestmark = pytest.mark.slow
-
 
 def test_tables_of_either_kind_and_of_none() -> None:
     rng = np.random.default_rng(0)
@@ -66,6 +64,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     return load_bundle(directory, "cpu")
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("every_core")
 def test_the_shipped_network_follows_the_paper_and_its_mirror_the_code(bundle: ModelBundle) -> None:
     clip = render_clip(1000, 1, frames=1)
     images = [(clip.frames_FHWC[0], "")]
