@@ -51,6 +51,7 @@ class AnimateRequest:
         self,
         image: np.ndarray | Image.Image,
         prompt: str,
+        *,
         inputs: Mapping[str, np.ndarray] | None = None,
         **controls: Any,
     ) -> None:
@@ -78,6 +79,10 @@ class AnimateRequest:
                 raise InputError(f"{name}: {recipe.name} needs it: {about.description}")
             if name in self.inputs and self.inputs[name].ndim != (4 if about.kind == "video" else 3):
                 raise InputError(f"{name}: got {self.inputs[name].shape}, expected the frames of a {about.kind}")
+        for name in self.controls.keys() & method.inputs.keys():
+            raise InputError(
+                f"{name}: is no control but a {method.inputs[name].kind}; give it as inputs={{{name!r}: ...}}"
+            )
         controls = method.controls_type.of(self.controls, recipe.name)
         return {"prompt": self.prompt, **controls.settings(recipe, self.inputs.keys())}
 
@@ -92,6 +97,14 @@ def at_motion(
     """
     controls: dict[str, Any] = {motion_control(recipe): level, "steps": steps, "seed": seed}
     return AnimateRequest(image, prompt, **controls)
+
+
+def blank_inputs(recipe: Recipe) -> dict[str, np.ndarray]:
+    """Grey pictures and videos for what the recipe's method needs beside the picture to animate."""
+    height, width = recipe.data.size
+    shapes = {"image": (height, width, 3), "video": (recipe.data.frames, height, width, 3)}
+    required = {name: about for name, about in method_class(recipe).inputs.items() if about.required}
+    return {name: np.full(shapes[about.kind], 128, np.uint8) for name, about in required.items()}
 
 
 @dataclass(frozen=True)

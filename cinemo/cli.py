@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         if self.recipe:
-            self.epilog = "recipe keys for --set: " + ", ".join(keys(type(load_recipe(self.recipe))))
+            self.epilog = f"recipe keys for --set, of {self.recipe}: " + ", ".join(keys(type(load_recipe(self.recipe))))
         return super().format_help()
 
     def error(self, message: str) -> None:  # type: ignore[override]
@@ -73,7 +73,7 @@ def add_controls(parser: argparse.ArgumentParser, method: type[Method]) -> None:
             about |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         elif info.kind != "text":
             about["type"] = int if info.kind == "integer" else float
-            if info.maximum is not None and info.maximum < 1000:
+            if info.minimum is not None and info.maximum is not None and info.maximum < 1000:
                 about["metavar"] = f"{info.minimum:g}..{info.maximum:g}"
         text = info.description.replace("%", "%%")
         parser.add_argument(f"--{name.replace('_', '-')}", help=f"{text}{default}", **about)
@@ -82,11 +82,10 @@ def add_controls(parser: argparse.ArgumentParser, method: type[Method]) -> None:
 def add_inputs(parser: argparse.ArgumentParser, method: type[Method]) -> None:
     """Flags for the pictures and videos that a method takes beside ``--image``."""
     for name, about in method.inputs.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag, help_text = f"--{name.replace('_', '-')}", f"{about.description.replace('%', '%%')}; also s3://"
         if about.kind == "image":
-            parser.add_argument(flag, metavar="FILE", required=about.required, help=f"{about.description}; also s3://")
+            parser.add_argument(flag, metavar="FILE", required=about.required, help=help_text)
             continue
-        help_text = f"{about.description}; also s3://"
         parser.add_argument(f"{flag}-video", metavar="FILE", required=about.required, help=help_text)
         parser.add_argument(f"{flag}-interval", type=int, default=1, metavar="N", help="use every Nth of its frames")
 

@@ -268,8 +268,8 @@ class SampleConfig(Part):
 class Recipe(Part):
     """A complete run. Built by a function in `cinemo.recipes`, changed with ``--set dotted.key=value``.
 
-    Each method has a type of recipe of its own (`cinemo.methods.base.Method.Recipe`), whose ``model``, and where it
-    needs them ``train`` and ``sample``, have the keys of that method.
+    Each method has a type of recipe of its own (`cinemo.methods.base.Method.recipe_type`), whose ``model``, and where
+    it needs them ``train`` and ``sample``, have the keys of that method.
     """
 
     name: str

@@ -1,6 +1,6 @@
 """Named runs: one function per recipe, each returning a complete `Recipe`; and recipes from files and assignments.
 
-Methods are imported late: the names of recipes, for ``--help`` and bad flags, need no torch.
+Methods are imported late: the names of recipes, for bad flags, need no torch.
 """
 
 from __future__ import annotations
@@ -162,6 +162,8 @@ def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
     """A recipe of its method's own type; every fault becomes one `InputError` line that names the dotted key."""
     from cinemo.methods import method_named
 
+    if not isinstance(values, Mapping):
+        raise InputError(f"{source}: got a {type(values).__name__}, expected a JSON object")
     name = values.get("method", DEFAULT_METHOD)
     if not isinstance(name, str):
         raise InputError(f"{source}: method is {name!r}, expected the name of a method")
@@ -211,4 +213,4 @@ def _near(key: str, kind: type[Recipe], method: str) -> str:
         return f"; did you mean {close[0]}?"
     part = key.rpartition(".")[0]
     beside = [k.rpartition(".")[2] for k in every if k.rpartition(".")[0] == part]
-    return f"; {part} of method {method} has {', '.join(beside)}" if beside and part else "; see --help for all keys"
+    return f"; {part} of method {method} has {', '.join(beside)}" if beside and part else ""

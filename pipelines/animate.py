@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif about.kind == "image" and (file := getattr(arguments, name)):
             inputs[name] = load_image(file)
     controls = {name: getattr(arguments, name) for name in method.controls_type.model_fields}
-    request = AnimateRequest(load_image(arguments.image), arguments.prompt, inputs, **controls)
+    request = AnimateRequest(load_image(arguments.image), arguments.prompt, inputs=inputs, **controls)
     request.settings(recipe)  # a fault is told before anything is loaded
     storage.check_writable(arguments.output.rpartition("/")[0] or ".")
     bundle = load_bundle(arguments.bundle, arguments.device)
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def recipe_of_bundle(argv: Sequence[str] | None) -> Recipe:
     """Of the bundle that is named, which decides what flags there are; where none is, of the default recipe."""
-    first = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     first.add_argument("--bundle")
     try:
         location = first.parse_known_args(argv)[0].bundle

@@ -277,17 +277,21 @@ def test_editing_uses_its_own_defaults_and_the_measured_bucket(bundle: ModelBund
     still = np.repeat(PICTURE[None], FRAMES, axis=0)
     moving = np.random.default_rng(1).integers(0, 256, (FRAMES, 50, 70, 3), dtype=np.uint8)
     for source, bucket in ((still, 0), (moving, 19)):
-        settings = animate(bundle, AnimateRequest(PICTURE, "snow", {"source": source}, source_prompt="rain")).settings
+        settings = animate(
+            bundle, AnimateRequest(PICTURE, "snow", inputs={"source": source}, source_prompt="rain")
+        ).settings
         assert settings["motion_bucket"] == bucket
         assert settings["guidance_scale"] == bundle.recipe.sample.edit_guidance_scale
         assert settings["source_prompt"] == "rain"
         assert len(settings["source_sha256"]) == 64
     assert (
-        animate(bundle, AnimateRequest(PICTURE, "snow", {"source": still}, motion_bucket=4)).settings["motion_bucket"]
+        animate(bundle, AnimateRequest(PICTURE, "snow", inputs={"source": still}, motion_bucket=4)).settings[
+            "motion_bucket"
+        ]
         == 4
     )
     with pytest.raises(InputError, match="source: got 3 frames, recipe random-32x48 takes 6"):
-        animate(bundle, AnimateRequest(PICTURE, "snow", {"source": still[:3]}))
+        animate(bundle, AnimateRequest(PICTURE, "snow", inputs={"source": still[:3]}))
 
 
 def test_a_source_video_is_read_as_asked(bundle: ModelBundle, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "motion_control",
     "published_sources",
     "run",
+    "served_controls",
 ]
 
 _METHODS: dict[str, type[Method]] = {method.name: method for method in (CinemoMethod,)}
@@ -53,7 +54,7 @@ def method_named(name: str) -> type[Method]:
             method = getattr(importlib.import_module(module), attribute, None)
         except (ImportError, ValueError, TypeError) as error:  # the last two: no name of a module at all
             raise InputError(f"method is {name!r}, which cannot be imported ({error})") from None
-    if not (isinstance(method, type) and issubclass(method, Method)):
+    if not (isinstance(method, type) and issubclass(method, Method) and hasattr(method, "recipe_type")):
         known = ", ".join(_METHODS)
         raise InputError(f"method is {name!r}, expected one of {known}, or package.module:Class of a Method")
     return method
@@ -62,6 +63,13 @@ def method_named(name: str) -> type[Method]:
 def method_class(recipe: Recipe) -> type[Method]:
     """The class of a recipe's method. Raises `InputError`: there is no such method."""
     return method_named(recipe.method)
+
+
+def served_controls(recipe: Recipe) -> dict[str, ControlInfo]:
+    """The controls of a recipe's method that HTTP has: all but those of videos, which it does not take."""
+    method = method_class(recipe)
+    videos = {name for name, about in method.inputs.items() if about.kind == "video"}
+    return {name: info for name, info in controls_of(method.controls_type).items() if info.of not in videos}
 
 
 def motion_control(recipe: Recipe) -> str:

@@ -16,7 +16,7 @@ from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.media.motion import MotionScale
-from cinemo.methods.controls import Controls, Input
+from cinemo.methods.controls import Controls, Input, check_names
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.frozen import TextEncoder, Vae
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample
@@ -81,7 +81,7 @@ class Method(nn.Module, ABC):
     ``needs``: the encoders whose output it uses (``vae``, ``text_encoder``).
     ``stored_fields``: what a sample must carry beside its latents (`cinemo.data.dataset.fields`).
     ``parts``: names of its networks, which are attributes of it: parameter ``unet.x`` is ``x`` of ``networks["unet"]``.
-    ``published``: weights that `pipelines/export.py` can import, by the name of their flag.
+    ``published``: weights that `pipelines/export.py` imports, by the name of their flag (methods of this package).
     ``variants``: what a sample sheet shows of each sample: by name, numbers in the place of its own fields.
     """
 
@@ -95,6 +95,10 @@ class Method(nn.Module, ABC):
     parts: ClassVar[tuple[str, ...]]
     published: ClassVar[Mapping[str, Published]] = {}
     schedule: NoiseSchedule
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        check_names(cls.controls_type, cls.inputs)
 
     @property
     def networks(self) -> dict[str, nn.Module]:

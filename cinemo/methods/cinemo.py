@@ -80,7 +80,9 @@ class CinemoControls(FastSampling):
     dct_init: bool | None = control(
         None, "begin from the picture's own layout: steadier motion", title="DCTInit", place="folded"
     )
-    source_prompt: str = control("", "what the source video shows", title="Source prompt", max_length=MAX_PROMPT)
+    source_prompt: str = control(
+        "", "what the source video shows", title="Source prompt", of="source", max_length=MAX_PROMPT
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
@@ -117,7 +119,9 @@ class CinemoMethod(Method):
     recipe_type: ClassVar[type[Recipe]] = CinemoRecipe
     controls_type: ClassVar[type[FastSampling]] = CinemoControls
     inputs: ClassVar[Mapping[str, Input]] = {
-        "source": Input("video", "take the motion from this video: edit its first frame, or give any other picture")
+        "source": Input(
+            "video", "take the motion from this video; --image is its edited first frame, or any other picture"
+        )
     }
     published: ClassVar[Mapping[str, Published]] = {"cinemo": import_cinemo, "lavie": import_lavie}
     needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from cinemo.config import Recipe
 from cinemo.methods.base import Imported, Published
@@ -45,7 +46,7 @@ def _cinemo(folder: str, recipe: Recipe) -> Imported:
     if (root / "scheduler" / _SCHEDULER).is_file():
         stored = read_config(root / "scheduler", f"{folder}/scheduler", _SCHEDULER)
         prediction = "v" if stored.get("prediction_type") == "v_prediction" else "epsilon"
-    config = UNetConfig.model_validate(model)
+    config = _config(model, f"{folder}/unet")
     recipe = recipe.model_copy(
         update={
             "encoders": recipe.encoders.model_copy(update=places),
@@ -66,9 +67,18 @@ def _lavie(file: str, recipe: Recipe) -> Imported:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(keyed_seed(0, "weights"))
-        config = UNetConfig.model_validate(recipe.model.model_dump())
+        config = _config(recipe.model.model_dump(), file)
         unet = load_unet(config, file, torch.float32, motion_optional=True)
     return Imported(recipe, {"unet": unet}, {"source": "published LaVie weights"})
+
+
+def _config(values: dict[str, Any], where: str) -> UNetConfig:
+    try:
+        return UNetConfig.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise InputError(f"{where}: model.{key}: {fault['msg']} (got {fault['input']!r})") from None
 
 
 import_cinemo = Published("DIR", "folder of published Cinemo weights, made into a bundle", True, _cinemo)

@@ -54,6 +54,7 @@ def control(
     place: Literal["front", "folded", "api"] = "api",
     alias: str | None = None,
     words: Mapping[int, str] | None = None,
+    of: str | None = None,
     **limits: Any,
 ) -> Any:
     """A field of `Controls`.
@@ -64,10 +65,33 @@ def control(
         place: on the page: in sight, among more settings, or not there.
         alias: its name in HTTP, where that is another one.
         words: of a control with steps, from which value on which word holds.
+        of: the input that it is about; a video is not for HTTP, and neither is what it is about.
         limits: as pydantic's `Field` takes them: ``ge``, ``le``, ``max_length``.
     """
-    about: dict[str, Any] = {"place": place, "alias": alias, "words": dict(words or {})}
+    about: dict[str, Any] = {"place": place, "alias": alias, "words": dict(words or {}), "of": of}
     return Field(default, title=title, description=description, json_schema_extra={"about": about}, **limits)
+
+
+# Names that interfaces have for other things: fields of a video and of its form, flags of ``pipelines/animate.py``.
+RESERVED = frozenset(
+    (
+        *("id", "object", "status", "progress", "step", "created_at", "started_at", "completed_at", "expires_at"),
+        *("deadline_at", "error", "deleted", "input_reference", "model", "prompt", "size", "seconds", "timeout"),
+        *("image", "inputs", "bundle", "output", "save_latents", "device", "help", "recipe"),
+    )
+)
+
+
+def check_names(controls: type[Controls], inputs: Collection[str]) -> None:
+    """Whether interfaces can be made of a method's controls and inputs.
+
+    Raises:
+        TypeError: a name is taken, or used twice; or a control's type has no widget.
+    """
+    infos = controls_of(controls)
+    names = [*infos, *inputs, *(info.alias for info in infos.values() if info.alias != info.name)]
+    if taken := sorted({name for name in names if name in RESERVED or names.count(name) > 1}):
+        raise TypeError(f"{controls.__name__}: {', '.join(taken)}: taken by an interface or used twice; rename it")
 
 
 def _pair(value: Any) -> Any:
@@ -192,6 +216,7 @@ class ControlInfo:
     maximum: float | None
     choices: tuple[str, ...]
     words: Mapping[int, str]
+    of: str | None
 
 
 def controls_of(controls: type[Controls]) -> dict[str, ControlInfo]:
@@ -215,7 +240,9 @@ def expectation(controls: type[Controls], name: str) -> str:
 
 def _info(name: str, field: FieldInfo) -> ControlInfo:
     options = [each for each in _union(field.annotation) if each is not type(None)]
-    (annotation,) = options or [str]
+    if len(options) != 1:
+        raise TypeError(f"control {name}: {field.annotation} is more than one type; expected one, or one and None")
+    annotation = options[0]
     choices: tuple[str, ...] = ()
     if typing.get_origin(annotation) is Literal:
         choices, kind = typing.get_args(annotation), "choice"
@@ -239,6 +266,7 @@ def _info(name: str, field: FieldInfo) -> ControlInfo:
         maximum=limit.get("le", limit.get("max_length")),
         choices=choices,
         words=about.get("words", {}),
+        of=about.get("of"),
     )
 
 
@@ -252,6 +280,8 @@ def _plain(value: Any) -> Any:
     """NumPy's scalars as Python's, lists as the tuples that they stand for."""
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, np.ndarray):
+        return tuple(value.tolist())
     return tuple(value) if isinstance(value, list) else value
 
 

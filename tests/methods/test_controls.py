@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo import cli
-from cinemo.methods import controls_of, method_named, motion_control
+from cinemo.methods import Input, controls_of, method_named, motion_control, served_controls
 from cinemo.methods.cinemo import CinemoControls, CinemoMethod
-from cinemo.methods.controls import Controls, FastSampling, expectation
+from cinemo.methods.controls import Controls, FastSampling, check_names, control, expectation
 from cinemo.recipes import RECIPES, cinemo_tiny
 from cinemo.serving.http.form import form_schema
 from cinemo.types import InputError
@@ -34,7 +34,7 @@ def test_flags_form_and_settings_have_every_control(method: Any) -> None:
     infos = controls_of(method.controls_type)
     given_flags = vars(flags(method).parse_args([]))
     assert infos.keys() <= given_flags.keys()
-    assert {info.alias for info in infos.values()} <= form_schema(TINY)["properties"].keys()
+    assert {info.alias for info in served_controls(TINY).values()} <= form_schema(TINY)["properties"].keys()
     assert all(info.title and info.description for info in infos.values())
     assert all(
         info.minimum is not None and info.maximum is not None
@@ -110,3 +110,37 @@ def test_a_method_says_which_control_is_motion_and_which_ways_to_be_fast_it_has(
         "solver", "guidance_interval", "reuse_features",
     }  # fmt: skip
     assert expectation(Controls, "steps") == "a whole number 1..999"
+
+
+def test_names_that_an_interface_needs_cannot_be_controls_or_inputs() -> None:
+    class Seconds(Controls):
+        seconds: float | None = control(None, "how long", ge=1, le=10)
+
+    class Mixed(Controls):
+        pace: int | str | None = control(None, "two kinds")
+
+    with pytest.raises(TypeError, match="Seconds: seconds: taken by an interface or used twice"):
+        check_names(Seconds, [])
+    with pytest.raises(TypeError, match="Controls: image: taken"):
+        check_names(Controls, ["image"])
+    with pytest.raises(TypeError, match="Controls: seed: taken"):
+        check_names(Controls, ["seed"])
+    with pytest.raises(TypeError, match=r"control pace: .* is more than one type"):
+        check_names(Mixed, [])
+
+
+def test_a_flag_without_both_limits_and_with_a_per_cent_sign_has_a_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Half(Controls):
+        pace: int | None = control(None, "50% of it", le=10)
+
+    monkeypatch.setattr(CinemoMethod, "controls_type", Half)
+    monkeypatch.setattr(CinemoMethod, "inputs", {"end": Input("image", "at 50% of it")})
+    text = flags(CinemoMethod).format_help()
+    assert "--pace" in text
+    assert "at 50% of it" in text
+
+
+def test_http_has_no_control_of_a_video_that_it_does_not_take() -> None:
+    assert "source_prompt" in controls_of(CinemoControls)
+    assert "source_prompt" not in served_controls(TINY)
+    assert "source_prompt" not in form_schema(TINY)["properties"]

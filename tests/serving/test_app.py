@@ -159,15 +159,25 @@ def test_a_bundle_is_updated_under_a_stream_of_requests(server: Server, bundles:
     assert len(server.replicas("animator")) == 1
 
 
-def test_a_drain_finishes_what_it_can(bundles: Path, tmp_path: Path) -> None:
+def test_the_queue_decides_how_many_animators_there_are_and_a_drain_finishes_what_it_can(
+    bundles: Path, tmp_path: Path
+) -> None:
     """SIGTERM: what fits into the drain is finished, the rest goes on at the next start, as all does after SIGKILL."""
     state = tmp_path / "state"
-    first = serve(bundles / "bundle", state, "--drain-seconds", "4")
-    short, long = first.submit(num_inference_steps=40), first.submit(num_inference_steps=999)
-    first.begun(long)
-    begun = time.monotonic()
-    assert "stopped; unfinished jobs will continue at the next start" in first.stop()
-    assert time.monotonic() - begun < 40
+    flags = ["--max-replicas", "2", "--upscale-seconds", "1", "--downscale-seconds", "2", "--drain-seconds", "4"]
+    first = serve(bundles / "bundle", state, *flags)
+    try:
+        jobs = [first.submit(num_inference_steps=400) for _ in range(6)]
+        eventually(lambda: len(first.replicas("animator")) == 2, 180)
+        assert all(first.wait(video_id, 240)["status"] == "completed" for video_id in jobs)
+        eventually(lambda: len(first.replicas("animator")) == 1, 180)
+        short, long = first.submit(num_inference_steps=40), first.submit(num_inference_steps=999)
+        first.begun(long)
+        begun = time.monotonic()
+        assert "stopped; unfinished jobs will continue at the next start" in first.stop()
+        assert time.monotonic() - begun < 40
+    finally:
+        first.kill()
     second = serve(bundles / "bundle", state)
     try:
         assert second.video(short)["status"] == "completed"
@@ -181,18 +191,6 @@ def test_a_drain_finishes_what_it_can(bundles: Path, tmp_path: Path) -> None:
         assert third.wait(waiting)["status"] == "completed"
     finally:
         third.stop(signal.SIGINT)
-
-
-def test_the_queue_decides_how_many_animators_there_are(bundles: Path, tmp_path: Path) -> None:
-    flags = ["--max-replicas", "2", "--upscale-seconds", "1", "--downscale-seconds", "2", "--drain-seconds", "60"]
-    server = serve(bundles / "bundle", tmp_path / "state", *flags)
-    try:
-        jobs = [server.submit(num_inference_steps=400) for _ in range(6)]
-        eventually(lambda: len(server.replicas("animator")) == 2, 180)
-        assert all(server.wait(video_id, 240)["status"] == "completed" for video_id in jobs)
-        eventually(lambda: len(server.replicas("animator")) == 1, 180)
-    finally:
-        server.stop()
 
 
 def test_serve_run_does_the_same(bundles: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from cinemo.serving.store.database import Database
 from cinemo.serving.store.jobs import FINAL, Job, JobStore, KeyReused, QueueFull, QueueLimits, Quota, QuotaExceeded
-from cinemo.serving.store.media import MediaStore, image_name, video_name
+from cinemo.serving.store.media import MediaStore, image_name, input_name, video_name
 
 REQUEST = {"prompt": "waves", "seed": 3}
 LIMITS = QueueLimits(max_queued=5, max_attempts=3, keep_seconds=100, lease_seconds=30, stray_seconds=3600)
@@ -282,6 +282,8 @@ def test_an_idempotency_key_gives_the_same_job(store: JobStore, tmp_path: Path) 
             store.submit(request, image, "a", key)
     assert store.submit(REQUEST, b"pixels", "b", key).id != job.id, "another client's key is another key"
     assert len(list((tmp_path / "media").iterdir())) == 2
+    with pytest.raises(KeyReused):
+        store.submit(REQUEST, b"pixels", "a", key, others={"last_image": b"another picture"})
     drawn = store.submit(REQUEST, b"pixels", "a", "second", drawn=["seed"])
     assert store.submit({**REQUEST, "seed": 99}, b"pixels", "a", "second", drawn=["seed"]) == drawn
     with pytest.raises(KeyReused):
@@ -389,7 +391,7 @@ def test_finished_jobs_expire_with_their_files(store: JobStore, clock: Clock, tm
 
 def test_old_files_of_no_job_are_swept(store: JobStore, clock: Clock, tmp_path: Path) -> None:
     media, root = store.media, tmp_path / "media"
-    store.submit(REQUEST, b"")
+    store.submit(REQUEST, b"", others={"last_image": b"last"})
     [job] = store.claim("a", 1)
     for attempt in (1, 2):
         media.write(video_name(job.id, attempt), b"video")
@@ -404,7 +406,10 @@ def test_old_files_of_no_job_are_swept(store: JobStore, clock: Clock, tmp_path: 
         os.utime(path, (hour_ago, hour_ago))
     store.sweep()
     left = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    assert left == {image_name(job.id), video_name(job.id, 1), image_name(fresh), "mine.txt"}
+    own = {image_name(job.id), input_name(job.id, "last_image"), video_name(job.id, 1)}
+    assert left == own | {image_name(fresh), "mine.txt"}
+    store.delete(job.id)
+    assert not (root / job.id).exists()
 
 
 def test_statistics_tell_how_things_stand(store: JobStore, clock: Clock) -> None:

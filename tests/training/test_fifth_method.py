@@ -96,7 +96,7 @@ def test_from_training_to_a_served_video(
         assert alone.frames_FHWC.shape == (4, 32, 32, 3)
         np.testing.assert_allclose(finished[key].latents_CFHW, alone.latents_CFHW, atol=1e-4)
     with pytest.raises(InputError, match="source: fifth takes no such input; it takes image, last_image"):
-        animate(bundle, AnimateRequest(PICTURE, "waves", {"source": np.repeat(PICTURE[None], 4, 0)}))
+        animate(bundle, AnimateRequest(PICTURE, "waves", inputs={"source": np.repeat(PICTURE[None], 4, 0)}))
     with pytest.raises(InputError, match=r"motion_bucket: fifth has no such control; it has .*pace"):
         animate(bundle, AnimateRequest(PICTURE, "waves", motion_bucket=3))
 
@@ -132,7 +132,7 @@ def test_http_takes_its_control_and_its_picture_and_nobody_else_s(served: tuple[
         names = {control["name"] for control in model["controls"]}
         assert names == {"negative_prompt", "seed", "num_inference_steps", "guidance_scale", "pace"}
         assert model["defaults"] == {"num_inference_steps": 4, "guidance_scale": 2.0, "pace": 1.0}
-        assert model["pictures"] == {"last_image": "the picture to end at"}
+        assert model["pictures"] == [{"name": "last_image", "description": "the picture to end at", "required": False}]
         assert model["motion"] == []
         document = client.get("/openapi.json").json()["components"]["schemas"]
         form = document["VideoForm"]["properties"]

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+
 from cinemo.animate import AnimateRequest, load_image
 from cinemo.bundle import ModelBundle
 from cinemo.media.saving import save_animation
@@ -30,6 +32,7 @@ from cinemo.types import Animation, InputError, RunError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Pictures = Mapping[str, np.ndarray]  # of a job, by name, decoded
 
 _SWEEP_SECONDS = 60.0
 _BEAT_SECONDS = 0.05  # at least between two beats, however short the steps
@@ -79,7 +82,7 @@ class JobRunner:
         self.worker = worker or f"runner-{secrets.token_hex(4)}"
         self._engines = [SamplingEngine(bundle, max_batch)]  # the last takes new jobs, the others end theirs
         self._held: dict[str, _Held] = {}
-        self._ready: deque[tuple[_Held, AnimateRequest]] = deque()
+        self._ready: deque[tuple[_Held, Pictures]] = deque()
         self._leaving: deque[str] = deque()
         self._changed = threading.Condition()  # guards the four above; notified where the device has something to do
         self._news, self._closing, self._stopped = threading.Event(), threading.Event(), threading.Event()
@@ -157,8 +160,8 @@ class JobRunner:
                     if not ready and not leaving and not any(map(len, engines)):
                         self._changed.wait(0.5)
                         continue
-                for held, request in ready:
-                    self._join(engines[-1], held, request)
+                for held, pictures in ready:
+                    self._join(engines[-1], held, pictures)
                 for engine in engines:
                     for key in leaving:
                         engine.leave(key)
@@ -169,7 +172,7 @@ class JobRunner:
         finally:
             self._news.set()
 
-    def _join(self, engine: SamplingEngine, held: _Held, request: AnimateRequest) -> None:
+    def _join(self, engine: SamplingEngine, held: _Held, pictures: Pictures) -> None:
         if held.gone.is_set():
             return
         model = engine.bundle.recipe.name
@@ -177,6 +180,7 @@ class JobRunner:
             self._end_with(held, ("model_not_found", f"model {held.job.request['model']!r} is no longer served"))
             return
         try:
+            request = animate_request(held.job.request, pictures, engine.bundle.method.controls_type)
             held.steps = engine.join(held.key, request)
         except Exception as error:
             self._end_with(held, fault_of(error))
@@ -275,14 +279,14 @@ class JobRunner:
             self._fail(held, _internal(held, error))
             return
         try:
-            request = animate_request(held.job.request, files, self._engines[-1].bundle.method.controls_type)
+            pictures = {name: load_image(content) for name, content in files.items()}
         except Exception as error:
             self._fail(
                 held, ("invalid_request", str(error)) if isinstance(error, InputError) else _internal(held, error)
             )
             return
         with self._changed:
-            self._ready.append((held, request))
+            self._ready.append((held, pictures))
             self._changed.notify_all()
 
     def _write(self, held: _Held, animation: Animation) -> None:
@@ -352,11 +356,11 @@ class _Gone(Exception):
     """The job is not ours any more."""
 
 
-def animate_request(asked: Mapping[str, Any], files: Mapping[str, bytes], controls: type[Controls]) -> AnimateRequest:
+def animate_request(asked: Mapping[str, Any], pictures: Pictures, controls: type[Controls]) -> AnimateRequest:
     """A job's controls, as the HTTP interface accepted them, and its pictures. Raises `InputError`."""
-    pictures = {name: load_image(content) for name, content in files.items()}
     given = {name: asked.get(info.alias) for name, info in controls_of(controls).items()}
-    return AnimateRequest(pictures.pop("image"), asked["prompt"], pictures, **given)
+    others = {name: picture for name, picture in pictures.items() if name != "image"}
+    return AnimateRequest(pictures["image"], asked["prompt"], inputs=others, **given)
 
 
 def _internal(held: _Held, error: Exception) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cinemo.animate import AnimateRequest
+from cinemo.animate import AnimateRequest, blank_inputs
 from cinemo.bundle import ModelBundle
 from cinemo.serving.engine.sampling import SamplingEngine
 from cinemo.types import RunError
@@ -18,14 +18,17 @@ def warm_up(bundle: ModelBundle, max_batch: int) -> None:
     Raises:
         RunError: the model does not fit or makes no finite numbers.
     """
+    for name, about in bundle.method.inputs.items():
+        if about.required and about.kind == "video":
+            raise RunError(f"bundle {bundle.location}: its method needs a video ({name}), which a server does not take")
     every = bundle.device.type != "cpu" or bundle.recipe.compile
     height, width = bundle.recipe.data.size
-    picture = np.full((height, width, 3), 128, np.uint8)
+    picture, inputs = np.full((height, width, 3), 128, np.uint8), blank_inputs(bundle.recipe)
     for size in range(1, max_batch + 1) if every else sorted({1, max_batch}):
         engine = SamplingEngine(bundle, max_batch=size)
         waiting = {f"warm-up {number}" for number in range(size)}
         for number, key in enumerate(sorted(waiting)):
-            engine.join(key, AnimateRequest(picture, "warm-up", steps=1, seed=number))
+            engine.join(key, AnimateRequest(picture, "warm-up", inputs=inputs, steps=1, seed=number))
         while waiting:
             outcome = engine.step()
             for code, message in outcome.failed.values():

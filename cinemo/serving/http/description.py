@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from cinemo.bundle import BundleCard
 from cinemo.config import Recipe
-from cinemo.methods import controls_of, method_class
+from cinemo.methods import method_class, served_controls
 from cinemo.serving.http.access import SCHEME
 from cinemo.serving.http.form import control_schema, form_schema
 from cinemo.serving.http.schema import ErrorBody
@@ -106,8 +106,16 @@ def _describe_form(document: dict[str, Any], recipe: Recipe) -> None:
 
 
 def _describe_video(document: dict[str, Any], recipe: Recipe) -> None:
-    """A video has the controls of the model that made it; here are those of the one that is served."""
+    """A video has the settings of the model that made it; here are those of the one that is served."""
     controls = method_class(recipe).controls_type
-    own = {info.alias: control_schema(controls, name) for name, info in controls_of(controls).items()}
+    settings = controls().settings(recipe)
+    own = {
+        info.alias: control_schema(controls, name) for name, info in served_controls(recipe).items() if name in settings
+    }
+    names = {
+        "type": "array",
+        "items": {"type": "string"},
+        "description": "pictures that came beside the one to animate",
+    }
     for name in ("Video", "CancelledVideo"):
-        document["components"]["schemas"][name]["properties"] |= own
+        document["components"]["schemas"][name]["properties"] |= own | {"inputs": names}

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from cinemo.bundle import BundleCard
 from cinemo.config import Recipe
-from cinemo.methods import ControlInfo, Controls, controls_of, method_class
+from cinemo.methods import Controls, method_class, served_controls
 from cinemo.methods.controls import MAX_PROMPT, check_text
 from cinemo.serving.http.schema import video_seconds, video_size
 
@@ -76,7 +76,7 @@ class VideoRequest:
     def asked(self, card: BundleCard) -> dict[str, Any]:
         """The prompt and every control with its value, the model's defaults filled in: what a job keeps."""
         settings = self.controls.settings(card.recipe, self.pictures.keys())
-        values = {info.alias: settings[name] for name, info in _controls(card.recipe).items() if name in settings}
+        values = {info.alias: settings[name] for name, info in served_controls(card.recipe).items() if name in settings}
         named = {"model": card.recipe.name, "prompt": self.form.prompt}
         return {**named, **values, "size": video_size(card), "seconds": video_seconds(card)}
 
@@ -94,7 +94,7 @@ async def read_form(request: Request, card: BundleCard) -> VideoRequest:
         raise
     except Exception as error:
         raise HTTPException(400, "there was an error parsing the body") from error
-    method, infos = method_class(card.recipe), _controls(card.recipe)
+    method, infos = method_class(card.recipe), served_controls(card.recipe)
     names = {info.alias: name for name, info in infos.items()}
     pictures = {name for name, about in method.inputs.items() if about.kind == "image"}
     values: dict[str, Any] = {name: value for name, value in body.items() if name not in names.keys() | pictures}
@@ -129,7 +129,7 @@ async def read_form(request: Request, card: BundleCard) -> VideoRequest:
 def form_schema(recipe: Recipe, reference: str = "#/components/schemas/{model}") -> dict[str, Any]:
     """JSON Schema of the form of a recipe's model."""
     schema = VideoForm.model_json_schema(ref_template=reference)
-    for name, info in _controls(recipe).items():
+    for name, info in served_controls(recipe).items():
         field = control_schema(method_class(recipe).controls_type, name)
         if name == "seed":
             field |= {"maximum": MAX_SEED, "description": "drawn at random if absent"}
@@ -149,7 +149,3 @@ def control_schema(controls: type[Controls], name: str) -> dict[str, Any]:
     kinds = [kind for kind in schema.pop("anyOf", []) if kind.get("type") != "null"]
     schema |= kinds[0] if len(kinds) == 1 else {}
     return {key: value for key, value in schema.items() if key not in ("about", "default", "title")}
-
-
-def _controls(recipe: Recipe) -> dict[str, ControlInfo]:
-    return controls_of(method_class(recipe).controls_type)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from cinemo.bundle import BundleCard
 from cinemo.config import MOTION_BUCKETS
 from cinemo.media.motion import MotionScale
-from cinemo.methods import ControlInfo, controls_of, method_class
+from cinemo.methods import ControlInfo, method_class, served_controls
 from cinemo.serving.store.jobs import Job, Status
 
 
@@ -125,6 +125,14 @@ class Control(BaseModel):
     levels: list[MotionLevel]
 
 
+class Picture(BaseModel):
+    """A picture that a model takes beside the one to animate, by the name of its field in the form."""
+
+    name: str
+    description: str
+    required: bool
+
+
 class Model(BaseModel):
     """An available model, with what it supports and its defaults. ``controls``: in the order in which people see them.
     ``motion``: as the ``levels`` of its motion control; empty where it has none. ``pictures``: that it takes beside
@@ -143,14 +151,15 @@ class Model(BaseModel):
     motion: list[MotionLevel]
     defaults: dict[str, Any]
     controls: list[Control]
-    pictures: dict[str, str]
+    pictures: list[Picture]
 
     @classmethod
     def of(cls, card: BundleCard) -> Model:
         method = method_class(card.recipe)
-        infos = controls_of(method.controls_type)
+        infos = served_controls(card.recipe)
         settings = method.controls_type().settings(card.recipe)
-        levels = motion_levels(card.motion) if method.controls_type.motion else []
+        motion = infos.get(method.controls_type.motion or "")
+        levels = motion_levels(card.motion)[: int(motion.maximum or 0) + 1] if motion else []
         controls = [
             Control(
                 name=info.alias,
@@ -180,7 +189,11 @@ class Model(BaseModel):
             motion=levels,
             defaults={infos[name].alias: settings[name] for name in own if settings[name] is not None},
             controls=controls,
-            pictures={name: about.description for name, about in method.inputs.items() if about.kind == "image"},
+            pictures=[
+                Picture(name=name, description=about.description, required=about.required)
+                for name, about in method.inputs.items()
+                if about.kind == "image"
+            ],
         )
 
 

@@ -383,7 +383,7 @@ class JobStore:
                 if job is None:
                     self._remove_media(job_id)
                 elif job.status in FINAL:
-                    for name in set(old[job_id]) - {*job.files, job.media_name}:
+                    for name in set(old[job_id]) - {*job.files.values(), job.media_name}:
                         self.media.remove_file(name)
 
     def _remove_media(self, job_id: str) -> None:

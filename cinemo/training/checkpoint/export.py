@@ -116,7 +116,7 @@ def from_published(name: str, location: str, output: str, recipe: Recipe, scale:
     if name not in method_class(recipe).published:
         raise InputError(f"recipe {recipe.name} is of method {recipe.method}, which has no weights named {name}")
     imported = source.load(location, recipe)
-    recipe = imported.recipe
+    recipe = parse_recipe(imported.recipe.model_dump(mode="json"), location)
     if not source.whole:
         (network,) = imported.networks.values()
         save_network(network, target)

@@ -19,8 +19,8 @@ export class ControlFields {
     byId("front-controls").replaceChildren(...this.arranged(front));
     byId("folded-controls").replaceChildren(...this.arranged(folded));
     byId("more").hidden = folded.length === 0;
-    byId("pictures").replaceChildren(...Object.entries(model.pictures).map(([name, text]) => pictureField(name, text)));
-    this.pictures = Object.keys(model.pictures);
+    byId("pictures").replaceChildren(...model.pictures.map(pictureField));
+    this.pictures = model.pictures.map(({ name }) => name);
   }
 
   get names() {
@@ -57,7 +57,7 @@ export class ControlFields {
   }
 }
 
-const isDrawn = (control) => control.kind === "integer" && control.default === null;
+const isDrawn = (control) => control.name === "seed";
 
 function fieldOf(control) {
   if (control.levels.length) return new LevelsField(control);
@@ -107,16 +107,19 @@ class SeedField extends TextField {
 
 class SwitchField {
   constructor(control) {
-    this.input = input(control, { type: "checkbox", role: "switch", checked: control.default });
+    this.input = input(control, { type: "checkbox", role: "switch", checked: Boolean(control.default) });
+    this.said = control.default !== null;
+    this.input.addEventListener("change", () => { this.said = true; });
     const label = make("label", { for: control.name }, make("span", {}, control.title), note(control, "span"));
     this.root = make("div", { className: "field switch-field" }, label, this.input, error(control));
   }
 
   get value() {
-    return this.input.checked;
+    return this.said ? this.input.checked : "";
   }
 
   set value(value) {
+    this.said = true;
     this.input.checked = value;
   }
 }
@@ -139,7 +142,7 @@ class ChoiceField {
   }
 }
 
-function pictureField(name, text) {
+function pictureField({ name, description: text }) {
   const file = make("input", { id: name, type: "file", accept: "image/png,image/jpeg,image/webp" });
   const label = make("label", { for: name }, `${text.charAt(0).toUpperCase()}${text.slice(1)}`);
   return make("div", { className: "field" }, label, file, error({ name }));

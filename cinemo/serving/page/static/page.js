@@ -11,6 +11,8 @@ const form = byId("form");
 const button = byId("animate");
 const note = byId("form-note");
 
+const STALE = new Set(["unknown_field", "model_not_found"]);
+
 let model = null;
 
 const controls = new ControlFields();
@@ -69,9 +71,11 @@ async function send(settings, file, place) {
     });
     place.note.replaceChildren();
     stage.pictures.set(video.id, file);
+    stage.others.set(video.id, Object.fromEntries(Object.entries(settings).filter(([, each]) => each instanceof File)));
     history.started();
     return video;
   } catch (error) {
+    if (STALE.has(error.code)) refreshModel(); // another one is served since the page was opened
     if (error.status === 429) countDown(error, place);
     else if (place.fault) place.fault(error);
     else place.note.replaceChildren(make("p", {}, error.message));
@@ -204,6 +208,21 @@ function setModel(known) {
   controls.setModel(model);
   history.setModel(model);
 }
+
+// Another model may be served by now: its controls, with what was entered.
+async function refreshModel() {
+  try {
+    const served = await api.model();
+    if (served.digest === model.digest) return;
+    const before = entered();
+    setModel(served);
+    fill(before);
+  } catch {
+    // The next answer of the server says what is wrong with it.
+  }
+}
+
+document.addEventListener("visibilitychange", () => document.hidden || (model && refreshModel()));
 
 // Until the server answers: a page that was opened while it starts comes to life by itself.
 for (;;) {

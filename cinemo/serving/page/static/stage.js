@@ -13,6 +13,7 @@ export class Stage {
   panes = [];
   model = null;
   pictures = new Map(); // id -> the File that was sent from this tab
+  others = new Map(); // id -> {name: File} of those that were sent beside it
 
   // on: {reuse(video), variant(settings, file, form), changed(video), removed(id), shown(ids)}
   constructor(on) {
@@ -50,7 +51,11 @@ export class Stage {
   async startVariant({ name, value }, form) {
     const [pane] = this.panes;
     const file = await this.pictureOf(pane.video);
-    const asBefore = { ...settingsOf(pane.video, this.model), [name]: value };
+    const others = this.others.get(pane.video.id) ?? {};
+    if ((pane.video.inputs ?? []).some((each) => !(each in others))) {
+      throw new Error("That video was made with other pictures beside the first, which this tab does not have.");
+    }
+    const asBefore = { ...settingsOf(pane.video, this.model), ...others, [name]: value };
     const made = await this.on.variant(asBefore, file, form);
     if (made) this.show([pane.id, made.id]);
   }
@@ -330,6 +335,7 @@ function insideFile(written) {
 }
 
 function said(value) {
+  if (value === undefined || value === null) return "–";
   if (typeof value === "boolean") return value ? "on" : "off";
   const text = String(value);
   return text === "" ? "–" : text.length > LONG ? `${text.slice(0, LONG)} …` : text;

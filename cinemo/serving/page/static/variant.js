@@ -9,15 +9,16 @@ function choice(control, now) {
   const title = /^[A-Z][a-z]/.test(control.title) ? control.title.toLowerCase() : control.title;
   if (kind === "boolean") return [name, title, !now, { type: "checkbox", role: "switch" }, (input) => input.checked];
   if (kind === "choice") return [name, title, now, { options: control.choices }, (input) => input.value];
-  const limits = { type: "number", min: minimum, max: Math.min(maximum, Number.MAX_SAFE_INTEGER), step: kind === "integer" ? 1 : 0.1 };
+  const limits = { type: "number", min: minimum ?? "", max: maximum ?? "", step: kind === "integer" ? 1 : 0.1 };
   return [name, title, another(control, now), limits, (input) => Number(input.value)];
 }
 
 // A value far enough from the present one that the difference shows.
 function another(control, now) {
   const { levels, kind, minimum, maximum } = control;
-  if (kind === "integer" && control.default === null) return drawSeed();
+  if (control.name === "seed") return drawSeed();
   if (levels.length) return now > maximum / 2 ? 2 : maximum - 2;
+  if (minimum === null || maximum === null) return 2 * now;
   if (kind === "integer") return Math.min(maximum, 2 * now);
   return now > minimum ? minimum : Number(((minimum + maximum) / 7).toFixed(1));
 }
@@ -50,7 +51,7 @@ export class VariantForm {
 
   open(video, model) {
     this.choices = model.controls
-      .filter(({ name, kind, place }) => place !== "api" && kind !== "text" && ![undefined, null].includes(video[name]))
+      .filter(({ name, kind, place }) => place !== "api" && kind !== "text" && kind !== "pair" && ![undefined, null].includes(video[name]))
       .map((control) => choice(control, video[control.name]));
     this.select.replaceChildren(...this.choices.map(([name, title]) => make("option", { value: name }, title)));
     this.note.replaceChildren();
