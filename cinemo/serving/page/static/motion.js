@@ -50,13 +50,13 @@ export class LevelsField {
     return this.scale.filter((each) => each.measured !== null);
   }
 
-  // What was measured, straight lines between; else the middle of what each bucket stands for; else the bucket itself.
+  // What was measured, straight lines between; else where what each bucket stands for begins; else the bucket itself.
   heights(buckets) {
     const points = this.measured.map((each) => [each.bucket, each.measured]);
     return Array.from({ length: buckets }, (_, bucket) => {
       if (points.length) return between(points, bucket);
       const range = this.scale[bucket]?.ssim;
-      return range ? 1 - (range[0] + range[1]) / 2 : bucket;
+      return range ? 1 - range[1] : bucket;
     });
   }
 
@@ -75,7 +75,7 @@ export class LevelsField {
     const here = this.scale[bucket];
     if (!here) return this.control.description;
     const points = this.measured.map((each) => [each.bucket, each.measured]);
-    const percent = (share) => `${Math.round(100 * share)} %`;
+    const percent = (share) => `${Number((100 * share).toPrecision(2))}\u00a0%`;
     if (points.length) {
       const much = percent(between(points, bucket));
       return here.measured === null
