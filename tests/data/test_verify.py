@@ -22,6 +22,8 @@ from cinemo.data.dataset.verify import canary, verify
 from cinemo.recipes import override
 from cinemo.types import InputError, RunError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

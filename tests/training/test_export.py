@@ -24,7 +24,7 @@ from cinemo.methods import build_method, mark_trainable
 from cinemo.methods.cinemo import CinemoMethod, CinemoTrain
 from cinemo.networks.lavie_unet import LavieUNet, is_temporal
 from cinemo.networks.weights import load_unet, save_network
-from cinemo.recipes import cinemo_320x512
+from cinemo.recipes import cinemo_320x512, override
 from cinemo.training.checkpoint import checkpoints, export, shares
 from cinemo.training.checkpoint.shares import WEIGHT, Fragment
 from cinemo.training.run.averaging import EMA
@@ -256,13 +256,21 @@ def test_published_cinemo_weights(small: Recipe, tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"unet: config.json has flip_sin_to_cos = False, this network supports only True"
     ):
-        export.from_cinemo(str(published), str(tmp_path / "other"), paper)
+        export.from_published("cinemo", str(published), str(tmp_path / "other"), paper)
+    (published / "unet" / "config.json").write_text(json.dumps(stored | {"in_channels": "four"}))
+    with pytest.raises(InputError, match=r"unet: model\.in_channels: Input should be a valid integer.*got 'four'"):
+        export.from_published("cinemo", str(published), str(tmp_path / "other"), paper)
+    (published / "unet" / "config.json").write_text(json.dumps(stored))
+    storage.write_json(str(published / "scheduler" / "scheduler_config.json"), {"prediction_type": "epsilon"})
+    zero = override(paper, ["data.size=[32,32]", "diffusion.prediction=v", "diffusion.zero_terminal_snr=true"])
+    with pytest.raises(InputError, match="zero_terminal_snr is true with prediction epsilon"):
+        export.from_published("cinemo", str(published), str(tmp_path / "other"), zero)
     (published / "unet" / "config.json").unlink()
     with pytest.raises(InputError, match=r"do not fit the recipe's model \(\d+ entries\): missing down_blocks"):
-        export.from_cinemo(str(published), str(tmp_path / "other"), paper)
+        export.from_published("cinemo", str(published), str(tmp_path / "other"), paper)
     shutil.rmtree(published / "tokenizer")
     with pytest.raises(InputError, match=r"published: tokenizer missing; expected a folder with unet"):
-        export.from_cinemo(str(published), str(tmp_path / "other"), paper)
+        export.from_published("cinemo", str(published), str(tmp_path / "other"), paper)
     assert not (tmp_path / "other").exists()
 
 
@@ -271,16 +279,16 @@ def test_lavie_weights_become_a_start(small: Recipe, tmp_path: Path) -> None:
     state = build_method(small).unet.state_dict()
     lavie = {name: value for name, value in state.items() if not name.startswith("add_embedding.")}
     torch.save({"ema": lavie}, tmp_path / "lavie_base.pt")
-    line = export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"), small)
+    line = export.from_published("lavie", str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"), small)
     assert "train.init=" in line
     unet = load_unet(small.model, str(tmp_path / "init"))
     assert torch.equal(unet.conv_in.weight, state["conv_in.weight"])
     assert not unet.add_embedding.linear_2.weight.any()
     first = storage.read_bytes(str(tmp_path / "init" / "diffusion_pytorch_model.safetensors"))
-    export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "again"), small)
+    export.from_published("lavie", str(tmp_path / "lavie_base.pt"), str(tmp_path / "again"), small)
     assert storage.read_bytes(str(tmp_path / "again" / "diffusion_pytorch_model.safetensors")) == first
     with pytest.raises(InputError, match="is not empty"):
-        export.from_lavie(str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"), small)
+        export.from_published("lavie", str(tmp_path / "lavie_base.pt"), str(tmp_path / "init"), small)
     torch.save({**lavie, "more.weight": torch.zeros(1)}, tmp_path / "strange.pt")
     with pytest.raises(InputError, match=r"\(1 entries\): extra more.weight"):
-        export.from_lavie(str(tmp_path / "strange.pt"), str(tmp_path / "other"), small)
+        export.from_published("lavie", str(tmp_path / "strange.pt"), str(tmp_path / "other"), small)
