@@ -27,6 +27,7 @@ from cinemo.media.video import probe, read_frames
 from cinemo.methods.base import run
 from cinemo.recipes import cinemo_tiny
 from cinemo.types import Condition, InputError, keyed_generator
+from pipelines.animate import main
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
 
@@ -306,3 +307,10 @@ def test_a_source_video_is_read_as_asked(bundle: ModelBundle, tmp_path: Path) ->
     for name in ("text.mp4", "none.mp4"):
         with pytest.raises(InputError, match=f"source .*{name}"):
             load_source(str(tmp_path / name), bundle.recipe)
+
+
+def test_a_missing_picture_is_named_before_any_weights_are_loaded(bundle: ModelBundle, tmp_path: Path) -> None:
+    words = ["--bundle", bundle.location, "--image", "i", "--prompt", "p", "--output", str(tmp_path / "o.mp4")]
+    with pytest.raises(InputError, match="image i: cannot be read"):
+        main(words)
+    assert not (tmp_path / "o.mp4").exists()

@@ -217,7 +217,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
         (
             "animate",
             ["--bundle", "{tmp}/none", "--image", "i", "--prompt", "p", "--output", "{tmp}/o.mp4"],
-            "image i: cannot",
+            "none: no such file",  # the bundle says which flags there are
         ),
         ("evaluate", ["--bundle", "{tmp}/none", "--data", "{tmp}/d", "--output", "{tmp}/e"], "no dataset there"),
         ("serve", ["--bundle", "{tmp}/none"], "none"),
