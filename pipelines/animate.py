@@ -37,7 +37,10 @@ def parser(method: type[Method]) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     recipe = recipe_of_bundle(argv)
     method = method_class(recipe)
-    arguments = parser(method).parse_args(argv)
+    arguments, unknown = parser(method).parse_known_args(argv)
+    if unknown:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in method.controls_type.model_fields)
+        raise InputError(f"{unknown[0]}: {recipe.name} has no such control; it has {flags}")
     if not arguments.output.endswith(".mp4"):
         raise InputError(f"--output {arguments.output}: expected a name that ends in .mp4")
     inputs: dict[str, Any] = {}

@@ -314,3 +314,9 @@ def test_a_missing_picture_is_named_before_any_weights_are_loaded(bundle: ModelB
     with pytest.raises(InputError, match="image i: cannot be read"):
         main(words)
     assert not (tmp_path / "o.mp4").exists()
+
+
+def test_a_flag_of_another_model_is_one_line_that_says_what_this_one_has(bundle: ModelBundle, tmp_path: Path) -> None:
+    words = ["--bundle", bundle.location, "--image", "i", "--prompt", "p", "--output", str(tmp_path / "o.mp4")]
+    with pytest.raises(InputError, match=r"--pace: random-32x48 has no such control; it has .*--motion-bucket"):
+        main([*words, "--pace", "2"])

@@ -490,3 +490,20 @@ def test_the_interface_describes_itself(client: TestClient) -> None:
     assert set(errors) == {"#/components/schemas/ErrorBody"}
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert named <= set(document["components"]["schemas"]), "no reference leads nowhere"
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "param"),
+    [
+        ({"prompt": "x"}, {"motion_bucket": ("b.png", png())}, "motion_bucket"),
+        ({}, {"prompt": ("b.png", png())}, "prompt"),
+        ({"prompt": "x"}, {"source": ("v.mp4", b"a video")}, "source"),
+        ({"prompt": "x", "source_prompt": "a video"}, {}, "source_prompt"),
+        ({"prompt": "x", "seed": str(2**53)}, {}, "seed"),
+        ({"prompt": ["x", "y"], "motion_bucket": ["3", "20"]}, {}, "motion_bucket"),
+    ],
+)
+def test_a_form_that_lies_is_told_which_field(client: Any, data: Any, files: Any, param: str) -> None:
+    answer = client.post("/v1/videos", data=data, files={"input_reference": ("a.png", png())} | files)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["param"] == param

@@ -6,7 +6,7 @@ path or a stack trace, and bad input never ends in a 5xx.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from cinemo.serving.http.description import EVENT, answers, describe
 from cinemo.serving.http.events import EventStreams, is_over
 from cinemo.serving.http.exposition import Exposition, Observed
 from cinemo.serving.http.fetch import Fetcher
-from cinemo.serving.http.form import VideoForm, read_form
+from cinemo.serving.http.form import VideoForm, VideoRequest, read_form
 from cinemo.serving.http.refusals import BodyLimit, Refused, add_error_answers
 from cinemo.serving.http.schema import (
     CancelledVideo,
@@ -128,11 +128,19 @@ def _add_creation(
 ) -> None:
     places = anyio.CapacityLimiter(_PICTURES_AT_ONCE)
 
+    async def asked_form(request: Request) -> AsyncIterator[tuple[BundleCard, VideoRequest]]:
+        """The model that is served now, and the form read for it; its files are closed after the answer."""
+        model = card()
+        try:
+            yield model, await read_form(request, model)
+        finally:
+            await request.close()
+
     @api.post("/v1/videos", status_code=202, responses=answers(400, 401, 404, 408, 413, 415, 422, 429))
     async def create(
-        request: Request,
         client: Asking,
         response: Response,
+        form: tuple[BundleCard, VideoRequest] = Depends(asked_form),
         idempotency_key: Annotated[
             str | None,
             Header(
@@ -144,8 +152,7 @@ def _add_creation(
         ] = None,
     ) -> Video:
         """Queue the animation of a picture."""
-        model = card()
-        asked = await read_form(request, model)
+        model, asked = form
         _check_supported(asked.form, model)
         content, declared = await _reference(asked.form, fetcher)
         image = await anyio.to_thread.run_sync(cleaned, content, declared, settings.pixels, limiter=places)
