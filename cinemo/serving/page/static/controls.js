@@ -38,7 +38,7 @@ export class ControlFields {
   fill(settings) {
     for (const control of this.controls) {
       const value = settings[control.name] ?? settings[control.setting];
-      if (value !== undefined && this.fields.has(control.name)) this.fields.get(control.name).value = value;
+      if (value !== undefined && value !== null && this.fields.has(control.name)) this.fields.get(control.name).value = value;
     }
   }
 
