@@ -136,6 +136,7 @@ def test_unfinished_uploads_are_removed_and_others_left(s3_endpoint: str) -> Non
     assert storage.abort_uploads("s3://cinemo-test/mine") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 def test_an_outage_ends_in_one_line_in_bounded_time(s3_faults: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
     s3_faults.meet({"503": 1.0})

@@ -125,6 +125,7 @@ def test_readers_do_not_wait_for_a_writer(tmp_path: Path, open_database: Callabl
     writer.join()
 
 
+@pytest.mark.slow
 def test_a_lock_that_another_process_keeps_too_long_is_a_run_error(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/state.sqlite"
     Database(url).close()

@@ -151,6 +151,7 @@ def test_a_plan_is_printed_and_written(small: Recipe, tmp_path: Path, capsys: py
     assert "cost in EUR: accelerators" in said
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_marked(small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """ZeRO's buckets alone (1 GB in bfloat16, twice) fill a small device; ZeRO 0 has none."""
     from cinemo.training.plan import cost

@@ -58,6 +58,7 @@ def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMe
     return method, recipe
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
@@ -84,6 +85,7 @@ def test_a_bundle_holds_what_was_trained(small: Recipe, tmp_path: Path, stage: i
         assert torch.equal(dict(bundle.method.unet.named_buffers())[name], value), "a formula that training rounded"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
 def test_lora_is_exported_merged_and_alone(
@@ -120,6 +122,7 @@ def test_lora_is_exported_merged_and_alone(
         main(["--from-lavie", "x.pt", "--adapter", "--output", str(tmp_path / "other")])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_what_does_not_learn_keeps_its_bits(small: Recipe, tmp_path: Path, stage: int) -> None:
