@@ -31,7 +31,8 @@ from cinemo.data.precompute import graph as precompute
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.plan import make_plan
 from cinemo.media.synthetic import render_clips
-from cinemo.recipes import cinemo_tiny, override
+from cinemo.recipes import override
+from cinemo.recipes.cinemo import cinemo_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = "## The precompute graph"

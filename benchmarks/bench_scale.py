@@ -31,7 +31,7 @@ from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.journal import SEGMENT
 from cinemo.data.precompute.lock import hold
 from cinemo.data.precompute.plan import Plan, make_plan
-from cinemo.recipes import cinemo_tiny
+from cinemo.recipes.cinemo import cinemo_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIPS = 35_000_000

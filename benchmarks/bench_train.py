@@ -34,11 +34,10 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.loading.reader import ShardReader
 from cinemo.methods import build_method
-from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.recipes import load_recipe, override
 from cinemo.training.plan.cost import peak_flops, sample_flops
-from cinemo.training.run.batch import TextStates, host_batch, latent_shape
+from cinemo.training.run.batch import FrozenStates, host_batch, latent_shape
 from cinemo.training.run.engine import Engine
 from cinemo.training.run.loop import Report, train
 from cinemo.types import LatentSample
@@ -161,7 +160,7 @@ def data_wait(index: DatasetIndex, where: str) -> Iterator[Row]:
     """The tiny recipe's own steps on one core, which its data thread shares."""
     recipe = override(TINY, [f"train.max_steps={STEPS}", "train.workers=1", "train.log_every=1"])
     engine = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
-    text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
+    text = FrozenStates.of(recipe)
     reports: list[Report] = []
     device, flops = torch.device("cpu"), sample_flops(recipe).training
     train(

@@ -70,10 +70,9 @@ def child(assignments: Sequence[str], kept: bool) -> None:
 
     from cinemo.data.loading.loader import StepBatch
     from cinemo.methods import build_method
-    from cinemo.networks.frozen import TextEncoder
     from cinemo.networks.memory import keep_freed_memory
     from cinemo.recipes import load_recipe
-    from cinemo.training.run.batch import TEXT_CACHE, TextStates, latent_shape
+    from cinemo.training.run.batch import TEXT_CACHE, FrozenStates, latent_shape
     from cinemo.training.run.engine import Engine, accumulation
     from cinemo.training.run.loop import _prepare, on_device, prefetch
     from cinemo.types import LatentSample
@@ -86,7 +85,7 @@ def child(assignments: Sequence[str], kept: bool) -> None:
         method = build_method(recipe)
         method.unet.gradient_checkpointing = recipe.train.gradient_checkpointing
         engine = Engine(method, recipe.train, torch.device("cpu"))
-        text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, "cpu", engine.dtype))
+        text = FrozenStates.of(recipe, "cpu", engine.dtype)
         for start in range(0, TEXT_CACHE, 8):  # as after some steps of a large dataset
             text([f"caption {number}" for number in range(start, start + 8)])
 

@@ -28,7 +28,8 @@ from data.small_data import digests, film
 
 from cinemo import s3, storage
 from cinemo.media.mp4 import write_video
-from cinemo.recipes import cinemo_tiny, override
+from cinemo.recipes import override
+from cinemo.recipes.cinemo import cinemo_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 FATAL = ("raylet", "gcs", "driver", "everything")

@@ -22,7 +22,8 @@ import torch
 from chaos import Kill, disturb, draw, make_clips, run_and_kill
 
 from cinemo.config import Recipe
-from cinemo.recipes import cinemo_tiny, override
+from cinemo.recipes import override
+from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.checkpoint.export import consolidated
 from cinemo.training.report import sample_log

@@ -24,7 +24,7 @@ from cinemo.bundle import ModelBundle
 from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.media.video import probe, read_frames
-from cinemo.methods import method_class, motion_control, run
+from cinemo.methods import method_class, run
 from cinemo.methods.controls import check_text
 from cinemo.types import Animation, ClipError, InputError
 
@@ -87,18 +87,6 @@ class AnimateRequest:
         return {"prompt": self.prompt, **controls.settings(recipe, self.inputs.keys())}
 
 
-def at_motion(
-    recipe: Recipe, image: np.ndarray, prompt: str, level: int, steps: int | None = None, seed: int = 0
-) -> AnimateRequest:
-    """A request for a level of motion, 0 the stillest, whatever the recipe's method calls it.
-
-    Raises:
-        InputError: it has no control of how much moves.
-    """
-    controls: dict[str, Any] = {motion_control(recipe): level, "steps": steps, "seed": seed}
-    return AnimateRequest(image, prompt, **controls)
-
-
 def blank_inputs(recipe: Recipe) -> dict[str, np.ndarray]:
     """Grey pictures and videos for what the recipe's method needs beside the picture to animate."""
     height, width = recipe.data.size
@@ -150,7 +138,7 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     image = request.image.convert("RGB") if isinstance(request.image, Image.Image) else request.image
     inputs = {name: np.ascontiguousarray(pixels) for name, pixels in {"image": image, **request.inputs}.items()}
     sampling, calls = bundle.method.prepare(recipe, bundle.encoders, inputs, settings)
-    settings |= {
+    known = {
         "recipe": recipe.name,
         "bundle": bundle.digest,
         "cinemo_version": cinemo.__version__,
@@ -159,7 +147,7 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
         "fps": recipe.sample.fps,
         **{f"{name}_sha256": hashlib.sha256(pixels.data).hexdigest() for name, pixels in inputs.items()},
     }
-    return Prepared(sampling, calls, settings)
+    return Prepared(sampling, calls, known | settings)  # a method may know of another number of frames
 
 
 def finish(settings: Mapping[str, Any], video_BCFHW: Tensor, frames_FHWC: np.ndarray) -> Animation:

@@ -3,7 +3,7 @@
 ::
 
     model_index.json  recipe.json  motion.json  bundle.json
-    unet/  vae/  [vae_temporal_decoder/]  text_encoder/  tokenizer/  scheduler/
+    unet/  vae/  [vae_temporal_decoder/]  text_encoder/  tokenizer/  [image_encoder/]  scheduler/
 
 The layout is diffusers' own, with safetensors weights only. ``recipe.json`` names the encoders by their place inside
 the bundle, ``motion.json`` says what a motion bucket means, and ``bundle.json`` holds where the weights came from and
@@ -30,8 +30,8 @@ import cinemo
 from cinemo import cache, storage, tracking
 from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, SampleConfig
 from cinemo.media.motion import MORE_MOTION, STILLER, MotionScale
-from cinemo.methods import Encoders, Method, build_method, method_class
-from cinemo.networks.frozen import Statistics, TextEncoder, Vae, normalised
+from cinemo.methods import Encoders, Method, build_method, image_encoder_place, method_class
+from cinemo.networks.frozen import ImageEncoder, Statistics, TextEncoder, Vae, normalised
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import convert_pickled, resolve, save_network
 from cinemo.recipes import parse_recipe
@@ -69,6 +69,7 @@ class ModelBundle:
     motion: MotionScale
     digest: str
     location: str
+    image: ImageEncoder | None = None
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +78,7 @@ class ModelBundle:
     @property
     def encoders(self) -> Encoders:
         """What the method may ask when it prepares a sampling."""
-        return Encoders(self.vae, self.text, self.motion)
+        return Encoders(self.vae, self.text, self.motion, self.image)
 
 
 def save_bundle(
@@ -116,7 +117,7 @@ def save_bundle(
         places: dict[str, Any] = {}
         for field, (folder, library) in _ENCODERS.items():
             location = getattr(recipe.encoders, field)
-            if location is None:
+            if location is None or (field == "image_encoder" and field not in method_class(recipe).needs):
                 continue
             _copy_component(location, staged / folder)
             if field.startswith("vae") and recipe.encoders.statistics:
@@ -240,8 +241,12 @@ def load_bundle(
         method.compile_networks()
     vae = Vae(str(root / places.vae), device, dtype)
     decoder = Vae(str(root / places.vae_decoder), device, dtype) if places.vae_decoder else vae
-    text = TextEncoder(str(root / places.text_encoder), str(root / places.tokenizer), device, dtype)
-    return ModelBundle(card.recipe, method, vae, decoder, text, card.motion, card.digest, str(location))
+    layers = kind.text_layers(card.recipe)
+    text = TextEncoder(str(root / places.text_encoder), str(root / places.tokenizer), device, dtype, layers)
+    image = None
+    if "image_encoder" in kind.needs:
+        image = ImageEncoder(str(root / image_encoder_place(card.recipe)), device, dtype)
+    return ModelBundle(card.recipe, method, vae, decoder, text, card.motion, card.digest, str(location), image)
 
 
 # Pickled weights of older folders -> what a bundle keeps them as.
@@ -255,6 +260,7 @@ _ENCODERS = {
     "vae_decoder": ("vae_temporal_decoder", "diffusers"),
     "text_encoder": ("text_encoder", "transformers"),
     "tokenizer": ("tokenizer", "transformers"),
+    "image_encoder": ("image_encoder", "transformers"),
 }
 
 

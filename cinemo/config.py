@@ -30,7 +30,7 @@ class DataConfig(Part):
     clip_timeout: float = Field(120.0, gt=0, description="seconds a clip may take to decode before it is refused")
     clip_memory: float = Field(4.0, gt=0, description="GiB of address space for the decoding process")
     ssim: Literal["luma", "rgb"] = Field("luma", description="metric of the motion score; rgb = kornia reference")
-    fields: tuple[Literal["text_states", "first_frame", "image_tokens", "flow"], ...] = Field(
+    fields: tuple[Literal["text_states", "first_frame", "frames", "image_tokens", "frame_tokens", "flow"], ...] = Field(
         (), description="what else is stored with the latents, in separate tars; may be added to a finished dataset"
     )
     bucket_edges: tuple[float, ...] = Field(
@@ -69,7 +69,7 @@ class EncodersConfig(Part):
     vae_decoder: str | None = Field(None, description="another VAE for decoding, e.g. SVD's temporal decoder")
     text_encoder: str = "package:tiny/text_encoder"
     tokenizer: str = "package:tiny/tokenizer"
-    image_encoder: str | None = Field(None, description="CLIP's image model, for the field image_tokens")
+    image_encoder: str | None = Field(None, description="CLIP's image model, for methods and fields that need it")
     latent: Literal["sample", "mode"] = Field(
         "sample", description="the published code draws a sample from the posterior"
     )

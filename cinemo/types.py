@@ -91,7 +91,8 @@ class LatentSample:
 
     ``latents_FCHW``: float16, already multiplied by the VAE's scaling factor. ``extra``: the manifest's own columns.
     ``fields``: what was asked for beside the latents and is there: float16 arrays ``text_states`` (L, D),
-    ``image_tokens`` (L, D) and ``flow`` (F-1, 2, h, w); ``first_frame`` as the bytes of a JPEG.
+    ``image_tokens`` (L, D), ``frame_tokens`` (F, L, D) and ``flow`` (F-1, 2, h, w); ``first_frame`` and ``frames`` as
+    the bytes of a JPEG.
     """
 
     key: str

@@ -25,7 +25,7 @@ from cinemo.media.saving import save_animation, save_latents
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
 from cinemo.methods.base import run
-from cinemo.recipes import cinemo_tiny
+from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.types import Condition, InputError, keyed_generator
 from pipelines.animate import main
 
@@ -127,11 +127,11 @@ def test_a_batch_gives_what_its_members_give_alone(bundle: ModelBundle) -> None:
     bucket_B = torch.tensor([2.0, 15.0])
     with torch.inference_mode():
         condition, method = Condition(image=image_BCHW, text=text_BLD, motion_bucket=bucket_B), bundle.method
-        both = run(method, method.sampling(condition, negative_BLD, noise_BCFHW, 3, 4.0))
+        both = run(method, method.sampling(condition, Condition(text=negative_BLD), noise_BCFHW, 3, 4.0))
         for k in range(2):
             one = slice(k, k + 1)
             own = Condition({name: tensor[one] for name, tensor in condition.items()})
-            alone = run(method, method.sampling(own, negative_BLD[one], noise_BCFHW[one], 3, 4.0))
+            alone = run(method, method.sampling(own, Condition(text=negative_BLD[one]), noise_BCFHW[one], 3, 4.0))
             torch.testing.assert_close(both[one], alone, rtol=1e-4, atol=1e-4)
     assert both.shape == (2, 4, FRAMES, 4, 6)
     torch.testing.assert_close(both[:, :, 0], image_BCHW)

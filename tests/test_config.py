@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from cinemo.config import Recipe, keys
 from cinemo.methods.cinemo import CinemoRecipe, CinemoTrain
-from cinemo.recipes import RECIPES, cinemo_320x512, load_recipe, override, parse_recipe
+from cinemo.recipes import RECIPES, load_recipe, override, parse_recipe
+from cinemo.recipes.cinemo import cinemo_320x512
 from cinemo.types import InputError
 
 

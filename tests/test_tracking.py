@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cinemo import tracking
-from cinemo.recipes import cinemo_tiny
+from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.types import InputError
 
 

@@ -1,6 +1,7 @@
-"""Train the base UNet that ships with the package and that `cinemo-tiny` starts from, as the paper starts from LaVie.
+"""Train the base that ships with the package and that a tiny recipe starts from, as Cinemo's paper starts from LaVie.
 
-Renders and encodes clips, trains the UNet and the text model on them, and writes unet/, text_encoder/ and made.json.
+Renders and encodes clips, trains the recipe's networks and the text model on them, and writes unet/ (and what else the
+method has), text_encoder/ and made.json.
 If stopped, it continues when run again. Then `pipelines/evaluate.py --rendered` measures a bundle made with them.
 """
 
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=2, help="processes that render and, on a CPU, train")
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
     parser.add_argument("--bf16", action="store_true", help="use bfloat16: for accelerators, and CPUs with AMX")
-    parser.add_argument("--init", metavar="DIR", help="a UNet's folder to start from, or package:tiny/unet")
+    parser.add_argument("--init", metavar="DIR", help="weights to start from, as train.init has them")
+    parser.add_argument("--freeze-text", action="store_true", help="leave the text model as it is")
+    parser.add_argument("--whole", action="store_true", help="all frames in every phase: some networks take no fewer")
     arguments = parser.parse_args(argv)
     if min(arguments.count, arguments.batch, arguments.processes) < 1 or arguments.share <= 0:
         raise InputError("--count, --batch, --processes and --share: expected numbers above 0")
@@ -46,10 +49,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     clips = make_clips(arguments.output / "clips", recipe, arguments.count, arguments.seed, arguments.processes, say)
     processes = arguments.processes if arguments.device == "cpu" else 1
     settings = TrainSettings(
-        arguments.init, arguments.batch, arguments.seed, arguments.device, arguments.bf16, processes=processes
+        init=arguments.init,
+        learn_text=not arguments.freeze_text,
+        batch=arguments.batch,
+        seed=arguments.seed,
+        device=arguments.device,
+        bf16=arguments.bf16,
+        processes=processes,
     )
-    made = train_base(arguments.output, recipe, clips, planned(arguments.share), settings, say)
-    facts = made | {"clips": arguments.count, "phases": [asdict(phase) for phase in planned(arguments.share)]}
+    phases = planned(arguments.share, recipe.data.frames if arguments.whole else None)
+    made = train_base(arguments.output, recipe, clips, phases, settings, say)
+    facts = made | {"clips": arguments.count, "phases": [asdict(phase) for phase in phases]}
     (arguments.output / "unet" / "made.json").write_text(json.dumps(facts, indent=2) + "\n")
     say(f"{arguments.output / 'unet'}: {json.dumps(made)}")
 

@@ -1,11 +1,11 @@
-"""Trains the tiny base UNet, and with it the text model, on rendered frames: what `cinemo-tiny` starts from.
+"""Trains a tiny recipe's networks, and with them the text model, on rendered frames: what tiny recipes start from.
 
 Frames are rendered and encoded right here, no video files between, and everything is kept on one device: the script
 needs torch, numpy and this package, and goes on where it was stopped. What makes motion learnable in so little time:
 
 - Timesteps near pure noise (`train.timestep_shift`): there motion is decided, while residuals are cleaned elsewhere.
 - First pans alone, where direction is the whole of what there is to know; then everything; at first half the frames.
-- The text model learns along, so that its states say what decides motion. It starts from the contrastive one.
+- The text model may learn along, so that its states say what decides motion. It starts from the contrastive one.
 - A clip backwards is a clip of the opposite direction: every other sample.
 """
 
@@ -34,18 +34,17 @@ from torch.multiprocessing.spawn import spawn
 
 from cinemo import storage
 from cinemo.config import Recipe
-from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
+from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.synthetic import CLIP_FRAMES, PAINTERS, render_scene, turned
-from cinemo.methods import build_method
-from cinemo.methods.cinemo import CinemoMethod
-from cinemo.networks.frozen import TextEncoder, Vae, network_digest
+from cinemo.methods import build_method, image_encoder_place, method_class
+from cinemo.networks.frozen import ImageEncoder, Vae, network_digest
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import save_network
-from cinemo.training.run.batch import drawn_timestep
-from cinemo.types import Condition, InputError, LatentBatch, keyed_generator
+from cinemo.training.run.batch import FrozenStates, HostBatch, host_batch, on_device
+from cinemo.types import InputError, LatentSample, keyed_generator
 
 CHUNK = 200  # clips of one file
-REVERSED, PROMPT_DROPPED = 0.5, 0.1
+REVERSED = 0.5
 STATE = "state.pt"
 
 Log = Callable[[str], None]
@@ -73,17 +72,21 @@ PHASES = (
 )
 
 
-def planned(share: float) -> tuple[Phase, ...]:
-    """`PHASES` with a share of their samples."""
-    return tuple(replace(phase, samples=max(64, round(phase.samples * share))) for phase in PHASES)
+def planned(share: float, frames: int | None = None) -> tuple[Phase, ...]:
+    """`PHASES` with a share of their samples; ``frames``: of every phase, for networks made for one number of them."""
+    return tuple(
+        replace(phase, samples=max(64, round(phase.samples * share)), frames=frames or phase.frames) for phase in PHASES
+    )
 
 
 @dataclass(frozen=True)
 class Clips:
-    """``latents_NFCHW``: float16, normalised as the autoencoder says. ``facts``: kind, caption, direction, SSIM."""
+    """``latents_NFCHW``: float16, normalised as the autoencoder says. ``facts``: kind, caption, direction, SSIM and
+    interval. ``tokens_NFLD``: float16, of every frame, where the recipe's method needs an image encoder."""
 
     latents_NFCHW: np.ndarray
     facts: Sequence[dict[str, Any]]
+    tokens_NFLD: np.ndarray | None = None
 
 
 def make_clips(
@@ -100,14 +103,19 @@ def make_clips(
             rate = done * chunk / (time.monotonic() - began)
             log(f"clips: {done * chunk} of {len(missing) * chunk}, {rate:.1f}/s")
     chunks = [_read_chunk(output, recipe, seed, number, chunk) for number in numbers]
-    facts = [row for _, rows in chunks for row in rows]
-    return Clips(np.concatenate([latents for latents, _ in chunks])[:count], facts[:count])
+    facts = [row for _, rows, _ in chunks for row in rows]
+    tokens = [array for *_, array in chunks if array is not None]
+    return Clips(
+        np.concatenate([latents for latents, *_ in chunks])[:count],
+        facts[:count],
+        np.concatenate(tokens)[:count] if tokens else None,
+    )
 
 
 def train_base(
     output: Path, recipe: Recipe, clips: Clips, phases: Sequence[Phase], settings: TrainSettings, log: Log
 ) -> dict[str, Any]:
-    """Train through ``phases``; writes ``unet/`` and ``text_encoder/`` (averaged weights, float16) under ``output``.
+    """Train through ``phases``; writes the networks and ``text_encoder/`` (averaged weights, float16) under ``output``.
 
     Returns:
         What was done: samples seen, minutes, the mean of the last losses.
@@ -119,7 +127,7 @@ def train_base(
         spawn(_one_of, work, settings.processes)  # type: ignore[no-untyped-call]
     else:
         _train(output, recipe, clips, phases, settings, log)
-    export(output, recipe)
+    export(output, recipe, settings)
     state = _read_state(output / STATE, "cpu")
     return {"samples": state["samples"], "minutes": round(state["seconds"] / 60, 1), "loss": round(state["loss"], 4)}
 
@@ -140,19 +148,22 @@ def _train(
     rank = dist.get_rank() if dist.is_initialized() else 0
     device = torch.device(settings.device)
     keep_freed_memory()
-    begun = {"unet": CinemoMethod.load_network(recipe, "unet", settings.init, torch.float32)} if settings.init else None
     torch.manual_seed(settings.seed)
+    begun = None
+    if settings.init:
+        kind, init = method_class(recipe), settings.init
+        begun = {part: kind.load_network(recipe, part, init, torch.float32, base=True) for part in kind.parts}
     method = build_method(recipe, begun).to(device).train()
-    text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device)
-    text.network.requires_grad_(True).train()
-    networks = method.networks | {"text_encoder": text.network}
+    frozen = _States.of(recipe, device)
+    networks = method.networks
+    if settings.learn_text:
+        networks |= {"text_encoder": frozen.learning()}
     parameters = [parameter for network in networks.values() for parameter in network.parameters()]
-    matrices = [p for name, p in networks["unet"].named_parameters() if is_matrix(name, p)]
+    matrices = [p for name, p in method.named_parameters() if is_matrix(name, p)]
     others = [p for p in parameters if not any(p is matrix for matrix in matrices)]
     adam = torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.99), weight_decay=0.01)
     optimizers: dict[str, torch.optim.Optimizer] = {"muon": Muon(matrices), "adam": adam}
     averages = [parameter.detach().clone() for parameter in parameters]
-    ids = _token_ids(text, clips)
     step, seconds = 0, 0.0
     state_file = output / STATE
     if state_file.exists():
@@ -192,9 +203,9 @@ def _train(
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * warm * max(0.02, fall)
-        latents, t_B, noise = _batch(clips, ids, phase, settings, step, rank, text, recipe, device)
+        inputs = on_device(_batch(clips, phase, settings, step, rank, recipe), frozen, device, torch.float32)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-            loss: Tensor = method(latents, t_B, noise)
+            loss: Tensor = method(*inputs)
         for parameter in parameters:
             parameter.grad = None
         torch.autograd.backward(loss)
@@ -231,10 +242,11 @@ def _average(gradients: Sequence[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """``init``: a UNet's folder to start from (None: from nothing). ``batch``: samples of a step, of all ``processes``.
-    On CPUs two processes with a thread each are half as fast again as one with two."""
+    """``init``: as ``train.init`` (None: from nothing). ``batch``: samples of a step, of all ``processes``. On CPUs two
+    processes with a thread each are half as fast again as one with two."""
 
     init: str | None = None
+    learn_text: bool = True
     batch: int = 8
     seed: int = 101
     device: str = "cpu"
@@ -282,15 +294,20 @@ def orthogonal(matrix: Tensor, iterations: int) -> Tensor:
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether `Muon` learns a parameter of the UNet: what maps features to features, neither ends nor biases."""
-    ends = ("conv_in", "conv_out", "linear_1", "relative_attention_bias")
-    return parameter.ndim >= 2 and not any(end in name for end in ends)
+    """Whether `Muon` learns a parameter: what maps features to features, neither ends nor biases."""
+    return parameter.ndim >= 2 and not any(end in name for end in _ENDS)
+
+
+_ENDS = (
+    *("conv_in", "conv_out", "linear_1", "relative_attention_bias"),
+    *("input_blocks.0.0", "unet.out.", "time_embed.0", "fps_embedding.0", "latents", "alpha"),
+)
 
 
 def _read_state(path: Path, device: torch.device | str) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-        missing = {"unet", "text_encoder", "averages", "step", "seconds"} - state.keys()
+        missing = {"averages", "step", "seconds"} - state.keys()
     except (OSError, RuntimeError, EOFError, ValueError, AttributeError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: is not a training state ({reason}); remove it to start again") from None
@@ -301,19 +318,23 @@ def _read_state(path: Path, device: torch.device | str) -> dict[str, Any]:
     return state
 
 
-def export(output: Path, recipe: Recipe) -> None:
-    """``unet/`` and ``text_encoder/`` in half precision, from the averages of ``state.pt``."""
+def export(output: Path, recipe: Recipe, settings: TrainSettings) -> None:
+    """Every network, and ``text_encoder/`` where it has learnt, in half precision: the averages of ``state.pt``."""
     if not (output / STATE).exists():
         raise InputError(f"{output}: no {STATE} there; train first")
     state = _read_state(output / STATE, "cpu")
-    unet = build_method(recipe).networks["unet"]
-    text = TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer)
-    parameters = [*unet.parameters(), *text.network.parameters()]
+    networks = dict(build_method(recipe).networks)
+    text = _States.of(recipe).learning() if settings.learn_text else None
+    parameters = [p for network in networks.values() for p in network.parameters()]
+    parameters += [] if text is None else list(text.parameters())
     with torch.no_grad():
         for parameter, average in zip(parameters, state["averages"], strict=True):
             parameter.copy_(average)
-    save_network(unet.half(), output / "unet")
-    text.network.half().save_pretrained(output / "text_encoder")
+    for part, network in networks.items():
+        save_network(network.half(), output / part)
+    if text is not None:
+        learnt: Any = text.half()
+        learnt.save_pretrained(output / "text_encoder")
 
 
 def _make_chunk(work: tuple[Path, Recipe, int, int, int]) -> None:
@@ -321,7 +342,8 @@ def _make_chunk(work: tuple[Path, Recipe, int, int, int]) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     vae, data = Vae(recipe.encoders.vae), recipe.data
-    latents, facts = [], []
+    image = ImageEncoder(image_encoder_place(recipe)) if _shows_pictures(recipe) else None
+    latents, facts, tokens = [], [], []
     for index in range(number * size, (number + 1) * size):
         scene = render_scene(seed, index, data.size)
         generator = keyed_generator(seed, "view", index)
@@ -332,8 +354,12 @@ def _make_chunk(work: tuple[Path, Recipe, int, int, int]) -> None:
         pixels = torch.from_numpy(frames_FHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents.append(vae.encode(pixels).half().numpy())
         row = {"kind": scene.motion["kind"], "caption": scene.caption, "direction": scene.motion.get("direction")}
-        facts.append(row | {"ssim": mean_adjacent_ssim(frames_FHWC, data.ssim)})
+        facts.append(row | {"ssim": mean_adjacent_ssim(frames_FHWC, data.ssim), "interval": interval})
+        if image is not None:
+            tokens.append(image.encode(list(frames_FHWC)).half().numpy())
     np.save(_latents_file(output, number), np.stack(latents))
+    if tokens:
+        np.save(_tokens_file(output, number), np.stack(tokens))
     # Last, and at once: a chunk that has it is whole.
     storage.write_json(str(_facts_file(output, number)), {"made_of": _made_of(recipe, seed, size), "clips": facts})
 
@@ -344,12 +370,15 @@ def _made_of(recipe: Recipe, seed: int, size: int) -> str:
     scenes = [render_scene(seed, 0, data.size, kind=kind) for kind in PAINTERS]
     world = [[scene.caption, scene.motion, hashlib.sha256(scene.draw(0).tobytes()).hexdigest()] for scene in scenes]
     view = [seed, size, data.size, data.frames, data.frame_interval, data.ssim]
-    covers = [view, world, network_digest(recipe.encoders.vae)]
+    covers = [view, world, network_digest(recipe.encoders.vae), "interval"]
+    covers += [network_digest(image_encoder_place(recipe))] if _shows_pictures(recipe) else []
     return hashlib.sha256(json.dumps(covers).encode()).hexdigest()
 
 
-def _read_chunk(output: Path, recipe: Recipe, seed: int, number: int, size: int) -> tuple[np.ndarray, list[Any]]:
-    """Latents and facts of a chunk.
+def _read_chunk(
+    output: Path, recipe: Recipe, seed: int, number: int, size: int
+) -> tuple[np.ndarray, list[Any], np.ndarray | None]:
+    """Latents, facts and image tokens of a chunk.
 
     Raises:
         InputError: it was made of something else, or is damaged.
@@ -358,69 +387,82 @@ def _read_chunk(output: Path, recipe: Recipe, seed: int, number: int, size: int)
     try:
         facts = json.loads(path.read_text())
         latents = np.load(_latents_file(output, number))
+        tokens = np.load(_tokens_file(output, number)) if _shows_pictures(recipe) else None
         known = facts["made_of"], len(facts["clips"]) == len(latents)
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove the chunk, it is then rendered again") from None
     if known != (_made_of(recipe, seed, size), True):
         raise InputError(f"{path}: holds clips of another seed, recipe or autoencoder; choose another --output")
-    return latents, facts["clips"]
+    return latents, facts["clips"], tokens
+
+
+def _shows_pictures(recipe: Recipe) -> bool:
+    return "image_encoder" in method_class(recipe).needs
 
 
 def _latents_file(output: Path, number: int) -> Path:
     return output / f"chunk-{number:04d}.npy"
 
 
+def _tokens_file(output: Path, number: int) -> Path:
+    return output / f"chunk-{number:04d}.tokens.npy"
+
+
 def _facts_file(output: Path, number: int) -> Path:
     return output / f"chunk-{number:04d}.json"
 
 
-def _token_ids(text: TextEncoder, clips: Clips) -> dict[str, Tensor]:
-    captions = {""}
-    for row in clips.facts:
-        captions.add(row["caption"])
-        if row["direction"]:
-            captions.add(turned(row["caption"], row["direction"]))
-    words = sorted(captions)
-    tokens = text.tokenizer(words, padding="max_length", truncation=True, max_length=text.length, return_tensors="pt")
-    return dict(zip(words, tokens.input_ids, strict=True))
+class _States(FrozenStates):
+    """Encoders of which the text model may learn along."""
+
+    def learning(self) -> nn.Module:
+        """The text model, from now on with gradients."""
+        self._learns = True
+        encoder: Any = self._encoder
+        network: nn.Module = encoder.network
+        network.requires_grad_(True).train()
+        return network
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        if not getattr(self, "_learns", False):
+            return super().texts(captions)
+        encoder: Any = self._encoder
+        tokens = encoder.tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=encoder.length, return_tensors="pt"
+        )
+        states: Tensor = encoder.network(tokens.input_ids.to(encoder.network.device)).last_hidden_state
+        return states
 
 
-def _batch(
-    clips: Clips,
-    ids: dict[str, Tensor],
-    phase: Phase,
-    settings: TrainSettings,
-    step: int,
-    rank: int,
-    text: TextEncoder,
-    recipe: Recipe,
-    device: torch.device,
-) -> tuple[LatentBatch, Tensor, Tensor]:
+def _batch(clips: Clips, phase: Phase, settings: TrainSettings, step: int, rank: int, recipe: Recipe) -> HostBatch:
     """A process's share of a batch and its draws, all keyed by the step: they do not depend on how many share it."""
     generator = keyed_generator(settings.seed, "base", step)
     number = Counter(row["kind"] for row in clips.facts)
     shares = torch.tensor([phase.shares.get(row["kind"], 0.0) / number[row["kind"]] for row in clips.facts])
     picked = torch.multinomial(shares, settings.batch, replacement=True, generator=generator).tolist()
-    backwards = torch.rand(settings.batch, generator=generator) < REVERSED
-    dropped = torch.rand(settings.batch, generator=generator) < PROMPT_DROPPED
-    draws = [drawn_timestep(recipe.diffusion.train_steps, phase.shift, generator) for _ in picked]
-    channels, (rows, columns) = clips.latents_NFCHW.shape[2], clips.latents_NFCHW.shape[3:]
-    noise = torch.randn(settings.batch, channels, phase.frames - 1, rows, columns, generator=generator)
-    own = slice(rank * settings.batch // settings.processes, (rank + 1) * settings.batch // settings.processes)
-    picked, t_B, noise = picked[own], torch.stack(draws[own]), noise[own]
-    videos, captions = [], []
-    for index, back, drop in zip(picked, backwards[own].tolist(), dropped[own].tolist(), strict=True):
-        latents_FCHW, row = clips.latents_NFCHW[index][: phase.frames], clips.facts[index]
-        caption = row["caption"]
-        if back:
-            latents_FCHW = latents_FCHW[::-1]
-            caption = turned(caption, row["direction"]) if row["direction"] else caption
-        videos.append(torch.from_numpy(latents_FCHW.astype(np.float32)).transpose(0, 1))
-        captions.append("" if drop else caption)
-    video_BCFHW = torch.stack(videos)
-    buckets = [float(motion_bucket(clips.facts[i]["ssim"], recipe.data.bucket_edges)) for i in picked]
-    states_BLD = text.network(torch.stack([ids[caption] for caption in captions]).to(device)).last_hidden_state
-    video_BCFHW = video_BCFHW.to(device)
-    motion_B = torch.tensor(buckets, device=device)
-    condition = Condition(image=video_BCFHW[:, :, 0], text=states_BLD, motion_bucket=motion_B)
-    return LatentBatch(video_BCFHW, condition), t_B.to(device), noise.to(device)
+    backwards = (torch.rand(settings.batch, generator=generator) < REVERSED).tolist()
+    first, size = rank * settings.batch // settings.processes, settings.batch // settings.processes
+    samples = [_sample(clips, phase, picked[place], backwards[place], place) for place in range(first, first + size)]
+    changed = {
+        "data": recipe.data.model_copy(update={"frames": phase.frames}),
+        "train": recipe.train.model_copy(
+            update={"seed": settings.seed, "timestep_shift": phase.shift, "timestep_shift_steps": None}
+        ),
+    }
+    return host_batch(samples, step, recipe.model_copy(update=changed))
+
+
+def _sample(clips: Clips, phase: Phase, index: int, back: bool, place: int) -> LatentSample:
+    """A clip as it is or backwards; ``place``: in the batch, where a clip may be more than once."""
+    row, caption, fields = clips.facts[index], clips.facts[index]["caption"], {}
+    latents_FCHW = clips.latents_NFCHW[index][: phase.frames]
+    if clips.tokens_NFLD is not None:
+        fields["frame_tokens"] = clips.tokens_NFLD[index][: phase.frames]
+    if back:
+        latents_FCHW = latents_FCHW[::-1].copy()
+        fields = {name: array[::-1].copy() for name, array in fields.items()}
+        caption = turned(caption, row["direction"]) if row["direction"] else caption
+    return LatentSample(
+        key=f"{place}", clip_id=f"{index}", uri="", caption=caption, latents_FCHW=latents_FCHW, ssim=row["ssim"],
+        fps=24.0, frame_interval=row["interval"], start_frame=0, fields=fields,
+    )  # fmt: skip

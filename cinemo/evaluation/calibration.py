@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 
-from cinemo.animate import animate, at_motion
+from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import ModelBundle
 from cinemo.evaluation.metrics import motion
+from cinemo.methods import at_motion
 
 BUCKETS = (0, 5, 10, 14, 19)
 
@@ -50,7 +51,7 @@ def calibrate(
     for i, (image, prompt) in enumerate(images):
         row = []
         for j, bucket in enumerate(buckets):
-            request = at_motion(bundle.recipe, image, prompt, bucket, steps, seed)
+            request = AnimateRequest(image, prompt, steps=steps, seed=seed, **at_motion(bundle.recipe, bucket))
             row.append(motion(animate(bundle, request).frames_FHWC))
             if progress is not None:
                 progress(i * len(buckets) + j + 1, total)

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from cinemo import storage, tracking
-from cinemo.animate import animate, at_motion, load_image
+from cinemo.animate import AnimateRequest, animate, load_image
 from cinemo.bundle import load_bundle, read_card, save_bundle
 from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.data.dataset.shards import DatasetIndex
@@ -38,7 +38,7 @@ from cinemo.media.motion import motion_bucket
 from cinemo.media.saving import save_animation
 from cinemo.media.synthetic import CLIP_FRAMES, render_clips, render_scene
 from cinemo.media.video import read_frames
-from cinemo.methods import build_method, method_class, motion_control
+from cinemo.methods import at_motion, build_method, method_class
 from cinemo.recipes import DEFAULT_RECIPE, load_recipe
 from cinemo.types import ClipError, InputError, RunError
 
@@ -49,15 +49,17 @@ _QUANTILES = (0.05, 0.95)
 _READY_SECONDS, _JOB_SECONDS = 240.0, 240.0
 # Rendered scenes whose first frames are animated; their seed is neither that of the clips nor of the test scenes.
 _UNSEEN_SEED, _UNSEEN = 1004, ("object", "pan", "flow")
-_SHOWN = (0, 7, 14)  # motion buckets of the shipped base's videos, which the README shows
+_SHOWN = (0, 7, 14)  # levels of motion of the shipped base's videos, which the README shows
 _GIVEN = 24  # samples of the dataset that they are measured on
 _MEASURED = 4  # unseen clips of each kind that both models are measured on
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """``clips``: a folder of videos to use instead of ``count`` rendered ones. ``max_steps``: training steps."""
+    """``recipe``: its name. ``clips``: a folder of videos to use instead of ``count`` rendered ones. ``max_steps``: of
+    the training."""
 
+    recipe: str
     clips: str | None
     count: int
     max_steps: int
@@ -91,9 +93,10 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     else:
         inputs, clips = [[row["uri"], _stamp(row["uri"])] for row in table.to_pylist()], len(table)
 
+    named = () if settings.recipe == DEFAULT_RECIPE else ("--recipe", settings.recipe)
     views = min(16, max(2, round(SAMPLES / clips)))
     words = stages.note(
-        "precompute", "precompute", "--manifest", manifest, "--output", dataset, "--limit", SAMPLES,
+        "precompute", "precompute", *named, "--manifest", manifest, "--output", dataset, "--limit", SAMPLES,
         "--set", f"data.views={views}",
     )  # fmt: skip
     stages.run("precompute", [inputs, words[3:]], ["dataset"], lambda: stages.command("precompute", words))
@@ -103,36 +106,43 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     edges = index.info["bucket_edges"] if table is None else equal_population_edges(index.ssim_histogram)
     own_edges = () if table is None else ("--set", f"data.bucket_edges={json.dumps(edges)}")
     train = stages.note(
-        "train", "train", "--data", dataset, "--output", run, "--max-steps", settings.max_steps,
+        "train", "train", *named, "--data", dataset, "--output", run, "--max-steps", settings.max_steps,
         "--set", f"train.seed={settings.seed}", "--set", "train.sample_every=0", *own_edges,
     )  # fmt: skip
     stages.run("train", train[3:], ["run"], lambda: stages.command("train", train))
     export = stages.note("export", "export", "--checkpoint", run, "--output", bundle)
     stages.run("export", [], ["bundle"], lambda: stages.command("export", export))
 
-    buckets = motion_buckets(index, edges)
     recipe = read_card(bundle).recipe
-    pictures, control = _pictures(output / "images", table, recipe.data.size), motion_control(recipe)
+    asked = _levels(recipe, motion_buckets(index, edges))
+    pictures = _pictures(output / "images", table, recipe.data.size)
     first = pictures[0]
-    video = output / "videos" / _video_name(first, buckets[0])
+    video = output / "videos" / _video_name(first, asked[0])
     words_animate = stages.note(
         "animate", "animate", "--bundle", bundle, "--image", first.path, "--prompt", first.prompt,
-        f"--{control.replace('_', '-')}", buckets[0], "--steps", _STEPS, "--seed", settings.seed, "--output", video,
+        *(part for name, value in asked[0].items() for part in (f"--{name.replace('_', '-')}", value)),
+        "--steps", _STEPS, "--seed", settings.seed, "--output", video,
     )  # fmt: skip
 
     def make_videos() -> None:
         stages.command("animate", words_animate)
-        _animate_rest(bundle, pictures, buckets, settings.seed, output / "videos")
+        _animate_rest(bundle, pictures, asked, settings.seed, output / "videos")
 
     shown = [picture.prompt for picture in pictures]
-    stages.run("animate", [shown, buckets, _STEPS, settings.seed], ["videos"], make_videos)
+    stages.run("animate", [shown, asked, _STEPS, settings.seed], ["videos"], make_videos)
 
     base, measured = output / "base", output / "motion.json"
-    stages.run("measure", [_MEASURED], ["motion.json", "base"], lambda: _measure(base, bundle, index, measured))
+    stages.run(
+        "measure",
+        [_MEASURED, settings.recipe],
+        ["motion.json", "base"],
+        lambda: _measure(settings.recipe, base, bundle, index, measured),
+    )
 
     def show_base() -> None:
-        _animate_rest(base, pictures, _SHOWN, settings.seed, output / "base-videos")
-        _animated(output / "animation.gif", output / "base-videos", pictures, read_card(base).recipe)
+        levels = _levels(recipe, _SHOWN)
+        _animate_rest(base, pictures, levels, settings.seed, output / "base-videos")
+        _animated(output / "animation.gif", output / "base-videos", pictures, levels, recipe)
 
     stages.run("base videos", [shown, _SHOWN], ["base-videos", "animation.gif"], show_base)
 
@@ -143,31 +153,44 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
         "serve",
         first.prompt,
         ["served", "serve"],
-        lambda: _serve(serve, port, first, control, buckets[-1], served, stages),
+        lambda: _serve(serve, port, first, asked[-1], served, stages),
     )
 
-    _report(output, stages, index, pictures, buckets)
+    _report(output, stages, index, pictures, asked)
     print(f"\n{time.monotonic() - begun:.0f} s; open {output / 'report.html'}")
     print(tracking.locate(str(run))[2])
 
 
-def _animated(target: Path, videos: Path, pictures: Sequence[_Picture], recipe: Recipe) -> None:
-    """The README's moving picture: every picture at every bucket of `_SHOWN`."""
+def _levels(recipe: Recipe, buckets: Sequence[int]) -> list[dict[str, Any]]:
+    """Controls for little, medium and much motion; one empty set of a method that has no control of it."""
+    levels = [at_motion(recipe, bucket) for bucket in buckets]
+    return [controls for place, controls in enumerate(levels) if controls not in levels[:place]]
+
+
+def _said(controls: Mapping[str, Any]) -> str:
+    """``motion bucket 3``: controls for people."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in controls.items())
+
+
+def _animated(
+    target: Path, videos: Path, pictures: Sequence[_Picture], levels: Sequence[Mapping[str, Any]], recipe: Recipe
+) -> None:
+    """The README's moving picture: every picture at every level."""
     frames = range(recipe.data.frames)
-    rows = [[read_frames(videos / _video_name(picture, b), frames) for b in _SHOWN] for picture in pictures]
-    titles = [f"motion bucket {bucket}" for bucket in _SHOWN]
-    sheet = animated_sheet(rows, titles, [picture.prompt for picture in pictures])
+    rows = [[read_frames(videos / _video_name(picture, level), frames) for level in levels] for picture in pictures]
+    sheet = animated_sheet(rows, [_said(level) for level in levels], [picture.prompt for picture in pictures])
     save_animated(target, sheet, recipe.sample.fps)
 
 
-def _video_name(picture: _Picture, bucket: int) -> str:
-    return f"{picture.name}-bucket-{bucket:02d}.mp4"
+def _video_name(picture: _Picture, controls: Mapping[str, Any]) -> str:
+    parts = [picture.name, *(f"{name.replace('_', '-')}-{value:02d}" for name, value in controls.items())]
+    return "-".join(parts) + ".mp4"
 
 
-def _measure(base: Path, tuned: Path, index: DatasetIndex, target: Path) -> None:
+def _measure(name: str, base: Path, tuned: Path, index: DatasetIndex, target: Path) -> None:
     """Does what they make move as asked? Of the shipped weights, and of what this training made of them; on unseen
     rendered scenes and, as ``given``, on samples of the dataset."""
-    recipe = load_recipe(DEFAULT_RECIPE)
+    recipe = load_recipe(name)
     assert recipe.train.init is not None
     method, init = method_class(recipe), recipe.train.init
     networks = {part: method.load_network(recipe, part, init) for part in method.parts}
@@ -240,23 +263,30 @@ def _pictures(directory: Path, table: Any, size: tuple[int, int]) -> list[_Pictu
     return pictures
 
 
-def _animate_rest(bundle: Path, pictures: Sequence[_Picture], buckets: Sequence[int], seed: int, videos: Path) -> None:
+def _animate_rest(
+    bundle: Path, pictures: Sequence[_Picture], levels: Sequence[Mapping[str, Any]], seed: int, videos: Path
+) -> None:
     """Every other video, with the bundle loaded once: what ``animate.py`` does, without its start-up."""
     loaded = load_bundle(bundle)
     videos.mkdir(exist_ok=True)
     for picture in pictures:
-        for bucket in buckets:
-            path = videos / _video_name(picture, bucket)
+        for controls in levels:
+            path = videos / _video_name(picture, controls)
             if path.exists():
                 continue
             image = load_image(picture.path)
-            request = at_motion(loaded.recipe, image, picture.prompt, bucket, _STEPS, seed)
+            request = AnimateRequest(image, picture.prompt, steps=_STEPS, seed=seed, **controls)
             save_animation(path, animate(loaded, request))
             print(f"   {path}", flush=True)
 
 
 def _serve(
-    words: Sequence[str], port: int, picture: _Picture, control: str, bucket: int, target: Path, stages: Stages
+    words: Sequence[str],
+    port: int,
+    picture: _Picture,
+    controls: Mapping[str, Any],
+    target: Path,
+    stages: Stages,
 ) -> None:
     """Start the server, ask it once as a client would, stop it; ``target`` gets the video and what was said."""
     log = stages.directory / "logs" / "serve.log"
@@ -271,7 +301,8 @@ def _serve(
         _wait_ready(client, process, log)
         ready = time.monotonic() - begun
         print(f"   ready after {ready:.0f} s", flush=True)
-        form = {"prompt": picture.prompt, control: str(bucket), "num_inference_steps": str(_STEPS), "seed": "1"}
+        form = {"prompt": picture.prompt, "num_inference_steps": str(_STEPS), "seed": "1"}
+        form |= {name: str(value) for name, value in controls.items()}
         answer = client.post("/v1/videos", data=form, files={"input_reference": picture.path.read_bytes()})
         asked = time.monotonic()
         video = answer.raise_for_status().json()
@@ -290,7 +321,7 @@ def _serve(
     if code:
         raise RunError(f"serve: ended with exit code {code} after SIGINT; see {log}")
     (target / "video.mp4").write_bytes(content)
-    told = {name: video[name] for name in ("prompt", control, "seed", "size", "seconds", "id")}
+    told = {name: video[name] for name in ("prompt", *controls, "seed", "size", "seconds", "id")}
     times = {"server ready after": f"{ready:.0f} s", "video ready after": f"{took:.1f} s"}
     (target / "video.json").write_text(json.dumps(told | times, indent=2) + "\n")
 
@@ -316,16 +347,20 @@ def _free_port() -> int:
 
 
 def _report(
-    output: Path, stages: Stages, index: DatasetIndex, pictures: Sequence[_Picture], buckets: Sequence[int]
+    output: Path,
+    stages: Stages,
+    index: DatasetIndex,
+    pictures: Sequence[_Picture],
+    levels: Sequence[Mapping[str, Any]],
 ) -> None:
     card = read_card(output / "bundle")
     samples, frames, labels = [], [], []
     for picture in pictures:
-        for bucket in buckets:
-            path = output / "videos" / _video_name(picture, bucket)
-            samples.append(Sample(load_image(picture.path), picture.prompt, bucket, path.read_bytes()))
+        for controls in levels:
+            path = output / "videos" / _video_name(picture, controls)
+            samples.append(Sample(load_image(picture.path), picture.prompt, _said(controls), path.read_bytes()))
             frames.append(read_frames(path, range(card.recipe.data.frames)))
-            labels.append(f"bucket {bucket}: {picture.prompt}")
+            labels.append(f"{_said(controls)}: {picture.prompt}".removeprefix(": "))
     sheet = contact_sheet(frames, labels)
     sheet.save(output / "contact_sheet.png")
     with (output / "run" / "loss.csv").open() as file:

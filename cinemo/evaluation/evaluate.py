@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cinemo import storage
-from cinemo.animate import animate, at_motion
+from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import CALIBRATION, ModelBundle, keep_calibration, load_bundle
 from cinemo.data.dataset.shards import DatasetIndex, Members, read_sample, record_uri, tar_uri
 from cinemo.evaluation.calibration import calibrate
@@ -17,9 +17,8 @@ from cinemo.evaluation.figures import contact_sheet
 from cinemo.evaluation.metrics import first_frame_consistency, motion, psnr
 from cinemo.evaluation.rendered import BARS, STEPS, measure_motion, misses
 from cinemo.evaluation.report import write_evaluation_report
-from cinemo.media.motion import motion_bucket
 from cinemo.media.synthetic import CLIP_FRAMES
-from cinemo.methods import motion_control
+from cinemo.methods import at_motion, method_class
 from cinemo.types import InputError, LatentSample
 
 _SHOWN = 8
@@ -36,7 +35,8 @@ def evaluate(
     into_bundle: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Write ``metrics.json``, ``calibration.json`` and ``report.html`` under ``output``; returns the metrics.
+    """Write ``metrics.json``, ``report.html`` and, where the method has a control of how much moves,
+    ``calibration.json`` under ``output``; returns the metrics.
 
     Args:
         limit: samples, spread evenly over the dataset; each costs six videos: one to compare, five for motion control.
@@ -51,24 +51,26 @@ def evaluate(
     storage.check_writable(output)
     index = DatasetIndex.load(data)
     bundle = load_bundle(bundle_location, device)
-    samples, control = spread_samples(index, limit), motion_control(bundle.recipe)
+    samples, method = spread_samples(index, limit), method_class(bundle.recipe)
     _check_fit(bundle, samples[0], data)
     rows, videos, labels, images = [], [], [], []
     for number, sample in enumerate(samples):
         latents_FCHW = torch.from_numpy(np.array(sample.latents_FCHW, np.float32))
         truth_FHWC = bundle.decoder.decode(latents_FCHW)
-        bucket = motion_bucket(sample.ssim, bundle.motion.edges)
-        request = at_motion(bundle.recipe, truth_FHWC[0], sample.caption, bucket, steps, seed)
+        controls = method.controls_like(bundle.recipe, sample)
+        request = AnimateRequest(truth_FHWC[0], sample.caption, steps=steps, seed=seed, **controls)
         made_FHWC = animate(bundle, request).frames_FHWC
-        rows.append({"clip": sample.clip_id, control: bucket} | compare(truth_FHWC, made_FHWC))
+        rows.append({"clip": sample.clip_id} | controls | compare(truth_FHWC, made_FHWC))
         images.append((truth_FHWC[0], sample.caption))
         videos += [truth_FHWC, made_FHWC]
-        labels += [f"{sample.clip_id} (clip)", f"generated, bucket {bucket}: {sample.caption}"]
+        labels += [f"{sample.clip_id} (clip)", f"generated{_said(controls)}: {sample.caption}"]
         say(f"sample {number + 1}/{len(samples)}: {sample.clip_id}")
-    calibration = calibrate(
-        bundle, images, steps=steps, seed=seed, progress=lambda done, total: say(f"motion control {done}/{total}")
-    )
-    means = {name: float(np.mean([row[name] for row in rows])) for name in compare_names(rows[0], control)}
+    calibration = None
+    if at_motion(bundle.recipe, 0):
+        calibration = calibrate(
+            bundle, images, steps=steps, seed=seed, progress=lambda done, total: say(f"motion control {done}/{total}")
+        )
+    means = {name: float(np.mean([row[name] for row in rows])) for name in METRICS}
     metrics = {
         "bundle": bundle.digest,
         "dataset": index.info["fingerprint"],
@@ -76,15 +78,16 @@ def evaluate(
         "samples": len(rows),
         "steps": steps or bundle.recipe.sample.steps,
         "seed": seed,
-        "motion_spearman": calibration.spearman,
+        "motion_spearman": calibration.spearman if calibration else None,
         "mean": means,
         "per_sample": rows,
     }
     storage.write_json(storage.join(output, "metrics.json"), metrics)
-    measured = {"bundle": bundle.digest} | calibration.to_json()
-    storage.write_json(storage.join(output, CALIBRATION), measured)
-    if into_bundle:
-        keep_calibration(bundle_location, measured)
+    if calibration is not None:
+        measured = {"bundle": bundle.digest} | calibration.to_json()
+        storage.write_json(storage.join(output, CALIBRATION), measured)
+        if into_bundle:
+            keep_calibration(bundle_location, measured)
     sheet = contact_sheet(videos[: 2 * _SHOWN], labels[: 2 * _SHOWN])
     title = f"Evaluation of {bundle.recipe.name}"
     write_evaluation_report(storage.join(output, "report.html"), title, means, rows, calibration, index, sheet)
@@ -120,7 +123,7 @@ def evaluate_rendered(
         )
     figures = measure_motion(bundle, count, steps or STEPS, seed, say)
     missed = misses(figures)
-    for name, (sign, bar) in BARS.items():
+    for name, (sign, bar) in ((name, bar) for name, bar in BARS.items() if name in figures):
         shown = f"missed by {missed[name]:.3f}" if name in missed else "met"
         say(f"{name}: {figures[name]:.3f} ({sign} {bar:g}: {shown})")
     storage.write_json(storage.join(output, "motion.json"), {"bundle": bundle.digest} | figures)
@@ -139,9 +142,15 @@ def compare(truth_FHWC: np.ndarray, made_FHWC: np.ndarray) -> dict[str, float]:
     }
 
 
-def compare_names(row: dict[str, Any], control: str) -> list[str]:
-    """Those keys of a row that are metrics."""
-    return [name for name in row if name not in ("clip", control)]
+METRICS = (
+    *("psnr_to_clip", "psnr_of_first_frame", "first_frame_consistency", "first_frame_consistency_of_clip"),
+    *("motion", "motion_of_clip"),
+)
+
+
+def _said(controls: dict[str, Any]) -> str:
+    """``, motion bucket 3`` of controls, for people."""
+    return "".join(f", {name.replace('_', ' ')} {value}" for name, value in controls.items())
 
 
 def spread_samples(index: DatasetIndex, count: int) -> list[LatentSample]:

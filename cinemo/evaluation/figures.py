@@ -148,12 +148,12 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Figure:
 
 
 def calibration_curve(calibration: Calibration) -> Figure:
-    """Measured motion over the bucket that was asked for: one thin line per image, the mean in front."""
+    """Measured motion over the level that was asked for: one thin line per image, the mean in front."""
     figure, axes = _figure(6.2, 3.0)
     for row in calibration.motion:
         axes.plot(calibration.buckets, row, color=MUTED, alpha=0.6, linewidth=1)
     axes.plot(calibration.buckets, calibration.mean_motion, color=ACCENT, linewidth=2.5, marker="o")
-    axes.set(xlabel="requested motion bucket", ylabel="measured motion (1 - SSIM)", xticks=calibration.buckets)
+    axes.set(xlabel="requested level of motion", ylabel="measured motion (1 - SSIM)", xticks=calibration.buckets)
     axes.set_ylim(0, None)
     return figure
 

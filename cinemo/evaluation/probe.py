@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from cinemo.animate import animate, at_motion
+from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import ModelBundle
 from cinemo.evaluation.calibration import rank_correlation
 from cinemo.media.motion import MORE_MOTION, STILLER, MotionScale, mean_adjacent_ssim
+from cinemo.methods import at_motion
 
 IDS = (0.0, 5.0, 10.0, 14.0, 19.0, 35.0, 50.0, 65.0, 80.0, 90.0, 97.0)
 _LOW = 19.0
@@ -68,7 +69,7 @@ def probe_motion_scale(
     for i, (image, prompt) in enumerate(images):
         row = []
         for place in range(len(IDS)):
-            request = at_motion(bundle.recipe, image, prompt, place, steps, seed)
+            request = AnimateRequest(image, prompt, steps=steps, seed=seed, **at_motion(bundle.recipe, place))
             row.append(mean_adjacent_ssim(animate(plain, request).frames_FHWC, bundle.motion.metric))
             if progress is not None:
                 progress(i * len(IDS) + place + 1, total)

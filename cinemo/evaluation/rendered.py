@@ -4,7 +4,8 @@ SSIM cannot tell: a flicker satisfies it. Here the truth is the renderer's own (
 each pixel went, where the shape is, which way the words point. Two kinds of figures:
 
 - What the network knows, in one step from pure noise at the last timestep: the share of the residuals' energy that its
-  x_0 leaves unexplained, with the right words, the opposite direction, another clip's words and another bucket.
+  x_0 leaves unexplained, with the right words, the opposite direction, another clip's words and another level of
+  motion.
 - What the videos do: dense flow of the frames against the true flow, for pans, shapes and fluids apart; the shape's
   place; what should stay; and whether a larger bucket is more motion.
 """
@@ -20,14 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cinemo.animate import animate, at_motion
+from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import ModelBundle
 from cinemo.evaluation.calibration import rank_correlation
 from cinemo.evaluation.metrics import psnr
 from cinemo.media.flow import dense_flow
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
-from cinemo.media.synthetic import CLIP_FRAMES, Scene, render_scene
+from cinemo.media.synthetic import CLIP_FRAMES, FPS, Scene, render_scene
 from cinemo.media.transforms import prepare_image
+from cinemo.methods import at_motion
 from cinemo.types import LatentBatch, LatentSample, keyed_generator
 
 SEED = 7001  # of the test scenes; the shipped weights are trained on others
@@ -57,12 +59,16 @@ BARS: Mapping[str, tuple[str, float]] = {
 
 @dataclass(frozen=True)
 class TestClip:
-    """A view of a rendered scene. ``times``: its frames among the scene's; ``frames_FHWC``: uint8, the truth."""
+    """A view of a rendered scene. ``times``: its frames among the scene's; ``frames_FHWC``: uint8, the truth.
+
+    ``controls``: what is asked for a video that moves as it does.
+    """
 
     scene: Scene
     times: tuple[int, ...]
     frames_FHWC: np.ndarray
     bucket: int
+    controls: Mapping[str, Any]
 
     @property
     def kind(self) -> str:
@@ -92,8 +98,10 @@ def rendered_test_set(bundle: ModelBundle, kind: str, count: int, seed: int = SE
         start = (CLIP_FRAMES - 1 - interval * (data.frames - 1)) // 2
         times = tuple(start + interval * k for k in range(data.frames))
         frames_FHWC = scene.frames(times)
-        bucket = motion_bucket(mean_adjacent_ssim(frames_FHWC, bundle.motion.metric), bundle.motion.edges)
-        clip = TestClip(scene, times, frames_FHWC, bucket)
+        ssim = mean_adjacent_ssim(frames_FHWC, bundle.motion.metric)
+        sample = LatentSample(kind, kind, "", scene.caption, np.empty(0), ssim, FPS, interval, start)
+        controls = bundle.method.controls_like(bundle.recipe, sample)
+        clip = TestClip(scene, times, frames_FHWC, motion_bucket(ssim, bundle.motion.edges), controls)
         if kind in MOVING and clip.pixels_per_frame < 0.1:
             continue
         clips.append(clip)
@@ -116,12 +124,12 @@ def measure_motion(
     sets = {kind: rendered_test_set(bundle, kind, count) for kind in MOVING}
     few = max(2, count // 3)
     stills = rendered_test_set(bundle, "still", few)
-    figures = explained(bundle, [clip for clips in sets.values() for clip in clips], seed)
-    say("one step from noise: " + ", ".join(f"{name} {figures[name]:.3f}" for name in _ASKED))
+    figures: dict[str, Any] = {**explained(bundle, [clip for clips in sets.values() for clip in clips], seed)}
+    say("one step from noise: " + ", ".join(f"{name} {figures[name]:.3f}" for name in _ASKED if name in figures))
 
     gaps, made = [], {}
     for kind, clips in sets.items():
-        made[kind] = [_video(bundle, clip, clip.bucket, steps, seed) for clip in clips]
+        made[kind] = [_video(bundle, clip, clip.controls, steps, seed) for clip in clips]
         gaps += [_first_frame_gap(bundle, clip, video) for clip, video in zip(clips, made[kind], strict=True)]
         say(f"{kind}: {len(clips)} videos")
 
@@ -134,9 +142,11 @@ def measure_motion(
     fluids = [_mean_velocity(clip, video) for clip, video in zip(sets["flow"], made["flow"], strict=True)]
     shapes = [_shape(clip, video) for clip, video in zip(sets["object"], made["object"], strict=True)]
     on_path = [s["iou"] for s, clip in zip(shapes, sets["object"], strict=True) if clip.bucket <= PATH_BUCKET]
-    still = [_video(bundle, clip, 0, steps, seed) for clip in stills]
-    ranks, achieved = _bucket_ranks(bundle, [clip for clips in sets.values() for clip in clips[:1]], steps, seed)
-    say("still scenes and the grid of buckets")
+    still = [_video(bundle, clip, clip.controls, steps, seed) for clip in stills]
+    if at_motion(bundle.recipe, 0):
+        ranks, achieved = _level_ranks(bundle, [clip for clips in sets.values() for clip in clips[:1]], steps, seed)
+        figures |= {"bucket_rank": _mean(ranks), "bucket_motion": {"buckets": list(GRID_BUCKETS), "motion": achieved}}
+    say("still scenes and the grid of levels")
     return figures | {
         "pan_direction_cosine": _mean([v["cosine"] for v in pans]),
         "pan_speed_rank": rank_correlation(true_speeds, [v["along"] for v in pans]) or 0.0,
@@ -146,22 +156,23 @@ def measure_motion(
         "object_iou_fast": _mean([s["iou"] for s in shapes]),
         "outside_psnr": _mean([s["outside_psnr"] for s in shapes]),
         "fluid_direction_cosine": _mean([v["cosine"] for v in fluids]),
-        "bucket_rank": _mean(ranks),
         "first_frame_psnr_gap": max(gaps),
         "still_ssim": _mean([mean_adjacent_ssim(video) for video in still]),
         "pan_flow_gain": gain("pan"),
         "object_flow_gain": gain("object"),
         "fluid_flow_gain": gain("flow"),
-        "bucket_motion": {"buckets": list(GRID_BUCKETS), "motion": achieved},
         "clips_of_each_kind": count,
         "steps": steps,
     }
 
 
 def misses(figures: Mapping[str, Any]) -> dict[str, float]:
-    """By how much each figure that misses its bar misses it; empty where none does."""
+    """By how much each figure that misses its bar misses it; empty where none does. Of a method without a control of
+    how much moves there is no ``bucket_rank``."""
     missed = {}
     for name, (sign, bar) in BARS.items():
+        if name == "bucket_rank" and name not in figures:
+            continue
         if name == "unexplained_opposite_prompt":
             bar = 2 * figures["unexplained"]  # twice what the right words leave
         short = bar - figures[name] if sign == ">=" else figures[name] - bar
@@ -175,17 +186,23 @@ def misses(figures: Mapping[str, Any]) -> dict[str, float]:
 _ASKED = ("unexplained", "unexplained_opposite_prompt", "unexplained_other_prompt", "unexplained_other_bucket")
 
 
+Asked = tuple[str, Mapping[str, Any]]  # a caption and controls
+
+
 @dataclass(frozen=True)
 class Question:
-    """A clip's latents (C, F, h, w), scaled, and by name the caption and bucket that the network is given for it."""
+    """A clip's latents (C, F, h, w), scaled, its first frame (H, W, 3), uint8, and by name the caption and controls
+    that the network is given for it."""
 
     video_CFHW: Tensor
-    asked: Mapping[str, tuple[str, int]]
+    picture_HWC: np.ndarray
+    asked: Mapping[str, Asked]
 
 
 @torch.inference_mode()
 def unexplained(bundle: ModelBundle, questions: Sequence[Question], seed: int = 0) -> dict[str, float]:
-    """error / M^2 at the last timestep: what x_0, predicted from pure noise, leaves of the residuals' energy.
+    """error / M^2 at the last timestep: what x_0, predicted from pure noise, leaves of the energy M^2 of the residuals
+    z_i - z_1, whether a method diffuses these or latents themselves.
 
     0 is perfect, 1 as good as a standing picture. Everything about a clip is asked with the same noise.
     """
@@ -193,30 +210,29 @@ def unexplained(bundle: ModelBundle, questions: Sequence[Question], seed: int = 
     errors, energy, last = Counter[str](), 0.0, schedule.train_steps - 1
     for number, question in enumerate(questions):
         video_BCFHW = question.video_CFHW[None].to(bundle.device)
-        words, buckets = zip(*question.asked.values(), strict=True)
-        image_BCHW = video_BCFHW[:, :, 0].expand(len(words), -1, -1, -1)
-        condition = method.asked(bundle.encoders, image_BCHW, words, buckets)
+        words, controls = zip(*question.asked.values(), strict=True)
+        condition = method.asked(bundle.encoders, video_BCFHW, question.picture_HWC, words, controls)
         target = method.target(LatentBatch(video_BCFHW, condition))
         noise = torch.randn(target.shape, generator=keyed_generator(seed, "explained", number)).to(bundle.device)
         x_t = schedule.add_noise(target, noise, last).expand(len(words), *target.shape[1:])
         x_0, _ = schedule.predict_x0_eps(x_t, method.predict(x_t, last, condition), last)
         squares: Tensor = (x_0.float() - target).square().flatten(1).sum(1)
         errors.update(dict(zip(question.asked, squares.tolist(), strict=True)))
-        energy += float(target.square().sum())
+        energy += float((video_BCFHW - video_BCFHW[:, :, :1]).square().sum()) * schedule.data_scale**2
     return {name: value / energy for name, value in errors.items()}
 
 
 def explained(bundle: ModelBundle, clips: Sequence[TestClip], seed: int = 0) -> dict[str, float]:
-    """`unexplained` of rendered clips with their own words and bucket, the opposite direction, the words of another
-    clip, and a bucket ten away."""
+    """`unexplained` of rendered clips with their own words and controls, the opposite direction, the words of another
+    clip, and a level of motion ten away, where the method has a control of it."""
     questions = []
     for number, clip in enumerate(clips):
         pixels = torch.from_numpy(clip.frames_FHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
         other = clips[(number + len(clips) // 2) % len(clips)].scene.caption
-        words = [clip.scene.caption, clip.scene.opposite(), other, clip.scene.caption]
-        buckets = [clip.bucket, clip.bucket, clip.bucket, (clip.bucket + 10) % 20]
-        asked = dict(zip(_ASKED, zip(words, buckets, strict=True), strict=True))
-        questions.append(Question(bundle.vae.encode(pixels).transpose(0, 1), asked))
+        words = [clip.scene.caption, clip.scene.opposite(), other]
+        asked: dict[str, Asked] = {name: (caption, clip.controls) for name, caption in zip(_ASKED, words, strict=False)}
+        asked |= _at_another_level(bundle, clip.scene.caption, clip.controls, clip.bucket)
+        questions.append(Question(bundle.vae.encode(pixels).transpose(0, 1), clip.frames_FHWC[0], asked))
     return unexplained(bundle, questions, seed)
 
 
@@ -225,22 +241,34 @@ def explained_samples(bundle: ModelBundle, samples: Sequence[LatentSample], seed
     questions = []
     for number, sample in enumerate(samples):
         other = samples[(number + len(samples) // 2) % len(samples)].caption
+        controls = bundle.method.controls_like(bundle.recipe, sample)
+        asked: dict[str, Asked] = {_ASKED[0]: (sample.caption, controls), _ASKED[2]: (other, controls)}
         bucket = motion_bucket(sample.ssim, bundle.motion.edges)
-        answers = [(sample.caption, bucket), (other, bucket), (sample.caption, (bucket + 10) % 20)]
-        latents_CFHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32)).transpose(0, 1)
-        names = (_ASKED[0], *_ASKED[2:])
-        questions.append(Question(latents_CFHW, dict(zip(names, answers, strict=True))))
+        asked |= _at_another_level(bundle, sample.caption, controls, bucket)
+        latents_FCHW = torch.from_numpy(sample.latents_FCHW.astype(np.float32))
+        picture_HWC = bundle.vae.decode(latents_FCHW[:1])[0]
+        questions.append(Question(latents_FCHW.transpose(0, 1), picture_HWC, asked))
     return unexplained(bundle, questions, seed)
+
+
+def _at_another_level(bundle: ModelBundle, caption: str, controls: Mapping[str, Any], bucket: int) -> dict[str, Asked]:
+    other = at_motion(bundle.recipe, (bucket + 10) % 20)
+    return {_ASKED[3]: (caption, {**controls, **other})} if other else {}
 
 
 # --- what the videos do ---------------------------------------------------------------------------------------------
 
 
 def _video(
-    bundle: ModelBundle, clip: TestClip, bucket: int, steps: int, seed: int, prompt: str | None = None
+    bundle: ModelBundle,
+    clip: TestClip,
+    controls: Mapping[str, Any],
+    steps: int,
+    seed: int,
+    prompt: str | None = None,
 ) -> np.ndarray:
     words = clip.scene.caption if prompt is None else prompt
-    request = at_motion(bundle.recipe, clip.frames_FHWC[0], words, bucket, steps, seed)
+    request = AnimateRequest(clip.frames_FHWC[0], words, steps=steps, seed=seed, **controls)
     return animate(bundle, request).frames_FHWC
 
 
@@ -299,17 +327,18 @@ def _first_frame_gap(bundle: ModelBundle, clip: TestClip, video_FHWC: np.ndarray
     return psnr(picture, coded) - psnr(picture, video_FHWC[0])
 
 
-def _bucket_ranks(
+def _level_ranks(
     bundle: ModelBundle, clips: Sequence[TestClip], steps: int, seed: int
 ) -> tuple[list[float], list[list[float]]]:
-    """Rank correlation of bucket and 1 - SSIM for each picture, and the motion at each of `GRID_BUCKETS`.
+    """Rank correlation of level and 1 - SSIM for each picture, and the motion at each of `GRID_BUCKETS`.
 
-    How fast is for the bucket to say: the prompt has no word for it.
+    How fast is for the level to say: the prompt has no word for it.
     """
     ranks, achieved = [], []
     for clip in clips:
         prompt = clip.scene.without_speed()
-        videos = [_video(bundle, clip, bucket, steps, seed, prompt) for bucket in GRID_BUCKETS]
+        asked = [{**clip.controls, **at_motion(bundle.recipe, level)} for level in GRID_BUCKETS]
+        videos = [_video(bundle, clip, controls, steps, seed, prompt) for controls in asked]
         motion = [1 - mean_adjacent_ssim(video, bundle.motion.metric) for video in videos]
         ranks.append(rank_correlation(GRID_BUCKETS, motion) or 0.0)
         achieved.append(motion)

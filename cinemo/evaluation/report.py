@@ -25,11 +25,11 @@ from cinemo.evaluation.rendered import BARS
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated video: the picture it began with, what was asked, and the mp4's bytes."""
+    """A generated video: the picture it began with, what was asked (``controls``, in words), and the mp4's bytes."""
 
     image: Any
     prompt: str
-    bucket: int
+    controls: str
     video: bytes
 
 
@@ -103,28 +103,34 @@ def write_evaluation_report(
     title: str,
     metrics: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
-    calibration: Calibration,
+    calibration: Calibration | None,
     dataset: DatasetIndex,
     sheet: Image.Image,
 ) -> None:
-    """The page of ``pipelines/evaluate.py``: mean metrics, the motion-control report, every sample's figures."""
-    spearman = "-" if calibration.spearman is None else f"{calibration.spearman:.2f}"
+    """The page of ``pipelines/evaluate.py``: mean metrics, every sample's figures, and the motion-control report of a
+    method that has such a control."""
+    control: list[str] = []
+    if calibration is not None:
+        control = [
+            section("Motion control", "Generated motion by requested level: it should rise."),
+            pair(
+                (calibration_curve(calibration), "Bold: mean over images. Thin: each image."),
+                (motion_histogram(dataset), "The buckets of the dataset, for comparison."),
+            ),
+        ]
+    spearman = "-" if calibration is None or calibration.spearman is None else f"{calibration.spearman:.2f}"
     body = [
         f"<h1>{html.escape(title)}</h1>",
         '<p class="lead">Measured on samples of a dataset: each was animated from its own first frame, caption and '
-        "motion bucket, and compared with the clip it came from.</p>",
+        "controls like the clip's, and compared with the clip it came from.</p>",
         tiles(
             {
                 "samples": str(len(rows)),
-                "bucket / motion rank correlation": spearman,
+                "level / motion rank correlation": spearman,
                 **{name.replace("_", " "): number(value) for name, value in metrics.items()},
             }
         ),
-        section("Motion control", "Generated motion by requested bucket: it should rise."),
-        pair(
-            (calibration_curve(calibration), "Bold: mean over images. Thin: each image."),
-            (motion_histogram(dataset), "The buckets of the dataset, for comparison."),
-        ),
+        *control,
         section("Samples", "Odd rows: the clip, decoded from its latents. Even rows: generated from its first frame."),
         picture(sheet),
         table(list(rows[0]), [[html.escape(number(value)) for value in row.values()] for row in rows]),
@@ -148,8 +154,8 @@ _MOTION_ROWS = {
     "object_flow_gain": "shapes: gain of dense flow",
     "fluid_direction_cosine": "fluids: cosine of the flow with the requested direction",
     "fluid_flow_gain": "fluids: gain of dense flow",
-    "bucket_rank": "rank correlation of requested bucket and achieved motion",
-    "still_ssim": "still scenes at bucket 0: SSIM of neighbouring frames",
+    "bucket_rank": "rank correlation of the requested level of motion and the achieved motion",
+    "still_ssim": "still scenes: SSIM of neighbouring frames",
     "first_frame_psnr_gap": "first frame: dB below the autoencoder, at worst",
     "unexplained": "unexplained by one step from noise, right prompt (0 is perfect, 1 is a still picture)",
     "unexplained_opposite_prompt": "the same, opposite direction in the prompt (should be large)",
@@ -159,7 +165,7 @@ _MOTION_ROWS = {
 _GIVEN_ROWS = {
     "unexplained": "samples of the dataset: unexplained by one step from noise",
     "unexplained_other_prompt": "the same, with the prompt of another sample (should be larger)",
-    "unexplained_other_bucket": "the same, with a bucket ten away (should be larger)",
+    "unexplained_other_bucket": "the same, with another level of motion (should be larger)",
 }
 
 
@@ -167,12 +173,16 @@ def motion_part(motion: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What the models make of unseen rendered scenes whose true motion is known, against the bars they are held to."""
     rows = []
     for name, text in _MOTION_ROWS.items():
+        if any(name not in figures for figures in motion.values()):  # of a control that the method does not have
+            continue
         sign, bar = BARS[name]
         shown = "≥ twice that" if name == "unexplained_opposite_prompt" else f"{sign.replace('=', '')}= {bar:g}"
         shown = shown.replace(">=", "≥").replace("<=", "≤")
         rows.append([html.escape(text), *(f"{figures[name]:.3f}" for figures in motion.values()), shown])
     if all("given" in figures for figures in motion.values()):
         for name, text in _GIVEN_ROWS.items():
+            if any(name not in figures["given"] for figures in motion.values()):
+                continue
             rows.append([html.escape(text), *(f"{figures['given'][name]:.3f}" for figures in motion.values()), ""])
     clips = next(iter(motion.values()))["clips_of_each_kind"]
     text = (
@@ -203,14 +213,14 @@ def _dataset_part(dataset: DatasetIndex, edges: Sequence[float] | None = None) -
 
 
 def _sample_table(samples: Sequence[Sample]) -> str:
-    """One row per prompt: the image, then its videos by motion bucket."""
-    buckets = sorted({sample.bucket for sample in samples})
-    header = "".join(f"<th>motion bucket {bucket}</th>" for bucket in buckets)
+    """One row per prompt: the image, then its videos by what was asked."""
+    asked = list(dict.fromkeys(sample.controls for sample in samples))
+    header = "".join(f"<th>{html.escape(controls)}</th>" for controls in asked)
     rows = []
     for prompt in dict.fromkeys(sample.prompt for sample in samples):
-        own = {sample.bucket: sample for sample in samples if sample.prompt == prompt}
+        own = {sample.controls: sample for sample in samples if sample.prompt == prompt}
         image = data_uri(image_png(next(iter(own.values())).image), "image/png")
-        cells = "".join(f"<td>{video(own[bucket].video)}</td>" if bucket in own else "<td></td>" for bucket in buckets)
+        cells = "".join(f"<td>{video(own[each].video)}</td>" if each in own else "<td></td>" for each in asked)
         text = html.escape(prompt)
         rows.append(f'<tr><td><img src="{image}" alt="{text}"><span class="note">{text}</span></td>{cells}</tr>')
     return f'<table class="samples"><tr><th>image and prompt</th>{header}</tr>{"".join(rows)}</table>'

@@ -28,7 +28,7 @@ from cinemo.types import keyed_seed
 
 Canvas = np.ndarray  # HWC float32 in 0..1, periodic in both axes
 
-CLIP_FRAMES = 160
+CLIP_FRAMES, FPS = 160, 24.0
 DIRECTIONS = {"to the right": (1.0, 0.0), "to the left": (-1.0, 0.0), "down": (0.0, 1.0), "up": (0.0, -1.0)}
 OPPOSITES = {
     "to the right": "to the left",
@@ -136,7 +136,7 @@ def render_scene(
 
 
 def render_clip(
-    seed: int, index: int, size: tuple[int, int] = (96, 144), frames: int = CLIP_FRAMES, fps: float = 24
+    seed: int, index: int, size: tuple[int, int] = (96, 144), frames: int = CLIP_FRAMES, fps: float = FPS
 ) -> SyntheticClip:
     """Clip number ``index`` of the world, every frame of it."""
     scene = render_scene(seed, index, size, frames)
@@ -154,7 +154,7 @@ def render_clips(
     seed: int = 0,
     size: tuple[int, int] = (96, 144),
     frames: int = CLIP_FRAMES,
-    fps: float = 24,
+    fps: float = FPS,
 ) -> Path:
     """Write ``count`` clips as KEY.mp4 with KEY.motion.json, and a ``manifest.jsonl`` (last); returns its path.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from cinemo.config import Recipe
+from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.methods.base import Encoders, Example, Imported, Method, Published, run
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.controls import ControlInfo, Controls, Input, controls_of
@@ -24,13 +24,14 @@ __all__ = [
     "Input",
     "Method",
     "Published",
+    "at_motion",
     "build_method",
     "check_trainable",
     "controls_of",
+    "image_encoder_place",
     "mark_trainable",
     "method_class",
     "method_named",
-    "motion_control",
     "published_sources",
     "run",
     "served_controls",
@@ -72,17 +73,27 @@ def served_controls(recipe: Recipe) -> dict[str, ControlInfo]:
     return {name: info for name, info in controls_of(method.controls_type).items() if info.of not in videos}
 
 
-def motion_control(recipe: Recipe) -> str:
-    """The name of the control that says how much moves. Raises `InputError`: the recipe's method has none."""
-    name = method_class(recipe).controls_type.motion
-    if name is None:
-        raise InputError(f"recipe {recipe.name}: method {recipe.method} has no control of how much moves")
-    return name
+def at_motion(recipe: Recipe, level: int) -> dict[str, Any]:
+    """Controls for a level of motion, 0 the stillest and 19 the most, whatever the recipe's method calls it; empty
+    where it has no control of how much moves."""
+    if (motion := method_class(recipe).motion_values(recipe)) is None:
+        return {}
+    name, values = motion
+    return {name: values[round(level * (len(values) - 1) / (MOTION_BUCKETS - 1))]}
 
 
 def published_sources() -> dict[str, Published]:
     """Published weights that can be imported, of all methods here, by name."""
     return {name: source for method in _METHODS.values() for name, source in method.published.items()}
+
+
+def image_encoder_place(recipe: Recipe) -> str:
+    """Where the image encoder of a recipe is. Raises `InputError`: it names none."""
+    if recipe.encoders.image_encoder is None:
+        raise InputError(
+            f"recipe {recipe.name}: encoders.image_encoder is not set, expected the directory of a CLIPVisionModel"
+        )
+    return recipe.encoders.image_encoder
 
 
 def build_method(recipe: Recipe, networks: Mapping[str, nn.Module] | None = None) -> Method:

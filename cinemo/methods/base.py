@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cinemo.config import Recipe
+from cinemo.config import MOTION_BUCKETS, Recipe, TrainConfig
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.media.motion import MotionScale
 from cinemo.methods.controls import Controls, Input, check_names
 from cinemo.networks.features import DeepFeatures
-from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.frozen import ImageEncoder, Picture, TextEncoder, Vae
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample
 
 Reduction = Literal["mean", "none"]
@@ -31,19 +31,24 @@ Draw = Callable[[str], torch.Generator]
 @dataclass(frozen=True)
 class Example:
     """What a method makes of one stored sample, on the host: tensors for a batch (all samples have the same names and
-    shapes), and by condition slot the text that the frozen encoder is to read."""
+    shapes), and by condition slot the text and the picture that the frozen encoders are to read."""
 
     fields: Mapping[str, Tensor]
     texts: Mapping[str, str]
+    images: Mapping[str, Picture] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks of a bundle that a method may ask, and what levels of motion mean to the bundle's network."""
+    """The frozen networks of a bundle that a method may ask, and what levels of motion mean to the bundle's network.
+
+    ``image``: where the method ``needs`` one.
+    """
 
     vae: Vae
     text: TextEncoder
     motion: MotionScale
+    image: ImageEncoder | None = None
 
 
 @dataclass(frozen=True)
@@ -78,8 +83,8 @@ class Method(nn.Module, ABC):
 
     ``name``: as a recipe has it. ``recipe_type``: a recipe with this method's keys. ``controls_type``: what may be
     asked. ``inputs``: pictures and videos that it takes beside the picture to animate, by name.
-    ``needs``: the encoders whose output it uses (``vae``, ``text_encoder``).
-    ``stored_fields``: what a sample must carry beside its latents (`cinemo.data.dataset.fields`).
+    ``needs``: the encoders whose output it uses (``vae``, ``text_encoder``, ``image_encoder``).
+    ``untold``: texts and pictures of guidance's unconditional branch, where it differs from the conditional one.
     ``parts``: names of its networks, which are attributes of it: parameter ``unet.x`` is ``x`` of ``networks["unet"]``.
     ``published``: weights that `pipelines/export.py` imports, by the name of their flag (methods of this package).
     ``variants``: what a sample sheet shows of each sample: by name, numbers in the place of its own fields.
@@ -90,7 +95,7 @@ class Method(nn.Module, ABC):
     controls_type: ClassVar[type[Controls]] = Controls
     inputs: ClassVar[Mapping[str, Input]] = {}
     needs: ClassVar[tuple[str, ...]]
-    stored_fields: ClassVar[tuple[str, ...]] = ()
+    untold: ClassVar[Example] = Example({}, {"text": ""})
     variants: ClassVar[Mapping[str, Mapping[str, float]]] = {"sample": {}}
     parts: ClassVar[tuple[str, ...]]
     published: ClassVar[Mapping[str, Published]] = {}
@@ -138,24 +143,50 @@ class Method(nn.Module, ABC):
         """The method of a recipe around its networks."""
 
     @classmethod
+    def text_layers(cls, recipe: Recipe) -> int | None:
+        """How many layers of the frozen text encoder they are made for; None: all of it."""
+        return None
+
+    @classmethod
+    def image_tokens(cls, recipe: Recipe) -> tuple[int, int]:
+        """(L, D) of what the frozen image encoder makes of a picture, where it is needed."""
+        return 0, 0
+
+    @classmethod
+    def stored_fields(cls, recipe: Recipe) -> tuple[str, ...]:
+        """What a training sample must carry beside its latents (`cinemo.data.dataset.fields`)."""
+        return ()
+
+    @classmethod
     @abstractmethod
     def example(cls, recipe: Recipe, sample: LatentSample, draw: Draw) -> Example:
         """What training needs of a sample, with what is dropped in this step."""
 
     @classmethod
     @abstractmethod
-    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> Condition:
-        """The condition of a batch of `example`s, on the device: fields stacked, texts encoded (B, L, D)."""
+    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Condition:
+        """The condition of a batch of `example`s, on the device.
+
+        ``fields``: stacked. ``states``: (B, L, D) by slot, what the frozen encoders made of its texts and pictures.
+        """
 
     @classmethod
     def target_shape(cls, latents_CFHW: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
         """The shape of what is diffused for one video whose latents have this shape; its noise has the same."""
         return latents_CFHW
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def is_temporal(name: str) -> bool:
-        """Whether a parameter, by its name in its network, is what an image model lacks (``train.trainable``)."""
+    def learns(cls, name: str, trainable: str) -> bool:
+        """Whether a parameter (``unet.x``) is among what a word of ``train.trainable`` means.
+
+        ``temporal``: what an image model lacks. A method may know further words.
+        """
+
+    @classmethod
+    def learning_rate(cls, name: str, train: TrainConfig) -> float:
+        """Of a parameter (``unet.x``), before warm-up and decay."""
+        return train.lr
 
     @abstractmethod
     def target(self, batch: LatentBatch) -> Tensor:
@@ -184,13 +215,30 @@ class Method(nn.Module, ABC):
         """
 
     def asked(
-        self, encoders: Encoders, image_BCHW: Tensor, prompts: Sequence[str], levels: Sequence[int] | None = None
+        self,
+        encoders: Encoders,
+        video_BCFHW: Tensor,
+        picture_HWC: np.ndarray,
+        prompts: Sequence[str],
+        controls: Sequence[Mapping[str, Any]],
     ) -> Condition:
-        """What the network is told where a person asks for each prompt and level of motion.
+        """What the network is told where a person asks for each prompt, with these controls, of one picture.
 
-        ``image_BCHW``: latents of the pictures. ``levels``: of the control `Controls.motion`.
+        ``video_BCFHW``: latents of one clip that begins with the picture. ``picture_HWC``: uint8, of the recipe's size.
+        ``controls``: those that `controls_like` names.
         """
         raise InputError(f"method {self.name}: what its network makes of one prompt cannot be asked alone")
+
+    @classmethod
+    def controls_like(cls, recipe: Recipe, sample: LatentSample) -> dict[str, Any]:
+        """What one would ask for a video that moves as a clip does, besides its caption."""
+        return {}
+
+    @classmethod
+    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
+        """The control that says how much moves, and its values from the least to the most; None where there is none."""
+        name = cls.controls_type.motion
+        return None if name is None else (name, range(MOTION_BUCKETS))
 
     @abstractmethod
     def prepare(
@@ -211,13 +259,17 @@ class Method(nn.Module, ABC):
     def sampling(
         self,
         condition: Condition,
-        negative_text_BLD: Tensor | None,
+        untold: Condition | None,
         noise: Tensor,
         steps: int,
         guidance_scale: float,
         generator: torch.Generator | None = None,
     ) -> Sampling:
-        """From noise, shaped like `target`, to a video: solver and guidance, as a generator of queries."""
+        """From noise, shaped like `target`, to a video: solver and guidance, as a generator of queries.
+
+        ``untold``: what the encoders made of the class's ``untold``, or of what a person wants in its place; not needed
+        without guidance. ``generator``: of fresh noise, where the recipe's ``sample.eta`` asks for it.
+        """
 
     def checkpoint_activations(self, on: bool) -> None:
         """Whether networks compute layers twice in a training step to hold fewer activations, those that can."""

@@ -182,10 +182,10 @@ class CinemoMethod(Method):
         return Example(fields, {"text": "" if chance(draw, "drop", train.prompt_dropout) else sample.caption})
 
     @classmethod
-    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> Condition:
+    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Condition:
         return Condition(
             image=torch.where(fields["image_given"][:, None, None, None], video_BCFHW[:, :, 0], 0.0),
-            text=texts["text"],
+            text=states["text"],
             motion_bucket=torch.where(fields["motion_given"], fields["motion_bucket"], torch.nan),
         )
 
@@ -194,9 +194,9 @@ class CinemoMethod(Method):
         channels, frames, rows, columns = latents_CFHW
         return channels, frames - 1, rows, columns
 
-    @staticmethod
-    def is_temporal(name: str) -> bool:
-        return is_temporal(name)
+    @classmethod
+    def learns(cls, name: str, trainable: str) -> bool:
+        return trainable == "temporal" and is_temporal(name)
 
     def target(self, batch: LatentBatch) -> Tensor:
         """M = (z_2 - z_1, ..., z_N - z_1) times the schedule's ``data_scale``: (B, C, F-1, h, w), float32."""
@@ -261,11 +261,23 @@ class CinemoMethod(Method):
         return output[:, :, 1:]
 
     def asked(
-        self, encoders: Encoders, image_BCHW: Tensor, prompts: Sequence[str], levels: Sequence[int] | None = None
+        self,
+        encoders: Encoders,
+        video_BCFHW: Tensor,
+        picture_HWC: np.ndarray,
+        prompts: Sequence[str],
+        controls: Sequence[Mapping[str, Any]],
     ) -> Condition:
-        ids = [torch.nan] * len(prompts) if levels is None else [encoders.motion.motion_id(level) for level in levels]
-        bucket_B = torch.tensor(ids, device=image_BCHW.device)
-        return Condition(image=image_BCHW, text=encoders.text.encode(prompts), motion_bucket=bucket_B)
+        ids = [encoders.motion.motion_id(values["motion_bucket"]) for values in controls]
+        return Condition(
+            image=video_BCFHW[:, :, 0].expand(len(prompts), -1, -1, -1),
+            text=encoders.text.encode(prompts),
+            motion_bucket=torch.tensor(ids, device=video_BCFHW.device),
+        )
+
+    @classmethod
+    def controls_like(cls, recipe: Recipe, sample: LatentSample) -> dict[str, Any]:
+        return {"motion_bucket": motion_bucket(sample.ssim, recipe.data.bucket_edges)}
 
     def prepare(
         self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
@@ -296,12 +308,12 @@ class CinemoMethod(Method):
             wanted["dct_tau"] = _own(recipe).sample.edit_dct_tau
         asked = CinemoMethod(self.unet, self.schedule, self.sample.model_copy(update=wanted))
         scale, fresh = float(settings["guidance_scale"]), keyed_generator(seed, "fresh noise")
-        return asked.sampling(condition, negative_BLD, noise, steps, scale, fresh), steps
+        return asked.sampling(condition, Condition(text=negative_BLD), noise, steps, scale, fresh), steps
 
     def sampling(
         self,
         condition: Condition,
-        negative_text_BLD: Tensor | None,
+        untold: Condition | None,
         noise: Tensor,
         steps: int,
         guidance_scale: float,
@@ -311,14 +323,14 @@ class CinemoMethod(Method):
 
         Args:
             noise: N(0, 1) for frames 2..F, float32: the sampler's arithmetic runs in its dtype.
-            negative_text_BLD: text states of the unconditional branch, the only thing that it is told otherwise; not
-                needed where ``guidance_scale`` is 1.
+            untold: ``text`` of the unconditional branch, the only thing that it is told otherwise; not needed where
+                ``guidance_scale`` is 1.
             generator: of the fresh noise that ``sample.eta`` asks for.
         """
         sample, last = self.sample, self.schedule.train_steps - 1
-        if guidance_scale > 1 and negative_text_BLD is None:
+        if guidance_scale > 1 and untold is None:
             raise InputError(f"guidance scale is {guidance_scale}, expected text states of the negative prompt")
-        negative = condition["text"] if negative_text_BLD is None else negative_text_BLD.to(condition["text"])
+        negative = condition["text"] if untold is None else untold["text"].to(condition["text"])
         branches = (Condition(condition, text=negative), condition)
         x_T = self.start(condition, noise)
         if sample.solver == "ddim":

@@ -78,6 +78,7 @@ RESERVED = frozenset(
         *("id", "object", "status", "progress", "step", "created_at", "started_at", "completed_at", "expires_at"),
         *("deadline_at", "error", "deleted", "input_reference", "model", "prompt", "size", "seconds", "timeout"),
         *("image", "inputs", "bundle", "output", "save_latents", "device", "help", "recipe"),
+        *("fps", "frames", "cinemo_version"),
     )
 )
 

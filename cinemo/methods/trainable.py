@@ -1,4 +1,4 @@
-"""What of a method learns: everything (Cinemo, section 3.1), its temporal layers, or LoRA."""
+"""What of a method learns: everything (Cinemo, section 3.1), a part of it that has a name, or LoRA."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ def mark_trainable(method: Method, train: TrainConfig) -> None:
             for name in add_lora(network, train):
                 network.get_submodule(f"{name}.lora_A").requires_grad_(True)
                 network.get_submodule(f"{name}.lora_B").requires_grad_(True)
-    elif train.trainable == "temporal":
-        for network in method.networks.values():
-            for name, parameter in network.named_parameters():
-                parameter.requires_grad_(method.is_temporal(name))
+    elif train.trainable != "all":
+        for name, parameter in method.named_parameters():
+            parameter.requires_grad_(method.learns(name, train.trainable))
 
 
 def check_trainable(recipe: Recipe, method: type[Method]) -> None:

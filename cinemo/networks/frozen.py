@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,8 @@ _TEMPORAL_CHUNK = 14
 
 
 Statistics = tuple[Sequence[float], Sequence[float]]
+Picture = np.ndarray | Tensor | None
+"""For `ImageEncoder`: uint8 RGB (H, W, 3); its own tokens (L, D) of one; or None, one of zeros in -1..1 (grey)."""
 
 
 class Vae:
@@ -198,6 +201,11 @@ class TextEncoder:
     Args:
         location: directory of the text model (``config.json``, weights).
         tokenizer: directory of its tokenizer.
+        layers: how many of its layers run before the final norm; None: all. Networks often see what 23 of OpenCLIP's 24
+            make, and some folders hold no more than these.
+
+    Raises:
+        InputError: something is missing in the directories, or the model has fewer layers.
     """
 
     def __init__(
@@ -206,6 +214,7 @@ class TextEncoder:
         tokenizer: str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        layers: int | None = None,
     ) -> None:
         from transformers import CLIPTextModel, CLIPTokenizer
         from transformers.utils.logging import disable_progress_bar
@@ -217,6 +226,11 @@ class TextEncoder:
         _require_one(words, tokenizer, "tokenizer.json", "vocab.json")
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(words)
         self.network: Any = CLIPTextModel.from_pretrained(directory, dtype=dtype)
+        if layers is not None:
+            there = getattr(self.network, "text_model", self.network).encoder.layers
+            if len(there) < layers:
+                raise InputError(f"{location}: has {len(there)} layers, expected at least {layers}")
+            del there[layers:]
         self.network.to(device).eval().requires_grad_(False)
         positions = config.get(
             "max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings", 77)
@@ -263,15 +277,42 @@ class ImageEncoder:
         `CLIPImageProcessor` with a square size and no crop: a wide frame is squeezed, not cut, as DynamiCrafter's
         weights saw it, so that tokens speak of all that the latents show.
         """
-        resized = Image.fromarray(image_HWC).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return self.square(image_HWC, self.side)
+
+    @classmethod
+    def square(cls, image_HWC: np.ndarray, side: int) -> Tensor:
+        """`prepare` for a model of this side."""
+        resized = Image.fromarray(image_HWC).resize((side, side), Image.Resampling.BICUBIC)
         pixels_HWC = np.asarray(resized, np.float32) / np.float32(255)
-        normal_HWC = (pixels_HWC - np.array(self.MEAN, np.float32)) / np.array(self.DEVIATION, np.float32)
+        normal_HWC = (pixels_HWC - np.array(cls.MEAN, np.float32)) / np.array(cls.DEVIATION, np.float32)
         return torch.from_numpy(np.ascontiguousarray(normal_HWC.transpose(2, 0, 1)))
 
     @torch.no_grad()
     def encode(self, images_BHWC: Sequence[np.ndarray]) -> Tensor:
         """Last hidden states (B, L, D), L the class token and then every patch: before the last norm and projection."""
-        pixels_BCHW = torch.stack([self.prepare(image) for image in images_BHWC])
+        return self._states(torch.stack([self.prepare(image) for image in images_BHWC]))
+
+    def tokens(self, pictures: Sequence[Picture]) -> Tensor:
+        """(B, L, D) on the network's device: `encode` of those that are not tokens yet; grey is encoded once."""
+        device, dtype = self.network.device, self.network.dtype
+        pixels = [picture for picture in pictures if isinstance(picture, np.ndarray)]
+        made = iter(self.encode(pixels) if pixels else ())
+        rows = []
+        for picture in pictures:
+            if isinstance(picture, Tensor):
+                rows.append(picture.to(device, dtype, non_blocking=True))
+            else:
+                rows.append(self.grey_LD if picture is None else next(made))
+        return torch.stack(rows)
+
+    @functools.cached_property
+    def grey_LD(self) -> Tensor:
+        """What it makes of zeros in -1..1: what DynamiCrafter's unconditional branch is shown."""
+        level_C11 = (0.5 - torch.tensor(self.MEAN).view(-1, 1, 1)) / torch.tensor(self.DEVIATION).view(-1, 1, 1)
+        return self._states(level_C11.expand(1, 3, self.side, self.side))[0]
+
+    @torch.no_grad()
+    def _states(self, pixels_BCHW: Tensor) -> Tensor:
         states: Tensor = self.network(pixels_BCHW.to(self.network.device, self.network.dtype)).last_hidden_state
         return states
 

@@ -11,7 +11,8 @@ from tiny import save_encoders, save_image_encoder
 from cinemo.config import DataConfig, Recipe
 from cinemo.data.precompute.graph import run
 from cinemo.media.mp4 import write_video
-from cinemo.recipes import cinemo_tiny, override
+from cinemo.recipes import override
+from cinemo.recipes.cinemo import cinemo_tiny
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,7 @@ def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def field_recipe(small_recipe: Recipe, image_encoder: Path) -> Recipe:
     """Two views of a clip, and every field there is."""
-    fields = '["text_states", "first_frame", "image_tokens", "flow"]'
+    fields = '["text_states", "first_frame", "frames", "image_tokens", "frame_tokens", "flow"]'
     changes = ["data.views=2", f"encoders.image_encoder={image_encoder}", f"data.fields={fields}"]
     return override(small_recipe, changes)
 

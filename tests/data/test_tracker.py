@@ -8,7 +8,7 @@ import pytest
 
 from cinemo.data.precompute.progress import Figures
 from cinemo.data.precompute.tracker import tracked
-from cinemo.recipes import cinemo_tiny
+from cinemo.recipes.cinemo import cinemo_tiny
 
 FIGURES = Figures(100, 30, 20, 10, 1, 10, 5.0, 2.5, 0.5, {"decode": 0.9, "encode": 0.4}, {"missing": 3})
 SUMMARY = {

@@ -16,7 +16,7 @@ import pytest
 
 from cinemo import cli, storage
 from cinemo.config import Recipe
-from cinemo.data.dataset import shards
+from cinemo.data.dataset import shards, sidecars
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.verify import canary, verify
 from cinemo.recipes import override
@@ -49,7 +49,7 @@ def fix_up(dataset: Path, shard: int) -> None:
     tar = dataset / f"shards/shard-{shard:06d}.tar"
     digest = hashlib.sha256(tar.read_bytes()).hexdigest()
     change_json(tar.with_suffix(".json"), lambda record: record.update(sha256=digest))
-    for name in ("text_states", "first_frame", "image_tokens", "flow"):
+    for name in sidecars.EXTENSIONS:
         place = dataset / f"fields/{name}/shard-{shard:06d}.json"
         change_json(place, lambda record: record.update(shard_sha256=digest))
     index_again(dataset)

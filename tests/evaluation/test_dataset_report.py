@@ -19,7 +19,8 @@ from cinemo.evaluation import dataset_report
 from cinemo.evaluation.dataset_report import equal_population_edges, write_dataset_report
 from cinemo.media.motion import motion_bucket
 from cinemo.media.mp4 import write_video
-from cinemo.recipes import cinemo_tiny, override
+from cinemo.recipes import override
+from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.types import LatentSample, Refusal
 
 SUMMARY = {

@@ -16,7 +16,7 @@ from cinemo.media.motion import MORE_MOTION, STILLER, UNIFORM_EDGES, MotionScale
 from cinemo.media.synthetic import render_clip
 from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.weights import load_unet
-from cinemo.recipes import cinemo_tiny
+from cinemo.recipes.cinemo import cinemo_tiny
 
 
 def test_tables_of_either_kind_and_of_none() -> None:

@@ -31,7 +31,7 @@ def test_motion_buckets_span_the_dataset(index: DatasetIndex, tmp_path: Path) ->
 
 def test_the_page_holds_everything_and_escapes_what_users_wrote(index: DatasetIndex, tmp_path: Path) -> None:
     image = np.zeros((32, 48, 3), np.uint8)
-    samples = [Sample(image, prompt, bucket, b"mp4") for prompt in ("<b>ball</b>", "sky") for bucket in (1, 7)]
+    samples = [Sample(image, prompt, f"motion bucket {b}", b"mp4") for prompt in ("<b>ball</b>", "sky") for b in (1, 7)]
     figures = {name: bar for name, (_, bar) in BARS.items()} | {"clips_of_each_kind": 8}
     given = {"unexplained": 0.111, "unexplained_other_prompt": 0.888, "unexplained_other_bucket": 0.999}
     tuned = figures | {"pan_flow_gain": 0.8125, "given": given}

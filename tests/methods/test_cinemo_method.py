@@ -216,7 +216,7 @@ def test_sampling_end_to_end_is_deterministic() -> None:
 
     def sample() -> Tensor:
         with torch.inference_mode():
-            return run(method, method.sampling(data.condition, torch.zeros(2, 7, 12), noise, 4, 7.5))
+            return run(method, method.sampling(data.condition, Condition(text=torch.zeros(2, 7, 12)), noise, 4, 7.5))
 
     video = sample()
     assert torch.equal(video, sample())

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo import cli
-from cinemo.methods import Input, controls_of, method_named, motion_control, served_controls
+from cinemo.methods import Input, at_motion, controls_of, method_named, served_controls
 from cinemo.methods.cinemo import CinemoControls, CinemoMethod
 from cinemo.methods.controls import Controls, FastSampling, check_names, control, expectation
-from cinemo.recipes import RECIPES, cinemo_tiny
+from cinemo.recipes import RECIPES
+from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.serving.http.form import form_schema
 from cinemo.types import InputError
 
@@ -104,7 +105,7 @@ def test_a_share_of_motion_is_a_bucket_and_a_source_brings_its_own_defaults() ->
 
 
 def test_a_method_says_which_control_is_motion_and_which_ways_to_be_fast_it_has() -> None:
-    assert motion_control(TINY) == CinemoControls.motion == "motion_bucket"
+    assert [at_motion(TINY, level) for level in (0, 19)] == [{"motion_bucket": 0}, {"motion_bucket": 19}]
     assert Controls.motion is None
     assert FastSampling.model_fields.keys() - Controls.model_fields.keys() == {
         "solver", "guidance_interval", "reuse_features",

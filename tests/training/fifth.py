@@ -68,6 +68,7 @@ class FifthMethod(Method):
     inputs: ClassVar[Mapping[str, Input]] = {"last_image": Input("image", "the picture to end at")}
     needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     parts: ClassVar[tuple[str, ...]] = ("painter",)
+    untold: ClassVar[Example] = Example({}, {"words": ""})
     variants: ClassVar[Mapping[str, Mapping[str, float]]] = {"slow": {"pace": 0.5}, "fast": {"pace": 2.0}}
 
     def __init__(self, painter: Painter, schedule: NoiseSchedule) -> None:
@@ -107,12 +108,12 @@ class FifthMethod(Method):
         return Example({"pace": torch.tensor(sample.fps / 24)}, {"words": caption})
 
     @classmethod
-    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], texts: Mapping[str, Tensor]) -> Condition:
-        return Condition(picture=video_BCFHW[:, :, 0], words=texts["words"], pace=fields["pace"])
+    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Condition:
+        return Condition(picture=video_BCFHW[:, :, 0], words=states["words"], pace=fields["pace"])
 
-    @staticmethod
-    def is_temporal(name: str) -> bool:
-        return name.startswith("pace")
+    @classmethod
+    def learns(cls, name: str, trainable: str) -> bool:
+        return trainable == "temporal" and name.startswith("painter.pace")
 
     def target(self, batch: LatentBatch) -> Tensor:
         return batch.video_BCFHW.float()
@@ -137,13 +138,13 @@ class FifthMethod(Method):
     def sampling(
         self,
         condition: Condition,
-        negative_text_BLD: Tensor | None,
+        untold: Condition | None,
         noise: Tensor,
         steps: int,
         guidance_scale: float,
         generator: torch.Generator | None = None,
     ) -> Sampling:
-        words = condition["words"] if negative_text_BLD is None else negative_text_BLD
+        words = condition["words"] if untold is None else untold["words"]
         still = Condition(condition, words=words, pace=torch.zeros_like(condition["pace"]))
         branches = (still, Condition(condition, words=words), condition)
         queries = ddim_steps(noise, self.schedule, steps, spacing="trailing")
@@ -163,4 +164,4 @@ class FifthMethod(Method):
         shape = (1, channels, recipe.data.frames, h, w)
         noise = torch.randn(shape, generator=keyed_generator(settings["seed"], "noise"))
         steps = settings["steps"]
-        return self.sampling(condition, negative_BLD, noise, steps, settings["guidance_scale"]), steps
+        return self.sampling(condition, Condition(words=negative_BLD), noise, steps, settings["guidance_scale"]), steps

@@ -13,7 +13,7 @@ from cinemo.config import Recipe
 from cinemo.methods import build_method
 from cinemo.recipes import override
 from cinemo.training.plan import cost
-from cinemo.training.run.batch import TextStates, host_batch, on_device
+from cinemo.training.run.batch import FrozenStates, host_batch, on_device
 from tests.training.conftest import moving_samples
 
 
@@ -28,7 +28,7 @@ def test_flops_are_those_of_a_real_step(small: Recipe) -> None:
     for parameter in method.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     batch = on_device(
-        host_batch(moving_samples(1), 0, small), TextStates(Silence()), torch.device("cpu"), torch.float32
+        host_batch(moving_samples(1), 0, small), FrozenStates(Silence()), torch.device("cpu"), torch.float32
     )
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as real:
         loss = method(*batch)
@@ -55,7 +55,7 @@ def test_counting_leaves_nothing_behind(small: Recipe) -> None:
     cost.sample_flops(small)
     method = build_method(small).eval()
     batch = on_device(
-        host_batch(moving_samples(1), 0, small), TextStates(Silence()), torch.device("cpu"), torch.float32
+        host_batch(moving_samples(1), 0, small), FrozenStates(Silence()), torch.device("cpu"), torch.float32
     )
     with torch.no_grad():
         assert torch.isfinite(method(*batch))

@@ -24,7 +24,8 @@ from cinemo.methods import build_method, mark_trainable
 from cinemo.methods.cinemo import CinemoMethod, CinemoTrain
 from cinemo.networks.lavie_unet import LavieUNet, is_temporal
 from cinemo.networks.weights import load_unet, save_network
-from cinemo.recipes import cinemo_320x512, override
+from cinemo.recipes import override
+from cinemo.recipes.cinemo import cinemo_320x512
 from cinemo.training.checkpoint import checkpoints, export, shares
 from cinemo.training.checkpoint.shares import WEIGHT, Fragment
 from cinemo.training.run.averaging import EMA

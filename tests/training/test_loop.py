@@ -19,7 +19,7 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.statistics import latent_statistics, with_statistics
 from cinemo.data.loading.loader import LatentLoader, StepBatch
 from cinemo.methods import build_method
-from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.frozen import Vae
 from cinemo.training.report.metrics import Report
 from cinemo.training.run import batch as batches
 from cinemo.training.run.dataset_check import check_dataset
@@ -131,7 +131,9 @@ def test_a_batch_holds_what_was_stored(small: Recipe) -> None:
     assert np.array_equal(made.video_BCFHW[1].transpose(0, 1).numpy(), samples[1].latents_FCHW.astype(np.float32))
     assert made.bucket_B.tolist() == sorted(made.bucket_B.tolist())  # their motion grows
     assert made.texts["text"] == ("a dog", "a red car", "waves")
-    on_device, t_B, noise = batches.on_device(made, batches.TextStates(Letters()), torch.device("cpu"), torch.bfloat16)
+    on_device, t_B, noise = batches.on_device(
+        made, batches.FrozenStates(Letters()), torch.device("cpu"), torch.bfloat16
+    )
     assert torch.equal(on_device.condition["image"], made.video_BCFHW[:, :, 0])
     assert on_device.condition["text"].dtype == torch.bfloat16
     assert (t_B.shape, noise.dtype) == ((3,), torch.float32)
@@ -179,7 +181,7 @@ def test_images_and_motion_are_dropped_on_their_own(small: Recipe) -> None:
     plain = batches.host_batch(moving_samples(8), drawn.index(one), small)
     for name in ("video_BCFHW", "bucket_B", "t_B", "noise_BCFHW"):
         assert torch.equal(getattr(one, name), getattr(plain, name)), name
-    batch, _, _ = batches.on_device(one, batches.TextStates(Letters()), torch.device("cpu"), torch.float32)
+    batch, _, _ = batches.on_device(one, batches.FrozenStates(Letters()), torch.device("cpu"), torch.float32)
     assert torch.equal(batch.video_BCFHW, one.video_BCFHW)
     for place, given in enumerate(one.fields["image_given"]):
         expected = one.video_BCFHW[place, :, 0] if given else torch.zeros(4, 4, 4)
@@ -225,7 +227,7 @@ def test_offset_noise_is_one_value_a_channel(small: Recipe) -> None:
 def test_text_states_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "TEXT_CACHE", 2)
     encoder = Letters()
-    text = batches.TextStates(encoder)
+    text = batches.FrozenStates(encoder).texts
     assert text(["", "dog", "", "dog"])[:, 0, 0].tolist() == [0, 3, 0, 3]
     assert text(["dog", ""])[:, 0, 0].tolist() == [3, 0]
     assert encoder.asked == ["", "dog"]
@@ -250,7 +252,7 @@ def _train(recipe: Recipe, dataset: str, start: int = 0, made: Engine | None = N
     loader = LatentLoader(
         DatasetIndex.load(dataset), global_batch=recipe.train.global_batch, lanes=recipe.train.lanes, seed=0
     )
-    text = batches.TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
+    text = batches.FrozenStates.of(recipe)
     reports: list[Report] = []
     train(recipe, made, loader.batches(start), text, start, on_report=reports.append)
     return reports
@@ -272,7 +274,7 @@ def test_what_is_called_when(small: Recipe, dataset: str) -> None:
     made = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
     calls: list[tuple[str, int]] = []
     loader = LatentLoader(DatasetIndex.load(dataset), global_batch=4, lanes=2, seed=0)
-    text = batches.TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
+    text = batches.FrozenStates.of(recipe)
     train(
         recipe,
         made,
@@ -313,7 +315,7 @@ def test_a_loss_that_is_no_number_stops_the_run(small: Recipe, dataset: str) -> 
 def test_what_is_left_out_leaves_the_mean_of_the_rest(small: Recipe) -> None:
     """Loss and gradient are those of the samples that are there; without any, the step changes nothing."""
     first, second, other, _ = moving_samples(4)
-    text = batches.TextStates(TextEncoder(small.encoders.text_encoder, small.encoders.tokenizer))
+    text = batches.FrozenStates.of(small)
 
     def step(batch: StepBatch, **changed: object) -> tuple[Report, torch.Tensor]:
         torch.manual_seed(0)
@@ -338,7 +340,7 @@ def test_what_is_left_out_leaves_the_mean_of_the_rest(small: Recipe) -> None:
 @pytest.mark.usefixtures("process_group")
 def test_data_of_another_step_is_refused(small: Recipe) -> None:
     made = Engine(build_method(small), small.train, torch.device("cpu"))
-    text = batches.TextStates(Letters())
+    text = batches.FrozenStates(Letters())
     with pytest.raises(RunError, match="expected the batch of step 3, got 0"):
         train(small, made, [StepBatch(0, 0, moving_samples(4))], text, start_step=3)
     with pytest.raises(RunError, match="expected the batch of step 0, got none"):

@@ -15,9 +15,9 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import build_method
-from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.frozen import Vae
 from cinemo.training.report import sheets
-from cinemo.training.run.batch import TextStates
+from cinemo.training.run.batch import FrozenStates
 
 
 def test_first_samples(dataset: str) -> None:
@@ -38,7 +38,7 @@ def test_held_out_shards_may_be_empty(tmp_path: Path) -> None:
 def test_a_sheet_and_its_videos(dataset: str, small: Recipe, tmp_path: Path) -> None:
     torch.manual_seed(0)
     samples = sheets.first_samples(DatasetIndex.load(dataset), 2)
-    text = TextStates(TextEncoder(small.encoders.text_encoder, small.encoders.tokenizer))
+    text = FrozenStates.of(small)
     method = build_method(small).eval()
     torch.nn.init.normal_(method.unet.add_embedding.linear_2.weight)  # zero in a fresh network: buckets have no effect
     made = sheets.sheet_latents(small, method, text, samples, torch.device("cpu"))

@@ -18,11 +18,10 @@ from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import HeldOut, LatentLoader
 from cinemo.methods import build_method
-from cinemo.networks.frozen import TextEncoder
 from cinemo.recipes import override
 from cinemo.training.report.metrics import Losses, Report
 from cinemo.training.report.validation import LEAST, MOST, STRATA, Validation, plan_draws
-from cinemo.training.run.batch import TextStates
+from cinemo.training.run.batch import FrozenStates
 from cinemo.training.run.engine import Engine
 from cinemo.training.run.loop import train
 from cinemo.types import InputError, RunError
@@ -80,8 +79,8 @@ class Counting(torch.nn.Module):
         return self.method(*arguments, **options)  # type: ignore[no-any-return]
 
 
-def _text(recipe: Recipe) -> TextStates:
-    return TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
+def _text(recipe: Recipe) -> FrozenStates:
+    return FrozenStates.of(recipe)
 
 
 def _validation(recipe: Recipe, engine: object, dataset: str) -> Validation:

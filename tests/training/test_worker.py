@@ -25,7 +25,6 @@ from cinemo.data.loading.loader import HeldOut, LatentLoader
 from cinemo.media.motion import STILLER
 from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoTrain
-from cinemo.networks.frozen import TextEncoder
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import save_network
 from cinemo.recipes import override
@@ -35,7 +34,7 @@ from cinemo.training.report.progress import SUMMARY_FILE
 from cinemo.training.report.validation import Validation
 from cinemo.training.run import worker
 from cinemo.training.run.base_weights import base_networks, check_base
-from cinemo.training.run.batch import TextStates
+from cinemo.training.run.batch import FrozenStates
 from cinemo.training.run.dataset_check import dataset_digest
 from cinemo.training.run.engine import Engine
 from cinemo.training.run.loop import train
@@ -131,7 +130,7 @@ def _reference(recipe: Recipe, data: str) -> list[Report]:
     engine = Engine(build_method(alone), settings, torch.device("cpu"))
     index = DatasetIndex.load(data)
     loader = LatentLoader.of(index, settings)
-    text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer))
+    text = FrozenStates.of(recipe)
     reports: list[Report] = []
     validation = Validation(alone, engine, text, HeldOut.of(index, alone.train))
     train(alone, engine, loader.batches(), text, on_report=reports.append, validate=validation)

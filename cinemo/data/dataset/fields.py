@@ -1,8 +1,9 @@
 """What may be stored beside the latents, what each field depends on, and the steps that make it (Ray-free).
 
 ``text_states``: last hidden states (L, D) of the text encoder for the caption, float16, padded to its full length.
-``first_frame``: the first frame as JPEG.
-``image_tokens``: last hidden states (L, D) of CLIP's image encoder for the first frame, float16.
+``first_frame``: the first frame as JPEG. ``frames``: all of them, in one tall picture (`media.stills`).
+``image_tokens``: last hidden states (L, D) of CLIP's image encoder for the first frame, float16; ``frame_tokens``
+(F, L, D) for every frame.
 ``flow``: optical flow between stored frames at the latents' resolution, float16 (F-1, 2, h, w): `media.flow`.
 
 A row is one shard: so a shard's bytes depend on nothing beside it. Frames are decoded again where a field needs them,
@@ -11,7 +12,6 @@ the very ones that ``KEY.json`` names.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import time
@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from cinemo import storage
 from cinemo.config import DataConfig, EncodersConfig, Recipe
@@ -30,17 +29,18 @@ from cinemo.data.dataset import shards, sidecars
 from cinemo.data.dataset.identity import RESIZE, digest, encoder_dtype
 from cinemo.data.dataset.shards import Members
 from cinemo.data.precompute.stages import use_one_thread
-from cinemo.media import flow
+from cinemo.media import flow, stills
 from cinemo.media.video import read_frames
+from cinemo.methods import method_class
 from cinemo.networks.frozen import ImageEncoder, TextEncoder, check_image_encoder, network_digest
 from cinemo.networks.weights import weights_digest
 from cinemo.types import ClipError, InputError
 
 # Raise a field's number when the same recipe no longer gives the same bytes of it.
-VERSIONS = {"text_states": 1, "first_frame": 1, "image_tokens": 1, "flow": 1}
-JPEG = {"quality": 95, "subsampling": 0}  # 0: full chroma
-ENCODED = frozenset({"text_states", "image_tokens"})
-_DECODED = frozenset({"first_frame", "image_tokens", "flow"})
+VERSIONS = {"text_states": 1, "first_frame": 1, "image_tokens": 1, "flow": 1, "frames": 1, "frame_tokens": 1}
+ENCODED = frozenset({"text_states", "image_tokens", "frame_tokens"})
+_DECODED = frozenset({"first_frame", "image_tokens", "flow", "frames", "frame_tokens"})
+_EVERY_FRAME = frozenset({"flow", "frames", "frame_tokens"})
 # Encoders always see so many inputs at once, the last ones repeated to fill up: kernels of one shape for all of them.
 _TEXTS, _IMAGES = 16, 8
 
@@ -89,12 +89,16 @@ def identity(field: str, recipe: Recipe) -> tuple[str, dict[str, Any]]:
                 "text_encoder": network_digest(encoders.text_encoder),
                 "tokenizer": weights_digest(encoders.tokenizer),
             }
+            if (layers := method_class(recipe).text_layers(recipe)) is not None:
+                covers |= {"layers": layers}
         case "first_frame":
-            covers |= {"jpeg": JPEG}
-        case "image_tokens":
+            covers |= {"jpeg": stills.JPEG}
+        case "frames":
+            covers |= {"jpeg": stills.JPEG, "frames": data.frames}
+        case "image_tokens" | "frame_tokens":
             if encoders.image_encoder is None:
                 raise InputError(
-                    "data.fields has image_tokens, but encoders.image_encoder is not set: expected the directory of a "
+                    f"data.fields has {field}, but encoders.image_encoder is not set: expected the directory of a "
                     "CLIPVisionModel"
                 )
             check_image_encoder(encoders.image_encoder)
@@ -102,6 +106,8 @@ def identity(field: str, recipe: Recipe) -> tuple[str, dict[str, Any]]:
                 "image_encoder": network_digest(encoders.image_encoder),
                 "preprocessing": ImageEncoder.PREPROCESSING,
             }
+            if field == "frame_tokens":
+                covers |= {"frames": data.frames}
         case "flow":
             covers |= {"frames": data.frames, "method": flow.METHOD}
     return digest(covers), covers
@@ -146,13 +152,20 @@ def decode_again(views: Sequence[Mapping[str, Any]], data: DataConfig, frames: i
 class Encoder:
     """Adds the fields that a network makes. Build one in each process that encodes."""
 
-    def __init__(self, fields: Sequence[str], encoders: EncodersConfig, size: tuple[int, int], dtype: str) -> None:
+    def __init__(
+        self,
+        fields: Sequence[str],
+        encoders: EncodersConfig,
+        size: tuple[int, int],
+        dtype: str,
+        text_layers: int | None = None,
+    ) -> None:
         use_one_thread()
         self.size = size
         device, precision = "cuda" if dtype == "float16" else "cpu", getattr(torch, dtype)
         if "text_states" in fields:
-            self.text = TextEncoder(encoders.text_encoder, encoders.tokenizer, device, precision)
-        if "image_tokens" in fields and encoders.image_encoder is not None:
+            self.text = TextEncoder(encoders.text_encoder, encoders.tokenizer, device, precision, text_layers)
+        if not {"image_tokens", "frame_tokens"}.isdisjoint(fields) and encoders.image_encoder is not None:
             self.image = ImageEncoder(encoders.image_encoder, device, precision)
 
     def __call__(self, made: pa.Table) -> pa.Table:
@@ -163,21 +176,35 @@ class Encoder:
                 row["text_states"] = self.text_states(row["captions"])
             if "image_tokens" in row["fields"]:
                 row["image_tokens"] = self.image_tokens(row["pixels"])
-                row["pixels"] = None
+            if "frame_tokens" in row["fields"]:
+                row["frame_tokens"] = self.frame_tokens(row["pixels"])
+            row["pixels"] = None
             rows.append({**row, "encode_seconds": time.perf_counter() - started})
         return pa.Table.from_pylist(rows, MADE)
 
     def text_states(self, captions: Sequence[str]) -> list[bytes | None]:
         """A .npy file for each caption; equal captions (views of one clip) are encoded once."""
         unique = list(dict.fromkeys(captions))
-        states = dict(zip(unique, _in_batches(unique, _TEXTS, self.text.encode), strict=True))
+        states = dict(zip(unique, map(_file, _in_batches(unique, _TEXTS, self.text.encode)), strict=True))
         return [states[caption] for caption in captions]
 
     def image_tokens(self, pixels: Sequence[bytes | None]) -> list[bytes | None]:
         """A .npy file for each first frame that there is."""
-        present = [np.frombuffer(frame, np.uint8).reshape(*self.size, 3) for frame in pixels if frame is not None]
+        present = [self._frames(content)[0] for content in pixels if content is not None]
         tokens = iter(_in_batches(present, _IMAGES, self.image.encode))
-        return [None if frame is None else next(tokens) for frame in pixels]
+        return [None if content is None else _file(next(tokens)) for content in pixels]
+
+    def frame_tokens(self, pixels: Sequence[bytes | None]) -> list[bytes | None]:
+        """A .npy file for the frames of each sample that there is."""
+        return [
+            None
+            if content is None
+            else _file(np.stack([*_in_batches(list(self._frames(content)), _IMAGES, self.image.encode)]))
+            for content in pixels
+        ]
+
+    def _frames(self, content: bytes) -> np.ndarray:
+        return np.frombuffer(content, np.uint8).reshape(-1, *self.size, 3)
 
 
 def commit(made: pa.Table, dataset: str, fingerprints: Mapping[str, str]) -> pa.Table:
@@ -210,8 +237,9 @@ def _pictures(
     samples: Sequence[Mapping[str, Any]], fields: Sequence[str], data: DataConfig, cells: Sequence[int]
 ) -> dict[str, list[Any]]:
     """Columns of a shard that follow from its frames; views of a clip are decoded in one pass."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("faults", "pixels", "first_frame", "flow")}
-    frames = data.frames if "flow" in fields else 1
+    columns: dict[str, list[Any]] = {name: [] for name in ("faults", "pixels", "first_frame", "frames", "flow")}
+    frames = 1 if _EVERY_FRAME.isdisjoint(fields) else data.frames
+    shown = data.frames if "frame_tokens" in fields else "image_tokens" in fields  # how many an encoder will see
     for _, group in itertools.groupby(samples, key=lambda sample: sample["clip_id"]):
         views = list(group)
         try:
@@ -220,30 +248,26 @@ def _pictures(
         except ClipError as error:
             decoded, fault = [None] * len(views), error.reason
         for frames_FHWC in decoded:
-            first = None if frames_FHWC is None else frames_FHWC[0]
-            columns["faults"].append(fault)
-            columns["pixels"].append(first.tobytes() if first is not None and "image_tokens" in fields else None)
-            columns["first_frame"].append(_jpeg(first) if first is not None and "first_frame" in fields else None)
-            if frames_FHWC is not None and "flow" in fields:
-                motion = flow.dense_flow(frames_FHWC, (cells[0], cells[1]))
-                columns["flow"].append(sidecars.array_bytes(motion))
-            else:
-                columns["flow"].append(None)
+            made = dict.fromkeys(columns, None) | {"faults": fault}
+            if frames_FHWC is not None:
+                made["pixels"] = frames_FHWC[:shown].tobytes() if shown else None
+                made["first_frame"] = stills.jpeg(frames_FHWC[0]) if "first_frame" in fields else None
+                made["frames"] = stills.jpeg_strip(frames_FHWC) if "frames" in fields else None
+                if "flow" in fields:
+                    made["flow"] = sidecars.array_bytes(flow.dense_flow(frames_FHWC, (cells[0], cells[1])))
+            for name, value in made.items():
+                columns[name].append(value)
     return columns
 
 
-def _jpeg(frame_HWC: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(frame_HWC).save(buffer, "JPEG", **JPEG)
-    return buffer.getvalue()
-
-
-def _in_batches(
-    inputs: Sequence[T], size: int, encode: Callable[[Sequence[T]], torch.Tensor]
-) -> Iterator[bytes | None]:
-    """A float16 .npy file for each input; None where a state exceeds float16."""
+def _in_batches(inputs: Sequence[T], size: int, encode: Callable[[Sequence[T]], torch.Tensor]) -> Iterator[np.ndarray]:
+    """The float16 states (L, D) of each input."""
     for start in range(0, len(inputs), size):
         batch = list(inputs[start : start + size])
         states_BLD = encode(batch + [batch[-1]] * (size - len(batch))).to(torch.float16).cpu().numpy()
-        for states_LD in states_BLD[: len(batch)]:
-            yield sidecars.array_bytes(states_LD) if np.isfinite(states_LD).all() else None
+        yield from states_BLD[: len(batch)]
+
+
+def _file(states: np.ndarray) -> bytes | None:
+    """Its .npy file; None where a state exceeds float16."""
+    return sidecars.array_bytes(states) if np.isfinite(states).all() else None

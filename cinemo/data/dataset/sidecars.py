@@ -25,7 +25,10 @@ from cinemo.data.dataset.shards import DatasetIndex, shard_name
 from cinemo.types import InputError
 
 SCHEMA_VERSION = 1
-EXTENSIONS = {"text_states": "npy", "first_frame": "jpg", "image_tokens": "npy", "flow": "npy"}
+EXTENSIONS = {"text_states": "npy", "image_tokens": "npy", "frame_tokens": "npy", "flow": "npy"} | {
+    "first_frame": "jpg",
+    "frames": "jpg",
+}
 _READERS = 16
 _BLOCK = tarfile.BLOCKSIZE
 

@@ -27,6 +27,7 @@ from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.lock import hold
 from cinemo.data.precompute.plan import PlannedRows, make_plan
 from cinemo.data.precompute.progress import Figures, describe
+from cinemo.methods import method_class
 from cinemo.types import InputError, RunError
 
 # Decoded frames of one task: small enough that a few tasks in flight fit any object store.
@@ -287,6 +288,7 @@ def _execute_fields(
                 "encoders": _absolute(recipe.encoders),
                 "size": data.size,
                 "dtype": encoder_dtype(recipe),
+                "text_layers": method_class(recipe).text_layers(recipe),
             },
             compute=ActorPoolStrategy(min_size=resources.least_encoders, max_size=resources.encoders),
             **batches,

@@ -24,10 +24,10 @@ from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex, Members, fetch_sample, record_uri
 from cinemo.media.motion import motion_bucket
 from cinemo.media.mp4 import write_video
-from cinemo.methods import Method, method_class, run
+from cinemo.methods import Example, Method, method_class, run
 from cinemo.networks.frozen import Vae
-from cinemo.training.run.batch import TextStates, stored_latents, undropped
-from cinemo.types import LatentSample, RunError, keyed_generator
+from cinemo.training.run.batch import FrozenStates, stored_latents, undropped
+from cinemo.types import Condition, LatentSample, RunError, keyed_generator
 
 STEPS = 20
 _LABEL, _GAP, _COLUMNS = 13, 2, 8
@@ -48,7 +48,7 @@ def first_samples(index: DatasetIndex, count: int, held_out_shards: int = 0) -> 
 
 
 def sheet_latents(
-    recipe: Recipe, method: Method, text: TextStates, samples: Sequence[LatentSample], device: torch.device
+    recipe: Recipe, method: Method, frozen: FrozenStates, samples: Sequence[LatentSample], device: torch.device
 ) -> list[torch.Tensor]:
     """Animated latents (variants, C, F, h, w) of each sample's first frame. Under ZeRO-3 every rank calls this."""
     made, count = [], len(method.variants)
@@ -65,14 +65,14 @@ def sheet_latents(
         condition = method.condition(
             video_CFHW.expand(count, -1, -1, -1, -1),
             {name: field.to(device) for name, field in fields.items()},
-            {slot: text([caption]).expand(count, -1, -1) for slot, caption in example.texts.items()},
+            _states(frozen, example, count),
         )
         channels, frames, h, w = video_CFHW.shape
         generator = keyed_generator(recipe.train.seed, "sheet", sample.key)
         noise_CFHW = torch.randn(method.target_shape((channels, frames, h, w)), generator=generator)
         sampling = method.sampling(
             condition,
-            text([""]).expand(count, -1, -1),
+            Condition(_states(frozen, method.untold, count)),
             noise_CFHW.to(device).expand(count, -1, -1, -1, -1),
             STEPS,
             recipe.sample.guidance_scale,
@@ -82,6 +82,13 @@ def sheet_latents(
             video_BCFHW = run(method, sampling)
         made.append(video_BCFHW)
     return made
+
+
+def _states(frozen: FrozenStates, example: Example, count: int) -> dict[str, torch.Tensor]:
+    """(count, L, D) by slot: what the encoders make of one example, for every variant."""
+    texts = {slot: [text] for slot, text in example.texts.items()}
+    images = {slot: [picture] for slot, picture in example.images.items()}
+    return {slot: states.expand(count, -1, -1) for slot, states in frozen(texts, images).items()}
 
 
 def decoded(

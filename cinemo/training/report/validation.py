@@ -16,7 +16,7 @@ import torch
 from cinemo.config import Recipe
 from cinemo.data.loading.loader import HeldOut
 from cinemo.training.report.metrics import Losses, LossSums
-from cinemo.training.run.batch import HostBatch, TextStates, host_batch, on_device, undropped
+from cinemo.training.run.batch import FrozenStates, HostBatch, host_batch, on_device, undropped
 from cinemo.training.run.engine import Engine
 from cinemo.types import InputError, LatentSample, keyed_generator
 
@@ -50,7 +50,7 @@ class Validation:
     """Measures the loss on held-out samples; every rank makes every call, and all run equally many forward passes.
 
     Args:
-        text: of the training, so that captions seen there are not encoded again.
+        frozen: of the training, so that captions seen there are not encoded again.
         held_out: read here, this rank's share of what `plan_draws` takes. A sample that is lost with its shard counts
             as not there.
 
@@ -58,9 +58,9 @@ class Validation:
         InputError: there are no held-out samples.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, text: TextStates, held_out: HeldOut) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine, frozen: FrozenStates, held_out: HeldOut) -> None:
         self._recipe = undropped(recipe)
-        self._engine, self._text = engine, text
+        self._engine, self._frozen = engine, frozen
         draws = plan_draws(len(held_out), recipe.diffusion.train_steps)
         if not draws:
             raise InputError(
@@ -85,7 +85,7 @@ class Validation:
             part = self._mine[start : start + size]
             batch = _batch([sample for _, sample, _ in part], [draw for draw, _, _ in part], self._recipe)
             with torch.no_grad():
-                inputs = on_device(batch, self._text, engine.device, engine.dtype)
+                inputs = on_device(batch, self._frozen, engine.device, engine.dtype)
                 losses_B = engine.method(*inputs, reduction="none", weighted=False)
             found.add(losses_B, batch, weight_B=torch.tensor([weight for _, _, weight in part]))
         losses, weights = engine.mean(found.sums(engine.device)).tolist()

@@ -21,7 +21,9 @@ class AveragingAdam(torch.optim.Adam):
     initial weights nor a resumed step count leave a trace, and passes 0.99 after 900 steps.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float, **settings: Any) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], decay: float, **settings: Any
+    ) -> None:
         super().__init__(parameters, **settings)
         self.decay = decay
 

@@ -11,7 +11,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from cinemo.config import Recipe
 from cinemo.media.motion import motion_bucket
-from cinemo.methods import Example, Method, method_class
+from cinemo.media.stills import jpeg, jpeg_strip
+from cinemo.methods import Example, Method, image_encoder_place, method_class
+from cinemo.networks.frozen import ImageEncoder, Picture, TextEncoder
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
 TOKENS = 77  # of CLIP's text encoder
@@ -38,7 +40,8 @@ class Encoder(Protocol):
 class HostBatch:
     """One micro batch in host memory, before text encoding.
 
-    ``fields`` and ``texts``: what ``method`` wants to be told of its samples (`cinemo.methods.base.Example`).
+    ``fields``, ``texts`` and ``images``: what ``method`` wants to be told of its samples
+    (`cinemo.methods.base.Example`).
     ``bucket_B``: of the samples themselves, by which losses are reported, whatever the network is told.
     """
 
@@ -49,6 +52,7 @@ class HostBatch:
     t_B: Tensor
     noise_BCFHW: Tensor
     texts: Mapping[str, tuple[str, ...]]
+    images: Mapping[str, tuple[Picture, ...]]
     keys: tuple[str, ...]
 
     def pin(self) -> HostBatch:
@@ -105,6 +109,7 @@ def host_batch(
         torch.stack(steps),
         torch.stack(noises),
         {slot: tuple(example.texts[slot] for example in examples) for slot in examples[0].texts},
+        {slot: tuple(example.images[slot] for example in examples) for slot in examples[0].images},
         tuple(sample.key for sample in samples),
     )
 
@@ -145,15 +150,41 @@ def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     return recipe.data.frames, method_class(recipe).latent_channels(recipe), height // 8, width // 8
 
 
-class TextStates:
-    """Text states of captions, each computed once while it stays among the last `TEXT_CACHE` ones used."""
+class FrozenStates:
+    """What frozen encoders make of texts and pictures; of a caption once, while it stays among the last `TEXT_CACHE`.
 
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
+    Args:
+        image: where the recipe's method needs one.
+    """
+
+    def __init__(self, text: Encoder, image: ImageEncoder | None = None) -> None:
+        self._encoder, self._image = text, image
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __call__(self, captions: Sequence[str]) -> Tensor:
-        """Text states (B, L, D) on the encoder's device."""
+    @classmethod
+    def of(cls, recipe: Recipe, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
+        """With the encoders that a recipe names.
+
+        Raises:
+            InputError: one is missing.
+        """
+        encoders, method = recipe.encoders, method_class(recipe)
+        text = TextEncoder(encoders.text_encoder, encoders.tokenizer, device, dtype, method.text_layers(recipe))
+        needed = "image_encoder" in method.needs
+        return cls(text, ImageEncoder(image_encoder_place(recipe), device, dtype) if needed else None)
+
+    def __call__(
+        self, texts: Mapping[str, Sequence[str]], images: Mapping[str, Sequence[Picture]]
+    ) -> dict[str, Tensor]:
+        """(B, L, D) by slot, on the encoders' device."""
+        states = {slot: self.texts(captions) for slot, captions in texts.items()}
+        if images:
+            assert self._image is not None, "the method shows pictures to an encoder that it does not need"
+            states |= {slot: self._image.tokens(pictures) for slot, pictures in images.items()}
+        return states
+
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Text states (B, L, D)."""
         missing = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
         if missing:
             with torch.no_grad():
@@ -167,21 +198,41 @@ class TextStates:
 
 
 def on_device(
-    batch: HostBatch, text: TextStates, device: torch.device, dtype: torch.dtype
+    batch: HostBatch, frozen: FrozenStates, device: torch.device, dtype: torch.dtype
 ) -> tuple[LatentBatch, Tensor, Tensor]:
-    """(batch, t, noise) on ``device``. Latents and noise stay float32; text states take the network's ``dtype``."""
+    """(batch, t, noise) on ``device``. Latents and noise stay float32; encoded states take the network's ``dtype``."""
     video_BCFHW = batch.video_BCFHW.to(device, non_blocking=True)
     fields = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.fields.items()}
-    texts = {slot: text(captions).to(device, dtype) for slot, captions in batch.texts.items()}
-    made = LatentBatch(video_BCFHW, batch.method.condition(video_BCFHW, fields, texts), batch.keys)
+    states = {slot: states.to(device, dtype) for slot, states in frozen(batch.texts, batch.images).items()}
+    made = LatentBatch(video_BCFHW, batch.method.condition(video_BCFHW, fields, states), batch.keys)
     return made, batch.t_B.to(device, non_blocking=True), batch.noise_BCFHW.to(device, non_blocking=True)
 
 
 def blank_example(recipe: Recipe) -> Example:
     """What the recipe's method makes of a sample of zeros: names, shapes and dtypes of a batch's fields and texts."""
     latents = np.zeros(latent_shape(recipe), np.float16)
-    sample = LatentSample("blank", "blank", "", "", latents, 0.5, 24.0, recipe.data.frame_interval[0], 0)
-    return method_class(recipe).example(recipe, sample, lambda what: keyed_generator(0, what))
+    method, interval = method_class(recipe), recipe.data.frame_interval[0]
+    fields = {field: _blank_field(recipe, field) for field in method.stored_fields(recipe)}
+    sample = LatentSample("blank", "blank", "", "", latents, 0.5, 24.0, interval, 0, fields=fields)
+    return method.example(recipe, sample, lambda what: keyed_generator(0, what))
+
+
+def _blank_field(recipe: Recipe, field: str) -> np.ndarray | bytes:
+    """What a dataset would hold, as `LatentSample.fields` has it."""
+    frames, _, h, w = latent_shape(recipe)
+    method = method_class(recipe)
+    tokens = method.image_tokens(recipe)
+    match field:
+        case "first_frame":
+            return jpeg(np.zeros((*recipe.data.size, 3), np.uint8))
+        case "frames":
+            return jpeg_strip(np.zeros((frames, *recipe.data.size, 3), np.uint8))
+        case "image_tokens" | "frame_tokens":
+            return np.zeros(tokens if field == "image_tokens" else (frames, *tokens), np.float16)
+        case "text_states":
+            return np.zeros((TOKENS, method.text_width(recipe)), np.float16)
+        case _:
+            return np.zeros((frames - 1, 2, h, w), np.float16)
 
 
 def blank_condition(recipe: Recipe, example: Example, video_BCFHW: Tensor, dtype: torch.dtype) -> Condition:
@@ -191,8 +242,13 @@ def blank_condition(recipe: Recipe, example: Example, video_BCFHW: Tensor, dtype
         name: torch.zeros(batch, *field.shape, dtype=field.dtype, device=device)
         for name, field in example.fields.items()
     }
-    text_BLD = torch.zeros(batch, TOKENS, method_class(recipe).text_width(recipe), dtype=dtype, device=device)
-    return method_class(recipe).condition(video_BCFHW, fields, dict.fromkeys(example.texts, text_BLD))
+    method = method_class(recipe)
+    text_BLD = torch.zeros(batch, TOKENS, method.text_width(recipe), dtype=dtype, device=device)
+    states = dict.fromkeys(example.texts, text_BLD)
+    if example.images:
+        tokens_BLD = torch.zeros(batch, *method.image_tokens(recipe), dtype=dtype, device=device)
+        states |= dict.fromkeys(example.images, tokens_BLD)
+    return method.condition(video_BCFHW, fields, states)
 
 
 def dimensions(shape: Sequence[int]) -> str:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cinemo.config import TrainConfig
+from cinemo.methods import Method
 from cinemo.training.checkpoint import shares
 from cinemo.training.checkpoint.partitions import Partitions
 from cinemo.training.run.averaging import AveragingAdam
@@ -54,7 +55,16 @@ def accumulation(train: TrainConfig) -> int:
     return train.global_batch // (train.workers * train.micro_batch)
 
 
-def optimizer(train: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Adam:
+def parameter_groups(method: Method, train: TrainConfig) -> list[dict[str, Any]]:
+    """What learns, by learning rate."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(method.learning_rate(name, train), []).append(parameter)
+    return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
+
+
+def optimizer(train: TrainConfig, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Adam:
     """Adam (Cinemo section 4.1); weight decay is AdamW's, apart from the gradient; with ``ema_decay`` averages too."""
     settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas}
     if not train.gpus_per_worker or train.offload != "none":
@@ -82,7 +92,7 @@ class Engine:
     Needs an initialised torch process group (Ray Train makes one) of ``train.workers`` ranks.
     """
 
-    def __init__(self, method: nn.Module, train: TrainConfig, device: torch.device) -> None:
+    def __init__(self, method: Method, train: TrainConfig, device: torch.device) -> None:
         deepspeed = import_deepspeed(device.type)
         self.device, self.train = device, train
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
@@ -92,7 +102,7 @@ class Engine:
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # Ray Train sets it; DeepSpeed insists on it
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         method.to(device)
-        self._adam = optimizer(train, [p for p in method.parameters() if p.requires_grad])
+        self._adam = optimizer(train, parameter_groups(method, train))
         self._engine, _, _, self._schedule = deepspeed.initialize(
             model=method,
             optimizer=self._adam,
@@ -119,7 +129,7 @@ class Engine:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next optimiser step."""
+        """The learning rate of the next optimiser step: of the first parameters, where a method has several."""
         return float(self._schedule.get_last_lr()[0])
 
     @property
@@ -186,9 +196,9 @@ class Engine:
         return dict(stored.record["client"])
 
     def _set_schedule(self, steps: int) -> None:
-        lr = self.train.lr * lr_factor(self.train, steps)
-        self._schedule.load_state_dict(self._schedule.state_dict() | {"last_epoch": steps, "_last_lr": [lr]})
-        for group in self._adam.param_groups:
+        rates = [group["initial_lr"] * lr_factor(self.train, steps) for group in self._adam.param_groups]
+        self._schedule.load_state_dict(self._schedule.state_dict() | {"last_epoch": steps, "_last_lr": rates})
+        for group, lr in zip(self._adam.param_groups, rates, strict=True):
             group["lr"] = lr
 
 

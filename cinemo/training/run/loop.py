@@ -20,7 +20,7 @@ from torch import Tensor
 from cinemo.config import Recipe
 from cinemo.data.loading.loader import StepBatch
 from cinemo.training.report.metrics import Losses, Report, Window
-from cinemo.training.run.batch import HostBatch, TextStates, host_batch, on_device
+from cinemo.training.run.batch import FrozenStates, HostBatch, host_batch, on_device
 from cinemo.training.run.engine import Engine
 from cinemo.types import RunError
 
@@ -32,7 +32,7 @@ def train(
     recipe: Recipe,
     engine: Engine,
     batches: Iterable[StepBatch],
-    text: TextStates,
+    frozen: FrozenStates,
     start_step: int = 0,
     on_report: Callable[[Report], None] = lambda report: None,
     on_checkpoint: Callable[[int], None] = lambda step: None,
@@ -69,7 +69,7 @@ def train(
             # Where damaged shards are left out, the mean is over the samples that are there, on all ranks together.
             share = _share(engine, settings.global_batch, got[1]) if settings.on_damaged == "skip" else 1.0
             for micro, weights_B in got[1]:
-                losses_B = engine.loss(*on_device(micro, text, engine.device, engine.dtype))
+                losses_B = engine.loss(*on_device(micro, frozen, engine.device, engine.dtype))
                 engine.step((losses_B * weights_B.to(losses_B)).mean() / share)
                 window.add(losses_B, micro, weights_B)
             window.end_step()

@@ -20,7 +20,7 @@ from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import HeldOut, LatentLoader, StepBatch
 from cinemo.methods import build_method, mark_trainable
-from cinemo.networks.frozen import TextEncoder, Vae
+from cinemo.networks.frozen import Vae
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints
@@ -31,7 +31,7 @@ from cinemo.training.report.progress import Event, Resumed, Saved, Sheet
 from cinemo.training.report.sheets import first_samples, sheet_latents, write_samples
 from cinemo.training.report.validation import Validation
 from cinemo.training.run.base_weights import base_networks
-from cinemo.training.run.batch import TextStates
+from cinemo.training.run.batch import FrozenStates
 from cinemo.training.run.dataset_check import dataset_digest
 from cinemo.training.run.engine import Engine
 from cinemo.training.run.loop import train
@@ -69,7 +69,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
     if device.type == "cpu":
         keep_freed_memory()
     engine = Engine(method, recipe.train, device)
-    text = TextStates(TextEncoder(recipe.encoders.text_encoder, recipe.encoders.tokenizer, device, engine.dtype))
+    frozen = FrozenStates.of(recipe, device, engine.dtype)
 
     step, history = 0, []
     with _checkpoint_directory(start) as directory:
@@ -83,7 +83,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
         if rank == 0:
             mailbox.post.remote(pickle.dumps(event))
 
-    loader = LatentLoader.of(index, recipe.train, rank, world, method.stored_fields)
+    loader = LatentLoader.of(index, recipe.train, rank, world, method.stored_fields(recipe))
 
     def on_report(report: Report) -> None:
         if recipe.train.on_damaged == "skip":
@@ -125,21 +125,21 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
 
     def on_sheet(done: int) -> None:
         if rank == 0 or engine.sharded:
-            animated = sheet_latents(recipe, method, text, samples, device)
+            animated = sheet_latents(recipe, method, frozen, samples, device)
         if rank == 0:
             encoders = recipe.encoders
             vae = Vae(encoders.vae_decoder or encoders.vae, device, engine.dtype, encoders.statistics)
             post(Sheet(done, write_samples(output, recipe, done, vae, samples, animated)))
 
     post(Resumed(step, tuple(history)))
-    held_out = HeldOut.of(index, recipe.train, method.stored_fields)
-    validate = Validation(recipe, engine, text, held_out) if recipe.train.held_out_shards else None
+    held_out = HeldOut.of(index, recipe.train, method.stored_fields(recipe))
+    validate = Validation(recipe, engine, frozen, held_out) if recipe.train.held_out_shards else None
     sample_seconds = flops / peak_flops(device, engine.dtype)
     train(
         recipe,
         engine,
         noted(loader.batches(step)),
-        text,
+        frozen,
         step,
         on_report,
         on_checkpoint,

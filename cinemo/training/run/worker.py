@@ -26,7 +26,8 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.statistics import with_statistics
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.precompute.cluster import connect
-from cinemo.methods import check_trainable, method_class
+from cinemo.methods import check_trainable, image_encoder_place, method_class
+from cinemo.networks.frozen import check_image_encoder
 from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.checkpoint.checkpoints import CheckpointCard
@@ -52,6 +53,7 @@ _FIXED = (
         "diffusion",
         "encoders.text_encoder",
         "encoders.tokenizer",
+        "encoders.image_encoder",
         "encoders.latents_mean",
         "encoders.latents_std",
         "data.frames",
@@ -81,6 +83,8 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     check_dataset(index, recipe)
     recipe = with_statistics(recipe, index)
     check_trainable(recipe, method_class(recipe))
+    if "image_encoder" in method_class(recipe).needs:
+        check_image_encoder(image_encoder_place(recipe))
     base_note = check_base(recipe)
     digest = dataset_digest(index)
     start = _starting_point(recipe, digest, output, resume)
@@ -89,7 +93,7 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
         print(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
         return summary
     storage.check_writable(output)
-    note = LatentLoader.of(index, recipe.train, fields=method_class(recipe).stored_fields).note
+    note = LatentLoader.of(index, recipe.train, fields=method_class(recipe).stored_fields(recipe)).note
     if note:
         print(f"{data}: {note}")
     if base_note and not start:
