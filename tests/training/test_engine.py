@@ -10,7 +10,7 @@ import torch
 
 from cinemo.config import Recipe
 from cinemo.methods import build_method
-from cinemo.methods.cinemo import CinemoTrain
+from cinemo.methods.cinemo import CinemoMethod, CinemoTrain
 from cinemo.recipes import RECIPES, override
 from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
 from cinemo.training.run import engine
@@ -133,6 +133,35 @@ def _masters(made: engine.Engine, directory: Path) -> tuple[int, dict[str, torch
         for name, shape in stored.shapes.items():
             stored.read(WEIGHT, name, shape, weights[name])
         return stored.record["adam_steps"], weights
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+def test_parameters_learn_at_their_own_rates(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every stage, after a resume at another one, and with the schedule on all of them."""
+
+    def rate(name: str, train: CinemoTrain) -> float:
+        return 3 * train.lr if "attn_temp" in name else train.lr if "resnets" in name else 0.0
+
+    monkeypatch.setattr(CinemoMethod, "learning_rate", staticmethod(rate))
+    settings = {"warmup_steps": 4, "ema_decay": 0.9}
+    plain = _engine(small, zero_stage=0, **settings)
+    start = {name: value.detach().clone() for name, value in plain.method.named_parameters()}
+    _run(plain, small, range(2))
+    assert plain.lr == pytest.approx(0.75 * rate("conv_in", small.train))  # the first parameters' own
+    plain.save(tmp_path / "half", {})
+    _run(plain, small, range(2, 4))
+    _, expected = _masters(plain, tmp_path / "plain")
+    for name, before in start.items():
+        moved = bool((expected[name] != before.flatten()).any())
+        assert moved == (rate(name, small.train) > 0), name
+    for stage in (1, 2, 3):
+        made = _engine(small, zero_stage=stage, **settings)
+        made.load(tmp_path / "half")
+        _run(made, small, range(2, 4))
+        _, weights = _masters(made, tmp_path / f"stage {stage}")
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=2e-6, msg=f"{stage} {name}")
 
 
 @pytest.mark.slow
