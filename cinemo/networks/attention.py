@@ -87,15 +87,20 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries (B, N, C) to a context (B, L, D), or to themselves."""
+    """Multi-head attention of queries (B, N, C) to a context (B, L, D), or to themselves.
 
-    def __init__(self, width: int, heads: int, context_width: int | None = None) -> None:
+    Args:
+        head_width: d; None: C / heads.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int | None = None, head_width: int | None = None) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_width or width, width, bias=False)
-        self.to_v = nn.Linear(context_width or width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        inner = heads * (head_width or width // heads)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_k = nn.Linear(context_width or width, inner, bias=False)
+        self.to_v = nn.Linear(context_width or width, inner, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(inner, width)])
 
     def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """``keys_values``: of a context, from `keys_values`; None: of ``x``."""

@@ -1,4 +1,4 @@
-"""Building blocks of the LaVie UNet.
+"""Building blocks of the LaVie UNet, some of which other networks share.
 
 Activations are images (B*N, C, h, w), frames of an item one after another, in ``channels_last`` memory. In that layout
 the same bytes also are (B, C, N*h, w) for statistics over all frames and (B*N, h*w, C) for attention, so changing
@@ -11,9 +11,11 @@ activation function makes for a convolution or matrix product is made again in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import zip_longest
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,13 +34,26 @@ def part_frames(x: Tensor, frames: int) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(batch * frames, rows // frames, columns, width).permute(0, 3, 1, 2)
 
 
-def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def convolved(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """``conv(x)``, where the weights are the larger side with ``x`` in plain layout: they and their gradient would
     otherwise be rearranged in every call."""
-    if 9 * conv.out_channels > x.numel() // x.shape[1]:
+    if math.prod(conv.kernel_size) * conv.out_channels > x.numel() // x.shape[1]:
         x = x.contiguous()
     out: Tensor = conv(x)
     return out
+
+
+def sinusoid(values: Tensor | float, batch: int, width: int, like: Tensor) -> Tensor:
+    """(B, width): cosines, then sines of ``values`` times 10000^(-k / (width/2)), and a zero where ``width`` is odd;
+    in float32, then in ``like``'s dtype."""
+    half = width // 2
+    if not isinstance(values, Tensor):
+        values = torch.full((batch,), values, device=like.device, dtype=torch.float32)
+    # In this order: an angle of 1000 turns the last bit of a frequency into 3e-5.
+    frequencies = (-math.log(10000) * torch.arange(half, dtype=torch.float32, device=like.device) / half).exp()
+    angles = values.to(like.device, torch.float32).expand(batch)[:, None] * frequencies
+    waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(like.dtype)
+    return waves if width == 2 * half else F.pad(waves, (0, 1))
 
 
 class Embedding(nn.Module):

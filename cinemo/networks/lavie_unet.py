@@ -6,7 +6,6 @@ the frames are (Cinemo: the image, then image + noisy residuals) is the method's
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
@@ -28,6 +27,7 @@ from cinemo.networks.blocks import (
     Upsample,
     join_frames,
     part_frames,
+    sinusoid,
 )
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.memory import silu
@@ -248,14 +248,3 @@ class LavieUNet(nn.Module):
         x = silu(self.conv_norm_out(join_frames(x, batch)))
         out: Tensor = self.conv_out(part_frames(x, frames))
         return out.reshape(batch, frames, *out.shape[1:]).transpose(1, 2)
-
-
-def sinusoid(values: Tensor | float, batch: int, width: int, like: Tensor) -> Tensor:
-    """(B, width): cosines, then sines of ``values`` times 10000^(-k / (width/2)); float32, then ``like``'s dtype."""
-    half = width // 2
-    if not isinstance(values, Tensor):
-        values = torch.full((batch,), values, device=like.device, dtype=torch.float32)
-    # In this order: an angle of 1000 turns the last bit of a frequency into 3e-5.
-    frequencies = (-math.log(10000) * torch.arange(half, dtype=torch.float32, device=like.device) / half).exp()
-    angles = values.to(like.device, torch.float32).expand(batch)[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1).to(like.dtype)

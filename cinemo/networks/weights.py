@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,8 @@ def load_unet(
     Raises:
         InputError: the file has missing, extra or misshapen entries, or cannot be read.
     """
-    path = _weights_file(location)
-    state = _read(path, location, dtype)
+    path = weights_file(location)
+    state = read_tensors(path, location, dtype)
     with torch.device("meta"):
         unet = LavieUNet(**config.model_dump())
     expected = unet.state_dict()
@@ -107,7 +107,7 @@ def load_unet(
     state |= {name: rotary_frequencies() for name in expected if name.endswith("rotary_emb.freqs")}
     if motion_optional and not any(name.startswith("add_embedding.") for name in state):
         state |= _fresh_motion(config)
-    _compare(state, expected, location)
+    compare(state, expected, location)
     if dtype is not None:
         for name in state:
             state[name] = state[name].to(dtype)
@@ -137,7 +137,7 @@ def convert_pickled(source: Path, target: Path, location: str) -> None:
     """
     from safetensors.torch import save_file
 
-    state = _read(source, location)
+    state = read_tensors(source, location)
     # A safetensors file holds no shared memory, and no tensor with gaps.
     save_file(
         {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()},
@@ -147,19 +147,39 @@ def convert_pickled(source: Path, target: Path, location: str) -> None:
     os.chmod(target, 0o644)
 
 
-def _weights_file(location: str) -> Path:
+def weights_file(location: str, network: str = "unet") -> Path:
+    """The file of a network's weights at a location: itself, or in diffusers layout.
+
+    Args:
+        network: the folder of the network in a pipeline's directory.
+
+    Raises:
+        InputError: there is none.
+    """
     path = resolve(location)
     if path.is_file():
         return path
-    found = [folder / name for folder in (path, path / "unet") for name in _NAMES if (folder / name).is_file()]
+    found = [folder / name for folder in (path, path / network) for name in _NAMES if (folder / name).is_file()]
     if not found:
+        called = "UNet" if network == "unet" else network
         raise InputError(
-            f"{location}: no UNet weights there, expected one of {', '.join(_NAMES)}, or a folder with unet/"
+            f"{location}: no {called} weights there, expected one of {', '.join(_NAMES)}, or a folder with {network}/"
         )
     return found[0]
 
 
-def _read(path: Path, location: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_tensors(
+    path: Path, location: str, dtype: torch.dtype | None = None, tables: Sequence[str] = ("ema",)
+) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, as views of the file where they need not be cast; no code is run.
+
+    Args:
+        dtype: cast those of a safetensors file to it.
+        tables: where the tensors may be, other than at the file's top level; the first one that is there counts.
+
+    Raises:
+        InputError: the file cannot be read so, or holds something else.
+    """
     try:
         if path.suffix == ".safetensors":
             state: Any = _read_safetensors(path, dtype)
@@ -168,10 +188,11 @@ def _read(path: Path, location: str, dtype: torch.dtype | None = None) -> dict[s
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{location}: not a readable weights file ({reason})") from error
-    if isinstance(state, Mapping) and isinstance(state.get("ema"), Mapping):
-        state = state["ema"]
+    if isinstance(state, Mapping):
+        state = next((state[name] for name in tables if isinstance(state.get(name), Mapping)), state)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{location}: expected a table of tensors by name, at its top level or under 'ema'")
+        places = " or ".join(map(repr, tables))
+        raise InputError(f"{location}: expected a table of tensors by name, at its top level or under {places}")
     return dict(state)
 
 
@@ -199,7 +220,11 @@ def _fresh_motion(config: UNetConfig) -> dict[str, Tensor]:
     return {f"add_embedding.{name}": value for name, value in fresh.state_dict().items()}
 
 
-def _compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], location: str) -> None:
+def compare(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], location: str) -> None:
+    """
+    Raises:
+        InputError: entries of ``expected`` are missing, strangers are there, or shapes differ; it lists them.
+    """
     faults = [f"missing {name}" for name in expected if name not in state]
     faults += [f"extra {name}" for name in state if name not in expected]
     faults += [

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from goldens import golden_files
+from goldens import Family
 from torch import Tensor
 
 from cinemo.config import DiffusionConfig
@@ -19,32 +18,6 @@ from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule, without_las
 
 SPACINGS: dict[str, Spacing] = {"uniform": "leading", "uniform_trailing": "trailing"}
 PREDICTIONS = {"eps": "epsilon", "v": "v"}
-
-
-class Family:
-    """The files of one family: every one is compared, and the worst error of each kind printed."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.worst = name, dict[str, float]()
-        self.files = golden_files(f"sisters/{name}*.npz")
-
-    def __iter__(self) -> Any:
-        for path in self.files:
-            with np.load(path) as file:
-                arrays = {name: file[name] for name in file.files}
-            yield path.name, json.loads(str(arrays.pop("meta"))), arrays
-
-    def check(self, where: str, kind: str, got: Any, expected: np.ndarray, tolerance: float) -> None:
-        got = np.asarray(got, np.float64)
-        assert got.shape == expected.shape, f"{where} {kind}: {got.shape}, expected {expected.shape}"
-        error = float(np.abs(got - expected).max())
-        assert error <= tolerance, f"{where} {kind}: error {error:.2e} > {tolerance:.0e}"
-        self.worst[kind] = max(self.worst.get(kind, 0.0), error)
-
-    def finish(self, capsys: pytest.CaptureFixture[str]) -> None:
-        errors = ", ".join(f"{kind} {error:.1e}" for kind, error in sorted(self.worst.items()))
-        with capsys.disabled():
-            print(f"\ngolden {self.name}: {len(self.files)} file(s); worst {errors}")
 
 
 def schedule_of(meta: dict[str, Any]) -> NoiseSchedule:
