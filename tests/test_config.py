@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from cinemo.config import Recipe, keys
 from cinemo.methods.cinemo import CinemoRecipe, CinemoTrain
 from cinemo.recipes import RECIPES, load_recipe, override, parse_recipe
 from cinemo.recipes.cinemo import cinemo_320x512
+from cinemo.recipes.dynamicrafter import dynamicrafter_256
 from cinemo.types import InputError
 
 
@@ -42,12 +44,13 @@ def test_the_paper_is_the_paper() -> None:
     assert recipe.diffusion.prediction == "epsilon"
 
 
-def test_every_number_of_the_paper_s_recipe_has_its_source() -> None:
+@pytest.mark.parametrize("made", [cinemo_320x512, dynamicrafter_256])
+def test_every_number_of_a_paper_s_recipe_has_its_source(made: Callable[[], Recipe]) -> None:
     """Each key is named once in the docstring, under where its value is from."""
     named = re.findall(
-        r"\b(?:data|encoders|model|diffusion|train|sample)\.[a-z_]+|``compile``", cinemo_320x512.__doc__ or ""
+        r"\b(?:data|encoders|model|diffusion|train|sample)\.[a-z_]+(?:\.[a-z_]+)?|``compile``", made.__doc__ or ""
     )
-    expected = [key for key in keys(CinemoRecipe) if key not in ("name", "method", "compile")]
+    expected = [key for key in keys(type(made())) if key not in ("name", "method", "compile")]
     assert sorted(named) == sorted([*expected, "``compile``"])
 
 

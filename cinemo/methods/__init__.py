@@ -12,6 +12,7 @@ from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.methods.base import Encoders, Example, Imported, Method, Published, run
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.controls import ControlInfo, Controls, Input, controls_of
+from cinemo.methods.dynamicrafter import DynamiCrafterMethod, InterpolationMethod
 from cinemo.methods.trainable import check_trainable, mark_trainable
 from cinemo.types import InputError
 
@@ -37,7 +38,9 @@ __all__ = [
     "served_controls",
 ]
 
-_METHODS: dict[str, type[Method]] = {method.name: method for method in (CinemoMethod,)}
+_METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (CinemoMethod, DynamiCrafterMethod, InterpolationMethod)
+}
 
 
 def method_named(name: str) -> type[Method]:

@@ -158,7 +158,7 @@ class DynamiCrafterUNet(nn.Module):
             "default_fs": default_fs,
         }
         self.gradient_checkpointing = gradient_checkpointing
-        self.model_channels, self.default_fs = model_channels, default_fs
+        self.in_channels, self.model_channels, self.default_fs = in_channels, model_channels, default_fs
         embedding = 4 * model_channels
 
         def transformers(width: int) -> list[nn.Module]:

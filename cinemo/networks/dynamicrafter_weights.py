@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cinemo.networks.dynamicrafter_blocks import DualAttention, zeroed
 from cinemo.networks.dynamicrafter_unet import ONLY, DynamiCrafterConfig, DynamiCrafterUNet, is_image_context
 from cinemo.networks.resampler import Resampler, ResamplerConfig
-from cinemo.networks.weights import compare, read_tensors, weights_file
+from cinemo.networks.weights import compare, read_tensors, resolve, weights_file
 from cinemo.types import InputError
 
 UNET, IMAGE_PROJ = "model.diffusion_model.", "image_proj_model."
@@ -88,6 +88,18 @@ def load_resampler(config: ResamplerConfig, location: str, dtype: torch.dtype | 
     with torch.device("meta"):
         resampler = Resampler(**config.model_dump())
     return _filled(resampler, state, location, dtype)
+
+
+def has_resampler(location: str) -> bool:
+    """Whether weights at ``location`` have the query transformer too; a text-to-video model has none."""
+    try:
+        path = weights_file(location, "image_proj")
+    except InputError:
+        return False
+    if resolve(location).is_dir():
+        return path.parent.name == "image_proj"
+    names = read_tensors(path, location, None, _TABLES)
+    return any(name.removeprefix(_DEEPSPEED).startswith(IMAGE_PROJ) for name in names)
 
 
 def grow(state: Mapping[str, Tensor], unet: DynamiCrafterUNet, image_init: ImageInit = "zero") -> dict[str, Tensor]:

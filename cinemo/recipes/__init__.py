@@ -22,7 +22,13 @@ DEFAULT_RECIPE = "cinemo-tiny"
 DEFAULT_METHOD = "cinemo"  # of recipe files that name none
 
 
-_NAMED = {"cinemo": ("cinemo-320x512", "cinemo-tiny")}  # by the module of this package that has their functions
+_NAMED = {  # by the module of this package that has their functions
+    "cinemo": ("cinemo-320x512", "cinemo-tiny"),
+    "dynamicrafter": (
+        *("dynamicrafter-256", "dynamicrafter-512", "dynamicrafter-1024", "dynamicrafter-512-interp"),
+        "dynamicrafter-tiny",
+    ),
+}
 
 
 def _named(module: str, name: str) -> Recipe:

@@ -1,0 +1,201 @@
+"""The named runs of DynamiCrafter (arXiv 2310.12190) and of its published models."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from cinemo.config import DataConfig, DiffusionConfig, EncodersConfig
+from cinemo.methods.dynamicrafter import (
+    DynamiCrafterModel,
+    DynamiCrafterRecipe,
+    DynamiCrafterSample,
+    DynamiCrafterTrain,
+    InterpolationRecipe,
+)
+from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig
+from cinemo.networks.resampler import ResamplerConfig
+from cinemo.recipes.cinemo import RENDERED_EDGES
+
+Run = TypeVar("Run", bound=DynamiCrafterRecipe)
+
+# Stable Diffusion 2.1's, whose text tower ends with the layer that is used, and OpenCLIP's ViT-H/14 image tower.
+ENCODERS = EncodersConfig(
+    vae="models/sd-2-1/vae",
+    text_encoder="models/sd-2-1/text_encoder",
+    tokenizer="models/sd-2-1/tokenizer",
+    image_encoder="models/clip-vit-h-14",
+)
+
+
+def dynamicrafter_256() -> DynamiCrafterRecipe:
+    """The paper's model: stage 3 of its training, at 256x256.
+
+    Every key, by where its value is from (a test holds this list complete):
+
+    - Section 4.1. data.frames: 16. data.size: 256x256. train.global_batch: 64. train.lr: 5e-5 (the sentence can also be
+      read so that only this stage has it). train.max_steps: 100 000. train.trainable: the query transformer and the
+      spatial layers. train.condition_frame: drawn from the clip's own. sample.solver, sample.steps: DDIM, 50.
+      sample.guidance_scale: 7.5, of picture and text together (sample.image_guidance_scale), in every step
+      (sample.guidance_interval, sample.reuse_features).
+    - Section 3. train.init: the text-to-video model of VideoCrafter, as stage 2 left it. model.unet.in_channels: noisy
+      latents and the picture's. model.resampler.num_queries, model.resampler.video_length: queries for every frame.
+      diffusion.prediction: the noise, with equal weights (train.min_snr_gamma).
+    - The published code and weights, where the paper is silent or they differ. model.unet.out_channels,
+      model.unet.model_channels, model.unet.attention_resolutions, model.unet.num_res_blocks, model.unet.channel_mult,
+      model.unet.num_head_channels, model.unet.transformer_depth, model.unet.context_dim, model.unet.use_linear,
+      model.unet.addition_attention, model.unet.fs_condition, model.unet.default_fs, model.unet.image_cross_attention,
+      model.unet.image_cross_attention_scale_learnable. model.resampler.dim, model.resampler.depth,
+      model.resampler.dim_head, model.resampler.heads, model.resampler.embedding_dim, model.resampler.output_dim,
+      model.resampler.ff_mult. model.text_layers: the last but one of 24. model.image_tokens: the class and 16x16
+      patches. model.rate, sample.frame_rate: a stride of 3. data.frame_interval: 1-6. diffusion.train_steps,
+      diffusion.beta_start, diffusion.beta_end, diffusion.beta_schedule: Stable Diffusion's.
+      diffusion.zero_terminal_snr, diffusion.dynamic_rescale: not this model. train.condition_dropout: 5% without text,
+      5% without picture, 5% without either. train.grad_clip: 0.5. sample.eta: 1. sample.spacing, sample.final_level:
+      from 981, ending at a_0. sample.guidance_rescale: not this model. sample.fps: 8. sample.undo_rescale: as
+      published. encoders.vae, encoders.text_encoder, encoders.tokenizer, encoders.image_encoder. encoders.latent: a
+      sample of the posterior. encoders.normalize: off (encoders.latents_mean, encoders.latents_std: none).
+    - Our choice, what is learnt. train.image_values: a fresh start leaves the text-to-video model as it is. No dropout
+      in the convolutions along time, where the published fine-tuning has 0.1. train.betas, train.weight_decay: Adam.
+      train.schedule, train.warmup_steps: constant. train.precision: bf16, where the published code has fp16.
+      train.ema_decay: no average. train.noise_offset, train.timestep_shift, train.timestep_shift_steps: none.
+      diffusion.data_scale: 1. data.views: one a clip.
+    - Our choice, how it is computed. train.workers, train.micro_batch, train.gpus_per_worker, train.cpus_per_worker,
+      train.gradient_checkpointing, train.zero_stage, train.offload, train.lanes, train.on_damaged, train.cache_gb,
+      train.max_failures, train.image_tokens, ``compile``. train.seed, data.seed. train.log_every,
+      train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,
+      train.validate_every, train.canary. data.fields: stored frames, of which image tokens are made in training.
+      data.clips_per_shard, data.decoder, data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource,
+      data.max_quarantine_share, data.encode_batch, data.encode_actors, data.encode_gpus.
+    - Not used here. train.prompt_dropout, train.lora_rank, train.lora_alpha, train.lora_layers, data.ssim,
+      data.bucket_edges, encoders.vae_decoder.
+    """
+    return _published(DynamiCrafterRecipe, "dynamicrafter-256", (256, 256), "models/dynamicrafter-256-stage2")
+
+
+def dynamicrafter_512() -> DynamiCrafterRecipe:
+    """The published 320x512 model: v, zero terminal SNR, clean latents scaled down to 0.7 (all the published code's).
+
+    The network is that of 256 but for the gate of the image tokens, which is not learnt, and is told frames per second.
+    """
+    return _wide(DynamiCrafterRecipe, "dynamicrafter-512", (320, 512), rescale=0.7, frame_rate=24)
+
+
+def dynamicrafter_1024() -> DynamiCrafterRecipe:
+    """The published 576x1024 model: as 512, with clean latents scaled down to 0.3."""
+    return _wide(DynamiCrafterRecipe, "dynamicrafter-1024", (576, 1024), rescale=0.3, frame_rate=10)
+
+
+def dynamicrafter_512_interp() -> InterpolationRecipe:
+    """The published model between two pictures, at 320x512 (section 4.5; the numbers are the published code's)."""
+    return _wide(InterpolationRecipe, "dynamicrafter-512-interp", (320, 512), rescale=0.7, frame_rate=5)
+
+
+def dynamicrafter_tiny() -> DynamiCrafterRecipe:
+    """The same method with small networks at 64x96 pixels, for two CPU cores.
+
+    Where it departs from the published models, and why:
+
+    - diffusion, sample.spacing: v and zero terminal SNR as from 320x512 on, but clean latents keep their size
+      (diffusion.dynamic_rescale): channels of unit deviation need no rescaling at 64x96.
+    - train.condition_frame: the first, which is the one that is asked for; a clip's other frames as the given one are
+      more than minutes of training can take.
+    - train.trainable: all, as the published fine-tuning does: there is no text-to-video model to protect.
+    - train.timestep_shift 4: as for `cinemo-tiny`, motion is decided near pure noise.
+    - sample.eta 0, sample.guidance_scale 3: half the published number of steps, with less to correct.
+    - encoders: those of `cinemo-tiny`, and an image model of 65 tokens.
+    """
+    return DynamiCrafterRecipe(
+        name="dynamicrafter-tiny",
+        data=DataConfig(size=(64, 96), clips_per_shard=16, bucket_edges=RENDERED_EDGES, fields=("first_frame",)),
+        encoders=EncodersConfig(latent="mode", image_encoder="package:tiny/image_encoder"),
+        model=DynamiCrafterModel(
+            unet=DynamiCrafterConfig(
+                in_channels=32,
+                out_channels=16,
+                model_channels=64,
+                channel_mult=(1, 1),
+                num_res_blocks=1,
+                attention_resolutions=(1, 2),
+                num_head_channels=16,
+                context_dim=64,
+                default_fs=6,
+            ),
+            resampler=ResamplerConfig(
+                dim=64, depth=2, dim_head=16, heads=4, num_queries=4, embedding_dim=64, output_dim=64
+            ),
+            text_layers=None,
+            image_tokens=65,
+        ),
+        diffusion=DiffusionConfig(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction="v",
+            zero_terminal_snr=True,
+        ),
+        train=DynamiCrafterTrain(
+            workers=2,
+            global_batch=8,
+            micro_batch=4,
+            max_steps=300,
+            lr=2e-4,
+            warmup_steps=20,
+            schedule="cosine",
+            trainable="all",
+            condition_frame="first",
+            timestep_shift=4.0,
+            precision="fp32",
+            lanes=2,
+            log_every=5,
+            checkpoint_every=100,
+            sample_every=100,
+        ),
+        sample=DynamiCrafterSample(steps=25, guidance_scale=3.0, eta=0.0, spacing="trailing", frame_rate=6),
+    )
+
+
+def _published(
+    kind: type[Run],
+    name: str,
+    size: tuple[int, int],
+    init: str,
+    model: DynamiCrafterModel | None = None,
+    diffusion: dict[str, Any] | None = None,
+    sample: dict[str, Any] | None = None,
+) -> Run:
+    return kind(
+        name=name,
+        data=DataConfig(size=size, frame_interval=(1, 6), fields=_fields(kind), encode_gpus=1.0),
+        encoders=ENCODERS,
+        model=model or DynamiCrafterModel(),
+        diffusion=DiffusionConfig(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", **(diffusion or {})
+        ),
+        train=DynamiCrafterTrain(
+            global_batch=64,
+            micro_batch=8,
+            lr=5e-5,
+            grad_clip=0.5,
+            gpus_per_worker=1,
+            gradient_checkpointing=True,
+            init=init,
+        ),
+        sample=DynamiCrafterSample(**(sample or {})),
+    )
+
+
+def _wide(kind: type[Run], name: str, size: tuple[int, int], rescale: float, frame_rate: int) -> Run:
+    unet = DynamiCrafterConfig(image_cross_attention_scale_learnable=False)
+    return _published(
+        kind,
+        name,
+        size,
+        f"models/{name}.ckpt",
+        DynamiCrafterModel(unet=unet, rate="fps"),
+        {"prediction": "v", "zero_terminal_snr": True, "dynamic_rescale": rescale},
+        {"spacing": "trailing", "guidance_rescale": 0.7, "frame_rate": frame_rate},
+    )
+
+
+def _fields(kind: type[DynamiCrafterRecipe]) -> tuple[Any, ...]:
+    return ("first_frame",) if kind is InterpolationRecipe else ("frames",)
