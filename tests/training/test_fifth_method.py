@@ -219,7 +219,7 @@ def test_its_training_is_planned(fifth: FifthRecipe) -> None:
 
 def test_a_name_that_is_no_method_is_refused(small: Recipe) -> None:
     for name in ("sixth", "tests.training.fifth:Painter", "tests.training.fifth:Nobody"):
-        with pytest.raises(InputError, match=r"expected one of cinemo, or package\.module:Class of a Method"):
+        with pytest.raises(InputError, match=r"expected one of cinemo, .*, or package\.module:Class of a Method"):
             method_class(small.model_copy(update={"method": name}))
     for name in ("nowhere:Method", ":Method", "..up:Method"):
         with pytest.raises(InputError, match=f"'{name}', which cannot be imported"):

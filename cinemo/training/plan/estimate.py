@@ -17,7 +17,7 @@ import torch
 
 from cinemo.config import Recipe
 from cinemo.data.precompute.prices import Prices, money
-from cinemo.methods import build_method, mark_trainable
+from cinemo.methods import build_method, mark_trainable, method_class
 from cinemo.networks.weights import read_config, resolve
 from cinemo.training.plan.activations import activation_bytes, precision, shapes
 from cinemo.training.plan.cost import Accelerator, SampleFlops, accelerator, peak_flops, sample_flops
@@ -34,6 +34,13 @@ ASSUMED_MFU = 0.35
 # between the allocator's blocks. Assumed, not measured.
 RESERVED = 2e9
 _LONGEST_STEP = 90.0  # seconds: a longer step is not measured
+_CLIP_VISION = {  # of OpenCLIP's ViT-H/14
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "image_size": 224,
+    "patch_size": 14,
+}
 _CLIP_TEXT = {  # of Stable Diffusion 1.x: CLIP ViT-L/14, for a recipe whose own is not on this machine
     "vocab_size": 49408,
     "max_position_embeddings": 77,
@@ -41,6 +48,7 @@ _CLIP_TEXT = {  # of Stable Diffusion 1.x: CLIP ViT-L/14, for a recipe whose own
     "intermediate_size": 3072,
     "num_hidden_layers": 12,
 }
+_OPENCLIP_TEXT = _CLIP_TEXT | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23}  # ViT-H/14
 
 
 @dataclass(frozen=True)
@@ -77,13 +85,15 @@ def plan_training(
     flops = sample_flops(recipe)
     parameters = Parameters.of(shapes(recipe, "meta"))
     encoder, encoder_source = text_encoder_values(recipe)
+    image_encoder, image_source = image_encoder_values(recipe)
     activations = {checkpointing: activation_bytes(recipe, checkpointing) for checkpointing in (False, True)}
-    rows = [asdict(row) for row in footprints(recipe, parameters, activations, encoder)]
+    frozen = encoder + image_encoder
+    rows = [asdict(row) for row in footprints(recipe, parameters, activations, frozen)]
     for row in rows:
         row["fits"] = row["peak"] <= room
     own = asdict(
         footprint(
-            recipe, parameters, activations, encoder, train.zero_stage, train.gradient_checkpointing,
+            recipe, parameters, activations, frozen, train.zero_stage, train.gradient_checkpointing,
             train.offload if train.gpus_per_worker else "none",
         )
     )  # fmt: skip
@@ -97,6 +107,7 @@ def plan_training(
         "recipe": recipe.name,
         "parameters": asdict(parameters),
         "text_encoder": {"parameters": encoder, "source": encoder_source},
+        "image_encoder": {"parameters": image_encoder, "source": image_source} if image_encoder else None,
         "flops_per_sample": asdict(flops),
         "flops_per_step": {key: value * train.global_batch for key, value in asdict(flops).items()},
         "samples_per_step": train.global_batch,
@@ -128,12 +139,33 @@ def text_encoder_values(recipe: Recipe) -> tuple[int, str]:
         config: Mapping[str, Any] = read_config(resolve(location), location)
         source = location
     except (InputError, OSError):
-        config, source = _CLIP_TEXT, f"{location} is not available here: CLIP ViT-L/14 is assumed"
+        config, name = _CLIP_TEXT, "CLIP ViT-L/14"
+        if method_class(recipe).text_width(recipe) == _OPENCLIP_TEXT["hidden_size"]:
+            config, name = _OPENCLIP_TEXT, "OpenCLIP ViT-H/14"
+        source = f"{location} is not available here: {name} is assumed"
     sizes = {**_CLIP_TEXT, **config.get("text_config", {}), **{key: config[key] for key in _CLIP_TEXT if key in config}}
     width, inner = sizes["hidden_size"], sizes["intermediate_size"]
     layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
     tables = (sizes["vocab_size"] + sizes["max_position_embeddings"]) * width
     return tables + sizes["num_hidden_layers"] * layer + 2 * width, source
+
+
+def image_encoder_values(recipe: Recipe) -> tuple[int, str]:
+    """Values of the frozen CLIP image model by its ``config.json``, and where they are from; 0 where none is needed."""
+    if "image_encoder" not in method_class(recipe).needs:
+        return 0, ""
+    location = recipe.encoders.image_encoder or "encoders.image_encoder"
+    try:
+        config: Mapping[str, Any] = read_config(resolve(location), location)
+        source = location
+    except (InputError, OSError):
+        config, source = _CLIP_VISION, f"{location} is not available here: CLIP ViT-H/14 is assumed"
+    sizes = {**_CLIP_VISION, **config.get("vision_config", {}), **{k: config[k] for k in _CLIP_VISION if k in config}}
+    width, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    layer = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
+    patches = (sizes["image_size"] // sizes["patch_size"]) ** 2
+    tables = (patches + 1) * width + width + 3 * sizes["patch_size"] ** 2 * width
+    return tables + sizes["num_hidden_layers"] * layer + 4 * width, source
 
 
 def _this_machine(recipe: Recipe) -> Accelerator:

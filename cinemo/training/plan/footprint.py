@@ -55,7 +55,7 @@ class Footprint:
     """Bytes of one worker.
 
     ``buffers``: the most at one time of DeepSpeed's buckets, gathered weights and the optimizer's temporaries.
-    ``inputs``: the frozen text encoder, kept text states, a micro batch. ``kernels``: what the CPU's kernel library
+    ``inputs``: the frozen encoders, kept text states, a micro batch. ``kernels``: what the CPU's kernel library
     holds. ``kept``: freed memory that a process on CPUs does not give back. ``peak``: on the device, less than the sum
     of the parts, which are not all there at one time: the larger of the backward pass and the optimizer's step.
     ``in_use``: the same without ``kept``. ``host``: host memory of a worker on an accelerator.
@@ -84,7 +84,7 @@ def footprints(
 
     Args:
         activations: with and without checkpointing, see `cinemo.training.plan.activations.activation_bytes`.
-        encoder: values of the frozen text encoder.
+        encoder: values of the frozen text and image encoders.
     """
     offloads: dict[int, tuple[Offload, ...]] = {0: ("none",), 1: ("none", "optimizer"), 2: ("none", "optimizer")}
     for stage in range(4):

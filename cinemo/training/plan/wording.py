@@ -21,7 +21,11 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
     again = " (including what gradient checkpointing repeats)" if flops["executed"] > flops["training"] else ""
     lines = [
         f"{plan['recipe']}: {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained; plus "
-        f"a frozen text encoder of {plan['text_encoder']['parameters']:,} ({plan['text_encoder']['source']})",
+        + " and ".join(
+            f"a frozen {name.replace('_', ' ')} of {plan[name]['parameters']:,} ({plan[name]['source']})"
+            for name in ("text_encoder", "image_encoder")
+            if plan[name]
+        ),
         f"FLOPs: forward {_tera(flops['forward'])} per sample; a step of {plan['samples_per_step']} samples "
         f"{_tera(step['training'])}, executed {_tera(step['executed'])}{again}",
         f"memory of each of {plan['workers']} workers in GB, micro batch {plan['micro_batch']}, "
@@ -29,8 +33,8 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
         + (f", {device['reserved'] / 1e9:.0f} of it not for tensors" if device["reserved"] else ""),
         *_table(memory),
         "  *: this recipe; peak: the most at one time, less than the sum because gradients come as activations go; "
-        "buffers: DeepSpeed's buckets, gathered weights, the optimizer's temporaries; inputs: text encoder and "
-        "states, batches" + "".join(f"; {said}" for part, said in _ON_CPUS.items() if memory["recipe"][part]),
+        "buffers: DeepSpeed's buckets, gathered weights, the optimizer's temporaries; inputs: frozen encoders, "
+        "text states, batches" + "".join(f"; {said}" for part, said in _ON_CPUS.items() if memory["recipe"][part]),
     ]
     if not memory["fits"]:
         lines.append(

@@ -1,0 +1,122 @@
+"""The tiny recipe of every other method through all entry points: killed while it trains, resumed, exported, served."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import psutil
+import pytest
+from serving.process import Server, free_port
+from test_chain import ROOT, command
+
+from cinemo.media.mp4 import read_metadata
+from cinemo.media.synthetic import render_clips
+from cinemo.media.video import probe, read_frames
+from cinemo.methods import method_class
+from cinemo.recipes import load_recipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@dataclass(frozen=True)
+class Sister:
+    """``asked``: a control that the method has, and a value of it that is not the default. ``wrong``: flags that it has
+    not, and what is said about them."""
+
+    recipe: str
+    asked: Mapping[str, Any]
+    wrong: tuple[str, ...] = ("--motion-bucket", "3")
+    said: str = "has no such control; it has"
+
+
+SISTERS = (Sister("dynamicrafter-tiny", {"frame_rate": 9}),)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return render_clips(tmp_path_factory.mktemp("clips"), count=8, seed=7, size=(72, 104), frames=160)
+
+
+@pytest.mark.parametrize("sister", SISTERS, ids=lambda sister: sister.recipe)
+def test_from_clips_to_a_served_video(sister: Sister, clips: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(sister.recipe)
+    dataset, run, bundle = tmp_path / "dataset", tmp_path / "run", tmp_path / "bundle"
+    named = ["--recipe", sister.recipe]
+    command("precompute", *named, "--manifest", clips, "--output", dataset, "--set", "data.clips_per_shard=4")
+    stored = {path.name for path in (dataset / "fields").glob("*.json")} if (dataset / "fields").is_dir() else set()
+    assert stored == {f"{name}.json" for name in method_class(recipe).stored_fields(recipe)}
+
+    train = [
+        *named, "--data", dataset, "--output", run, "--max-steps", "8",
+        "--set", "train.global_batch=4", "--set", "train.micro_batch=2", "--set", "train.checkpoint_every=2",
+        "--set", "train.log_every=1", "--set", "train.sample_every=0",
+    ]  # fmt: skip
+    assert (recipe.train.workers, recipe.train.zero_stage) == (2, 2)
+    kill_after_a_checkpoint(train, run)
+    assert not (run / "train.json").exists()
+    command("train", *train)
+    with (run / "loss.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == list("12345678")
+    assert list((run / "samples").glob("step-000008.png"))
+
+    command("export", "--checkpoint", run, "--output", bundle)
+    PIL.Image.fromarray(read_frames(sorted(clips.parent.glob("*.mp4"))[0], [0])[0]).save(tmp_path / "picture.png")
+    words = ["--bundle", bundle, "--image", tmp_path / "picture.png", "--prompt", "a ball", "--steps", "3"]
+    flags = [part for name, value in sister.asked.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    for name in ("a", "b"):
+        command("animate", *words, *flags, "--output", tmp_path / f"{name}.mp4", "--save-latents", tmp_path / name)
+    frames, (height, width) = recipe.data.frames, recipe.data.size
+    info = probe(tmp_path / "a.mp4")
+    assert (info.frames, info.height, info.width) == (frames, height, width)
+    settings = json.loads(read_metadata(tmp_path / "a.mp4")["comment"])
+    assert settings["recipe"] == sister.recipe
+    assert settings.items() >= sister.asked.items()
+    np.testing.assert_array_equal(*(np.load(tmp_path / f"{name}.npz")["latents"] for name in ("a", "b")))
+    refused = command("animate", *words, *sister.wrong, "--output", tmp_path / "c.mp4", code=2)
+    assert sister.said in refused
+    assert len(refused.strip().splitlines()) == 1, refused
+
+    port = free_port()
+    server = Server(
+        ["pipelines/serve.py", "--bundle", bundle, "--port", str(port), "--state", tmp_path / "state"], port
+    )
+    try:
+        asked = {name: str(value) for name, value in sister.asked.items()} | {"num_inference_steps": "2"}
+        video = server.wait(server.submit(**asked))
+        assert video["status"] == "completed", video
+        assert video.items() >= sister.asked.items()
+        answer = server.post(motion_bucket="3")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "motion_bucket")
+        server.stop()
+    finally:
+        server.kill()
+
+
+def kill_after_a_checkpoint(words: list[Any], run: Path, seconds: float = 240) -> None:
+    """Start a training and SIGKILL all of it once a checkpoint is there."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "pipelines/train.py", *map(str, words)],
+        cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + seconds
+    try:
+        while not list(run.rglob("checkpoint.json")):
+            assert process.poll() is None, process.returncode
+            assert time.monotonic() < deadline, "no checkpoint"
+            time.sleep(0.05)
+    finally:
+        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+            member.kill()
+        process.wait()
