@@ -5,8 +5,9 @@ PY     := $(VENV)/bin/python
 BENCH  := PYTHONPATH=tests $(PY)
 export PATH := $(abspath $(VENV)/bin):$(PATH)
 
-OUT   ?= demo
-CLIPS ?=
+OUT    ?= demo
+CLIPS  ?=
+METHOD ?= cinemo-tiny
 
 .PHONY: setup demo test test-slow check format bench bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
 
@@ -20,7 +21,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(PY) pipelines/demo.py --output '$(OUT)' $(if $(CLIPS),--clips '$(CLIPS)')
+	$(PY) pipelines/demo.py --recipe '$(METHOD)' --output '$(OUT)' $(if $(CLIPS),--clips '$(CLIPS)')
 
 test: setup
 	$(PY) -m pytest -m 'not slow' $(ARGS)

@@ -20,6 +20,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name, published in published_sources().items():
         source.add_argument(f"--from-{name}", metavar=published.takes, help=published.description)
+    source.add_argument("--bundle", metavar="DIR", help="with --as-published: a bundle to write for the published code")
+    parser.add_argument(
+        "--as-published",
+        action="store_true",
+        help="write the weights of a --bundle as one file that the published code of its method reads",
+    )
     parser.add_argument(
         "--motion-scale",
         choices=("more", "stiller"),
@@ -35,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--register", metavar="NAME", help="enter the bundle of a --checkpoint in MLflow's model registry under NAME"
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result")
+    parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result, or file")
     arguments = parser.parse_args(argv)
 
     from cinemo.media.motion import MORE_MOTION, STILLER
@@ -48,8 +54,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             "--register: only for a bundle made from a checkpoint; expected --checkpoint URI --register NAME"
         )
+    if bool(arguments.bundle) != arguments.as_published:
+        raise InputError("--as-published: is of a bundle; expected --bundle DIR --as-published --output FILE")
     recipe = cli.recipe_of(arguments)
-    if arguments.checkpoint:
+    if arguments.bundle:
+        made = export.as_published(arguments.bundle, arguments.output)
+    elif arguments.checkpoint:
         if arguments.assignments:
             raise InputError("--set: a checkpoint has its own recipe; expected --set with weights that are imported")
         if arguments.register:

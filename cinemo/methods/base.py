@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -136,6 +137,15 @@ class Method(nn.Module, ABC):
         Raises:
             InputError: they are missing, or do not fit the recipe's network.
         """
+
+    @classmethod
+    def write_published(cls, recipe: Recipe, networks: Mapping[str, nn.Module], path: Path) -> None:
+        """Write networks as their authors' code reads them.
+
+        Raises:
+            InputError: that is how a bundle holds them anyway, or there is no such code.
+        """
+        raise InputError(f"method {cls.name}: has no published form but the folders of a bundle")
 
     @classmethod
     @abstractmethod

@@ -8,6 +8,7 @@ where section 3.2 has tanh, and guidance takes fresh noise in every step (eta 1)
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -26,7 +27,7 @@ from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Redu
 from cinemo.methods.controls import FastSampling, Input, control
 from cinemo.methods.dynamicrafter_weights import import_dynamicrafter
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_image_context, is_temporal
-from cinemo.networks.dynamicrafter_weights import has_resampler, load_resampler, load_unet
+from cinemo.networks.dynamicrafter_weights import has_resampler, load_resampler, load_unet, save_published
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.frozen import Picture
 from cinemo.networks.resampler import Resampler, ResamplerConfig
@@ -214,6 +215,11 @@ class DynamiCrafterMethod(Method):
                 return Resampler(**own.model.resampler.model_dump()).to(dtype)
             return load_resampler(own.model.resampler, location, dtype)
         return load_unet(own.model.unet, location, dtype, base, own.train.image_values)
+
+    @classmethod
+    def write_published(cls, recipe: Recipe, networks: Mapping[str, nn.Module], path: Path) -> None:
+        """A checkpoint for the published code, which calls the speed of the 256 model another name."""
+        save_published(path, networks["unet"], networks["image_proj"], _own(recipe).model.rate == "stride")
 
     @classmethod
     def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
@@ -415,7 +421,6 @@ class InterpolationMethod(DynamiCrafterMethod):
     inputs: ClassVar[Mapping[str, Input]] = {
         "last_image": Input("image", "the picture to end at; not needed for a loop")
     }
-    published: ClassVar[Mapping[str, Published]] = {}
 
     @classmethod
     def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Condition:

@@ -31,11 +31,12 @@ from cinemo.methods.dynamicrafter import (
     visual_detail,
 )
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet
-from cinemo.networks.dynamicrafter_weights import load_unet
+from cinemo.networks.dynamicrafter_weights import load_unet, save_published
 from cinemo.networks.frozen import ImageEncoder
 from cinemo.networks.resampler import ResamplerConfig
 from cinemo.networks.weights import save_network
 from cinemo.recipes import override
+from cinemo.training.checkpoint.export import as_published, from_published
 from cinemo.training.run.batch import FrozenStates, host_batch, on_device
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
@@ -475,3 +476,39 @@ def test_prompts_can_be_compared_in_one_step(bundle: ModelBundle, ask: Callable[
     answers = bundle.method.predict(target.expand(2, *target.shape[1:]), 999, condition)
     assert answers.shape == (2, 4, FRAMES, 4, 6)
     assert not torch.allclose(answers[0], answers[1])
+
+
+def test_a_published_checkpoint_becomes_a_bundle_and_back(recipe: DynamiCrafterRecipe, tmp_path: Path) -> None:
+    networks, file = random_networks(recipe), tmp_path / "model.ckpt"
+    save_published(file, networks["unet"], networks["image_proj"], stride_names=True)
+    # As they are published: the frozen encoders lie in the same table.
+    table = torch.load(file, weights_only=True)
+    table["state_dict"]["first_stage_model.encoder.conv_in.weight"] = torch.zeros(3)
+    torch.save(table | {"global_step": 7}, file)
+    line = from_published("dynamicrafter", str(file), str(tmp_path / "bundle"), recipe)
+    assert "motion ids" not in line
+    loaded = load_bundle(tmp_path / "bundle", "cpu")
+    for part, network in networks.items():
+        own = loaded.method.networks[part].state_dict()
+        for name, value in network.state_dict().items():
+            assert torch.equal(own[name], value), name
+    as_published(str(tmp_path / "bundle"), str(tmp_path / "again.ckpt"))
+    written = torch.load(tmp_path / "again.ckpt", weights_only=True)["state_dict"]
+    before = {name: value for name, value in table["state_dict"].items() if not name.startswith("first_stage")}
+    assert written.keys() == before.keys()
+    assert "model.diffusion_model.framestride_embed.0.weight" in written
+    assert all(torch.equal(written[name], value) for name, value in before.items())
+
+    for change, message in (
+        (
+            "model.unet.image_cross_attention_scale_learnable=false",
+            "a checkpoint of another model: it has learned scales",
+        ),
+        ("model.unet.model_channels=64", "weights do not fit the recipe's model"),
+        ("model.resampler.depth=2", "weights do not fit the recipe's model"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            from_published("dynamicrafter", str(file), str(tmp_path / "other"), override(recipe, [change]))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"again\.ckpt: exists; choose another --output"):
+        as_published(str(tmp_path / "bundle"), str(tmp_path / "again.ckpt"))

@@ -9,7 +9,7 @@ from torch import nn
 
 import cinemo
 from cinemo import cache, storage
-from cinemo.bundle import save_bundle
+from cinemo.bundle import load_bundle, save_bundle
 from cinemo.config import Recipe
 from cinemo.media.motion import MORE_MOTION
 from cinemo.methods import method_class, published_sources
@@ -64,6 +64,20 @@ def adapter_from_checkpoint(location: str, output: str) -> str:
     }
     names = save_adapter(layers, recipe.train, target)
     return f"adapter of rank {recipe.train.lora_rank} on {len(names)} layers, step {card.step} ({recipe.name})"
+
+
+def as_published(location: str, output: str) -> str:
+    """Write the networks of a bundle as the published code of its method reads them; returns a line about it.
+
+    Raises:
+        InputError: no bundle there, its method has no such form, or ``output`` exists.
+    """
+    target = _target(output)
+    if target.exists():
+        raise InputError(f"{output}: exists; choose another --output")
+    bundle = load_bundle(location, "cpu")
+    type(bundle.method).write_published(bundle.recipe, bundle.method.networks, target)
+    return f"weights of bundle {bundle.digest[:12]} ({bundle.recipe.name}) as they are published"
 
 
 def consolidated(directory: Path, recipe: Recipe) -> dict[str, nn.Module]:
@@ -122,7 +136,8 @@ def from_published(name: str, location: str, output: str, recipe: Recipe, scale:
         save_network(network, target)
         return f"weights of one network; train with --recipe {recipe.name} --set train.init={output}"
     digest = save_bundle(target, recipe, imported.networks, imported.provenance, scale)
-    return f"bundle {digest[:12]} of published weights ({recipe.name}), motion ids taken as {scale}"
+    ids = "" if method_class(recipe).controls_type.motion is None else f", motion ids taken as {scale}"
+    return f"bundle {digest[:12]} of published weights ({recipe.name}){ids}"
 
 
 def _target(output: str) -> Path:
