@@ -18,13 +18,13 @@ import PIL.Image
 import psutil
 import pytest
 from serving.process import Server, free_port
-from test_chain import ROOT, command
 
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.synthetic import render_clips
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import method_class
 from cinemo.recipes import load_recipe
+from tests.pipelines.test_chain import ROOT, command
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -98,9 +98,10 @@ def test_from_clips_to_a_served_video(sister: Sister, clips: Path, tmp_path: Pat
         assert video.items() >= sister.asked.items()
         answer = server.post(motion_bucket="3")
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "motion_bucket")
-        server.stop()
-    finally:
+    except BaseException:
         server.kill()
+        raise
+    server.stop()
 
 
 def kill_after_a_checkpoint(words: list[Any], run: Path, seconds: float = 240) -> None:
