@@ -138,22 +138,10 @@ class InterpolationRecipe(DynamiCrafterRecipe):
 
 
 class InterpolationControls(DynamiCrafterControls):
-    """The same between two pictures."""
-
-    looping: bool | None = control(
-        None,
-        "end where it begins, for a video that can be repeated; the default where no last image is given",
-        title="Loop",
-        place="folded",
-    )
+    """The same between two pictures, or one: a loop, a video that can be repeated."""
 
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
-        ends = "last_image" in inputs
-        loop = not ends if self.looping is None else self.looping
-        if loop == ends:
-            got = "a last image and looping" if loop else "neither a last image nor looping"
-            raise InputError(f"last_image: got {got}; {recipe.name} takes one of them: a picture to end at, or looping")
-        return super().settings(recipe, inputs) | {"looping": loop}
+        return super().settings(recipe, inputs) | {"looping": "last_image" not in inputs}
 
 
 class DynamiCrafterMethod(Method):
@@ -419,7 +407,7 @@ class InterpolationMethod(DynamiCrafterMethod):
     recipe_type: ClassVar[type[Recipe]] = InterpolationRecipe
     controls_type: ClassVar[type[DynamiCrafterControls]] = InterpolationControls
     inputs: ClassVar[Mapping[str, Input]] = {
-        "last_image": Input("image", "the picture to end at; not needed for a loop")
+        "last_image": Input("image", "the picture to end at; without one the video is a loop that ends where it began")
     }
 
     @classmethod

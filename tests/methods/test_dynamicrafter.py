@@ -415,11 +415,6 @@ def test_a_loop_leaves_out_its_last_frame_and_has_one_picture_at_both_ends(betwe
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (
-            {"inputs": {"last_image": PICTURE}, "looping": True},
-            "got a last image and looping; interp-32x48 takes one of",
-        ),
-        ({"looping": False}, "got neither a last image nor looping"),
         ({"frame_rate": 61}, "frame_rate is 61, expected a whole number 1..60"),
         ({"motion_bucket": 3}, "motion_bucket: interp-32x48 has no such control; it has negative_prompt, seed"),
     ],

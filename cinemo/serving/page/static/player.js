@@ -6,7 +6,7 @@ const APART = 0.04; // seconds; less than half a frame at 12 frames per second
 
 export class Transport {
   videos = [];
-  repeats = true;
+  looping = true;
 
   constructor() {
     this.playButton = make("button", { type: "button", className: "round" });
@@ -17,7 +17,7 @@ export class Transport {
     this.loopButton = make("button", { type: "button", className: "round quiet", title: "Loop" }, icon("loop"));
     this.loopButton.setAttribute("aria-label", "Loop");
     this.loopButton.setAttribute("aria-pressed", "true");
-    this.loopButton.addEventListener("click", () => this.setLoop(!this.repeats));
+    this.loopButton.addEventListener("click", () => this.setLoop(!this.looping));
     const parts = [this.playButton, this.scrubber, this.counter, this.loopButton];
     this.root = make("div", { className: "transport", role: "group", "aria-label": "Player" }, ...parts);
     this.root.hidden = true;
@@ -33,7 +33,7 @@ export class Transport {
     if (!videos.length) return;
     this.scrubber.max = frames - 1;
     for (const video of videos) {
-      video.loop = this.repeats;
+      video.loop = this.looping;
       video.currentTime = 0;
     }
     this.leader.addEventListener("play", this.refresh);
@@ -78,10 +78,10 @@ export class Transport {
     this.show(frame);
   }
 
-  setLoop(repeats) {
-    this.repeats = repeats;
-    this.loopButton.setAttribute("aria-pressed", String(repeats));
-    for (const video of this.videos) video.loop = repeats;
+  setLoop(looping) {
+    this.looping = looping;
+    this.loopButton.setAttribute("aria-pressed", String(looping));
+    for (const video of this.videos) video.loop = looping;
   }
 
   refresh = () => {
