@@ -16,6 +16,7 @@ from cinemo.methods.cinemo import CinemoRecipe, CinemoTrain
 from cinemo.recipes import RECIPES, load_recipe, override, parse_recipe
 from cinemo.recipes.cinemo import cinemo_320x512
 from cinemo.recipes.dynamicrafter import dynamicrafter_256
+from cinemo.recipes.trip import trip_256, trip_w_256
 from cinemo.types import InputError
 
 
@@ -44,7 +45,7 @@ def test_the_paper_is_the_paper() -> None:
     assert recipe.diffusion.prediction == "epsilon"
 
 
-@pytest.mark.parametrize("made", [cinemo_320x512, dynamicrafter_256])
+@pytest.mark.parametrize("made", [cinemo_320x512, dynamicrafter_256, trip_256])
 def test_every_number_of_a_paper_s_recipe_has_its_source(made: Callable[[], Recipe]) -> None:
     """Each key is named once in the docstring, under where its value is from."""
     named = re.findall(
@@ -52,6 +53,25 @@ def test_every_number_of_a_paper_s_recipe_has_its_source(made: Callable[[], Reci
     )
     expected = [key for key in keys(type(made())) if key not in ("name", "method", "compile")]
     assert sorted(named) == sorted([*expected, "``compile``"])
+
+
+def test_trip_s_paper_is_the_paper() -> None:
+    recipe = trip_256()
+    assert (recipe.data.size, recipe.data.frames, recipe.sample.fps) == ((256, 256), 16, 4)
+    diffusion = recipe.diffusion
+    assert (diffusion.train_steps, diffusion.beta_start, diffusion.beta_end) == (1000, 1e-4, 2e-2)
+    assert (diffusion.beta_schedule, diffusion.prediction, diffusion.data_scale) == ("linear", "epsilon", 1)
+    train = recipe.train
+    assert (train.lr, train.fusion_lr) == (2e-6, 2e-4)
+    assert train.workers * train.gpus_per_worker == 8
+    assert train.weight_decay > 0  # AdamW
+    assert (recipe.model.layout, recipe.model.tnf_space, recipe.model.tnf_ref_scale) == ("trip", "noise", False)
+    assert (recipe.sample.steps, recipe.sample.solver, recipe.sample.eta) == (50, "ddim", 0)
+    linear = trip_w_256()
+    assert (linear.model.lambda_start, linear.model.lambda_end) == (1, 0)
+    same = {"name", "method", "model", "train"}
+    assert linear.model_dump(exclude=same) == recipe.model_dump(exclude=same)
+    assert linear.train.model_dump() == train.model_dump(exclude={"fusion_lr"})
 
 
 def test_set_reads_json_values_and_plain_strings() -> None:

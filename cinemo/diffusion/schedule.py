@@ -75,6 +75,11 @@ class NoiseSchedule:
             return (x_t - spread * output) / signal, output
         return signal * x_t - spread * output, signal * output + spread * x_t
 
+    def noise_in(self, x_t: Tensor, x_0: Tensor, t: Tensor | int) -> Tensor:
+        """The noise of x_t where its clean data is x_0, of a shape that can be broadcast; undoes `add_noise`."""
+        signal, spread = self._scales(x_t, t)
+        return (x_t - signal * self._at(x_0.to(x_t.dtype), t)) / spread
+
     def scale_change(self, t: int, to: int) -> float:
         """What x_0 of step ``t`` is multiplied by to be that of step ``to``: 1 without ``clean_scale``."""
         return 1.0 if self.clean_scale is None else float(self.clean_scale[to] / self.clean_scale[t])

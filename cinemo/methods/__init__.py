@@ -14,6 +14,7 @@ from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.controls import ControlInfo, Controls, Input, controls_of
 from cinemo.methods.dynamicrafter import DynamiCrafterMethod, InterpolationMethod
 from cinemo.methods.trainable import check_trainable, mark_trainable
+from cinemo.methods.trip import TripLinearMethod, TripMethod
 from cinemo.types import InputError
 
 __all__ = [
@@ -39,7 +40,8 @@ __all__ = [
 ]
 
 _METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (CinemoMethod, DynamiCrafterMethod, InterpolationMethod)
+    method.name: method
+    for method in (CinemoMethod, DynamiCrafterMethod, InterpolationMethod, TripMethod, TripLinearMethod)
 }
 
 

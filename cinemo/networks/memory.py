@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +51,35 @@ def residual(y: Tensor, dim: int, branch: Callable[[Tensor], Tensor], widest: in
     """
     if torch.compiler.is_compiling():
         return y + branch(y)
-    most = _CPU_PIECE * torch.get_num_threads() if y.device.type == "cpu" else _GPU_PIECE
-    if torch.is_grad_enabled():
-        most *= 4  # each piece adds to the weights' gradients
-    pieces = y.split(max(most * y.shape[dim] // (y.numel() * widest), 1), dim)  # type: ignore[no-untyped-call]
+    pieces = y.split(_slices(y, dim, y.numel() * widest), dim)  # type: ignore[no-untyped-call]
     if torch.is_grad_enabled():
         sums = [piece + branch(piece) for piece in pieces]
         return torch.cat(sums, dim) if len(sums) > 1 else sums[0]
     for piece in pieces:
         piece += branch(piece)
     return y
+
+
+def in_pieces(function: Callable[..., Tensor], inputs: Sequence[Tensor], dim: int, widest: int) -> Tensor:
+    """``function(*inputs)`` for one that treats the slices along ``dim`` independently, some slices at a time.
+
+    Args:
+        widest: how many values the function holds at one time, for all slices.
+    """
+    if torch.compiler.is_compiling():
+        return function(*inputs)
+    slices = _slices(inputs[0], dim, widest)
+    pieces = zip(*(x.split(slices, dim) for x in inputs), strict=True)  # type: ignore[no-untyped-call]
+    out = [function(*piece) for piece in pieces]
+    return torch.cat(out, dim) if len(out) > 1 else out[0]
+
+
+def _slices(like: Tensor, dim: int, values: int) -> int:
+    """How many slices along ``dim`` make a piece, where all together hold ``values``."""
+    most = _CPU_PIECE * torch.get_num_threads() if like.device.type == "cpu" else _GPU_PIECE
+    if torch.is_grad_enabled():
+        most *= 4  # each piece adds to the weights' gradients
+    return max(most * like.shape[dim] // values, 1)
 
 
 def keep_freed_memory() -> None:

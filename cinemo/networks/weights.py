@@ -86,7 +86,11 @@ def published_config(values: Mapping[str, Any], location: str) -> dict[str, Any]
 
 
 def load_unet(
-    config: UNetConfig, location: str, dtype: torch.dtype | None = None, motion_optional: bool = False
+    config: UNetConfig,
+    location: str,
+    dtype: torch.dtype | None = None,
+    motion_optional: bool = False,
+    grow_input: bool = False,
 ) -> LavieUNet:
     """A UNet with the weights at ``location`` (.safetensors, or .bin/.pt read without running code), on the CPU.
 
@@ -94,6 +98,7 @@ def load_unet(
         dtype: cast to it; None keeps the file's.
         motion_optional: the motion-id network may be absent, as in LaVie's base weights; it is then initialised
             (global torch RNG) with a last weight of zero.
+        grow_input: the file's network may take fewer channels; the weights of the further ones are zero.
 
     Raises:
         InputError: the file has missing, extra or misshapen entries, or cannot be read.
@@ -107,12 +112,29 @@ def load_unet(
     state |= {name: rotary_frequencies() for name in expected if name.endswith("rotary_emb.freqs")}
     if motion_optional and not any(name.startswith("add_embedding.") for name in state):
         state |= _fresh_motion(config)
+    if grow_input and "conv_in.weight" in state:
+        state["conv_in.weight"] = _grown(state["conv_in.weight"], config.in_channels)
     compare(state, expected, location)
     if dtype is not None:
         for name in state:
             state[name] = state[name].to(dtype)
     unet.load_state_dict(state, assign=True)
     return unet
+
+
+def load_network(network: nn.Module, location: str, folder: str, dtype: torch.dtype | None = None) -> None:
+    """Give ``network``, made on the meta device, the weights at a location, on the CPU.
+
+    Args:
+        folder: the network's own in a pipeline's directory.
+        dtype: as `load_unet` has it.
+
+    Raises:
+        InputError: there are none, or they have missing, extra or misshapen entries.
+    """
+    state = read_tensors(weights_file(location, folder), location, dtype)
+    compare(state, network.state_dict(), location)
+    network.load_state_dict(state if dtype is None else {n: x.to(dtype) for n, x in state.items()}, assign=True)
 
 
 def save_network(network: nn.Module, directory: Path) -> None:
@@ -212,6 +234,12 @@ def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor
         with safe_open(path, "pt") as file:
             state[name] = file.get_tensor(name).to(dtype, copy=True)
     return state
+
+
+def _grown(weight: Tensor, channels: int) -> Tensor:
+    """A convolution's weight for more input channels, which add nothing."""
+    more = channels - weight.shape[1]
+    return weight if more <= 0 else torch.cat([weight, weight.new_zeros(len(weight), more, *weight.shape[2:])], dim=1)
 
 
 def _fresh_motion(config: UNetConfig) -> dict[str, Tensor]:

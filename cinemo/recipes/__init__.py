@@ -28,6 +28,7 @@ _NAMED = {  # by the module of this package that has their functions
         *("dynamicrafter-256", "dynamicrafter-512", "dynamicrafter-1024", "dynamicrafter-512-interp"),
         "dynamicrafter-tiny",
     ),
+    "trip": ("trip-256", "trip-w-256", "trip-tiny"),
 }
 
 

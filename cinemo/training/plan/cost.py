@@ -58,14 +58,15 @@ def sample_flops(recipe: Recipe) -> SampleFlops:
         video_BCFHW = torch.empty(1, channels, frames, rows, columns)
         condition = blank_condition(recipe, example, video_BCFHW, torch.float32)
         target = method.target(LatentBatch(video_BCFHW, condition))
+        t_B = torch.empty(1, dtype=torch.long)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            method.predict(target, torch.empty(1), condition)
+            method.predict(target, t_B, condition)
         forward = training = int(counter.get_total_flops())
         if recipe.train.trainable == "all":
             training *= 3
         else:
             with FlopCounterMode(display=False) as counter:
-                method.predict(target, torch.empty(1), condition).sum().backward()  # type: ignore[no-untyped-call]
+                method.predict(target, t_B, condition).sum().backward()  # type: ignore[no-untyped-call]
             training = int(counter.get_total_flops())
     return SampleFlops(forward, training, training + (forward if recipe.train.gradient_checkpointing else 0))
 
