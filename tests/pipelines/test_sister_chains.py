@@ -40,7 +40,7 @@ class Sister:
     said: str = "has no such control; it has"
 
 
-SISTERS = (Sister("dynamicrafter-tiny", {"frame_rate": 9}),)
+SISTERS = (Sister("dynamicrafter-tiny", {"frame_rate": 9}), Sister("trip-tiny", {"guidance_scale": 2.0}))
 
 
 @pytest.fixture(scope="module")
