@@ -40,6 +40,7 @@ from cinemo.methods.trip import (
     unet_input,
     unet_output,
 )
+from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_image_context
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
 from cinemo.networks.noise_fusion import FusionConfig
 from cinemo.recipes import parse_recipe
@@ -74,9 +75,16 @@ BETAS = {
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", ["trip_linear", "trip_sd"])
-def test_golden_formulas(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    family = Family(name)
+def test_golden_formulas_on_linear_betas(capsys: pytest.CaptureFixture[str]) -> None:
+    compare_formulas(Family("trip_linear"), capsys)
+
+
+@pytest.mark.golden
+def test_golden_formulas_on_stable_diffusion_s_betas(capsys: pytest.CaptureFixture[str]) -> None:
+    compare_formulas(Family("trip_sd"), capsys)
+
+
+def compare_formulas(family: Family, capsys: pytest.CaptureFixture[str]) -> None:
     for where, meta, arrays in family:
         assert meta["t"] == "1-based"
         compared = set()
@@ -684,6 +692,49 @@ def test_a_base_lacks_what_the_method_adds(recipe: Recipe, tmp_path: Path) -> No
     narrow = changed(recipe, "model", unet=UNET.model_copy(update={"in_channels": 2, "out_channels": 2}))
     with pytest.raises(InputError, match="do not fit"):
         kind.load_network(narrow, "unet", init, base=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dynamicrafter_s_unet_may_be_the_backbone(layout: Any, tmp_path: Path) -> None:
+    """As a text-to-video model or as one that was trained to see pictures: that part of it is never asked."""
+    unet = DynamiCrafterConfig(
+        in_channels=8 if layout == "c" else 4,
+        model_channels=32,
+        channel_mult=(1, 2),
+        attention_resolutions=(1, 2),
+        num_res_blocks=1,
+        num_head_channels=16,
+        context_dim=12,
+    )
+    model = TripModel(backbone="dynamicrafter", unet=unet, fusion=FUSION, layout=layout, text_layers=23)
+    recipe = TripRecipe(name="test", model=model, sample=TripSample(reuse_features=2))
+    assert parse_recipe(recipe.model_dump(mode="json"), "test") == recipe
+    assert (TripMethod.text_width(recipe), TripMethod.text_layers(recipe)) == (12, 23)
+    assert TripMethod.learns("unet.init_attn.0.proj_in.weight", "temporal")
+    torch.manual_seed(0)
+    base = DynamiCrafterUNet(**{**unet.model_dump(), "in_channels": 4, "image_cross_attention": False})
+    for parameter in base.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    init = str(tmp_path / "base.safetensors")
+    method = TripMethod.of(
+        recipe, {part: TripMethod.load_network(recipe, part, init, base=True) for part in TripMethod.parts}
+    )
+    data, t, noise = world()
+    z_t = method.schedule.add_noise(data.video_BCFHW, noise, t)
+    with torch.no_grad():
+        seen = unet_input(layout, data.video_BCFHW[:, :, :1], z_t)[:, :4]  # what is beside them adds nothing at first
+        expected = unet_output(layout, base(seen, t, data.condition["text"]))
+        first = 1 if layout == "replace" else 0
+        got = method.predict(z_t, t, data.condition)
+    torch.testing.assert_close(got[:, :, first:], expected[:, :, first:], rtol=1e-4, atol=1e-5)
+    method(data, t, noise).backward()
+    idle = {name for name, parameter in method.unet.named_parameters() if not parameter.requires_grad}
+    assert idle == {name for name, _ in method.unet.named_parameters() if is_image_context(name)}
+    assert all(p.grad is None for name, p in method.unet.named_parameters() if name in idle)
+    with torch.inference_mode():
+        video = run(method, method.sampling(data.condition, Condition(text=torch.zeros(2, 7, 12)), noise, 4, 2.0))
+    assert torch.isfinite(video).all()
 
 
 @pytest.fixture(scope="module")
