@@ -33,7 +33,7 @@ from cinemo.networks.memory import keep_freed_memory
 from cinemo.training.plan.activations import PeakMemory
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = ("convolution", "addmm", "aten::mm", "bmm", "_scaled_dot_product", "gemm", "sdpa", "flash")
+KERNELS = ("convolution", "conv3d", "addmm", "aten::mm", "bmm", "_scaled_dot_product", "gemm", "sdpa", "flash")
 SAMPLING, TRAINING, CHECKPOINTING = "sampling step", "forward + backward", "the same, gradient checkpointing"
 FULL = (40, 64)  # latent cells of 320x512 pixels
 

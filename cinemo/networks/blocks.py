@@ -34,10 +34,10 @@ def part_frames(x: Tensor, frames: int) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(batch * frames, rows // frames, columns, width).permute(0, 3, 1, 2)
 
 
-def convolved(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
+def convolved(conv: nn.Conv2d, x: Tensor, plain: bool = False) -> Tensor:
     """``conv(x)``, where the weights are the larger side with ``x`` in plain layout: they and their gradient would
-    otherwise be rearranged in every call."""
-    if math.prod(conv.kernel_size) * conv.out_channels > x.numel() // x.shape[1]:
+    otherwise be rearranged in every call. ``plain``: in that layout anyway."""
+    if plain or 9 * conv.out_channels > x.numel() // x.shape[1]:
         x = x.contiguous()
     out: Tensor = conv(x)
     return out

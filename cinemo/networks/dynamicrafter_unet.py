@@ -26,6 +26,7 @@ from cinemo.networks.dynamicrafter_blocks import (
     ResBlock,
     SpatialTransformer,
     TemporalTransformer,
+    learns_on_cpu,
     zeroed,
 )
 from cinemo.networks.features import DeepFeatures
@@ -267,7 +268,7 @@ class DynamiCrafterUNet(nn.Module):
                     elif isinstance(module, TemporalTransformer):
                         x = module(x, batch)
                     elif isinstance(module, Upsample):
-                        x = module(x, size)
+                        x = module(x.contiguous() if learns_on_cpu(x) else x, size)
                     else:
                         x = module(x)
                 return x
