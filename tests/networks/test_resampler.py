@@ -39,7 +39,7 @@ def test_the_order_of_an_images_tokens_does_not_matter_and_that_of_the_queries_i
     resampler, tokens = small()
     out = resampler(tokens)
     torch.testing.assert_close(resampler(tokens.flip(1)), out, rtol=0, atol=1e-12)
-    assert float((out[:, 0] - out[:, 1]).abs().max()) > 1e-2
+    assert float((out[:, 0] - out[:, 1]).detach().abs().max()) > 1e-2
     with torch.no_grad():
         resampler.latents.copy_(resampler.latents.unflatten(1, (3, 4)).flip(1).flatten(1, 2))
     torch.testing.assert_close(resampler(tokens), out.flip(1), rtol=0, atol=1e-12)

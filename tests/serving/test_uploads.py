@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import time
 import zlib
@@ -236,7 +237,7 @@ def test_damage_is_a_refusal_or_a_picture_never_another_fault(data: st.DataObjec
         assert read_header(kept).width * read_header(kept).height <= 100_000
     else:
         assert refused.status in (413, 415, 422)
-        assert "0x" not in refused.fault.message
+        assert not re.search(r"\b0x", refused.fault.message)  # no address; sizes such as 3600x12 are fine
 
 
 def outcome(content: bytes) -> tuple[bytes, Refused | None]:
