@@ -87,7 +87,7 @@ def child(assignments: Sequence[str], kept: bool) -> None:
         engine = Engine(method, recipe.train, torch.device("cpu"))
         text = FrozenStates.of(recipe, "cpu", engine.dtype)
         for start in range(0, TEXT_CACHE, 8):  # as after some steps of a large dataset
-            text([f"caption {number}" for number in range(start, start + 8)])
+            text.texts([f"caption {number}" for number in range(start, start + 8)])
 
         latents = np.ones(latent_shape(recipe), np.float16)
 

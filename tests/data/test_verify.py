@@ -78,7 +78,7 @@ def change_ssim(dataset: Path, shard: int) -> None:
 def test_a_sound_dataset(with_fields: Path, field_recipe: Recipe) -> None:
     before = {path: path.stat().st_mtime_ns for path in with_fields.rglob("*")}
     result = verify(str(with_fields), field_recipe, 18)
-    assert (result["shards"], result["sidecars"], result["samples"]) == (3, 12, 18)
+    assert (result["shards"], result["sidecars"], result["samples"]) == (3, 18, 18)
     assert result["bytes"] == sum(path.stat().st_size for path in with_fields.rglob("*.tar"))
     assert result["canary"] == {"samples": 18, "equal": 18, "skipped": 0, "worst": 0.0, "faults": [], "unreadable": []}
     assert {path: path.stat().st_mtime_ns for path in with_fields.rglob("*")} == before
@@ -222,7 +222,10 @@ def test_the_command(copy: Path, field_recipe: Recipe, tmp_path: Path, capsys: p
     words = ["--recipe", str(tmp_path / "recipe.json"), "--output", str(copy), "--verify", "--sample", "2"]
     cli.run(main, words)
     printed = capsys.readouterr().out
-    assert "18 samples in 3 shards and 12 sidecars (first_frame, flow, image_tokens, text_states)" in printed
+    assert (
+        "18 samples in 3 shards and 18 sidecars (first_frame, flow, frame_tokens, frames, image_tokens, text_states)"
+        in printed
+    )
     assert "2 samples made again: 2 equal bit for bit" in printed
     (copy / "notes.txt").write_text("?")
     with pytest.raises(SystemExit) as stopped:

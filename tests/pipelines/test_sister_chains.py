@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -75,7 +76,9 @@ def test_from_clips_to_a_served_video(sister: Sister, clips: Path, tmp_path: Pat
     words = ["--bundle", bundle, "--image", tmp_path / "picture.png", "--prompt", "a ball", "--steps", "3"]
     flags = [part for name, value in sister.asked.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     for name in ("a", "b"):
-        command("animate", *words, *flags, "--output", tmp_path / f"{name}.mp4", "--save-latents", tmp_path / name)
+        command(
+            "animate", *words, *flags, "--output", tmp_path / f"{name}.mp4", "--save-latents", tmp_path / f"{name}.npz"
+        )
     frames, (height, width) = recipe.data.frames, recipe.data.size
     info = probe(tmp_path / "a.mp4")
     assert (info.frames, info.height, info.width) == (frames, height, width)
@@ -119,5 +122,6 @@ def kill_after_a_checkpoint(words: list[Any], run: Path, seconds: float = 240) -
             time.sleep(0.05)
     finally:
         for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-            member.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
         process.wait()
