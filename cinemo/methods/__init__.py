@@ -12,7 +12,8 @@ from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.methods.base import Encoders, Example, Imported, Method, Published, run
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.controls import ControlInfo, Controls, Input, controls_of
-from cinemo.methods.dynamicrafter import DynamiCrafterMethod, InterpolationMethod
+from cinemo.methods.dynamicrafter import DynamiCrafterMethod
+from cinemo.methods.interpolation import InterpolationMethod
 from cinemo.methods.trainable import check_trainable, mark_trainable
 from cinemo.methods.trip import TripLinearMethod, TripMethod
 from cinemo.types import InputError

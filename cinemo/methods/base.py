@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cinemo.config import MOTION_BUCKETS, Recipe, TrainConfig
-from cinemo.diffusion.guidance import Sampling
+from cinemo.config import MOTION_BUCKETS, Recipe, SampleConfig, TrainConfig
+from cinemo.diffusion.ddim import ddim_steps
+from cinemo.diffusion.guidance import Sampling, guided, reusing
+from cinemo.diffusion.multistep import multistep_steps
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.media.motion import MotionScale
 from cinemo.methods.controls import Controls, Input, check_names
@@ -302,6 +304,50 @@ def diffusion_loss(output: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of each sample (B,) in float32, whatever the network's precision (Cinemo, equation 3)."""
     errors = F.mse_loss(output.float(), target.to(output.device, torch.float32), reduction="none")
     return errors.flatten(1).mean(1)
+
+
+def training_loss(
+    output: Tensor,
+    target: Tensor,
+    schedule: NoiseSchedule,
+    t_B: Tensor,
+    reduction: Reduction,
+    min_snr_gamma: float | None = None,
+) -> Tensor:
+    """`diffusion_loss`, weighted by timestep where there is a gamma (`NoiseSchedule.min_snr_weights`).
+
+    Returns:
+        Its mean, or with ``reduction="none"`` that of every sample (B,).
+    """
+    losses_B = diffusion_loss(output, target)
+    if min_snr_gamma is not None:
+        losses_B = losses_B * schedule.min_snr_weights(t_B, min_snr_gamma).to(losses_B.device)
+    return losses_B if reduction == "none" else losses_B.mean()
+
+
+def solved(
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    sample: SampleConfig,
+    steps: int,
+    branches: Sequence[Condition],
+    scales: Sequence[float],
+    ready: Callable[[Condition], Condition],
+    generator: torch.Generator | None = None,
+) -> Sampling:
+    """From noise to clean data as a recipe's ``sample`` says: solver, guidance in its interval, features used again.
+
+    Args:
+        branches, scales, ready: as `cinemo.diffusion.guidance.guided` has them.
+        generator: of the fresh noise that ``sample.eta`` asks for.
+    """
+    if sample.solver == "ddim":
+        queries = ddim_steps(x_T, schedule, steps, sample.eta, generator, sample.spacing, sample.final_level)
+    else:
+        queries = multistep_steps(x_T, schedule, steps)
+    low, high = (round(share * (schedule.train_steps - 1)) for share in sample.guidance_interval)
+    asked = guided(queries, branches, scales, (low, high), sample.guidance_rescale, ready)
+    return (yield from reusing(asked, sample.reuse_features))
 
 
 Progress = Callable[[int], None]

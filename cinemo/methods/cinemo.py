@@ -15,13 +15,23 @@ from torch import Tensor, nn
 
 from cinemo.config import MOTION_BUCKETS, Recipe, SampleConfig, TrainConfig
 from cinemo.diffusion.dct import dct_init
-from cinemo.diffusion.ddim import ddim_invert_steps, ddim_steps
-from cinemo.diffusion.guidance import Sampling, guided, reusing
-from cinemo.diffusion.multistep import multistep_steps
+from cinemo.diffusion.ddim import ddim_invert_steps
+from cinemo.diffusion.guidance import Sampling, guided
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.motion import MotionScale, mean_adjacent_ssim, motion_bucket, strength_to_bucket
 from cinemo.media.transforms import prepare_image
-from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, chance, diffusion_loss, run
+from cinemo.methods.base import (
+    Draw,
+    Encoders,
+    Example,
+    Method,
+    Published,
+    Reduction,
+    chance,
+    run,
+    solved,
+    training_loss,
+)
 from cinemo.methods.cinemo_weights import import_cinemo, import_lavie
 from cinemo.methods.controls import MAX_PROMPT, FastSampling, Input, control
 from cinemo.networks.features import DeepFeatures
@@ -225,10 +235,8 @@ class CinemoMethod(Method):
         noise = noise_BCFHW.float()
         motion_t = self.schedule.add_noise(motion, noise, t_B)  # line 8
         output = self.predict(motion_t, t_B, batch.condition)  # line 9
-        losses_B = diffusion_loss(output, self.schedule.target(motion, noise, t_B))  # line 10
-        if weighted and self.min_snr_gamma is not None:
-            losses_B = losses_B * self.schedule.min_snr_weights(t_B, self.min_snr_gamma).to(losses_B.device)
-        return losses_B if reduction == "none" else losses_B.mean()
+        target, gamma = self.schedule.target(motion, noise, t_B), self.min_snr_gamma if weighted else None
+        return training_loss(output, target, self.schedule, t_B, reduction, gamma)  # line 10
 
     def start(self, condition: Condition, noise: Tensor) -> Tensor:
         """x_T: the noise, its low frequencies replaced by the image's layout where DCTInit is on (section 3.3)."""
@@ -327,19 +335,13 @@ class CinemoMethod(Method):
                 ``guidance_scale`` is 1.
             generator: of the fresh noise that ``sample.eta`` asks for.
         """
-        sample, last = self.sample, self.schedule.train_steps - 1
         if guidance_scale > 1 and untold is None:
             raise InputError(f"guidance scale is {guidance_scale}, expected text states of the negative prompt")
         negative = condition["text"] if untold is None else untold["text"].to(condition["text"])
         branches = (Condition(condition, text=negative), condition)
-        x_T = self.start(condition, noise)
-        if sample.solver == "ddim":
-            queries = ddim_steps(x_T, self.schedule, steps, sample.eta, generator, sample.spacing, sample.final_level)
-        else:
-            queries = multistep_steps(x_T, self.schedule, steps)
-        low, high = (round(share * last) for share in sample.guidance_interval)
-        asked = guided(queries, branches, (guidance_scale,), (low, high), sample.guidance_rescale, self.ready)
-        return self.finish((yield from reusing(asked, sample.reuse_features)), condition)
+        x_T, scales = self.start(condition, noise), (guidance_scale,)
+        x_0 = yield from solved(x_T, self.schedule, self.sample, steps, branches, scales, self.ready, generator)
+        return self.finish(x_0, condition)
 
     def inversion(self, video_BCFHW: Tensor, condition: Condition, steps: int) -> Sampling:
         """Video latents -> the noise (B, C, F-1, h, w) that `sampling` turns back into their residuals.

@@ -17,14 +17,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cinemo.config import Part, Recipe, SampleConfig, TrainConfig
-from cinemo.diffusion.ddim import ddim_steps, timesteps
-from cinemo.diffusion.guidance import Sampling, guided, reusing
-from cinemo.diffusion.multistep import multistep_steps
+from cinemo.diffusion.ddim import timesteps
+from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.stills import frame_of
 from cinemo.media.transforms import prepare_image
-from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, diffusion_loss
-from cinemo.methods.controls import FastSampling, Input, control
+from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, solved, training_loss
+from cinemo.methods.controls import FastSampling, control
 from cinemo.methods.dynamicrafter_weights import import_dynamicrafter
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_image_context, is_temporal
 from cinemo.networks.dynamicrafter_weights import has_resampler, load_resampler, load_unet, save_published
@@ -131,19 +130,6 @@ class DynamiCrafterControls(FastSampling):
         return filled
 
 
-class InterpolationRecipe(DynamiCrafterRecipe):
-    """A run of DynamiCrafter between two pictures."""
-
-    method: str = "dynamicrafter-interp"
-
-
-class InterpolationControls(DynamiCrafterControls):
-    """The same between two pictures, or one: a loop, a video that can be repeated."""
-
-    def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
-        return super().settings(recipe, inputs) | {"looping": "last_image" not in inputs}
-
-
 class DynamiCrafterMethod(Method):
     """Animation of a picture; see `cinemo.methods.base.Method` for the contract.
 
@@ -151,6 +137,7 @@ class DynamiCrafterMethod(Method):
         unet: sees latents of all frames and, beside their channels, those of the given picture.
         image_proj: the query transformer P.
         sample: of it, all but steps and guidance scale is used here.
+        min_snr_gamma: weighs the losses, see `NoiseSchedule.min_snr_weights`; None is the paper's equation 4.
     """
 
     name: ClassVar[str] = "dynamicrafter"
@@ -162,11 +149,16 @@ class DynamiCrafterMethod(Method):
     parts: ClassVar[tuple[str, ...]] = ("unet", "image_proj")
 
     def __init__(
-        self, unet: DynamiCrafterUNet, image_proj: Resampler, schedule: NoiseSchedule, sample: DynamiCrafterSample
+        self,
+        unet: DynamiCrafterUNet,
+        image_proj: Resampler,
+        schedule: NoiseSchedule,
+        sample: DynamiCrafterSample,
+        min_snr_gamma: float | None = None,
     ) -> None:
         super().__init__()
         self.unet, self.image_proj = unet, image_proj
-        self.schedule, self.sample = schedule, sample
+        self.schedule, self.sample, self.min_snr_gamma = schedule, sample, min_snr_gamma
 
     @classmethod
     def latent_channels(cls, recipe: Recipe) -> int:
@@ -214,11 +206,12 @@ class DynamiCrafterMethod(Method):
         unet, image_proj = networks["unet"], networks["image_proj"]
         assert isinstance(unet, DynamiCrafterUNet)
         assert isinstance(image_proj, Resampler)
-        return cls(unet, image_proj, noise_schedule(recipe.diffusion), _own(recipe).sample)
+        schedule, gamma = noise_schedule(recipe.diffusion), recipe.train.min_snr_gamma
+        return cls(unet, image_proj, schedule, _own(recipe).sample, gamma)
 
     @classmethod
     def stored_fields(cls, recipe: Recipe) -> tuple[str, ...]:
-        return (_STORED[cls._condition_frame(recipe), _own(recipe).train.image_tokens],)
+        return (_STORED[cls.condition_frame(recipe), _own(recipe).train.image_tokens],)
 
     @classmethod
     def example(cls, recipe: Recipe, sample: LatentSample, draw: Draw) -> Example:
@@ -228,7 +221,7 @@ class DynamiCrafterMethod(Method):
         """
         train, frames = _own(recipe).train, recipe.data.frames
         place = 0
-        if cls._condition_frame(recipe) == "random":
+        if cls.condition_frame(recipe) == "random":
             place = int(torch.randint(frames, (), generator=draw("condition frame")))
         without_text, without_image = dropped(
             float(torch.rand((), generator=draw("conditions"))), train.condition_dropout
@@ -269,11 +262,11 @@ class DynamiCrafterMethod(Method):
         reduction: Reduction = "mean",
         weighted: bool = True,
     ) -> Tensor:
-        """The plain error (equation 4) of the noise or v that the schedule asks for; ``noise``: (B, C, F, h, w)."""
+        """The error (equation 4) of the noise or v that the schedule asks for; ``noise``: (B, C, F, h, w)."""
         video, noise = self.target(batch), noise.float()
         output = self.predict(self.schedule.add_noise(video, noise, t_B), t_B, batch.condition)
-        losses_B = diffusion_loss(output, self.schedule.target(video, noise, t_B))
-        return losses_B if reduction == "none" else losses_B.mean()
+        target, gamma = self.schedule.target(video, noise, t_B), self.min_snr_gamma if weighted else None
+        return training_loss(output, target, self.schedule, t_B, reduction, gamma)
 
     def ready(self, condition: Condition) -> Condition:
         """A condition for many calls of `predict`: the keys and values of text and image tokens in their place."""
@@ -358,7 +351,7 @@ class DynamiCrafterMethod(Method):
         self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """Latents (1, C, h, w) of the pictures that stand beside the noisy ones."""
-        return {"image": _latent(recipe, encoders, inputs, "image", settings["seed"])}
+        return {"image": picture_latent(recipe, encoders, inputs, "image", settings["seed"])}
 
     def sampling(
         self,
@@ -374,20 +367,14 @@ class DynamiCrafterMethod(Method):
         Guidance has three branches (equation 5): neither text nor picture, the picture alone, both; with equal scales
         the middle one cancels out and is not asked. ``untold``: ``text`` and ``image_tokens`` of the first.
         """
-        sample, last = self.sample, self.schedule.train_steps - 1
+        sample = self.sample
         scales = (sample.image_guidance_scale or guidance_scale, guidance_scale)
         if max(scales) > 1 and untold is None:
             raise InputError(f"guidance scale is {guidance_scale}, expected states of the unconditional branch")
         untold = Condition() if untold is None else untold.to(noise.device)
         alone = Condition(condition, **{name: value for name, value in untold.items() if name == "text"})
-        if sample.solver == "ddim":
-            queries = ddim_steps(noise, self.schedule, steps, sample.eta, generator, sample.spacing, sample.final_level)
-        else:
-            queries = multistep_steps(noise, self.schedule, steps)
-        low, high = (round(share * last) for share in sample.guidance_interval)
         branches = (Condition(condition, **untold), alone, condition)
-        asked = guided(queries, branches, scales, (low, high), sample.guidance_rescale, self.ready)
-        video = yield from reusing(asked, sample.reuse_features)
+        video = yield from solved(noise, self.schedule, sample, steps, branches, scales, self.ready, generator)
         factor = self.schedule.data_scale
         if sample.undo_rescale and self.schedule.clean_scale is not None:
             # The published sampler leaves in its result the factor that clean latents had in its last step.
@@ -395,50 +382,8 @@ class DynamiCrafterMethod(Method):
         return video if factor == 1 else video / factor
 
     @classmethod
-    def _condition_frame(cls, recipe: Recipe) -> str:
+    def condition_frame(cls, recipe: Recipe) -> str:
         return _own(recipe).train.condition_frame
-
-
-class InterpolationMethod(DynamiCrafterMethod):
-    """What happens between two pictures (section 4.5): their latents stand beside the first and the last frame alone,
-    and tokens are those of the first."""
-
-    name: ClassVar[str] = "dynamicrafter-interp"
-    recipe_type: ClassVar[type[Recipe]] = InterpolationRecipe
-    controls_type: ClassVar[type[DynamiCrafterControls]] = InterpolationControls
-    inputs: ClassVar[Mapping[str, Input]] = {
-        "last_image": Input("image", "the picture to end at; without one the video is a loop that ends where it began")
-    }
-
-    @classmethod
-    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Condition:
-        return Condition(super().condition(video_BCFHW, fields, states), last_image=video_BCFHW[:, :, -1])
-
-    def given(
-        self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """A loop's picture is encoded once, so that both ends are the same."""
-        image_BCHW = _latent(recipe, encoders, inputs, "image", settings["seed"])
-        if settings["looping"]:
-            return {"image": image_BCHW, "last_image": image_BCHW}
-        return {
-            "image": image_BCHW,
-            "last_image": _latent(recipe, encoders, inputs, "last_image", settings["seed"]),
-        }
-
-    def prepare(
-        self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
-    ) -> tuple[Sampling, int]:
-        """The last frame of a loop, which is its first one again, is left out."""
-        sampling, calls = super().prepare(recipe, encoders, inputs, settings)
-        if settings["looping"]:
-            settings["frames"] = recipe.data.frames - 1
-            sampling = _without_last(sampling)
-        return sampling, calls
-
-    @classmethod
-    def _condition_frame(cls, recipe: Recipe) -> str:
-        return "first"
 
 
 def dropped(u: float, p: float) -> tuple[bool, bool]:
@@ -480,7 +425,9 @@ def _rate(recipe: Recipe, sample: LatentSample) -> int:
     return max(1, int(sample.fps / sample.frame_interval))
 
 
-def _latent(recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], name: str, seed: int) -> Tensor:
+def picture_latent(
+    recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], name: str, seed: int
+) -> Tensor:
     posterior = keyed_generator(seed, name) if recipe.encoders.latent == "sample" else None
     return encoders.vae.encode(prepare_image(inputs[name], recipe.data.size)[None], posterior)
 
@@ -489,11 +436,6 @@ def _pixels(image_CHW: Tensor) -> np.ndarray:
     """Of a prepared picture: what its stored frame would be, (H, W, 3) uint8."""
     pixels: np.ndarray = ((image_CHW / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return pixels
-
-
-def _without_last(sampling: Sampling) -> Sampling:
-    video_BCFHW = yield from sampling
-    return video_BCFHW[:, :, :-1]
 
 
 def _own(recipe: Recipe) -> DynamiCrafterRecipe:

@@ -7,8 +7,8 @@ what the paper leaves open is ours, and said where it is decided. Frames are cou
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
@@ -17,19 +17,17 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from cinemo.config import Part, Recipe, SampleConfig, TrainConfig
-from cinemo.diffusion.ddim import ddim_steps
-from cinemo.diffusion.guidance import Sampling, guided, reusing
-from cinemo.diffusion.multistep import multistep_steps
+from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.transforms import prepare_image
-from cinemo.methods.base import Draw, Encoders, Example, Method, Reduction, chance, diffusion_loss
+from cinemo.methods.base import Draw, Encoders, Example, Method, Reduction, chance, solved, training_loss
 from cinemo.methods.controls import FastSampling, control
-from cinemo.networks import dynamicrafter_unet, dynamicrafter_weights, lavie_unet
-from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet
+from cinemo.methods.trip_backbones import BACKBONES
+from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig
 from cinemo.networks.features import DeepFeatures
-from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
+from cinemo.networks.lavie_unet import UNetConfig
 from cinemo.networks.noise_fusion import FusionConfig, TemporalNoiseFusion
-from cinemo.networks.weights import load_network, load_unet, resolve
+from cinemo.networks.weights import load_network, resolve
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
 # --- section 3.2: the image noise prior ------------------------------------------------------------------------------
@@ -119,44 +117,6 @@ def replace_first(video: Tensor, z_1: Tensor) -> Tensor:
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A UNet as TRIP asks it: ``unet(frames, t, text, deep=deep)``, nothing else told; ``unet.keys_values(text)`` may
-    stand in the text's place, and it has a ``dtype``.
-
-    ``config``: its arguments, with ``in_channels`` and ``out_channels``. ``load``: from a configuration, a location, a
-    dtype, and whether what the base lacks may be fresh. ``is_temporal``, ``is_unused``: of a parameter, by its name; of
-    the latter TRIP makes no use, and they never learn.
-    """
-
-    config: type[Part]
-    network: Callable[..., nn.Module]
-    load: Callable[[Any, str, torch.dtype | None, bool], nn.Module]
-    text_width: Callable[[Any], int]
-    is_temporal: Callable[[str], bool]
-    is_unused: Callable[[str], bool]
-
-
-BACKBONES: dict[str, Backbone] = {
-    "lavie": Backbone(
-        UNetConfig,
-        LavieUNet,
-        lambda config, location, dtype, base: load_unet(config, location, dtype, motion_optional=base, grow_input=base),
-        lambda config: int(config.cross_attention_dim),
-        lavie_unet.is_temporal,
-        lambda name: "add_embedding." in name,  # Cinemo's motion input
-    ),
-    "dynamicrafter": Backbone(
-        DynamiCrafterConfig,
-        DynamiCrafterUNet,
-        dynamicrafter_weights.load_unet,
-        lambda config: int(config.context_dim),
-        dynamicrafter_unet.is_temporal,
-        dynamicrafter_unet.is_image_context,
-    ),
-}
 
 
 class TripUNet(Part):
@@ -354,10 +314,7 @@ class _Trip(Method):
         output, target = self.predict(z_t, t_B, batch.condition), self.schedule.target(z_0, noise, t_B)
         if self.model.layout == "replace":  # frame 1 is no prediction
             output, target = output[:, :, 1:], target[:, :, 1:]
-        losses_B = diffusion_loss(output, target)
-        if weighted and self.min_snr_gamma is not None:
-            losses_B = losses_B * self.schedule.min_snr_weights(t_B, self.min_snr_gamma).to(losses_B.device)
-        return losses_B if reduction == "none" else losses_B.mean()
+        return training_loss(output, target, self.schedule, t_B, reduction, self.min_snr_gamma if weighted else None)
 
     def ready(self, condition: Condition) -> Condition:
         """A condition for many calls of `predict`: keys and values of its text, made once, in the text's place."""
@@ -441,19 +398,14 @@ class _Trip(Method):
             untold: ``text`` of the unconditional branch; not needed where ``guidance_scale`` is 1.
             generator: of the fresh noise that ``sample.eta`` asks for.
         """
-        sample, last = self.sample, self.schedule.train_steps - 1
         if guidance_scale > 1 and untold is None:
             raise InputError(f"guidance scale is {guidance_scale}, expected text states of the negative prompt")
         negative = condition["text"] if untold is None else untold["text"].to(condition["text"])
         branches = (Condition(condition, text=negative), condition)
-        if sample.solver == "ddim":
-            queries = ddim_steps(noise, self.schedule, steps, sample.eta, generator, sample.spacing, sample.final_level)
-        else:
-            queries = multistep_steps(noise, self.schedule, steps)
-        low, high = (round(share * last) for share in sample.guidance_interval)
-        asked = guided(queries, branches, (guidance_scale,), (low, high), sample.guidance_rescale, self.ready)
-        video = (yield from reusing(asked, sample.reuse_features)) / self.schedule.data_scale
-        return replace_first(video, condition["image"][:, :, None]) if sample.replace_first else video
+        scales = (guidance_scale,)
+        z_0 = yield from solved(noise, self.schedule, self.sample, steps, branches, scales, self.ready, generator)
+        video = z_0 / self.schedule.data_scale
+        return replace_first(video, condition["image"][:, :, None]) if self.sample.replace_first else video
 
     def _picture(self, condition: Condition, like: Tensor) -> Tensor:
         """z_0^1 (B, C, 1, h, w) on the scale of what is diffused."""

@@ -10,8 +10,8 @@ from cinemo.methods.dynamicrafter import (
     DynamiCrafterRecipe,
     DynamiCrafterSample,
     DynamiCrafterTrain,
-    InterpolationRecipe,
 )
+from cinemo.methods.interpolation import InterpolationRecipe
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig
 from cinemo.networks.resampler import ResamplerConfig
 from cinemo.recipes.cinemo import RENDERED_EDGES

@@ -25,11 +25,10 @@ from cinemo.methods.dynamicrafter import (
     DynamiCrafterModel,
     DynamiCrafterRecipe,
     DynamiCrafterSample,
-    InterpolationMethod,
-    InterpolationRecipe,
     dropped,
     visual_detail,
 )
+from cinemo.methods.interpolation import InterpolationMethod, InterpolationRecipe
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet
 from cinemo.networks.dynamicrafter_weights import load_unet, save_published
 from cinemo.networks.frozen import ImageEncoder
@@ -507,3 +506,14 @@ def test_a_published_checkpoint_becomes_a_bundle_and_back(recipe: DynamiCrafterR
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"again\.ckpt: exists; choose another --output"):
         as_published(str(tmp_path / "bundle"), str(tmp_path / "again.ckpt"))
+
+
+def test_losses_are_weighted_by_timestep_where_the_recipe_asks_for_it(recipe: DynamiCrafterRecipe) -> None:
+    weighted = build_method(override(recipe, ["train.min_snr_gamma=5"]), random_networks(recipe))
+    batch, noise = LatentBatch(torch.randn(2, 4, FRAMES, 4, 6), condition_of(2)), torch.randn(2, 4, FRAMES, 4, 6)
+    t_B = torch.tensor([3, 900])
+    with torch.no_grad():
+        plain = weighted(batch, t_B, noise, reduction="none", weighted=False)
+        got = weighted(batch, t_B, noise, reduction="none")
+    torch.testing.assert_close(got, plain * weighted.schedule.min_snr_weights(t_B, 5))
+    assert not torch.allclose(got, plain)
