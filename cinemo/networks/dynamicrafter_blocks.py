@@ -8,7 +8,7 @@ are (B, C, F, p) with the p = h*w cells of a frame side by side, for norms and c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,18 @@ class DualAttention(Attention):
             self.to_k_ip = nn.Linear(context_width, inner, bias=False)
             self.to_v_ip = nn.Linear(context_width, inner, bias=False)
             if learned_scale:
-                self.alpha = nn.Parameter(torch.zeros(()))
+                self.alpha = nn.Parameter(torch.zeros(1))  # DeepSpeed cannot broadcast what has no dimension
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As published, alpha has no dimension in files."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.alpha is not None:
+            destination[f"{prefix}alpha"] = destination[f"{prefix}alpha"].reshape(())
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        if self.alpha is not None and (name := f"{prefix}alpha") in state_dict:
+            state_dict = {**state_dict, name: state_dict[name].reshape(1)}
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def keys_values(self, context: Tensor, image: Tensor | None = None) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Keys and values (B, L, heads, d) of a text (B, L, D); then those of an image's tokens (B, ..., L', D).

@@ -424,3 +424,14 @@ def test_inputs_that_do_not_fit_are_refused_in_a_line(unet: DynamiCrafterUNet) -
     with pytest.raises(InputError, match="fs_condition is false"):
         random_unet(fs_condition=False)(sample, t, text, image, fs)
     assert math.isfinite(float(random_unet(fs_condition=False)(sample, t, text, image).sum()))
+
+
+def test_a_learned_scale_has_a_dimension_in_training_and_none_in_files(unet: DynamiCrafterUNet) -> None:
+    """DeepSpeed broadcasts no parameter without one; published files have none."""
+    scales = {name: value for name, value in unet.state_dict().items() if name.endswith(".alpha")}
+    assert scales
+    assert {value.dim() for value in scales.values()} == {0}
+    assert all(parameter.dim() > 0 for parameter in unet.parameters())
+    again = DynamiCrafterUNet(**unet.config).to(unet.dtype)
+    again.load_state_dict(unet.state_dict())
+    assert all(torch.equal(again.get_parameter(name).detach()[0], value) for name, value in scales.items())

@@ -110,18 +110,18 @@ def test_from_clips_to_a_served_video(sister: Sister, clips: Path, tmp_path: Pat
 def kill_after_a_checkpoint(words: list[Any], run: Path, seconds: float = 240) -> None:
     """Start a training and SIGKILL all of it once a checkpoint is there."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [sys.executable, "pipelines/train.py", *map(str, words)],
-        cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    log = run.parent / "killed.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "pipelines/train.py", *map(str, words)],
+            cwd=ROOT, env=environment, start_new_session=True, stdout=output, stderr=output,
+        )  # fmt: skip
     deadline = time.monotonic() + seconds
-    try:
-        while not list(run.rglob("checkpoint.json")):
-            assert process.poll() is None, process.returncode
-            assert time.monotonic() < deadline, "no checkpoint"
-            time.sleep(0.05)
-    finally:
-        for member in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-        process.wait()
+    while not list(run.rglob("checkpoint.json")):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, "no checkpoint"
+        time.sleep(0.05)
+    for member in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()

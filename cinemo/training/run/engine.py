@@ -102,6 +102,9 @@ class Engine:
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # Ray Train sets it; DeepSpeed insists on it
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         method.to(device)
+        for name, parameter in method.named_parameters():
+            if parameter.dim() == 0:
+                raise TypeError(f"{name} has no dimension, which DeepSpeed cannot broadcast; give it the shape (1,)")
         self._adam = optimizer(train, parameter_groups(method, train))
         self._engine, _, _, self._schedule = deepspeed.initialize(
             model=method,
