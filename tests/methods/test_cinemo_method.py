@@ -184,6 +184,7 @@ def test_bf16_weights_and_fp16_latents_give_a_float32_loss() -> None:
     assert loss.item() == pytest.approx(expected.item(), rel=0.02)
 
 
+@pytest.mark.slow
 def test_training_learns_one_batch() -> None:
     torch.manual_seed(0)
     method = build_method(RECIPE)

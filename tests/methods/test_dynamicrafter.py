@@ -335,6 +335,7 @@ def test_what_learns_in_each_stage(recipe: DynamiCrafterRecipe) -> None:
     assert any(".temopral_conv." in name for name in temporal)
 
 
+@pytest.mark.slow
 def test_it_learns(recipe: DynamiCrafterRecipe) -> None:
     torch.manual_seed(0)
     whole = override(recipe, ["train.condition_dropout=0", "diffusion.prediction=v"])

@@ -551,6 +551,7 @@ def test_temporal_layers_and_the_fusion_module_are_what_an_image_model_lacks() -
     assert all("lora_" in name for name in learning)
 
 
+@pytest.mark.slow
 def test_training_learns_a_toy_batch_at_two_rates() -> None:
     torch.manual_seed(0)
     method = build_method(TRIP)

@@ -252,6 +252,7 @@ browser = pytest.mark.browser
 
 
 @browser
+@pytest.mark.slow
 def test_a_video_from_picture_to_file(
     open_tab: Callable[..., Tab], server: Server, picture: Path, tmp_path: Path
 ) -> None:
@@ -369,6 +370,7 @@ def test_errors_are_told_where_they_belong(open_tab: Callable[..., Tab], picture
 
 
 @browser
+@pytest.mark.slow
 def test_a_full_queue_counts_down_and_tries_again(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
     server.work()
     tab = open_tab().ready()
@@ -455,6 +457,7 @@ def test_history_in_pages_with_thumbnails(open_tab: Callable[..., Tab], server: 
 
 
 @browser
+@pytest.mark.slow
 def test_two_settings_side_by_side_in_step(open_tab: Callable[..., Tab], server: Server, picture: Path) -> None:
     server.work()
     tab = open_tab().ready()

@@ -175,6 +175,7 @@ print(peak("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 def test_export_holds_the_model_once(small: Recipe, tmp_path: Path) -> None:
     """Of a checkpoint four times as large, in two shares, by a process of its own."""
     model = small.model.model_copy(update={"block_out_channels": (192, 384)})
