@@ -8,6 +8,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 OUT    ?= demo
 CLIPS  ?=
 METHOD ?= cinemo-tiny
+JOBS   ?= 2
 
 .PHONY: setup demo test test-slow check format bench bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
 
@@ -24,9 +25,9 @@ demo: setup
 	$(PY) pipelines/demo.py --recipe '$(METHOD)' --output '$(OUT)' $(if $(CLIPS),--clips '$(CLIPS)')
 
 test: setup
-	$(PY) -m pytest -m 'not slow' $(ARGS)
+	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
 
-# What starts whole runs and servers, kills them, or measures for minutes.
+# What starts whole runs and servers, kills them, or measures for minutes: one after the other, each fills the machine.
 test-slow: setup
 	$(PY) -m pytest -m slow $(ARGS)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,11 @@ class Tally:
         self.worst[kind] = max(self.worst.get(kind, 0.0), error)
         self.cases.add((golden.path.name, case))
 
-    def finish(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def finish(self, say: Callable[[str], None]) -> None:
         assert self.cases, f"{self.family}: no case ran"
         files = len({file for file, _ in self.cases})
         errors = ", ".join(f"{kind} {error:.1e}" for kind, error in sorted(self.worst.items()))
-        with capsys.disabled():
-            print(f"\ngolden {self.family}: {len(self.cases)} cases in {files} file(s); worst {errors}")
+        say(f"golden {self.family}: {len(self.cases)} cases in {files} file(s); worst {errors}")
 
 
 class Family:
@@ -93,10 +92,9 @@ class Family:
         assert error <= tolerance, f"{where} {kind}: error {error:.2e} > {tolerance:.0e}"
         self.worst[kind] = max(self.worst.get(kind, 0.0), error)
 
-    def finish(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def finish(self, say: Callable[[str], None]) -> None:
         errors = ", ".join(f"{kind} {error:.1e}" for kind, error in sorted(self.worst.items()))
-        with capsys.disabled():
-            print(f"\ngolden {self.name}: {len(self.files)} file(s); worst {errors}")
+        say(f"golden {self.name}: {len(self.files)} file(s); worst {errors}")
 
 
 def golden_tensor(name: str, shape: torch.Size) -> Tensor:

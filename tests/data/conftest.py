@@ -58,6 +58,7 @@ def small_recipe(encoders: Path) -> Recipe:
             "data.size=[32,48]",
             "data.frame_interval=[1,3]",
             "data.clips_per_shard=4",
+            "data.encode_actors=1",  # another costs ten seconds of imports
             f"encoders.vae={encoders / 'vae'}",
             "encoders.latent=sample",
             f"data.bucket_edges={list(DataConfig().bucket_edges)}",

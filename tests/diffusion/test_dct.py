@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ SEEDS = st.integers(0, 2**31)
 
 
 @pytest.mark.golden
-def test_golden_dct_init(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_dct_init(say: Callable[[str], None]) -> None:
     tally, alpha_bar = Tally("dctinit"), noise_schedule(DiffusionConfig()).alpha_bar
     for golden in map(Golden, golden_files("cinemo/dctinit*.npz")):
         for case in golden.meta["cases"]:
@@ -29,7 +31,7 @@ def test_golden_dct_init(capsys: pytest.CaptureFixture[str]) -> None:
             tally.check(golden, name, "dct", dct(noise.double(), (2, 3, 4)), "noise_dct3", FLOAT64)
             tally.check(golden, name, "float32", dct_init(z_1.float(), noise, level, keep), "out_f64", FLOAT32)
             tally.check(golden, name, "fp16", dct_init(z_1, noise, level, keep).half(), "out_official_fp16", 1e-3)
-    tally.finish(capsys)
+    tally.finish(say)
 
 
 @settings(deadline=None)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from goldens import FLOAT32, FLOAT64, Golden, Tally, golden_files
@@ -25,7 +27,7 @@ def toy(x: Tensor, t: int, condition: Condition) -> Tensor:
 
 
 @pytest.mark.golden
-def test_golden_sampling_and_inversion(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_sampling_and_inversion(say: Callable[[str], None]) -> None:
     tally = Tally("ddim")
     for golden in map(Golden, golden_files("cinemo/ddim*.npz")):
         torch.testing.assert_close(SCHEDULE.alpha_bar, golden.tensor("alphas_cumprod_f32"), rtol=1e-6, atol=0)
@@ -33,7 +35,7 @@ def test_golden_sampling_and_inversion(capsys: pytest.CaptureFixture[str]) -> No
             for case in golden.meta.get(kind, []):
                 for dtype in (torch.float64, torch.float32):
                     _run_case(golden, kind, case, dtype, tally)
-    tally.finish(capsys)
+    tally.finish(say)
 
 
 def _run_case(golden: Golden, kind: str, case: dict, dtype: torch.dtype, tally: Tally) -> None:

@@ -34,7 +34,7 @@ def schedule_of(meta: dict[str, Any]) -> NoiseSchedule:
 
 
 @pytest.mark.golden
-def test_golden_schedules(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_schedules(say: Callable[[str], None]) -> None:
     family = Family("dc_schedule")
     for where, meta, arrays in family:
         schedule = schedule_of(meta)
@@ -71,11 +71,11 @@ def test_golden_schedules(capsys: pytest.CaptureFixture[str]) -> None:
             back, _ = NoiseSchedule(schedule.alpha_bar).predict_x0_eps(x_t, noise, t)
             # Divided by sqrt(a), which is 0.07 at the end.
             family.check(where, "x_0 from noise", back, arrays["x0_from_eps"], 2e-5)
-    family.finish(capsys)
+    family.finish(say)
 
 
 @pytest.mark.golden
-def test_golden_guidance_rescale(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_guidance_rescale(say: Callable[[str], None]) -> None:
     family = Family("dc_guidance_rescale")
     for where, meta, arrays in family:
         guided, conditional = torch.from_numpy(arrays["cfg"]), torch.from_numpy(arrays["cond"])
@@ -83,7 +83,7 @@ def test_golden_guidance_rescale(capsys: pytest.CaptureFixture[str]) -> None:
             # Scale 2 makes of both branches what the file says was guided: 2 o_1 - o_0.
             branches = torch.cat([2 * conditional - guided, conditional])
             family.check(where, "rescaled", combined(branches, (2.0,), phi), arrays[f"out_{phi}"], 2e-6)
-    family.finish(capsys)
+    family.finish(say)
 
 
 def scales_of(meta: dict[str, Any]) -> tuple[float, float]:
@@ -92,7 +92,7 @@ def scales_of(meta: dict[str, Any]) -> tuple[float, float]:
 
 
 @pytest.mark.golden
-def test_golden_single_steps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_single_steps(say: Callable[[str], None]) -> None:
     family = Family("dc_cfg_step")
     for where, meta, arrays in family:
         schedule, scales = schedule_of(meta), scales_of(meta)
@@ -113,11 +113,11 @@ def test_golden_single_steps(capsys: pytest.CaptureFixture[str]) -> None:
         exact = not (meta["zero_snr"] and t == 999)
         family.check(where, "x_0", x_0, arrays["pred_x0"], 3e-4)
         family.check(where, "x", x_below, arrays["x_prev"], 5e-5 if exact else 2e-3)
-    family.finish(capsys)
+    family.finish(say)
 
 
 @pytest.mark.golden
-def test_golden_loops(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_loops(say: Callable[[str], None]) -> None:
     family = Family("dc_ddim_loop")
     for where, meta, arrays in family:
         schedule, (kept, between) = schedule_of(meta), needed(scales_of(meta))
@@ -130,7 +130,7 @@ def test_golden_loops(capsys: pytest.CaptureFixture[str]) -> None:
         x_T = torch.from_numpy(arrays["x_T"])
         got = ddim_sample(denoise, x_T, schedule, meta["steps"], meta["eta"], spacing=SPACINGS[meta["spacing"]])
         family.check(where, "result", got, arrays["out"], 5e-5)
-    family.finish(capsys)
+    family.finish(say)
 
 
 def _analytic(a: float, b: float, phase: float) -> Callable[[Tensor, int], Tensor]:

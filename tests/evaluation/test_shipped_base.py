@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ MARGIN = 0.06  # another processor rounds differently, and a set of clips is sma
 
 
 @pytest.mark.usefixtures("every_core")
-def test_the_shipped_base_moves_as_its_card_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shipped_base_moves_as_its_card_says(tmp_path: Path, say: Callable[[str], None]) -> None:
     """Every bar that the card says is met is met; a figure that misses its bar is no worse than the card says."""
     recipe = load_recipe("cinemo-tiny")
     save_bundle(
@@ -27,8 +28,7 @@ def test_the_shipped_base_moves_as_its_card_says(tmp_path: Path, capsys: pytest.
     made = json.loads((Path(resolve("package:tiny/unet")) / "made.json").read_text())
     known = made["motion"]
     figures = measure_motion(load_bundle(tmp_path / "base"), known["clips_of_each_kind"])
-    with capsys.disabled():
-        print("\nshipped base:", ", ".join(f"{name} {figures[name]:.3f}" for name in BARS))
+    say("shipped base: " + ", ".join(f"{name} {figures[name]:.3f}" for name in BARS))
     expected_misses = misses(known).keys()
     assert misses(figures).keys() <= expected_misses, figures
     for name in expected_misses:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from cinemo.types import InputError
 
 
 @pytest.mark.golden
-def test_golden_image_preparation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_image_preparation(say: Callable[[str], None]) -> None:
     tally = Tally("image_prep")
     for golden in map(Golden, golden_files("cinemo/image_prep*.npz")):
         for case in sorted({name.split(".")[0] for name in golden.arrays}):
@@ -21,7 +23,7 @@ def test_golden_image_preparation(capsys: pytest.CaptureFixture[str]) -> None:
             geometry = cover_crop_geometry(*image.shape[:2], size)
             assert [geometry.top, geometry.left] == golden.arrays[f"{case}.crop_top_left"].tolist()
             tally.check(golden, case, "float32", prepare_image(image, size)[None], "out", 1e-6)
-    tally.finish(capsys)
+    tally.finish(say)
 
 
 @settings(deadline=None)

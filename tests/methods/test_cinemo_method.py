@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from goldens import FLOAT32, FLOAT64, Golden, Tally, fill_golden, golden_files
@@ -31,7 +33,7 @@ RECIPE = CinemoRecipe(
 
 
 @pytest.mark.golden
-def test_golden_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_pipeline(say: Callable[[str], None]) -> None:
     tally = Tally("pipeline_tiny")
     for golden in map(Golden, golden_files("cinemo/pipeline_tiny*.npz")):
         with torch.device("meta"):
@@ -42,7 +44,7 @@ def test_golden_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
             for kind in ("sampling", "inversion"):
                 for case in golden.meta.get(kind, []):
                     run_case(method, golden, kind, case, dtype, tally)
-    tally.finish(capsys)
+    tally.finish(say)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from cinemo.serving.http.form import form_schema
 from cinemo.types import InputError
 
 TINY = cinemo_tiny()
-EVERY = {method_named(make().method) for make in RECIPES.values()}
+EVERY = list(dict.fromkeys(method_named(make().method) for make in RECIPES.values()))
 
 
 def flags(method: Any) -> argparse.ArgumentParser:

@@ -119,7 +119,7 @@ def condition_of(rows: int, seed: int = 0) -> Condition:
     )
 
 
-def test_goldens_of_conditions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_goldens_of_conditions(say: Callable[[str], None]) -> None:
     family = Family("dc_cond")
     for where, meta, arrays in family:
         latents = torch.from_numpy(arrays["z"])
@@ -137,7 +137,7 @@ def test_goldens_of_conditions(capsys: pytest.CaptureFixture[str]) -> None:
         assert [text == "" for text in texts] == [not row.any() for row in arrays["text_tokens"]]
         given = arrays["video"][:, :, frame].mean((-1, -2)) * 10 * ~arrays["image_dropped"][:, None]
         family.check(where, "picture", given, arrays["image_tokens"][..., 0], 1e-5)
-    family.finish(capsys)
+    family.finish(say)
 
 
 def test_each_of_three_things_is_dropped_in_a_twentieth_of_the_samples(recipe: DynamiCrafterRecipe) -> None:

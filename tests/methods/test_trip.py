@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,16 @@ BETAS = {
 
 
 @pytest.mark.golden
-def test_golden_formulas_on_linear_betas(capsys: pytest.CaptureFixture[str]) -> None:
-    compare_formulas(Family("trip_linear"), capsys)
+def test_golden_formulas_on_linear_betas(say: Callable[[str], None]) -> None:
+    compare_formulas(Family("trip_linear"), say)
 
 
 @pytest.mark.golden
-def test_golden_formulas_on_stable_diffusion_s_betas(capsys: pytest.CaptureFixture[str]) -> None:
-    compare_formulas(Family("trip_sd"), capsys)
+def test_golden_formulas_on_stable_diffusion_s_betas(say: Callable[[str], None]) -> None:
+    compare_formulas(Family("trip_sd"), say)
 
 
-def compare_formulas(family: Family, capsys: pytest.CaptureFixture[str]) -> None:
+def compare_formulas(family: Family, say: Callable[[str], None]) -> None:
     for where, meta, arrays in family:
         assert meta["t"] == "1-based"
         compared = set()
@@ -158,7 +159,7 @@ def compare_formulas(family: Family, capsys: pytest.CaptureFixture[str]) -> None
             check("fused" if prediction == "epsilon" else "v_fused", got, 1e-4)
             check("unet_input", network.frames, 1e-4)
         assert compared == arrays.keys() - {"z0", "z01", "eps", "t", "residual", "alpha_bar_prev"}
-    family.finish(capsys)
+    family.finish(say)
 
 
 class Recorder(nn.Module):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,7 @@ def dual_attention(meta: dict[str, Any], arrays: Arrays, prefix: str = "w/") -> 
 
 
 @pytest.mark.golden
-def test_golden_dual_attention(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_dual_attention(say: Callable[[str], None]) -> None:
     family = Family("dc_dual_xattn")
     for where, meta, arrays in family:
         attention = load(dual_attention(meta, arrays), arrays)
@@ -85,11 +86,11 @@ def test_golden_dual_attention(capsys: pytest.CaptureFixture[str]) -> None:
             if dtype == torch.float32 and "y_text_only" in arrays:
                 y = attention(x[:, None], attention.keys_values(text))[:, 0]
                 family.check(where, "text only", y.detach(), arrays["y_text_only"], tolerance)
-    family.finish(capsys)
+    family.finish(say)
 
 
 @pytest.mark.golden
-def test_golden_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_blocks(say: Callable[[str], None]) -> None:
     family = Family("dc_block")
     for where, meta, arrays in family:
         block = SpatialBlock(arrays["x"].shape[2], dual_attention(meta, arrays, "w/attn2."))
@@ -102,11 +103,11 @@ def test_golden_blocks(capsys: pytest.CaptureFixture[str]) -> None:
                     with torch.set_grad_enabled(enabled):
                         y = block(x[:, None], split(meta, context))[:, 0]
                     family.check(where, kind, y.detach(), arrays[kind], 1e-5)
-    family.finish(capsys)
+    family.finish(say)
 
 
 @pytest.mark.golden
-def test_golden_spatial_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_spatial_transformers(say: Callable[[str], None]) -> None:
     family = Family("dc_spatial")
     for where, meta, arrays in family:
         depth = len({name.split(".")[1] for name in arrays if name.startswith("w/transformer_blocks.")})
@@ -119,11 +120,11 @@ def test_golden_spatial_transformers(capsys: pytest.CaptureFixture[str]) -> None
             with torch.set_grad_enabled(enabled):
                 y = transformer(x, len(x), split(meta, context))
             family.check(where, "float32", y.detach(), arrays["y"], 1e-5)
-    family.finish(capsys)
+    family.finish(say)
 
 
 @pytest.mark.golden
-def test_golden_timestep_embeddings(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_timestep_embeddings(say: Callable[[str], None]) -> None:
     family = Family("dc_timestep_embedding")
     for where, _, arrays in family:
         t = torch.from_numpy(arrays["t"])
@@ -134,7 +135,7 @@ def test_golden_timestep_embeddings(capsys: pytest.CaptureFixture[str]) -> None:
                 # The last bit of a frequency is 2^-24, and exponential functions differ in it between processors.
                 tolerance = max(1e-5, at * 2**-24)
                 family.check(where, "to t = 100" if at <= 100 else "beyond", got[i], arrays[name][i], tolerance)
-    family.finish(capsys)
+    family.finish(say)
 
 
 def drawn_unet(meta: dict[str, Any]) -> DynamiCrafterUNet:
@@ -159,7 +160,7 @@ def drawn_unet(meta: dict[str, Any]) -> DynamiCrafterUNet:
 
 
 @pytest.mark.golden
-def test_golden_unets(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_unets(say: Callable[[str], None]) -> None:
     family = Family("dc_unet_tiny")
     for where, meta, arrays in family:
         unet = drawn_unet(meta)
@@ -171,11 +172,11 @@ def test_golden_unets(capsys: pytest.CaptureFixture[str]) -> None:
             for of_context in ((text, image), (made, None)):
                 family.check(where, "without gradients", unet(x, t, *of_context, fs), arrays["y"], 1e-4)
         family.check(where, "with gradients", unet(x, t, text, image, fs).detach(), arrays["y"], 1e-4)
-    family.finish(capsys)
+    family.finish(say)
 
 
 @pytest.mark.golden
-def test_golden_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_names_and_shapes(say: Callable[[str], None]) -> None:
     """Every entry of the published checkpoints; the 512 and 1024 models have no alphas."""
     files = golden_files("sisters/dc_schema_full*.json")
     for path in files:
@@ -191,8 +192,7 @@ def test_golden_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None:
             networks = DynamiCrafterUNet(), Resampler()
         assert {name: list(value.shape) for name, value in networks[1].state_dict().items()} == schema["image_proj"]
         assert [sum(p.numel() for p in network.parameters()) for network in networks] == [1_438_854_996, 48_787_456]
-    with capsys.disabled():
-        print(f"\ngolden dc_schema_full: {len(files)} file(s); 1532 and 51 names and shapes")
+    say(f"golden dc_schema_full: {len(files)} file(s); 1532 and 51 names and shapes")
 
 
 # --- the network -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -172,7 +173,7 @@ def test_another_class_is_refused(encoders: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.golden
-def test_golden_vae_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_vae_names_and_shapes(say: Callable[[str], None]) -> None:
     """The installed diffusers still builds the published autoencoders, name by name."""
     from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 
@@ -187,8 +188,7 @@ def test_golden_vae_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None
                 network = AutoencoderKL(**blocks, up_block_types=("UpDecoderBlock2D",) * 4)
         shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
         assert shapes == {name: shape for name, (shape, _) in json.loads(path.read_text()).items()}, path.name
-    with capsys.disabled():
-        print(f"\ngolden vae schemas: {len(files)} files")
+    say(f"golden vae schemas: {len(files)} files")
 
 
 def test_image_tokens_are_those_of_transformers(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def residual_prediction(unet: LavieUNet, golden: Golden, case: str, dtype: torch
 
 
 @pytest.mark.golden
-def test_golden_tiny(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_tiny(say: Callable[[str], None]) -> None:
     tally = Tally("unet_tiny")
     for path in golden_files("cinemo/unet_tiny*.npz"):
         if "intermediates" in path.name:
@@ -53,11 +54,11 @@ def test_golden_tiny(capsys: pytest.CaptureFixture[str]) -> None:
                         with torch.set_grad_enabled(gradients):
                             out = residual_prediction(unet, golden, name, dtype)
                         tally.check(golden, name, suffix, out, f"out_{suffix}", tolerance)
-    tally.finish(capsys)
+    tally.finish(say)
 
 
 @pytest.mark.golden
-def test_golden_intermediates(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_intermediates(say: Callable[[str], None]) -> None:
     """The output of every inner module that the published network has too: says where a difference begins."""
     compared, worst = 0, 0.0
     for path in golden_files("cinemo/unet_tiny_intermediates*.npz"):
@@ -80,8 +81,7 @@ def test_golden_intermediates(capsys: pytest.CaptureFixture[str]) -> None:
                 assert float(got[name].abs().max()) == pytest.approx(numbers["absmax"], rel=1e-6), name
                 compared += 1
     assert compared >= 80
-    with capsys.disabled():
-        print(f"\ngolden unet intermediates: {compared} comparisons; worst relative {worst:.1e} (files are float32)")
+    say(f"golden unet intermediates: {compared} comparisons; worst relative {worst:.1e} (files are float32)")
 
 
 def inner_outputs(golden: Golden, case: str) -> dict[str, Tensor]:
@@ -95,7 +95,7 @@ def inner_outputs(golden: Golden, case: str) -> dict[str, Tensor]:
 
 @pytest.mark.golden
 @pytest.mark.slow
-def test_golden_full_size(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_full_size(say: Callable[[str], None]) -> None:
     tally = Tally("unet_full")
     for golden in map(Golden, golden_files("cinemo/unet_full*.npz")):
         unet = golden_unet(golden)
@@ -106,11 +106,11 @@ def test_golden_full_size(capsys: pytest.CaptureFixture[str]) -> None:
                 out = residual_prediction(unet, golden, name, torch.float32)
             tally.check(golden, name, "float32", out, "out_f32", FLOAT32)
         del unet
-    tally.finish(capsys)
+    tally.finish(say)
 
 
 @pytest.mark.golden
-def test_golden_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_names_and_shapes(say: Callable[[str], None]) -> None:
     """Every state-dict entry of the published networks, on the meta device; LaVie lacks the motion network alone."""
     files = golden_files("cinemo/*unet*schema*.json")
     files = [path for path in files if not path.stem.endswith("_meta")]
@@ -130,8 +130,7 @@ def test_golden_names_and_shapes(capsys: pytest.CaptureFixture[str]) -> None:
         unet = LavieUNet(**meta["config"])
     assert sum(p.numel() for p in unet.parameters()) == meta["n_params"]
     assert sorted(name for name, _ in unet.named_buffers()) == sorted(meta["buffers"])
-    with capsys.disabled():
-        print(f"\ngolden unet schemas: {len(files) + 1} files")
+    say(f"golden unet schemas: {len(files) + 1} files")
 
 
 @pytest.mark.golden

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ NAMES = {
 
 
 @pytest.mark.golden
-def test_golden_noise_fusion(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_noise_fusion(say: Callable[[str], None]) -> None:
     family = Family("trip_tnf")
     for where, meta, arrays in family:
         assert meta["ln_eps"] == 1e-6
@@ -46,7 +47,7 @@ def test_golden_noise_fusion(capsys: pytest.CaptureFixture[str]) -> None:
                 for name, got in (("out", out), ("delta", out - residual)):
                     largest = max(1.0, float(abs(arrays[name]).max()))
                     family.check(where, f"{name} {kind}", got, arrays[name], tolerance * largest)
-    family.finish(capsys)
+    family.finish(say)
 
 
 def noises(shape: tuple[int, ...] = (2, 4, 3, 4, 6), dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from goldens import Family
@@ -13,7 +15,7 @@ SMALL = {"dim": 24, "depth": 2, "dim_head": 8, "heads": 2, "num_queries": 4, "em
 
 @pytest.mark.golden
 @torch.no_grad()
-def test_golden_resamplers(capsys: pytest.CaptureFixture[str]) -> None:
+def test_golden_resamplers(say: Callable[[str], None]) -> None:
     family = Family("dc_resampler")
     for where, meta, arrays in family:
         resampler = Resampler(**meta["cfg"])
@@ -27,7 +29,7 @@ def test_golden_resamplers(capsys: pytest.CaptureFixture[str]) -> None:
         if "y64" in arrays:
             y = resampler.double()(x.double())
             family.check(where, "float64", y.reshape(arrays["y64"].shape), arrays["y64"], 2e-6)
-    family.finish(capsys)
+    family.finish(say)
 
 
 def small(video_length: int | None = 3) -> tuple[Resampler, Tensor]:

@@ -54,7 +54,8 @@ def test_from_clips_to_a_served_video(sister: Sister, clips: Path, tmp_path: Pat
     recipe = load_recipe(sister.recipe)
     dataset, run, bundle = tmp_path / "dataset", tmp_path / "run", tmp_path / "bundle"
     named = ["--recipe", sister.recipe]
-    command("precompute", *named, "--manifest", clips, "--output", dataset, "--set", "data.clips_per_shard=4")
+    small = ["--set", "data.clips_per_shard=4", "--set", "data.encode_actors=1"]
+    command("precompute", *named, "--manifest", clips, "--output", dataset, *small)
     stored = {path.name for path in (dataset / "fields").glob("*.json")} if (dataset / "fields").is_dir() else set()
     assert stored == {f"{name}.json" for name in method_class(recipe).stored_fields(recipe)}
 
