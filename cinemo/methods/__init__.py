@@ -13,6 +13,7 @@ from cinemo.methods.base import Encoders, Example, Imported, Method, Published, 
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.controls import ControlInfo, Controls, Input, controls_of
 from cinemo.methods.dynamicrafter import DynamiCrafterMethod
+from cinemo.methods.dynamicrafter_stills import StillsMethod
 from cinemo.methods.interpolation import InterpolationMethod
 from cinemo.methods.trainable import check_trainable, mark_trainable
 from cinemo.methods.trip import TripLinearMethod, TripMethod
@@ -42,7 +43,10 @@ __all__ = [
 
 _METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (CinemoMethod, DynamiCrafterMethod, InterpolationMethod, TripMethod, TripLinearMethod)
+    for method in (
+        *(CinemoMethod, DynamiCrafterMethod, StillsMethod, InterpolationMethod),
+        *(TripMethod, TripLinearMethod),
+    )
 }
 
 

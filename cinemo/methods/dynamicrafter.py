@@ -26,7 +26,7 @@ from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Redu
 from cinemo.methods.controls import FastSampling, control
 from cinemo.methods.dynamicrafter_weights import import_dynamicrafter
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_image_context, is_temporal
-from cinemo.networks.dynamicrafter_weights import has_resampler, load_resampler, load_unet, save_published
+from cinemo.networks.dynamicrafter_weights import Base, has_resampler, load_resampler, load_unet, save_published
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.frozen import Picture
 from cinemo.networks.resampler import Resampler, ResamplerConfig
@@ -63,10 +63,16 @@ class DynamiCrafterTrain(TrainConfig):
     image_values: Literal["zero", "published"] = Field(
         "zero", description="of a fresh start: zero leaves the text-to-video model as it is; published: drawn"
     )
+    context_init: str | None = Field(
+        None,
+        description="weights of an earlier stage whose query transformer and attention to its tokens a training "
+        "begins with, beside those of init; null: init's, or fresh ones",
+    )
     trainable: Literal["all", "temporal", "lora", "spatial", "context"] = Field(  # type: ignore[assignment]
         "spatial",
         description="what is trained: spatial: all but the layers along time (stages 2 and 3); context: the query "
-        "transformer and what attends to its tokens (stage 1); all: as the published fine-tuning; temporal; lora",
+        "transformer and what attends to its tokens, but not how much (stage 1); all: as the published fine-tuning; "
+        "temporal; lora",
     )
 
 
@@ -147,6 +153,7 @@ class DynamiCrafterMethod(Method):
     needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "image_encoder")
     untold: ClassVar[Example] = Example({}, {"text": ""}, {"image_tokens": None})
     parts: ClassVar[tuple[str, ...]] = ("unet", "image_proj")
+    base: ClassVar[Base] = "video"  # what a training may begin from
 
     def __init__(
         self,
@@ -190,11 +197,13 @@ class DynamiCrafterMethod(Method):
         cls, recipe: Recipe, part: str, location: str, dtype: torch.dtype | None = None, base: bool = False
     ) -> nn.Module:
         own = _own(recipe)
+        context = own.train.context_init if base else None
         if part == "image_proj":
-            if base and not has_resampler(location):  # a text-to-video model
+            if base and context is None and not has_resampler(location):  # a text-to-video model
                 return Resampler(**own.model.resampler.model_dump()).to(dtype)
-            return load_resampler(own.model.resampler, location, dtype)
-        return load_unet(own.model.unet, location, dtype, base, own.train.image_values)
+            return load_resampler(own.model.resampler, context or location, dtype)
+        kind = cls.base if base else None
+        return load_unet(own.model.unet, location, dtype, kind, own.train.image_values, context)
 
     @classmethod
     def write_published(cls, recipe: Recipe, networks: Mapping[str, nn.Module], path: Path) -> None:
@@ -247,7 +256,7 @@ class DynamiCrafterMethod(Method):
         if trainable == "temporal":
             return is_temporal(name)
         if trainable == "context":
-            return name.startswith("image_proj.") or is_image_context(name)
+            return name.startswith("image_proj.") or (is_image_context(name) and not name.endswith(".alpha"))
         return not is_temporal(name)  # spatial
 
     def target(self, batch: LatentBatch) -> Tensor:
@@ -340,7 +349,7 @@ class DynamiCrafterMethod(Method):
         return {"frame_rate": _rate(recipe, sample)}
 
     @classmethod
-    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]]:
+    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
         """A wider stride of frames is more motion, more of them in a second is less."""
         low, high = recipe.data.frame_interval
         if _own(recipe).model.rate == "stride":

@@ -46,7 +46,9 @@ BACKBONES: dict[str, Backbone] = {
     "dynamicrafter": Backbone(
         DynamiCrafterConfig,
         DynamiCrafterUNet,
-        dynamicrafter_weights.load_unet,
+        lambda config, location, dtype, base: dynamicrafter_weights.load_unet(
+            config, location, dtype, "video" if base else None
+        ),
         lambda config: int(config.context_dim),
         dynamicrafter_unet.is_temporal,
         dynamicrafter_unet.is_image_context,

@@ -1,4 +1,5 @@
-"""Weights of DynamiCrafter's networks: published checkpoints, own files, and text-to-video ones to begin from.
+"""Weights of DynamiCrafter's networks: published checkpoints, own files, and text-to-video or text-to-image ones to
+begin from.
 
 A published checkpoint (``.ckpt``) has both networks in one table, under `UNET` and `IMAGE_PROJ`, beside encoders that
 are not read. Own files are in diffusers layout, one network each (`cinemo.networks.weights.save_network`), with the
@@ -7,16 +8,24 @@ same names without a prefix.
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from cinemo.networks.dynamicrafter_blocks import DualAttention, zeroed
-from cinemo.networks.dynamicrafter_unet import ONLY, DynamiCrafterConfig, DynamiCrafterUNet, is_image_context
+from cinemo.networks.dynamicrafter_unet import (
+    ONLY,
+    DynamiCrafterConfig,
+    DynamiCrafterUNet,
+    is_image_context,
+    is_temporal,
+)
 from cinemo.networks.resampler import Resampler, ResamplerConfig
 from cinemo.networks.weights import compare, read_tensors, resolve, weights_file
 from cinemo.types import InputError
@@ -30,7 +39,10 @@ _DEEPSPEED = "_forward_module."
 _FPS, _STRIDE = "fps_embedding.", "framestride_embed."
 
 _ENTRY = "input_blocks.0.0.weight"
+# Layers that end a branch and begin as zero: of the input for frames per second, of convolutions and attention in time.
+_LAST = re.compile(r"^fps_embedding\.2$|\.temopral_conv\.conv4\.3$|(^init_attn\.0|\.2)\.proj_out$")
 
+Base = Literal["video", "image"]
 ImageInit = Literal["zero", "published"]
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -55,15 +67,17 @@ def load_unet(
     config: DynamiCrafterConfig,
     location: str,
     dtype: torch.dtype | None = None,
-    base: bool = False,
+    base: Base | None = None,
     image_init: ImageInit = "zero",
+    context: str | None = None,
 ) -> DynamiCrafterUNet:
     """The UNet at ``location`` (a published checkpoint, a file of it alone, or diffusers layout), on the CPU.
 
     Args:
         dtype: cast to it; None keeps the file's.
-        base: a text-to-video checkpoint will do: `grow` gives it what it lacks.
+        base: a text-to-video (or text-to-image) checkpoint will do: `grow` gives it what it lacks.
         image_init: see `grow`.
+        context: a checkpoint from which the attention to an image is taken instead.
 
     Raises:
         InputError: the file has missing, extra or misshapen entries, or cannot be read.
@@ -72,8 +86,13 @@ def load_unet(
     with torch.device("meta"):
         unet = DynamiCrafterUNet(**config.model_dump())
     expected = unet.state_dict()
-    if base:
-        state = grow(state, unet, image_init)
+    if context is not None:
+        looking = {name: v for name, v in _read(context, "unet", UNET, dtype).items() if is_image_context(name)}
+        if not looking:
+            raise InputError(f"{context}: no attention to an image there, expected weights of a training with one")
+        state |= looking
+    if base is not None:
+        state = grow(state, unet, image_init, base)
     _check_kind(state, expected, location)
     return _filled(unet, state, location, dtype)
 
@@ -102,17 +121,20 @@ def has_resampler(location: str) -> bool:
     return any(name.removeprefix(_DEEPSPEED).startswith(IMAGE_PROJ) for name in names)
 
 
-def grow(state: Mapping[str, Tensor], unet: DynamiCrafterUNet, image_init: ImageInit = "zero") -> dict[str, Tensor]:
+def grow(
+    state: Mapping[str, Tensor], unet: DynamiCrafterUNet, image_init: ImageInit = "zero", base: Base = "video"
+) -> dict[str, Tensor]:
     """A text-to-video UNet's ``state`` with what it lacks of ``unet``, such that its output stays what it is.
 
     The first convolution has zeros for further input channels, the last layer of the input for frames per second is
-    zero, and so are the values of the attention to an image. Other new layers are drawn as torch draws linear ones
-    (global RNG).
+    zero, and so are the values of the attention to an image. Other new layers are drawn as torch draws them (global
+    RNG).
 
     Args:
         unet: the network to be, on any device; its shapes count.
         image_init: ``published`` draws the values of the attention to an image too, as the published training does;
             the network then begins away from the text-to-video model's output.
+        base: ``image``: ``state`` may lack all layers along time, which then change nothing.
     """
     state, expected = dict(state), unet.state_dict()
     kind = next(iter(state.values())).dtype
@@ -121,19 +143,22 @@ def grow(state: Mapping[str, Tensor], unet: DynamiCrafterUNet, image_init: Image
         further = expected[_ENTRY].shape[1] - narrow.shape[1]
         state[_ENTRY] = torch.cat([narrow, narrow.new_zeros(len(narrow), further, *narrow.shape[2:])], dim=1)
 
-    lacks_fps = not any(name.startswith(_FPS) for name in state)
-    lacks_image = not any(map(is_image_context, state))
+    new_parts = [_is_rate, is_image_context] + [is_temporal] * (base == "image")
+    lacks = [belongs for belongs in new_parts if not any(map(belongs, state))]
     for name, module in unet.named_modules():
-        if isinstance(module, DualAttention) and module.alpha is not None and lacks_image:
+        if isinstance(module, DualAttention) and module.alpha is not None and is_image_context in lacks:
             state[f"{name}.alpha"] = torch.zeros((), dtype=kind)
-        if not isinstance(module, nn.Linear):
-            continue
-        if (lacks_fps and name.startswith(_FPS)) or (lacks_image and is_image_context(name)):
-            layer = nn.Linear(module.in_features, module.out_features, module.bias is not None, dtype=kind)
-            if name == f"{_FPS}2" or (name.endswith("to_v_ip") and image_init == "zero"):
+        elif hasattr(module, "reset_parameters") and any(belongs(f"{name}.weight") for belongs in lacks):
+            layer = copy.deepcopy(module).to_empty(device="cpu").to(kind)
+            cast(Any, layer).reset_parameters()
+            if _LAST.search(name) or (name.endswith("to_v_ip") and image_init == "zero"):
                 zeroed(layer)
             state |= {f"{name}.{part}": value for part, value in layer.state_dict().items()}
     return state
+
+
+def _is_rate(name: str) -> bool:
+    return name.startswith(_FPS)
 
 
 def save_published(path: Path, unet: nn.Module, resampler: nn.Module | None = None, stride_names: bool = False) -> None:
@@ -183,6 +208,11 @@ def _check_kind(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], loc
             ".to_k_ip.weight",
             "attention to an image (a text-to-video model, which can only be a base, has none)",
             "image_cross_attention",
+        ),
+        (
+            ".conv4.3.weight",
+            "layers along time (a text-to-image model, which can only be the base of stills, has none)",
+            "method dynamicrafter-stills",
         ),
     ):
         if has(state, part) != has(expected, part):

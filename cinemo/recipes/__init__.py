@@ -26,7 +26,7 @@ _NAMED = {  # by the module of this package that has their functions
     "cinemo": ("cinemo-320x512", "cinemo-tiny"),
     "dynamicrafter": (
         *("dynamicrafter-256", "dynamicrafter-512", "dynamicrafter-1024", "dynamicrafter-512-interp"),
-        "dynamicrafter-tiny",
+        *("dynamicrafter-256-stage1", "dynamicrafter-256-stage2", "dynamicrafter-tiny"),
     ),
     "trip": ("trip-256", "trip-w-256", "trip-tiny"),
 }

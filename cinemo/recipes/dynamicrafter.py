@@ -11,6 +11,7 @@ from cinemo.methods.dynamicrafter import (
     DynamiCrafterSample,
     DynamiCrafterTrain,
 )
+from cinemo.methods.dynamicrafter_stills import StillsRecipe
 from cinemo.methods.interpolation import InterpolationRecipe
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig
 from cinemo.networks.resampler import ResamplerConfig
@@ -66,10 +67,41 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
       train.validate_every, train.canary. data.fields: stored frames, of which image tokens are made in training.
       data.clips_per_shard, data.decoder, data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource,
       data.max_quarantine_share, data.encode_batch, data.encode_actors, data.encode_gpus.
-    - Not used here. train.prompt_dropout, train.lora_rank, train.lora_alpha, train.lora_layers, data.ssim,
-      data.bucket_edges, encoders.vae_decoder.
+    - Not used here. train.context_init: stage 2's. train.prompt_dropout, train.lora_rank, train.lora_alpha,
+      train.lora_layers, data.ssim, data.bucket_edges, encoders.vae_decoder.
     """
     return _published(DynamiCrafterRecipe, "dynamicrafter-256", (256, 256), "models/dynamicrafter-256-stage2")
+
+
+def dynamicrafter_256_stage1() -> StillsRecipe:
+    """The first stage of the paper's training: the query transformer and what attends to its tokens, beside Stable
+    Diffusion 2.1, on single frames.
+
+    Where it departs from stage 3 (`dynamicrafter_256`, which names the source of every other key):
+
+    - train.lr 1e-4, train.max_steps 1 000 000, of section 4.1. train.init: a text-to-image model; layers along time
+      are there and change nothing. train.trainable: the gate stays 1 (the authors, in the code's issues).
+    - data.size: 512x512, at which that model was trained (likewise).
+    - model.unet.in_channels: noisy latents alone.
+    - diffusion.prediction: the noise, which the published base predicts.
+    """
+    return _stage(
+        StillsRecipe, "dynamicrafter-256-stage1", (512, 512), 1e-4, 1_000_000, "context", "models/sd-2-1-base.ckpt"
+    )
+
+
+def dynamicrafter_256_stage2() -> DynamiCrafterRecipe:
+    """The second stage: what stage 1 learnt moves to the text-to-video model, whose spatial layers learn with it.
+
+    Where it departs from stage 3 (`dynamicrafter_256`):
+
+    - train.max_steps 30 000, of section 4.1. train.init: VideoCrafter's text-to-video model at 256x256, with what
+      stage 1 learnt (train.context_init).
+    - model.unet.in_channels: noisy latents alone, before visual detail guidance.
+    """
+    stage1 = "models/dynamicrafter-256-stage1"
+    kind, base = DynamiCrafterRecipe, "models/videocrafter-256.ckpt"
+    return _stage(kind, "dynamicrafter-256-stage2", (256, 256), 5e-5, 30_000, "spatial", base, context_init=stage1)
 
 
 def dynamicrafter_512() -> DynamiCrafterRecipe:
@@ -182,6 +214,21 @@ def _published(
         ),
         sample=DynamiCrafterSample(**(sample or {})),
     )
+
+
+def _stage(
+    kind: type[Run],
+    name: str,
+    size: tuple[int, int],
+    lr: float,
+    steps: int,
+    trainable: str,
+    init: str,
+    context_init: str | None = None,
+) -> Run:
+    recipe = _published(kind, name, size, init, DynamiCrafterModel(unet=DynamiCrafterConfig(in_channels=4)))
+    changed = {"lr": lr, "max_steps": steps, "trainable": trainable, "context_init": context_init}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changed)})
 
 
 def _wide(kind: type[Run], name: str, size: tuple[int, int], rescale: float, frame_rate: int) -> Run:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_image_context
+from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_image_context, is_temporal
 from cinemo.networks.dynamicrafter_weights import (
     IMAGE_PROJ,
     UNET,
@@ -103,7 +103,7 @@ def test_a_grown_text_to_video_network_does_what_it_did(with_fps: bool, tmp_path
     base = random_unet(TEXT_TO_VIDEO.model_copy(update={"fs_condition": with_fps}))
     save_published(tmp_path / "base.ckpt", base)
     torch.manual_seed(1)
-    grown = load_unet(CONFIG, str(tmp_path / "base.ckpt"), base=True)
+    grown = load_unet(CONFIG, str(tmp_path / "base.ckpt"), base="video")
     sample, image_latents = torch.randn(2, 4, 3, 6, 7), torch.randn(2, 4, 3, 6, 7)
     text, tokens, t = torch.randn(2, 9, 12), torch.randn(2, 3, 5, 12), torch.tensor([999, 37])
     for fs in (None, torch.tensor([5, 24])):
@@ -123,22 +123,59 @@ def test_a_grown_text_to_video_network_does_what_it_did(with_fps: bool, tmp_path
             assert parameter.grad is not None
             assert parameter.grad.any(), name
 
-    published = load_unet(CONFIG, str(tmp_path / "base.ckpt"), base=True, image_init="published")
+    published = load_unet(CONFIG, str(tmp_path / "base.ckpt"), base="video", image_init="published")
     changed = published(torch.cat([sample, image_latents], dim=1), t, text, tokens, fs)
     assert float((changed - expected).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_a_text_to_image_base_makes_every_frame_as_it_would_make_it_alone(tmp_path: Path) -> None:
+    image = {name: v for name, v in random_unet(TEXT_TO_VIDEO).state_dict().items() if not is_temporal(name)}
+    save_file(image, tmp_path / "image.safetensors")
+    with pytest.raises(InputError, match="it has no layers along time"):
+        load_unet(TEXT_TO_VIDEO, str(tmp_path / "image.safetensors"), base="video")
+    narrow = CONFIG.model_copy(update={"in_channels": 4})
+    grown = load_unet(narrow, str(tmp_path / "image.safetensors"), base="image")
+    sample, text, tokens, t = (
+        torch.randn(2, 4, 3, 6, 7),
+        torch.randn(2, 9, 12),
+        torch.randn(2, 3, 5, 12),
+        torch.tensor([999, 37]),
+    )
+    together = grown(sample, t, text, tokens)
+    for place in range(3):
+        alone = grown(sample[:, :, place : place + 1], t, text, tokens[:, place : place + 1])
+        torch.testing.assert_close(together[:, :, place : place + 1], alone, rtol=0, atol=1e-6)
+    assert {
+        name for name, v in grown.state_dict().items() if is_temporal(name) and v.any() and v.dim() > 1
+    }  # they can learn
+
+
+def test_the_attention_to_an_image_of_an_earlier_stage_stands_beside_a_new_base(tmp_path: Path) -> None:
+    earlier, base = random_unet(), random_unet(TEXT_TO_VIDEO)
+    for name, network in (("earlier", earlier), ("base", base)):
+        save_published(tmp_path / f"{name}.ckpt", network)
+    both = load_unet(CONFIG, str(tmp_path / "base.ckpt"), base="video", context=str(tmp_path / "earlier.ckpt"))
+    for name, value in both.state_dict().items():
+        if is_image_context(name):
+            torch.testing.assert_close(value, earlier.state_dict()[name], rtol=0, atol=0)
+        elif name in base.state_dict() and name != "input_blocks.0.0.weight":
+            torch.testing.assert_close(value, base.state_dict()[name], rtol=0, atol=0)
+    with pytest.raises(InputError, match=r"base\.ckpt: no attention to an image there"):
+        load_unet(CONFIG, str(tmp_path / "earlier.ckpt"), base="video", context=str(tmp_path / "base.ckpt"))
 
 
 def test_a_base_may_be_in_half_precision_and_may_have_everything(tmp_path: Path) -> None:
     base = random_unet(TEXT_TO_VIDEO).half()
     save_published(tmp_path / "base.ckpt", base)
-    grown = load_unet(CONFIG, str(tmp_path / "base.ckpt"), base=True)
+    grown = load_unet(CONFIG, str(tmp_path / "base.ckpt"), base="video")
     assert {parameter.dtype for parameter in grown.parameters()} == {torch.float16}
-    assert {p.dtype for p in load_unet(CONFIG, str(tmp_path / "base.ckpt"), torch.float32, base=True).parameters()} == {
-        torch.float32
-    }
+    assert {
+        p.dtype for p in load_unet(CONFIG, str(tmp_path / "base.ckpt"), torch.float32, base="video").parameters()
+    } == {torch.float32}
     unet = random_unet()
     save_published(tmp_path / "whole.ckpt", unet)
-    assert is_loaded(load_unet(CONFIG, str(tmp_path / "whole.ckpt"), base=True), unet)
+    assert is_loaded(load_unet(CONFIG, str(tmp_path / "whole.ckpt"), base="video"), unet)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +215,7 @@ def test_every_key_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     partly = {name: v for name, v in unet.state_dict().items() if not is_image_context(name) or "to_k_ip" in name}
     save_file(partly, tmp_path / "partly.safetensors")
     with pytest.raises(InputError, match="another model"):
-        load_unet(CONFIG, str(tmp_path / "partly.safetensors"), base=True)
+        load_unet(CONFIG, str(tmp_path / "partly.safetensors"), base="video")
     save_published(tmp_path / "alone.ckpt", unet)
     with pytest.raises(InputError, match=r"nothing in this checkpoint is named image_proj_model\."):
         load_resampler(QUERIES, str(tmp_path / "alone.ckpt"))
