@@ -21,14 +21,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE = ["train.workers=1", "train.global_batch=4", "train.micro_batch=4", "train.init=null"]
+# The same method with as little as it can have, whose training loads libraries before anything is measured.
+LEAST = {
+    "cinemo-tiny": ["model.block_out_channels=[32,32]"],
+    "dynamicrafter-tiny": ["model.unet.model_channels=32"],
+    "trip-tiny": ["model.unet.block_out_channels=[32,32]"],
+}
 MID = ["model.block_out_channels=[128,256]", "data.size=[128,192]"]
-CASES = {
+CASES = {  # of cinemo-tiny, unless another recipe stands first
     "tiny, ZeRO 0": ["train.zero_stage=0"],
     "tiny, ZeRO 2": ["train.zero_stage=2"],
     "tiny, ZeRO 3": ["train.zero_stage=3"],
     "tiny, ZeRO 2, gradient checkpointing": ["train.zero_stage=2", "train.gradient_checkpointing=true"],
     "tiny, ZeRO 1, four micro batches": ["train.zero_stage=1", "train.micro_batch=1"],
     "tiny, ZeRO 2, bf16": ["train.zero_stage=2", "train.precision=bf16"],
+    "dynamicrafter-tiny, ZeRO 2": ["dynamicrafter-tiny", "train.zero_stage=2"],
+    "dynamicrafter-tiny, ZeRO 2, gradient checkpointing": [
+        *("dynamicrafter-tiny", "train.zero_stage=2", "train.gradient_checkpointing=true")
+    ],
+    "trip-tiny, ZeRO 2": ["trip-tiny", "train.zero_stage=2"],
+    "trip-tiny, ZeRO 2, gradient checkpointing": [
+        *("trip-tiny", "train.zero_stage=2", "train.gradient_checkpointing=true")
+    ],
     "mid-size, ZeRO 0": [*MID, "train.zero_stage=0"],
     "mid-size, ZeRO 2": [*MID, "train.zero_stage=2"],
     "mid-size, ZeRO 2, gradient checkpointing": [*MID, "train.zero_stage=2", "train.gradient_checkpointing=true"],
@@ -63,13 +77,19 @@ def forget() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def child(assignments: Sequence[str], kept: bool) -> None:
+def named(case: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Recipe and assignments of a case."""
+    return (case[0], case[1:]) if case[0] in LEAST else ("cinemo-tiny", case)
+
+
+def child(case: Sequence[str], kept: bool) -> None:
     """Print the peak of three real steps in bytes."""
     import numpy as np
     import torch
 
     from cinemo.data.loading.loader import StepBatch
-    from cinemo.methods import build_method
+    from cinemo.media.stills import jpeg
+    from cinemo.methods import build_method, method_class
     from cinemo.networks.memory import keep_freed_memory
     from cinemo.recipes import load_recipe
     from cinemo.training.run.batch import TEXT_CACHE, FrozenStates, latent_shape
@@ -80,22 +100,31 @@ def child(assignments: Sequence[str], kept: bool) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 
+    name, assignments = named(case)
+
     def train(settings: Sequence[str], steps: int) -> None:
-        recipe = load_recipe("cinemo-tiny", [*ONE, *settings])
+        recipe = load_recipe(name, [*ONE, *settings])
         method = build_method(recipe)
-        method.unet.gradient_checkpointing = recipe.train.gradient_checkpointing
+        method.networks["unet"].gradient_checkpointing = recipe.train.gradient_checkpointing
         engine = Engine(method, recipe.train, torch.device("cpu"))
         text = FrozenStates.of(recipe, "cpu", engine.dtype)
         for start in range(0, TEXT_CACHE, 8):  # as after some steps of a large dataset
             text.texts([f"caption {number}" for number in range(start, start + 8)])
 
         latents = np.ones(latent_shape(recipe), np.float16)
+        picture = jpeg(np.zeros((*recipe.data.size, 3), np.uint8))
+        stored = dict.fromkeys(method_class(recipe).stored_fields(recipe), picture)
 
         def batches() -> Iterator[StepBatch]:
             for step in range(steps):
                 keys = [f"{step}-{number}" for number in range(recipe.train.global_batch)]
                 yield StepBatch(
-                    step, 0, [LatentSample(key, key, "", f"caption {key[-1]}", latents, 0.5, 8, 3, 0) for key in keys]
+                    step,
+                    0,
+                    [
+                        LatentSample(key, key, "", f"caption {key[-1]}", latents, 0.5, 8, 3, 0, fields=stored)
+                        for key in keys
+                    ],
                 )
 
         for _, micros in prefetch(_prepare(batches(), recipe, pin=False)):
@@ -105,7 +134,7 @@ def child(assignments: Sequence[str], kept: bool) -> None:
 
     if kept:
         keep_freed_memory()
-    train([*assignments, "model.block_out_channels=[32,32]", "data.size=[16,16]"], 2)
+    train([*assignments, *LEAST[name], "data.size=[16,16]"], 2)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     forget()
@@ -114,12 +143,12 @@ def child(assignments: Sequence[str], kept: bool) -> None:
     print(resident()["VmHWM"] - before)
 
 
-def measured(assignments: Sequence[str], kept: bool) -> int:
+def measured(case: Sequence[str], kept: bool) -> int:
     """Bytes that training takes at most; ``kept``: with freed memory kept, as in a worker."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if not kept:  # every block above 64 KB is a mapping of its own
         environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000", "MALLOC_TOP_PAD_": "0"}
-    asked = json.dumps([list(assignments), kept])
+    asked = json.dumps([list(case), kept])
     done = subprocess.run(
         [sys.executable, __file__, "--child", asked], env=environment, cwd=ROOT, capture_output=True, text=True
     )
@@ -128,16 +157,18 @@ def measured(assignments: Sequence[str], kept: bool) -> int:
     return int(done.stdout.split()[-1])
 
 
-def predicted(assignments: Sequence[str]) -> tuple[int, int]:
+def predicted(case: Sequence[str]) -> tuple[int, int]:
     """Bytes of the plan: in use, and as the worker runs."""
     from cinemo.recipes import load_recipe
     from cinemo.training.plan.activations import activation_bytes, shapes
-    from cinemo.training.plan.estimate import text_encoder_values
+    from cinemo.training.plan.estimate import image_encoder_values, text_encoder_values
     from cinemo.training.plan.footprint import Parameters, footprint
 
-    recipe = load_recipe("cinemo-tiny", [*ONE, *assignments])
+    name, assignments = named(case)
+    recipe = load_recipe(name, [*ONE, *assignments])
     again, stage = recipe.train.gradient_checkpointing, recipe.train.zero_stage
-    parameters, encoder = Parameters.of(shapes(recipe, "meta")), text_encoder_values(recipe)[0]
+    parameters = Parameters.of(shapes(recipe, "meta"))
+    encoder = text_encoder_values(recipe)[0] + image_encoder_values(recipe)[0]
     activations = {again: activation_bytes(recipe, again)}
     whole = footprint(recipe, parameters, activations, encoder, stage, again, "none")
     return whole.in_use, whole.peak
@@ -158,9 +189,9 @@ def main() -> None:
     from cinemo.training.plan.footprint import KEPT_SHARE, KERNELS_BF16
 
     rows = []
-    for name, assignments in CASES.items():
+    for name, case in CASES.items():
         if arguments.only in name:
-            expected, found = predicted(assignments), [measured(assignments, kept) for kept in (False, True)]
+            expected, found = predicted(case), [measured(case, kept) for kept in (False, True)]
             row = [name]
             for guess, truth in zip(expected, found, strict=True):
                 row += [f"{guess / 1e6:.0f}", f"{truth / 1e6:.0f}", f"{guess / truth - 1:+.0%}"]

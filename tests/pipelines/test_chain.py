@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import secrets
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cinemo import cli
 from cinemo.evaluation.metrics import psnr
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.synthetic import render_clips
@@ -31,7 +33,7 @@ BIN = Path(sys.executable).parent
 PRECOMPUTE = ["--set", "data.clips_per_shard=4"]
 TRAIN = [
     "--max-steps", "4", "--set", "train.global_batch=4", "--set", "train.micro_batch=2",
-    "--set", "train.checkpoint_every=2", "--set", "train.log_every=1",
+    "--set", "train.checkpoint_every=2", "--set", "train.log_every=1", "--set", "sample.steps=4",
 ]  # fmt: skip
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -48,6 +50,20 @@ def command(script: str, *arguments: str | Path, code: int = 0) -> str:
         f"{script} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     )
     return done.stdout + done.stderr
+
+
+def main_of(script: str, capfd: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> str:
+    """The same in this process, which has the libraries already; its output."""
+    capfd.readouterr()
+    entry = importlib.import_module(f"pipelines.{script}").main
+    try:
+        cli.run(entry, [str(argument) for argument in arguments])
+        ended = 0
+    except SystemExit as error:
+        ended = int(error.code or 0)
+    output = "".join(capfd.readouterr())
+    assert ended == code, f"{script} ended with {ended}\n{output}"
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +132,9 @@ def test_a_finished_run_resumes_to_nothing(dataset: Path, run: Path) -> None:
     assert json.loads((run / "train.json").read_text())["steps"] == before["steps"]
 
 
-def test_animate_writes_a_video_that_says_how_it_was_made(bundle: Path, clips: Path, tmp_path: Path) -> None:
+def test_animate_writes_a_video_that_says_how_it_was_made(
+    bundle: Path, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     import PIL.Image
 
     image = tmp_path / "first.png"
@@ -132,22 +150,16 @@ def test_animate_writes_a_video_that_says_how_it_was_made(bundle: Path, clips: P
     assert settings["seed"] == 5
     assert settings["motion_bucket"] == 3
     assert json.loads((bundle / "bundle.json").read_text())["digest"] in metadata["comment"]
-    command(
-        "animate",
-        *arguments,
-        "--motion-bucket",
-        "3",
-        "--output",
-        tmp_path / "b.mp4",
-        "--save-latents",
-        tmp_path / "b.npz",
-    )
+    again = ["--motion-bucket", "3", "--output", tmp_path / "b.mp4", "--save-latents", tmp_path / "b.npz"]
+    main_of("animate", capfd, *arguments, *again)
     first_run, second_run = np.load(tmp_path / "a.npz")["latents"], np.load(tmp_path / "b.npz")["latents"]
     assert first_run.shape == (16, 16, 8, 12)
     np.testing.assert_array_equal(first_run, second_run)
 
 
-def test_animate_edits_a_video_and_transfers_its_motion(bundle: Path, clips: Path, tmp_path: Path) -> None:
+def test_animate_edits_a_video_and_transfers_its_motion(
+    bundle: Path, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The edited first frame stays; where the source moves most, the edited video does too, and not by chance."""
     import PIL.Image
 
@@ -158,7 +170,7 @@ def test_animate_edits_a_video_and_transfers_its_motion(bundle: Path, clips: Pat
     arguments = ["--bundle", bundle, "--image", tmp_path / "edited.png", "--prompt", "the same in other colours"]
     arguments += ["--source-video", source, "--source-prompt", "coloured shapes", "--source-interval", "4"]
     arguments += ["--no-dct-init", "--steps", "20", "--output", tmp_path / "edited.mp4"]
-    command("animate", *arguments)
+    main_of("animate", capfd, *arguments)
     settings = json.loads(read_metadata(tmp_path / "edited.mp4")["comment"])
     assert settings["source_prompt"] == "coloured shapes"
     assert settings["guidance_scale"] == 1
@@ -169,7 +181,7 @@ def test_animate_edits_a_video_and_transfers_its_motion(bundle: Path, clips: Pat
     assert follows > 0.5
     assert follows > chance + 0.2
 
-    message = command("animate", *arguments, "--source-interval", "9", code=2)
+    message = main_of("animate", capfd, *arguments, "--source-interval", "9", code=2)
     assert "64 frames, recipe cinemo-tiny needs 136 (interval 9)" in message
 
 
@@ -224,10 +236,10 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(
-    script: str, arguments: list[str], message: str, clips: Path, tmp_path: Path
+    script: str, arguments: list[str], message: str, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     filled = [argument.format(tmp=tmp_path, clips=clips) for argument in arguments]
-    output = command(script, *filled, code=2)
+    output = main_of(script, capfd, *filled, code=2)
     assert message.format(tmp=tmp_path) in output
     assert "Traceback" not in output
     assert len(output.strip().splitlines()) == 1, output
@@ -272,7 +284,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
                 time.sleep(0.5)
         yield environment | {"RAY_API_SERVER_ADDRESS": address}
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        os.killpg(head.pid, signal.SIGKILL)
         head.wait(timeout=60)
         subprocess.run(["rm", "-rf", str(scratch)], check=False)
 

@@ -25,7 +25,7 @@ from cinemo.media.synthetic import render_clips
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import method_class
 from cinemo.recipes import load_recipe
-from tests.pipelines.test_chain import ROOT, command
+from tests.pipelines.test_chain import ROOT, command, main_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -50,7 +50,9 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("sister", SISTERS, ids=lambda sister: sister.recipe)
-def test_from_clips_to_a_served_video(sister: Sister, clips: Path, tmp_path: Path) -> None:
+def test_from_clips_to_a_served_video(
+    sister: Sister, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     recipe = load_recipe(sister.recipe)
     dataset, run, bundle = tmp_path / "dataset", tmp_path / "run", tmp_path / "bundle"
     named = ["--recipe", sister.recipe]
@@ -62,7 +64,7 @@ def test_from_clips_to_a_served_video(sister: Sister, clips: Path, tmp_path: Pat
     train = [
         *named, "--data", dataset, "--output", run, "--max-steps", "8",
         "--set", "train.global_batch=4", "--set", "train.micro_batch=2", "--set", "train.checkpoint_every=2",
-        "--set", "train.log_every=1", "--set", "train.sample_every=0",
+        "--set", "train.log_every=1", "--set", "train.sample_every=0", "--set", "sample.steps=4",
     ]  # fmt: skip
     assert (recipe.train.workers, recipe.train.zero_stage) == (2, 2)
     kill_after_a_checkpoint(train, run)
@@ -72,14 +74,13 @@ def test_from_clips_to_a_served_video(sister: Sister, clips: Path, tmp_path: Pat
         assert [row["step"] for row in csv.DictReader(file)] == list("12345678")
     assert list((run / "samples").glob("step-000008.png"))
 
-    command("export", "--checkpoint", run, "--output", bundle)
+    main_of("export", capfd, "--checkpoint", run, "--output", bundle)
     PIL.Image.fromarray(read_frames(sorted(clips.parent.glob("*.mp4"))[0], [0])[0]).save(tmp_path / "picture.png")
     words = ["--bundle", bundle, "--image", tmp_path / "picture.png", "--prompt", "a ball", "--steps", "3"]
     flags = [part for name, value in sister.asked.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     for name in ("a", "b"):
-        command(
-            "animate", *words, *flags, "--output", tmp_path / f"{name}.mp4", "--save-latents", tmp_path / f"{name}.npz"
-        )
+        stored = ["--output", tmp_path / f"{name}.mp4", "--save-latents", tmp_path / f"{name}.npz"]
+        main_of("animate", capfd, *words, *flags, *stored)
     frames, (height, width) = recipe.data.frames, recipe.data.size
     info = probe(tmp_path / "a.mp4")
     assert (info.frames, info.height, info.width) == (frames, height, width)
@@ -87,7 +88,7 @@ def test_from_clips_to_a_served_video(sister: Sister, clips: Path, tmp_path: Pat
     assert settings["recipe"] == sister.recipe
     assert settings.items() >= sister.asked.items()
     np.testing.assert_array_equal(*(np.load(tmp_path / f"{name}.npz")["latents"] for name in ("a", "b")))
-    refused = command("animate", *words, *sister.wrong, "--output", tmp_path / "c.mp4", code=2)
+    refused = main_of("animate", capfd, *words, *sister.wrong, "--output", tmp_path / "c.mp4", code=2)
     assert sister.said in refused
     assert len(refused.strip().splitlines()) == 1, refused
 
