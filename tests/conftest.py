@@ -53,15 +53,6 @@ def say(record_property: Callable[[str, object], None]) -> Callable[[str], None]
     return lambda line: record_property("line", line)
 
 
-@pytest.fixture
-def every_core() -> Iterator[None]:
-    """torch's threads on every core, for a test in which nothing else runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def real_clips() -> Path:
     """A directory of real video files: ``$CINEMO_CLIPS``, or ``../shared/clips`` beside the checkout."""

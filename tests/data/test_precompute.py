@@ -269,7 +269,7 @@ def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
 ) -> None:
     def resources(have: dict[str, float], *changes: str) -> cluster.Resources:
         monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: have)
-        return cluster.resources(override(small_recipe, list(changes)))
+        return cluster.resources(override(small_recipe, ["data.encode_actors=0", *changes]))
 
     nodes = {"CPU": 192.0, "GPU": 8.0, "decode": 128.0}
     separate = resources(nodes, "data.encode_gpus=1", "data.decode_resource=decode", "data.decode_cpus=2")

@@ -18,7 +18,6 @@ pytestmark = pytest.mark.slow
 MARGIN = 0.06  # another processor rounds differently, and a set of clips is small
 
 
-@pytest.mark.usefixtures("every_core")
 def test_the_shipped_base_moves_as_its_card_says(tmp_path: Path, say: Callable[[str], None]) -> None:
     """Every bar that the card says is met is met; a figure that misses its bar is no worse than the card says."""
     recipe = load_recipe("cinemo-tiny")
