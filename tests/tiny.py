@@ -19,6 +19,7 @@ from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
 from cinemo.types import LatentSample, Refusal
 
 SIZE, FRAMES, WIDTH = (32, 48), 6, 32
+IMAGE_TOKENS = 17  # of `save_image_encoder`
 
 
 def tiny_recipe(encoders: Path) -> Recipe:

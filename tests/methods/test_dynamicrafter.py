@@ -11,66 +11,35 @@ import numpy as np
 import pytest
 import torch
 from goldens import Family
-from tiny import FRAMES, SIZE, WIDTH, save_encoders, save_image_encoder
+from tiny import FRAMES, IMAGE_TOKENS, SIZE, WIDTH
 from torch import Tensor
 
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import ModelBundle, load_bundle, save_bundle
-from cinemo.config import DataConfig, DiffusionConfig, EncodersConfig, Recipe
+from cinemo.config import Recipe
 from cinemo.data.dataset.fields import VERSIONS
 from cinemo.media.stills import jpeg, jpeg_strip
 from cinemo.methods import at_motion, build_method, mark_trainable, run
 from cinemo.methods.dynamicrafter import (
     DynamiCrafterMethod,
-    DynamiCrafterModel,
     DynamiCrafterRecipe,
-    DynamiCrafterSample,
     dropped,
     visual_detail,
 )
 from cinemo.methods.interpolation import InterpolationMethod, InterpolationRecipe
-from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet
+from cinemo.networks.dynamicrafter_unet import DynamiCrafterUNet
 from cinemo.networks.dynamicrafter_weights import load_unet, save_published
 from cinemo.networks.frozen import ImageEncoder
-from cinemo.networks.resampler import ResamplerConfig
 from cinemo.networks.weights import save_network
 from cinemo.recipes import override
 from cinemo.training.checkpoint.export import as_published, from_published
 from cinemo.training.run.batch import FrozenStates, host_batch, on_device
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
-TOKENS = 17  # of the tiny image encoder
-
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> DynamiCrafterRecipe:
-    encoders = tmp_path_factory.mktemp("encoders")
-    save_encoders(encoders)
-    save_image_encoder(encoders / "image_encoder")
-    places = {name: str(encoders / name) for name in ("vae", "text_encoder", "tokenizer", "image_encoder")}
-    return DynamiCrafterRecipe(
-        name="random-32x48",
-        data=DataConfig(size=SIZE, frames=FRAMES, frame_interval=(1, 6)),
-        encoders=EncodersConfig(**places),
-        model=DynamiCrafterModel(
-            unet=DynamiCrafterConfig(
-                model_channels=32,
-                channel_mult=(1, 2),
-                num_res_blocks=1,
-                attention_resolutions=(1, 2),
-                num_head_channels=16,
-                context_dim=WIDTH,
-            ),
-            resampler=ResamplerConfig(
-                dim=32, depth=1, dim_head=8, heads=2, num_queries=3, embedding_dim=WIDTH, output_dim=WIDTH,
-                video_length=FRAMES,
-            ),
-            text_layers=1,
-            image_tokens=TOKENS,
-        ),
-        diffusion=DiffusionConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        sample=DynamiCrafterSample(steps=3, guidance_scale=3.0, eta=0.0),
-    )  # fmt: skip
+def recipe(dynamicrafter_recipe: DynamiCrafterRecipe) -> DynamiCrafterRecipe:
+    return dynamicrafter_recipe
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +84,10 @@ def condition_of(rows: int, seed: int = 0) -> Condition:
         return torch.randn(rows, *shape, generator=keyed_generator(seed, str(shape)))
 
     return Condition(
-        image=drawn(4, 4, 6), image_tokens=drawn(TOKENS, WIDTH), text=drawn(5, WIDTH), frame_rate=torch.arange(rows) + 1
+        image=drawn(4, 4, 6),
+        image_tokens=drawn(IMAGE_TOKENS, WIDTH),
+        text=drawn(5, WIDTH),
+        frame_rate=torch.arange(rows) + 1,
     )
 
 
@@ -234,7 +206,7 @@ def rows_asked(
 ) -> tuple[Tensor, list[int]]:
     changed = {"image_guidance_scale": image_scale, "eta": 0.0, **sample}
     asked = type(method)(method.unet, method.image_proj, method.schedule, method.sample.model_copy(update=changed))
-    untold = Condition(text=torch.zeros(1, 5, WIDTH), image_tokens=torch.zeros(1, TOKENS, WIDTH))
+    untold = Condition(text=torch.zeros(1, 5, WIDTH), image_tokens=torch.zeros(1, IMAGE_TOKENS, WIDTH))
     sampling = asked.sampling(condition_of(1), untold, torch.ones(1, 4, FRAMES, 4, 6), 2, scale)
     rows, query = [], next(sampling)
     while True:
@@ -258,7 +230,7 @@ def test_multi_condition_guidance_is_equation_5(method: DynamiCrafterMethod) -> 
     video, _ = rows_asked(method, 5.0, 2.0)
     full = condition_of(1)
     alone = Condition(full, text=torch.zeros(1, 5, WIDTH))
-    nothing = Condition(alone, image_tokens=torch.zeros(1, TOKENS, WIDTH))
+    nothing = Condition(alone, image_tokens=torch.zeros(1, IMAGE_TOKENS, WIDTH))
 
     def denoise(x: Tensor, t: int) -> Tensor:
         e_u, e_img, e_c = (method.predict(x, t, each) for each in (nothing, alone, full))

@@ -8,47 +8,27 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny import FRAMES, SIZE, WIDTH, save_encoders, save_image_encoder
+from tiny import SIZE
 
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle, save_bundle
-from cinemo.config import DataConfig, DiffusionConfig, EncodersConfig
 from cinemo.media.stills import jpeg_strip
 from cinemo.methods import build_method, mark_trainable
-from cinemo.methods.dynamicrafter import DynamiCrafterModel, DynamiCrafterRecipe, DynamiCrafterSample
+from cinemo.methods.dynamicrafter import DynamiCrafterRecipe
 from cinemo.methods.dynamicrafter_stills import StillsMethod, StillsRecipe
-from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_temporal
-from cinemo.networks.resampler import ResamplerConfig
+from cinemo.networks.dynamicrafter_unet import DynamiCrafterUNet, is_temporal
 from cinemo.networks.weights import save_network
 from cinemo.recipes import load_recipe, override
 from cinemo.training.run.base_weights import base_networks
 from cinemo.training.run.batch import FrozenStates, host_batch, on_device
 from cinemo.types import InputError, LatentSample, keyed_generator
 
-TOKENS = 17
-
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> StillsRecipe:
-    encoders = tmp_path_factory.mktemp("encoders")
-    save_encoders(encoders)
-    save_image_encoder(encoders / "image_encoder")
-    places = {name: str(encoders / name) for name in ("vae", "text_encoder", "tokenizer", "image_encoder")}
-    unet = DynamiCrafterConfig(
-        in_channels=4, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(1, 2),
-        num_head_channels=16, context_dim=WIDTH,
-    )  # fmt: skip
-    queries = ResamplerConfig(
-        dim=32, depth=1, dim_head=8, heads=2, num_queries=3, embedding_dim=WIDTH, output_dim=WIDTH, video_length=FRAMES
-    )
-    return StillsRecipe(
-        name="stills-32x48",
-        data=DataConfig(size=SIZE, frames=FRAMES, frame_interval=(1, 6), fields=("frames",)),
-        encoders=EncodersConfig(**places),
-        model=DynamiCrafterModel(unet=unet, resampler=queries, text_layers=1, image_tokens=TOKENS),
-        diffusion=DiffusionConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        sample=DynamiCrafterSample(steps=3, guidance_scale=3.0, eta=0.0),
-    )
+def recipe(dynamicrafter_recipe: DynamiCrafterRecipe) -> StillsRecipe:
+    values = dynamicrafter_recipe.model_dump() | {"method": "dynamicrafter-stills", "name": "stills-32x48"}
+    values["model"]["unet"]["in_channels"] = 4
+    return StillsRecipe.model_validate(values)
 
 
 def clip(recipe: DynamiCrafterRecipe, key: str) -> LatentSample:
