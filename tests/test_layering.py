@@ -48,7 +48,7 @@ ONLY_IN = {
     "psycopg": ["serving.store.database"],
     "httpcore": ["serving.http.fetch"],
     "prometheus_client": ["serving.http.exposition"],
-    "kornia": ["media.motion"],
+    "kornia": ["media.motion", "networks.frozen"],
     "matplotlib": ["evaluation"],
 }
 

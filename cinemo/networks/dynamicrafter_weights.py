@@ -197,6 +197,10 @@ def _read(location: str, folder: str, prefix: str, dtype: torch.dtype | None) ->
 
 def _check_kind(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], location: str) -> None:
     """Say in words what a list of hundreds of missing or extra entries would hide."""
+    if _ENTRY not in state:
+        raise InputError(
+            f"{location}: weights of another network, expected a UNet as VideoCrafter's (no {_ENTRY} there)"
+        )
 
     def has(names: Mapping[str, Tensor], part: str) -> bool:
         return any(name.endswith(part) for name in names)

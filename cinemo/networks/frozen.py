@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cinemo.networks.weights import read_config, resolve
@@ -258,7 +257,7 @@ class ImageEncoder:
     """
 
     # What decides its input; part of the fingerprint of stored image tokens.
-    PREPROCESSING = "whole picture to the model's square, PIL bicubic, CLIP mean and deviation"
+    PREPROCESSING = "whole picture to the model's square, kornia bicubic with aligned corners, CLIP mean and deviation"
     MEAN = (0.48145466, 0.4578275, 0.40821073)
     DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
@@ -274,18 +273,19 @@ class ImageEncoder:
     def prepare(self, image_HWC: np.ndarray) -> Tensor:
         """A picture (uint8 RGB) as the model takes it: (3, side, side), float32.
 
-        `CLIPImageProcessor` with a square size and no crop: a wide frame is squeezed, not cut, as DynamiCrafter's
-        weights saw it, so that tokens speak of all that the latents show.
+        As DynamiCrafter's weights saw theirs: bicubic with aligned corners, blurred first where it shrinks; a wide
+        frame is squeezed, not cut, so that tokens speak of all that the latents show.
         """
         return self.square(image_HWC, self.side)
 
     @classmethod
     def square(cls, image_HWC: np.ndarray, side: int) -> Tensor:
         """`prepare` for a model of this side."""
-        resized = Image.fromarray(image_HWC).resize((side, side), Image.Resampling.BICUBIC)
-        pixels_HWC = np.asarray(resized, np.float32) / np.float32(255)
-        normal_HWC = (pixels_HWC - np.array(cls.MEAN, np.float32)) / np.array(cls.DEVIATION, np.float32)
-        return torch.from_numpy(np.ascontiguousarray(normal_HWC.transpose(2, 0, 1)))
+        from kornia.geometry.transform import resize
+
+        levels_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1).float() / 255
+        resized_CHW: Tensor = resize(levels_CHW, (side, side), "bicubic", align_corners=True, antialias=True)
+        return (resized_CHW - _per_channel(cls.MEAN)) / _per_channel(cls.DEVIATION)
 
     @torch.no_grad()
     def encode(self, images_BHWC: Sequence[np.ndarray]) -> Tensor:
@@ -308,13 +308,17 @@ class ImageEncoder:
     @functools.cached_property
     def grey_LD(self) -> Tensor:
         """What it makes of zeros in -1..1: what DynamiCrafter's unconditional branch is shown."""
-        level_C11 = (0.5 - torch.tensor(self.MEAN).view(-1, 1, 1)) / torch.tensor(self.DEVIATION).view(-1, 1, 1)
+        level_C11 = (0.5 - _per_channel(self.MEAN)) / _per_channel(self.DEVIATION)
         return self._states(level_C11.expand(1, 3, self.side, self.side))[0]
 
     @torch.no_grad()
     def _states(self, pixels_BCHW: Tensor) -> Tensor:
         states: Tensor = self.network(pixels_BCHW.to(self.network.device, self.network.dtype)).last_hidden_state
         return states
+
+
+def _per_channel(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values).view(-1, 1, 1)
 
 
 def check_image_encoder(location: str) -> Path:

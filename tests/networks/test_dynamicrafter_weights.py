@@ -200,6 +200,14 @@ def test_a_checkpoint_of_another_model_is_said_to_be_one(
     assert "\n" not in str(caught.value)
 
 
+def test_weights_of_another_network_are_said_to_be_some(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    save_file(random_unet().middle_block.state_dict(), tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match=r"weights of another network, expected a UNet as VideoCrafter's") as caught:
+        load_unet(CONFIG, str(tmp_path), base="video")
+    assert len(str(caught.value)) < 300
+
+
 def test_every_key_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     unet = random_unet()
     state = unet.state_dict()

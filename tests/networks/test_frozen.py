@@ -192,21 +192,35 @@ def test_golden_vae_names_and_shapes(say: Callable[[str], None]) -> None:
 
 
 def test_image_tokens_are_those_of_transformers(tmp_path: Path) -> None:
-    """Preparation and network, against the library's own; a wide picture is squeezed into the square."""
     from transformers import CLIPVisionModel
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     save_image_encoder(tmp_path)
     encoder = ImageEncoder(str(tmp_path))
     generator = np.random.default_rng(0)
     images = [generator.integers(0, 256, (height, width, 3), np.uint8) for height, width in ((40, 96), (64, 24))]
-    processor = CLIPImageProcessorPil(size={"height": 32, "width": 32}, do_center_crop=False)
-    pixels = torch.cat([processor(image, return_tensors="pt").pixel_values for image in images])
-    torch.testing.assert_close(torch.stack([encoder.prepare(image) for image in images]), pixels, rtol=0, atol=1e-6)
     tokens = encoder.encode(images)
     assert tokens.shape == (2, 1 + 16, WIDTH)
     network = CLIPVisionModel.from_pretrained(tmp_path).eval()
+    pixels = torch.stack([encoder.prepare(image) for image in images])
     torch.testing.assert_close(tokens, network(pixels).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+def test_a_picture_is_prepared_as_the_published_weights_saw_it() -> None:
+    """A wide picture is squeezed into the square with its corners at the square's, and blurred where it shrinks."""
+    height, width, side = 40, 96, 32
+    ramp_HW = np.tile(np.arange(width, dtype=np.uint8) * 2, (height, 1))
+
+    made_HW = ImageEncoder.square(np.stack([ramp_HW] * 3, axis=-1), side)[1]
+    columns = np.linspace(0, width - 1, side)  # not (j + 0.5) * 3 - 0.5, which is 1 off at both ends
+    expected_W = (columns * 2 / 255 - ImageEncoder.MEAN[1]) / ImageEncoder.DEVIATION[1]
+    torch.testing.assert_close(
+        made_HW[:, 2:-2], torch.tensor(expected_W[2:-2]).float().expand(side, -1), atol=5e-3, rtol=0
+    )
+
+    stripes_HW = np.tile(np.array([0, 255], np.uint8), (height, width // 2))
+    made_HW = ImageEncoder.square(np.stack([stripes_HW] * 3, axis=-1), side)[1]
+    unblurred = 1 / ImageEncoder.DEVIATION[1]
+    assert float(made_HW[:, 2:-2].max() - made_HW[:, 2:-2].min()) < 0.2 * unblurred, "stripes of a pixel become grey"
 
 
 def test_what_is_no_image_encoder_is_refused(encoders: Path, tmp_path: Path) -> None:
