@@ -21,7 +21,7 @@ import torch
 
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import load_bundle, save_bundle
-from cinemo.evaluation.metrics import motion, psnr
+from cinemo.evaluation.metrics.frames import motion, psnr
 from cinemo.media.synthetic import render_clip
 from cinemo.methods import build_method
 from cinemo.networks.frozen import Vae

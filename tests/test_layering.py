@@ -42,7 +42,7 @@ ONLY_IN = {
     "av": ["media.timeline", "media.video", "media.mp4"],
     "webdataset": ["data.dataset.shards", "data.loading.loader"],
     "diffusers": ["diffusion.multistep", "networks.frozen", "networks.weights", "training.checkpoint.export"],
-    "transformers": ["networks.frozen", "networks.weights", "training.checkpoint.export"],
+    "transformers": ["evaluation.extractors", "networks.frozen", "networks.weights", "training.checkpoint.export"],
     "fastapi": ["serving.http", "serving.page", "serving.app"],
     "sqlalchemy": ["serving.store"],
     "psycopg": ["serving.store.database"],

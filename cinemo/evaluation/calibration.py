@@ -14,7 +14,7 @@ from scipy.stats import spearmanr
 
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import ModelBundle
-from cinemo.evaluation.metrics import motion
+from cinemo.evaluation.metrics.frames import motion
 from cinemo.methods import at_motion
 
 BUCKETS = (0, 5, 10, 14, 19)

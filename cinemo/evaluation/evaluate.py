@@ -14,7 +14,7 @@ from cinemo.bundle import CALIBRATION, ModelBundle, keep_calibration, load_bundl
 from cinemo.data.dataset.shards import DatasetIndex, Members, read_sample, record_uri, tar_uri
 from cinemo.evaluation.calibration import calibrate
 from cinemo.evaluation.figures import contact_sheet
-from cinemo.evaluation.metrics import first_frame_consistency, motion, psnr
+from cinemo.evaluation.metrics.frames import first_frame_consistency, motion, psnr
 from cinemo.evaluation.rendered import BARS, STEPS, measure_motion, misses
 from cinemo.evaluation.report import write_evaluation_report
 from cinemo.media.synthetic import CLIP_FRAMES

@@ -24,7 +24,7 @@ from torch import Tensor
 from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import ModelBundle
 from cinemo.evaluation.calibration import rank_correlation
-from cinemo.evaluation.metrics import psnr
+from cinemo.evaluation.metrics.frames import psnr
 from cinemo.media.flow import dense_flow
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
 from cinemo.media.synthetic import CLIP_FRAMES, FPS, Scene, render_scene

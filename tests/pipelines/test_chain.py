@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from cinemo import cli
-from cinemo.evaluation.metrics import psnr
+from cinemo.evaluation.metrics.frames import psnr
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.synthetic import render_clips
 from cinemo.media.transforms import prepare_image

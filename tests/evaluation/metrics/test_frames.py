@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from cinemo.evaluation.metrics import MAX_PSNR, first_frame_consistency, motion, psnr, ssim
+from cinemo.evaluation.metrics.frames import MAX_PSNR, first_frame_consistency, motion, psnr, ssim
 from cinemo.types import InputError
 
 

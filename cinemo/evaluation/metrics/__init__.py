@@ -1,0 +1,1 @@
+"""What is measured on videos, and the sums it is made of."""
