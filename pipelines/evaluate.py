@@ -1,12 +1,16 @@
 """Measure a bundle: on samples of a dataset (metrics.json, calibration.json and report.html), or with --rendered on
-unseen rendered scenes whose true motion is known (motion.json): do its videos move as requested?"""
+unseen rendered scenes whose true motion is known (motion.json): do its videos move as requested?
+
+A run that was stopped goes on where it was when started again with the same --output."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from cinemo import cli
-from cinemo.evaluation.evaluate import evaluate, evaluate_rendered
+from cinemo.evaluation.evaluate import Plan, evaluate, evaluate_rendered
+from cinemo.evaluation.extractors import EXTRACTORS, load_extractors
+from cinemo.evaluation.protocols import PROTOCOLS, protocol_of
 from cinemo.types import InputError
 
 
@@ -20,9 +24,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--rendered", type=int, metavar="N", help="measure motion on N rendered scenes of each kind, with no dataset"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the files go, local or s3://")
-    parser.add_argument("--limit", type=int, default=4, metavar="N", help="samples to measure; each costs six videos")
+    parser.add_argument("--limit", type=int, default=4, metavar="N", help="samples to measure, one video each")
+    parser.add_argument(
+        "--pictures", type=int, default=4, metavar="N", help="of them, those that measure the control of motion"
+    )
+    parser.add_argument("--values", type=int, default=5, metavar="N", help="of that control, for each picture")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="videos for each picture and value")
     parser.add_argument("--steps", type=int, help="DDIM steps (default: what the bundle's recipe says)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated videos")
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="DIR", help="another bundle to compare with; repeatable"
+    )
+    parser.add_argument(
+        "--extractor",
+        action="append",
+        default=[],
+        metavar="NAME=PLACE",
+        help=f"weights that a metric needs, local or s3://; repeatable: {', '.join(EXTRACTORS)}",
+    )
+    parser.add_argument("--protocol", choices=sorted(PROTOCOLS), help="of a paper: say where this departs from it")
+    parser.add_argument(
+        "--without-first-frame", action="store_true", help="networks do not see the first frame, which is given"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument(
         "--into-bundle", action="store_true", help="also keep the calibration in the bundle: the server's page shows it"
@@ -35,19 +58,31 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.bundle, arguments.output, arguments.rendered, arguments.steps, arguments.seed, arguments.device
         )
         return
+    plan = Plan(
+        limit=arguments.limit,
+        pictures=arguments.pictures,
+        values=arguments.values,
+        seeds=arguments.seeds,
+        steps=arguments.steps,
+        seed=arguments.seed,
+        first_frame=not arguments.without_first_frame,
+        extractors=load_extractors(arguments.extractor, arguments.device or "cpu"),
+        protocol=protocol_of(arguments.protocol) if arguments.protocol else None,
+    )
     metrics = evaluate(
         arguments.bundle,
         arguments.data,
         arguments.output,
-        arguments.limit,
-        arguments.steps,
-        arguments.seed,
+        plan,
         arguments.device,
         arguments.into_bundle,
+        arguments.against,
+        track=True,
     )
-    for name, value in metrics["mean"].items():
-        print(f"{name}: {value:.4g}")
-    print(f"motion control (rank correlation of bucket and motion): {metrics['motion_spearman']}")
+    for name, estimate in metrics["metrics"].items():
+        if estimate is not None:
+            print(f"{name}: {estimate['value']:.4g}")
+    print(f"motion control (rank correlation of value and motion): {metrics['motion_spearman']}")
     print(f"report: {arguments.output}/report.html")
 
 

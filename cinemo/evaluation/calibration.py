@@ -1,75 +1,215 @@
-"""The motion-control report: does a larger motion bucket give more motion?
+"""The motion-control report: is what moves what was asked for, and which value of the control gives how much?
 
-Each image is animated at each bucket with the same noise, and the motion of what came out is measured.
+Each picture is animated at every value of the method's control of motion with the same seeds, and the motion of what
+came out is measured. The mean over pictures, made monotone, is inverted: then a strength of 0..1 is linear in motion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
-from cinemo.animate import AnimateRequest, animate
-from cinemo.bundle import ModelBundle
-from cinemo.evaluation.metrics.frames import motion
-from cinemo.methods import at_motion
+from cinemo.types import InputError
 
-BUCKETS = (0, 5, 10, 14, 19)
+INTERVAL = (0.05, 0.95)
+STRENGTHS = 20  # at which a strength is judged
+FLAT = 0.02  # of the whole range: less than that between neighbours is no change
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured motion (1 - mean adjacent SSIM) of generated videos.
+    """Measured motion of generated videos.
 
-    ``motion``: one row per image, one column per bucket. ``spearman``: rank correlation of bucket and motion within an
-    image, averaged over images: 1 = more bucket is always more motion; None where nothing moved at all.
+    Attributes:
+        control: the control of motion that was set.
+        values: of it, from the least motion to the most.
+        motion_PLS: (pictures, values, seeds), 1 - mean SSIM of neighbouring frames (arXiv 2407.15642, section 3.2).
+        speed_PLS: the same of the mean length of optical flow, pixels a frame.
     """
 
-    buckets: tuple[int, ...]
-    motion: tuple[tuple[float, ...], ...]
-    mean_motion: tuple[float, ...]
-    spearman: float | None
-    spearman_per_image: tuple[float | None, ...]
+    control: str
+    values: tuple[int, ...]
+    motion_PLS: np.ndarray
+    speed_PLS: np.ndarray
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> Self:
+        """What `to_json` made.
+
+        Raises:
+            InputError: an older calibration, without seeds; or something else.
+        """
+        try:
+            tables = (np.array(stored[name], np.float64) for name in ("motion_of_seeds", "speed_of_seeds"))
+            return cls(stored["control"], tuple(stored["values"]), *tables)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"calibration.json: {error} is missing or wrong; measure the bundle again") from None
+
+    @property
+    def motion_PL(self) -> np.ndarray:
+        """Mean over seeds."""
+        return np.asarray(self.motion_PLS.mean(2))
+
+    @property
+    def mean_L(self) -> np.ndarray:
+        return np.asarray(self.motion_PL.mean(0))
+
+    @property
+    def curve_L(self) -> np.ndarray:
+        """The mean, made monotone (isotonic regression): what a value is said to give."""
+        return np.asarray(isotonic_regression(self.mean_L).x)
+
+    @property
+    def interval_L(self) -> tuple[np.ndarray, np.ndarray]:
+        """Between which motions nine of ten videos are, by value."""
+        low, high = np.quantile(self.motion_PLS, INTERVAL, axis=(0, 2))
+        return low, high
+
+    @property
+    def span(self) -> float:
+        """Motion at the most minus motion at the least."""
+        return float(self.curve_L[-1] - self.curve_L[0])
+
+    def value_for(self, strength: float) -> int:
+        """The control's value whose motion is closest to ``strength`` (0..1) of the way from the least to the most."""
+        curve = self.curve_L
+        wanted = curve[0] + strength * (curve[-1] - curve[0])
+        return self.values[int(np.argmin(np.abs(curve - wanted)))]
+
+    @property
+    def spearman_P(self) -> tuple[float | None, ...]:
+        """Rank correlation of value and motion within each picture; None where nothing moved at all."""
+        places = range(len(self.values))  # larger is more motion, whatever the values are
+        return tuple(rank_correlation(places, row) for row in self.motion_PL.tolist())
+
+    @property
+    def spearman(self) -> float | None:
+        known = [value for value in self.spearman_P if value is not None]
+        return float(np.mean(known)) if known else None
+
+    @property
+    def monotone_share(self) -> float:
+        """Share of pictures whose motion never falls by more than `FLAT` of their range as the value rises."""
+        ranges = np.ptp(self.motion_PL, axis=1)
+        falls = -np.diff(self.motion_PL, axis=1).min(1, initial=0.0)
+        return float(((falls <= FLAT * ranges) & (ranges > 0)).mean())
+
+    @property
+    def dead(self) -> tuple[int, ...]:
+        """Values at the lower end that give no more motion than the least."""
+        return self._like(0)
+
+    @property
+    def saturated(self) -> tuple[int, ...]:
+        """Values at the upper end that give no less motion than the most."""
+        return self._like(-1)
+
+    def _like(self, end: int) -> tuple[int, ...]:
+        close = np.abs(self.curve_L - self.curve_L[end]) <= FLAT * self.span
+        alike = tuple(value for value, is_close in zip(self.values, close, strict=True) if is_close)
+        return alike if len(alike) > 1 else ()
+
+    def obedience(self) -> dict[str, float] | None:
+        """How well a strength of 0..1 says what comes out, judged on pictures that the map was not made of: each half
+        of the pictures by the map of the other. None of fewer than 4 pictures.
+
+        Returns:
+            ``r2``: of requested and achieved motion, mean over pictures, at `STRENGTHS` strengths; ``r2_of_videos``:
+            of single videos, which differ by picture; ``coverage``: share of videos in the interval; ``monotone``: see
+            `monotone_share`.
+        """
+        count = len(self.motion_PLS)
+        if count < 4:
+            return None
+        even, odd = np.arange(0, count, 2), np.arange(1, count, 2)
+        asked, achieved, covered = [], [], []
+        for fitted, judged in ((even, odd), (odd, even)):
+            map_ = self._of(fitted)
+            curve, (low, high) = map_.curve_L, map_.interval_L
+            for strength in np.linspace(0, 1, STRENGTHS):
+                place = self.values.index(map_.value_for(float(strength)))
+                videos_PS = self.motion_PLS[judged, place]
+                asked.append(curve[0] + strength * (curve[-1] - curve[0]))
+                achieved.append(videos_PS)
+                covered.append((videos_PS >= low[place]) & (videos_PS <= high[place]))
+        means = np.array([videos.mean() for videos in achieved])
+        single = np.concatenate([videos.ravel() for videos in achieved])
+        asked_of_single = np.repeat(asked, [videos.size for videos in achieved])
+        return {
+            "r2": _explained(np.array(asked), means),
+            "r2_of_videos": _explained(asked_of_single, single),
+            "coverage": float(np.concatenate([each.ravel() for each in covered]).mean()),
+            "monotone": self.monotone_share,
+        }
+
+    def _of(self, pictures: np.ndarray) -> Calibration:
+        return Calibration(self.control, self.values, self.motion_PLS[pictures], self.speed_PLS[pictures])
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        low, high = self.interval_L
+        strengths = [round(float(strength), 4) for strength in np.linspace(0, 1, STRENGTHS + 1)]
+        return {
+            "control": self.control,
+            "values": list(self.values),
+            "motion": self.motion_PL.tolist(),
+            "mean_motion": self.mean_L.tolist(),
+            "curve": self.curve_L.tolist(),
+            "interval": [low.tolist(), high.tolist()],
+            "mean_speed": self.speed_PLS.mean((0, 2)).tolist(),
+            "spearman": self.spearman,
+            "spearman_per_image": list(self.spearman_P),
+            "dead": list(self.dead),
+            "saturated": list(self.saturated),
+            "obedience": self.obedience(),
+            "strengths": [[strength, self.value_for(strength)] for strength in strengths],
+            "motion_of_seeds": self.motion_PLS.tolist(),
+            "speed_of_seeds": self.speed_PLS.tolist(),
+        }
 
 
-def calibrate(
-    bundle: ModelBundle,
-    images: Sequence[tuple[np.ndarray, str]],
-    buckets: Sequence[int] = BUCKETS,
-    steps: int | None = None,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Calibration:
-    """Animate each (image HWC uint8, prompt) at each bucket and measure; ``progress(done, total)`` counts videos."""
-    rows, total = [], len(images) * len(buckets)
-    for i, (image, prompt) in enumerate(images):
-        row = []
-        for j, bucket in enumerate(buckets):
-            request = AnimateRequest(image, prompt, steps=steps, seed=seed, **at_motion(bundle.recipe, bucket))
-            row.append(motion(animate(bundle, request).frames_FHWC))
-            if progress is not None:
-                progress(i * len(buckets) + j + 1, total)
-        rows.append(tuple(row))
-    return calibration_of(buckets, rows)
+@dataclass(frozen=True)
+class Drift:
+    """A bundle's motion beside that of another one, with the same control and pictures.
+
+    ``span_ratio``: how far the control reaches, of how far it reached; ``motion_ratio``: mean motion over all values.
+    """
+
+    span_ratio: float
+    motion_ratio: float
+    curve_ratio: tuple[float, ...]
+
+    @property
+    def has_collapsed(self) -> bool:
+        """Whether motion has died: less than half of it, or of the control's reach, is left."""
+        return min(self.span_ratio, self.motion_ratio) < 0.5
 
 
-def calibration_of(buckets: Sequence[int], rows: Sequence[Sequence[float]]) -> Calibration:
-    """The figures of a table of measured motion: one row per image, one column per bucket."""
-    per_image = tuple(rank_correlation(buckets, row) for row in rows)
-    known = [value for value in per_image if value is not None]
-    return Calibration(
-        tuple(buckets),
-        tuple(tuple(row) for row in rows),
-        tuple(float(value) for value in np.mean(rows, axis=0)),
-        float(np.mean(known)) if known else None,
-        per_image,
-    )
+def drift(calibration: Calibration, before: Calibration) -> Drift:
+    """What has become of motion, for example by fine-tuning.
+
+    Raises:
+        InputError: they are of other controls or values.
+    """
+    if (calibration.control, calibration.values) != (before.control, before.values):
+        raise InputError(
+            f"calibrations are of {calibration.control} at {list(calibration.values)} and of {before.control} at "
+            f"{list(before.values)}, expected the same"
+        )
+    tiny = 1e-9
+    ratios = tuple(float(a / max(b, tiny)) for a, b in zip(calibration.mean_L, before.mean_L, strict=True))
+    mean = float(calibration.mean_L.mean() / max(before.mean_L.mean(), tiny))
+    return Drift(calibration.span / max(before.span, tiny), mean, ratios)
+
+
+def levels(values: Sequence[int], count: int) -> tuple[int, ...]:
+    """``count`` of a control's values from the first to the last, all where it has fewer."""
+    places = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
+    return tuple(values[place] for place in places)
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -77,3 +217,9 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
     return float(spearmanr(x, y).statistic)
+
+
+def _explained(asked: np.ndarray, achieved: np.ndarray) -> float:
+    """1 - error / variance of what was achieved, with nothing fitted: an offset counts as an error."""
+    variance = float(np.square(achieved - achieved.mean()).sum())
+    return 1 - float(np.square(achieved - asked).sum()) / variance if variance else 0.0

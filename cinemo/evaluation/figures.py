@@ -148,13 +148,33 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Figure:
 
 
 def calibration_curve(calibration: Calibration) -> Figure:
-    """Measured motion over the level that was asked for: one thin line per image, the mean in front."""
+    """Measured motion over the value that was asked for: one thin line per picture, the mean in front, and a band that
+    nine of ten videos are in."""
     figure, axes = _figure(6.2, 3.0)
-    for row in calibration.motion:
-        axes.plot(calibration.buckets, row, color=MUTED, alpha=0.6, linewidth=1)
-    axes.plot(calibration.buckets, calibration.mean_motion, color=ACCENT, linewidth=2.5, marker="o")
-    axes.set(xlabel="requested level of motion", ylabel="measured motion (1 - SSIM)", xticks=calibration.buckets)
+    places = range(len(calibration.values))
+    for row in calibration.motion_PL:
+        axes.plot(places, row, color=MUTED, alpha=0.4, linewidth=0.8)
+    axes.fill_between(places, *calibration.interval_L, color=ACCENT, alpha=0.15, linewidth=0)
+    axes.plot(places, calibration.mean_L, color=ACCENT, linewidth=2.5, marker="o", markersize=4)
+    axes.set(xlabel=calibration.control.replace("_", " "), ylabel="measured motion (1 - SSIM)")
+    axes.set_xticks(list(places), [str(value) for value in calibration.values])
     axes.set_ylim(0, None)
+    return figure
+
+
+def strength_curve(calibrations: Sequence[tuple[str, Calibration]]) -> Figure:
+    """Motion over a strength of 0..1, by the inverse map of each: straight where the control obeys."""
+    figure, axes = _figure(6.2, 3.0)
+    strengths = np.linspace(0, 1, 41)
+    for number, (name, each) in enumerate(calibrations):
+        motion = [each.mean_L[each.values.index(each.value_for(float(strength)))] for strength in strengths]
+        color = ACCENT if number == 0 else MUTED
+        axes.plot(strengths, motion, color=color, linewidth=2.2 if number == 0 else 1.4, label=name)
+        axes.plot((0, 1), each.curve_L[[0, -1]], color=color, linewidth=1, linestyle=":")
+    axes.set(xlabel="strength", ylabel="measured motion (1 - SSIM)", xlim=(0, 1))
+    axes.set_ylim(0, None)
+    if len(calibrations) > 1:
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 

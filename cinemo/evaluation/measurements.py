@@ -7,12 +7,13 @@ depend on how the work was cut.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from cinemo.evaluation.calibration import Calibration
 from cinemo.evaluation.extractors import Clip, Extractor, FeatureExtractor, PairwiseDistance
 from cinemo.evaluation.metrics.distributions import Population
 from cinemo.evaluation.metrics.estimates import Estimate, frechet, inception, kernel, mean_of
@@ -167,6 +168,45 @@ class Measurements:
                 else:
                     found[metric.name] = inception(made) if metric.name == "is" else frechet(real, made)
         return found
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A pair of videos for the page, (F, H, W, 3) uint8: the clip and what was generated from its first frame."""
+
+    clip_id: str
+    caption: str
+    asked: str
+    real_FHWC: np.ndarray
+    made_FHWC: np.ndarray
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one bundle."""
+
+    location: str
+    name: str
+    digest: str
+    steps: int
+    estimates: Mapping[str, Estimate]
+    rows: Sequence[Mapping[str, Any]]
+    shown: Sequence[Shown]
+    calibration: Calibration | None
+    extractors: Mapping[str, Mapping[str, str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures; a metric whose network has no weights is null."""
+        known = self.estimates
+        return {
+            "bundle": self.digest,
+            "recipe": self.name,
+            "steps": self.steps,
+            "metrics": {each.name: known[each.name].to_json() if each.name in known else None for each in METRICS},
+            "extractors": {name: dict(identity) for name, identity in self.extractors.items()},
+            "motion_spearman": self.calibration.spearman if self.calibration else None,
+            "obedience": self.calibration.obedience() if self.calibration else None,
+        }
 
 
 def _joined(a: Mapping[str, Population], b: Mapping[str, Population]) -> dict[str, Population]:

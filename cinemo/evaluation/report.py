@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import html
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from cinemo.data.dataset.shards import DatasetIndex, read_ledger
-from cinemo.evaluation.calibration import Calibration
+from cinemo.evaluation.calibration import Drift
 from cinemo.evaluation.figures import (
     calibration_curve,
+    contact_sheet,
     data_uri,
     duration_bars,
     image_png,
     loss_curve,
     motion_histogram,
+    strength_curve,
 )
+from cinemo.evaluation.measurements import METRICS, Result
+from cinemo.evaluation.metrics.estimates import Estimate
 from cinemo.evaluation.page import chart, code, number, pair, picture, section, table, tiles, video, write_page
 from cinemo.evaluation.rendered import BARS
+from cinemo.media.mp4 import write_video
 
 
 @dataclass(frozen=True)
@@ -100,43 +108,179 @@ def write_demo_report(uri: str, facts: DemoFacts) -> None:
 
 def write_evaluation_report(
     uri: str,
-    title: str,
-    metrics: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    calibration: Calibration | None,
+    results: Sequence[Result],
+    drifts: Sequence[Drift | None],
+    protocol: Mapping[str, Any],
+    needed: Mapping[str, str],
     dataset: DatasetIndex,
-    sheet: Image.Image,
 ) -> None:
-    """The page of ``pipelines/evaluate.py``: mean metrics, every sample's figures, and the motion-control report of a
-    method that has such a control."""
-    control: list[str] = []
-    if calibration is not None:
-        control = [
-            section("Motion control", "Generated motion by requested level: it should rise."),
-            pair(
-                (calibration_curve(calibration), "Bold: mean over images. Thin: each image."),
-                (motion_histogram(dataset), "The buckets of the dataset, for comparison."),
-            ),
-        ]
-    spearman = "-" if calibration is None or calibration.spearman is None else f"{calibration.spearman:.2f}"
+    """The page of ``pipelines/evaluate.py``: metrics with intervals, motion control, and videos to play, of the first
+    bundle and of those it is compared with.
+
+    Args:
+        drifts: of the first bundle's motion from each other one's.
+        protocol: what the figures stand for.
+        needed: by metric without weights, what to put where.
+    """
+    first = results[0]
+    title = f"Evaluation of {first.name}"
+    obeys = (first.calibration and first.calibration.obedience()) or {}
     body = [
         f"<h1>{html.escape(title)}</h1>",
         '<p class="lead">Measured on samples of a dataset: each was animated from its own first frame, caption and '
         "controls like the clip's, and compared with the clip it came from.</p>",
         tiles(
             {
-                "samples": str(len(rows)),
-                "level / motion rank correlation": spearman,
-                **{name.replace("_", " "): number(value) for name, value in metrics.items()},
+                "videos": str(protocol["videos"]),
+                **{text: number(obeys[name]) for name, text in _OBEYS.items() if name in obeys},
+                **{text: _short(first.estimates.get(name)) for name, text in _TILES.items()},
             }
         ),
-        *control,
-        section("Samples", "Odd rows: the clip, decoded from its latents. Even rows: generated from its first frame."),
-        picture(sheet),
-        table(list(rows[0]), [[html.escape(number(value)) for value in row.values()] for row in rows]),
+        *_metrics_part(results, needed),
+        *_protocol_part(first, protocol),
+        *_motion_part(results, drifts),
+        section("Samples", "The clip, decoded from its latents, and what was generated from its first frame."),
+        _pairs(results),
+        f'<p class="note">The same frames side by side:</p>{picture(_sheet(first))}',
+        section("Every sample", "Figures of each video."),
+        "<details><summary>Show the table</summary>",
+        table(list(first.rows[0]), [[html.escape(number(value)) for value in row.values()] for row in first.rows]),
+        "</details>",
         *_dataset_part(dataset),
     ]
     write_page(uri, title, body)
+
+
+_OBEYS = {
+    "r2": "R² of strength and motion",
+    "monotone": "pictures that obey at every level",
+    "coverage": "videos within the 90% interval",
+}
+_TILES = {"first_frame_psnr": "first frame (dB)", "latent_frechet": "latent Fréchet distance", "motion": "motion"}
+
+
+def _short(estimate: Estimate | None) -> str:
+    return "-" if estimate is None else number(estimate.value)
+
+
+def _with_interval(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    if estimate.low is None or estimate.high is None:
+        return number(estimate.value)
+    return f'{number(estimate.value)} <span class="note">[{number(estimate.low)}, {number(estimate.high)}]</span>'
+
+
+def _metrics_part(results: Sequence[Result], needed: Mapping[str, str]) -> list[str]:
+    """One row per metric with a column per bundle; distances also with half of the videos."""
+    arrows = {"higher": "↑", "lower": "↓", "": ""}
+    rows = []
+    for metric in METRICS:
+        estimate = results[0].estimates.get(metric.name)
+        half = [_short(None) if estimate is None or estimate.at_half is None else number(estimate.at_half)]
+        half += [_short(None) if estimate is None or estimate.extrapolated is None else number(estimate.extrapolated)]
+        name = f"{html.escape(metric.title)} {arrows[metric.better]}"
+        rows.append([name, *(_with_interval(result.estimates.get(metric.name)) for result in results), *half])
+    text = (
+        "With 95% intervals: bootstrap over videos of means, spread over halves of the videos for distances between "
+        "sets. Such a distance falls as videos are added; beside it stand what half of them give and what it goes to."
+    )
+    page = [section("Metrics", text)]
+    page.append(table(["metric", *(_named(result) for result in results), "at N/2", "at infinity"], rows))
+    if needed:
+        entries = "".join(f"<li>{code(name)} {html.escape(text)}</li>" for name, text in needed.items())
+        page.append(f"<details><summary>Metrics without weights</summary><ul>{entries}</ul></details>")
+    return page
+
+
+def _named(result: Result) -> str:
+    return f"{result.name} ({result.digest[:8]})"
+
+
+def _protocol_part(first: Result, protocol: Mapping[str, Any]) -> list[str]:
+    """The card that every distance needs to mean anything."""
+    rows = [[html.escape(str(key).replace("_", " ")), html.escape(_flat(value))] for key, value in protocol.items()]
+    for name, identity in first.extractors.items():
+        rows.append([f"network: {html.escape(name)}", html.escape(", ".join(map(str, identity.values())))])
+    rows.append(["sampling steps", str(first.steps)])
+    text = "A distance says nothing without them: the same model stands at different values in different papers."
+    return [section("Protocol", text), table(["", ""], rows)]
+
+
+def _flat(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _motion_part(results: Sequence[Result], drifts: Sequence[Drift | None]) -> list[str]:
+    calibrated = [(_named(result), result.calibration) for result in results if result.calibration is not None]
+    if not calibrated:
+        return []
+    first = calibrated[0][1]
+    pictures, _, seeds = first.motion_PLS.shape
+    text = (
+        f"{pictures} pictures, each animated at {len(first.values)} values of {first.control.replace('_', ' ')} with "
+        f"{seeds} seeds: generated motion should rise with the value, and be linear in the strength."
+    )
+    rows = []
+    for name, each in calibrated:
+        obeys = each.obedience() or {}
+        rows.append(
+            [
+                html.escape(name),
+                "-" if each.spearman is None else f"{each.spearman:.3f}",
+                *(number(obeys[key]) if key in obeys else "-" for key in ("r2", "r2_of_videos", "coverage")),
+                number(each.monotone_share),
+                _range(each.dead),
+                _range(each.saturated),
+            ]
+        )
+    header = ["bundle", "rank correlation", "R²", "R² of single videos", "in 90% interval", "monotone pictures"]
+    page = [
+        section("Motion control", text),
+        pair(
+            (calibration_curve(first), "Measured motion by value. Thin: each picture. Band: nine of ten videos."),
+            (strength_curve(calibrated), "Motion by strength: a straight line is a control that obeys."),
+        ),
+        table([*header, "dead values", "saturated values"], rows),
+    ]
+    for result, change in zip(results[1:], drifts, strict=True):
+        if change is not None:
+            verdict = "Motion has died." if change.has_collapsed else "Motion is alive."
+            page.append(
+                f"<p>{verdict} Against {html.escape(_named(result))}: {change.motion_ratio:.0%} of its mean motion, "
+                f"{change.span_ratio:.0%} of its control's reach.</p>"
+            )
+    return page
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{values[0]} to {values[-1]}" if values else "none"
+
+
+def _pairs(results: Sequence[Result]) -> str:
+    """Videos to play: a row per sample, with the clip and what each bundle made of its first frame."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("clip", *map(_named, results)))
+    rows = []
+    for number_, shown in enumerate(results[0].shown):
+        made = [result.shown[number_].made_FHWC for result in results]
+        cells = "".join(f"<td>{video(_mp4(frames))}</td>" for frames in (shown.real_FHWC, *made))
+        note = html.escape(f"{shown.clip_id}: {shown.caption}{shown.asked}")
+        rows.append(f'<tr>{cells}</tr><tr><td colspan="{len(results) + 1}"><span class="note">{note}</span></td></tr>')
+    return f'<table class="samples"><tr>{head}</tr>{"".join(rows)}</table>'
+
+
+def _mp4(frames_FHWC: np.ndarray, fps: float = 8) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        write_video(Path(scratch) / "video.mp4", frames_FHWC, fps)
+        return (Path(scratch) / "video.mp4").read_bytes()
+
+
+def _sheet(result: Result) -> Image.Image:
+    videos, labels = [], []
+    for each in result.shown:
+        videos += [each.real_FHWC, each.made_FHWC]
+        labels += [f"{each.clip_id} (clip)", f"generated{each.asked}: {each.caption}"]
+    return contact_sheet(videos, labels)
 
 
 def parameters_and_size(facts: DemoFacts) -> str:

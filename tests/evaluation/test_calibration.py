@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cinemo.evaluation.calibration import calibration_of, rank_correlation
+from cinemo.evaluation.calibration import Calibration, drift, levels, rank_correlation
+from cinemo.types import InputError
+
+
+def table(motion_PL: np.ndarray, seeds: int = 1, spread: float = 0.0) -> Calibration:
+    """A calibration at values 0, 1, ...; ``spread``: deviation of videos."""
+    noise = spread * np.random.default_rng(0).standard_normal((*motion_PL.shape, seeds))
+    motion_PLS = motion_PL[..., None] + noise
+    return Calibration("motion_bucket", tuple(range(motion_PL.shape[1])), motion_PLS, 10 * motion_PLS)
 
 
 def test_rank_correlation() -> None:
@@ -15,13 +25,92 @@ def test_rank_correlation() -> None:
     assert rank_correlation([1, 2, 3], [0.5, 0.5, 0.5]) is None
 
 
-def test_a_table_that_rises_for_one_image_and_falls_for_another() -> None:
-    made = calibration_of((0, 10, 19), [(0.1, 0.2, 0.3), (0.3, 0.2, 0.1), (0.2, 0.2, 0.2)])
-    assert made.spearman_per_image == (pytest.approx(1), pytest.approx(-1), None)
+def test_a_table_that_rises_for_one_picture_and_falls_for_another() -> None:
+    made = table(np.array([[0.1, 0.2, 0.3], [0.3, 0.2, 0.1], [0.2, 0.2, 0.2]]))
+    assert made.spearman_P == (pytest.approx(1), pytest.approx(-1), None)
     assert made.spearman == pytest.approx(0)
-    np.testing.assert_allclose(made.mean_motion, [0.2, 0.2, 0.2])
-    assert made.to_json()["buckets"] == (0, 10, 19)
+    np.testing.assert_allclose(made.mean_L, [0.2, 0.2, 0.2])
+    assert made.monotone_share == pytest.approx(1 / 3)
+    assert table(np.zeros((2, 3))).spearman is None
 
 
-def test_nothing_moves() -> None:
-    assert calibration_of((0, 19), [(0.0, 0.0)]).spearman is None
+def test_a_strength_is_linear_in_motion() -> None:
+    """Of a control whose motion goes as the square of its value."""
+    values = np.arange(20)
+    square = table(np.tile((values / 19.0) ** 2, (4, 1)))
+    assert square.value_for(0) == 0
+    assert square.value_for(1) == 19
+    assert square.value_for(0.25) == pytest.approx(9.5, abs=0.51)
+    assert square.value_for(0.81) == 17
+    wanted = np.linspace(0, 1, 20)
+    achieved = [(square.value_for(float(strength)) / 19) ** 2 for strength in wanted]
+    assert np.abs(achieved - wanted).max() < 0.06  # half a step at the steepest
+
+
+def test_dead_and_saturated_values() -> None:
+    made = table(np.tile([0.1, 0.1, 0.101, 0.3, 0.5, 0.599, 0.6, 0.6], (4, 1)))
+    assert made.dead == (0, 1, 2)
+    assert made.saturated == (5, 6, 7)
+    rising = table(np.tile([0.1, 0.2, 0.3], (4, 1)))
+    assert (rising.dead, rising.saturated) == ((), ())
+
+
+def test_a_fall_of_the_mean_is_levelled_and_never_asked_for_twice() -> None:
+    made = table(np.tile([0.0, 0.3, 0.2, 0.5], (4, 1)))
+    np.testing.assert_allclose(made.curve_L, [0, 0.25, 0.25, 0.5])
+    chosen = [made.value_for(float(strength)) for strength in np.linspace(0, 1, 30)]
+    assert chosen == sorted(chosen)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.integers(0, 100))
+def test_more_strength_is_never_a_smaller_value(motion: list[float], seed: int) -> None:
+    made = table(np.tile(motion, (4, 1)), seeds=2, spread=0.05)
+    draws = np.sort(np.random.default_rng(seed).random(10))
+    chosen = [made.value_for(float(strength)) for strength in draws]
+    assert chosen == sorted(chosen)
+
+
+def test_obedience_is_judged_on_other_pictures() -> None:
+    """64 pictures that move alike but for noise: the map of one half fits the other."""
+    rising = np.tile(np.linspace(0.02, 0.4, 20), (64, 1))
+    obeys = table(rising, seeds=3, spread=0.01).obedience()
+    assert obeys is not None
+    assert obeys["r2"] > 0.995
+    assert 0.87 <= obeys["coverage"] <= 0.93
+    assert obeys["r2_of_videos"] < obeys["r2"]
+    deaf = table(np.full((64, 20), 0.2), seeds=3, spread=0.01).obedience()
+    assert deaf is not None
+    assert deaf["r2"] < 0.5
+    assert deaf["monotone"] == 0
+    assert table(rising[:3]).obedience() is None
+
+
+def test_motion_that_died_is_noticed() -> None:
+    before = table(np.tile(np.linspace(0.02, 0.4, 5), (4, 1)))
+    tuned = table(np.tile(np.linspace(0.02, 0.38, 5), (4, 1)))
+    still = table(np.tile(np.linspace(0.02, 0.05, 5), (4, 1)))
+    deaf = table(np.full((4, 5), 0.21))  # as much motion, whatever is asked
+    assert not drift(tuned, before).has_collapsed
+    assert drift(still, before).has_collapsed
+    assert drift(still, before).curve_ratio == pytest.approx((1, 0.239, 0.167, 0.139, 0.125), abs=1e-3)
+    assert drift(deaf, before).has_collapsed
+    with pytest.raises(InputError, match="expected the same"):
+        drift(before, table(np.zeros((4, 3))))
+
+
+def test_a_calibration_is_stored_whole() -> None:
+    made = table(np.tile(np.linspace(0.02, 0.4, 5), (4, 1)), seeds=2, spread=0.01)
+    stored = made.to_json()
+    again = Calibration.from_json(stored)
+    np.testing.assert_array_equal(again.motion_PLS, made.motion_PLS)
+    assert again.to_json() == stored
+    assert stored["strengths"][0] == [0.0, 0]
+    assert stored["strengths"][-1] == [1.0, 4]
+    with pytest.raises(InputError, match="measure the bundle again"):
+        Calibration.from_json({"buckets": [0, 19], "motion": [[0.1, 0.2]]})
+
+
+def test_levels_of_a_control() -> None:
+    assert levels(range(20), 5) == (0, 5, 10, 14, 19)
+    assert levels((9, 6, 3), 5) == (9, 6, 3)

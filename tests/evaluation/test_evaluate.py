@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
 
+from cinemo.animate import Animation, animate
 from cinemo.bundle import keep_calibration, read_card
 from cinemo.data.dataset.shards import DatasetIndex
-from cinemo.evaluation.evaluate import evaluate, spread_samples
+from cinemo.evaluation.evaluate import Plan, evaluate, spread_samples
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
+from cinemo.evaluation.protocols import PROTOCOLS
 from cinemo.types import InputError
 
 
@@ -26,14 +29,21 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bundle(tmp_path_factory.mktemp("tiny"))
 
 
+def measured(bundle: Path, dataset: Path, output: Path, **plan: Any) -> dict[str, Any]:
+    small = Plan(**{"limit": 2, "pictures": 2, "values": 3, "steps": 2, **plan})
+    return evaluate(str(bundle), str(dataset), str(output), small, device="cpu", say=lambda line: None)
+
+
 def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path: Path) -> None:
-    metrics = evaluate(str(bundle), str(dataset), str(tmp_path), limit=2, steps=2, device="cpu", say=lambda line: None)
+    metrics = measured(bundle, dataset, tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert [row["clip"] for row in metrics["per_sample"]] == ["clip-0", "clip-6"]
     assert [row["motion_bucket"] for row in metrics["per_sample"]] == [13, 1]
-    mean = metrics["mean"]
-    assert mean["psnr_to_clip"] == pytest.approx(np.mean([row["psnr_to_clip"] for row in metrics["per_sample"]]))
-    assert 0 < mean["motion"] < 1
+    psnr = metrics["metrics"]["psnr"]
+    assert psnr["value"] == pytest.approx(np.mean([row["psnr"] for row in metrics["per_sample"]]))
+    assert psnr["low"] <= psnr["value"] <= psnr["high"]
+    assert metrics["metrics"]["fvd"] is None
+    assert metrics["protocol"]["videos"] == 2
     assert read_card(bundle).motion.calibration is None
     calibration = json.loads((tmp_path / "calibration.json").read_text())
     keep_calibration(bundle, calibration)
@@ -42,11 +52,57 @@ def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path
     assert card.motion.calibration == calibration
     with pytest.raises(InputError, match="the calibration is of 000"):
         keep_calibration(bundle, calibration | {"bundle": "0" * 64})
-    assert np.array(calibration["motion"]).shape == (2, len(calibration["buckets"]))
+    assert calibration["values"] == [0, 10, 19]
+    assert np.array(calibration["motion"]).shape == (2, 3)
     page = (tmp_path / "report.html").read_text()
     assert "not &lt;a&gt; video" in page
     assert 'src="http' not in page
     assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:video/mp4;base64,") == 4
+    assert "needs --extractor i3d=PLACE: I3D of Kinetics-400" in page
+
+
+def test_a_stopped_evaluation_goes_on_and_a_longer_one_adds_to_it(
+    bundle: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measured(bundle, dataset, tmp_path / "whole", limit=5)
+    calls: list[Any] = []
+    stops = [3]
+
+    def counted(*given: Any) -> Animation:
+        calls.append(given)
+        if len(calls) in stops:
+            stops.clear()
+            raise ConnectionError("stopped")
+        return animate(*given)
+
+    monkeypatch.setattr("cinemo.evaluation.evaluate.animate", counted)
+    with pytest.raises(ConnectionError):
+        measured(bundle, dataset, tmp_path / "parts", limit=5)
+    again = measured(bundle, dataset, tmp_path / "parts", limit=5)
+    assert again == whole
+    assert len(calls) == 3 + (5 - 2) + 2 * 3  # no finished video again
+    calls.clear()
+    measured(bundle, dataset, tmp_path / "parts", limit=5)
+    assert not calls
+    measured(bundle, dataset, tmp_path / "parts", limit=5, seed=9)
+    assert calls, "videos of another seed are others"
+
+
+def test_bundles_side_by_side(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    plan = Plan(limit=2, pictures=2, values=2, steps=2, protocol=PROTOCOLS["longer-16"])
+    said: list[str] = []
+    metrics = evaluate(
+        str(bundle), str(dataset), str(tmp_path), plan, device="cpu", against=[str(bundle)], say=said.append
+    )
+    other = metrics["against"][0]
+    assert other["metrics"] == metrics["metrics"]
+    assert (other["drift"]["motion_ratio"], other["drift"]["has_collapsed"]) == (1, False)
+    assert "2 videos, not 1024" in metrics["protocol"]["departures"]
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 6
+    assert "Motion is alive." in page
+    assert not [line for line in said if "warning" in line]
 
 
 def test_samples_are_spread_over_all_shards(dataset: Path) -> None:
@@ -64,7 +120,7 @@ def test_what_does_not_fit_is_named(bundle: Path, dataset: Path, tmp_path: Path)
     with pytest.raises(InputError, match="its latents are"):
         evaluate(str(bundle), str(other), str(tmp_path / "out"))
     with pytest.raises(InputError, match="--limit"):
-        evaluate(str(bundle), str(dataset), str(tmp_path / "out"), limit=0)
+        measured(bundle, dataset, tmp_path / "out", limit=0)
     with pytest.raises(InputError, match="no dataset there"):
         evaluate(str(bundle), str(tmp_path), str(tmp_path / "out"))
 

@@ -81,3 +81,9 @@ def dynamic_degree(frames_FHWC: np.ndarray) -> float:
     speeds = np.sort(np.linalg.norm(flow_FCHW.astype(np.float64), axis=1).reshape(len(flow_FCHW), -1), axis=1)
     fastest = speeds[:, -max(1, speeds.shape[1] // 20) :].mean()
     return float(fastest / (6 * min(height, width) / 256))
+
+
+def flow_speed(frames_FHWC: np.ndarray) -> float:
+    """Mean length of optical flow from each frame to the next, over all pixels, in pixels a frame."""
+    flow_FCHW = dense_flow(frames_FHWC, (frames_FHWC.shape[1], frames_FHWC.shape[2]))
+    return float(np.linalg.norm(flow_FCHW.astype(np.float64), axis=1).mean())

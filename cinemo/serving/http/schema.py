@@ -218,7 +218,7 @@ def motion_levels(scale: MotionScale) -> list[MotionLevel]:
     """The motion scale of a bundle, stillest bucket first, with its calibration where the bundle holds one."""
     bounds = (0.0, *scale.edges, 1.0)
     found = scale.calibration or {}
-    measured = dict(zip(found.get("buckets", ()), found.get("mean_motion", ()), strict=False))
+    measured = dict(zip(found.get("values", found.get("buckets", ())), found.get("mean_motion", ()), strict=False))
     return [
         MotionLevel(bucket=bucket, ssim=(bounds[-2 - bucket], bounds[-1 - bucket]), measured=measured.get(bucket))
         for bucket in range(MOTION_BUCKETS)
