@@ -63,8 +63,11 @@ class AnimateRequest:
                 got = f"{pixels.shape} {pixels.dtype}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
                 raise InputError(f"{name}: got {got}, expected uint8 (H, W, 3), or (F, H, W, 3) for a video")
 
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
+    def settings(self, recipe: Recipe, calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The prompt and every control with its value, the recipe's defaults filled in.
+
+        Args:
+            calibration: of the bundle (`MotionScale.calibration`), by which a motion strength is linear in motion.
 
         Raises:
             InputError: a control or input that the recipe's method does not have, or a value out of range.
@@ -84,7 +87,8 @@ class AnimateRequest:
                 f"{name}: is no control but a {method.inputs[name].kind}; give it as inputs={{{name!r}: ...}}"
             )
         controls = method.controls_type.of(self.controls, recipe.name)
-        return {"prompt": self.prompt, **controls.settings(recipe, self.inputs.keys())}
+        calibrated = controls.calibrated(recipe, calibration)
+        return {"prompt": self.prompt, **calibrated.settings(recipe, self.inputs.keys())}
 
 
 def blank_inputs(recipe: Recipe) -> dict[str, np.ndarray]:
@@ -134,7 +138,7 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     Raises:
         InputError: the request does not fit the bundle.
     """
-    recipe, settings = bundle.recipe, request.settings(bundle.recipe)
+    recipe, settings = bundle.recipe, request.settings(bundle.recipe, bundle.motion.calibration)
     image = request.image.convert("RGB") if isinstance(request.image, Image.Image) else request.image
     inputs = {name: np.ascontiguousarray(pixels) for name, pixels in {"image": image, **request.inputs}.items()}
     sampling, calls = bundle.method.prepare(recipe, bundle.encoders, inputs, settings)

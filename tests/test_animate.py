@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ def test_the_first_frame_is_the_encoded_and_decoded_input(bundle: ModelBundle) -
 
 def test_motion_strength_is_a_bucket_by_another_name(bundle: ModelBundle) -> None:
     np.testing.assert_array_equal(ask(bundle, motion_strength=1.0), ask(bundle, motion_bucket=19))
+
+
+def test_motion_strength_follows_the_motion_that_was_measured_on_the_bundle(bundle: ModelBundle) -> None:
+    measured = {"values": [0, 10, 19], "curve": [0.1, 0.1, 0.4]}
+    calibrated = replace(bundle, motion=replace(bundle.motion, calibration=measured))
+    np.testing.assert_array_equal(ask(calibrated, motion_strength=0.5), ask(bundle, motion_bucket=14))
 
 
 def test_a_pil_image_is_the_same_as_its_array(bundle: ModelBundle) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
 
+from cinemo.media.motion import value_at
 from cinemo.types import InputError
 
 INTERVAL = (0.05, 0.95)
@@ -77,9 +78,7 @@ class Calibration:
 
     def value_for(self, strength: float) -> int:
         """The control's value whose motion is closest to ``strength`` (0..1) of the way from the least to the most."""
-        curve = self.curve_L
-        wanted = curve[0] + strength * (curve[-1] - curve[0])
-        return self.values[int(np.argmin(np.abs(curve - wanted)))]
+        return value_at(strength, self.values, {"values": self.values, "curve": self.curve_L})
 
     @property
     def spearman_P(self) -> tuple[float | None, ...]:

@@ -182,7 +182,7 @@ def calibrate(
 ) -> Calibration | None:
     """Animate each picture (name, (H, W, 3) uint8, prompt) at each value of the control of motion; None where the
     method has none, or there are no pictures. What was measured of a picture is kept under ``output``."""
-    control = method_class(bundle.recipe).motion_values(bundle.recipe)
+    control = method_class(bundle.recipe).controls_type.motion_values(bundle.recipe)
     if control is None or not pictures:
         return None
     name, values = control[0], levels(control[1], plan.values)

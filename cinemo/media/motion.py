@@ -90,18 +90,22 @@ def motion_bucket(ssim: float, edges: Sequence[float] | None = None) -> int:
     return len(edges) - bisect.bisect_left(edges, ssim)
 
 
-def bucket_to_strength(bucket: float) -> float:
-    """Motion strength 0..1 of a bucket 0..19."""
-    if not 0 <= bucket <= MOTION_BUCKETS - 1:
-        raise InputError(f"motion bucket is {bucket}, expected 0 (still) to {MOTION_BUCKETS - 1} (most motion)")
-    return bucket / (MOTION_BUCKETS - 1)
+def value_at(strength: float, values: Sequence[int], calibration: Mapping[str, Any] | None = None) -> int:
+    """The value of a control of motion for a strength 0..1: how far from the least motion to the most.
 
-
-def strength_to_bucket(strength: float) -> int:
-    """The bucket 0..19 nearest to a motion strength 0..1."""
+    Args:
+        values: of the control, from the least motion to the most.
+        calibration: where there is one, the value whose measured motion is that far (`cinemo.evaluation.calibration`);
+            else the one that is that far along ``values``.
+    """
     if not 0 <= strength <= 1:
         raise InputError(f"motion strength is {strength}, expected 0 (still) to 1 (most motion)")
-    return round(strength * (MOTION_BUCKETS - 1))
+    if calibration is None:
+        return values[round(strength * (len(values) - 1))]
+    places = [values.index(value) for value in calibration["values"]]
+    curve = np.interp(np.arange(len(values)), places, calibration["curve"])
+    wanted = curve[0] + strength * (curve[-1] - curve[0])
+    return values[int(np.argmin(np.abs(curve - wanted)))]
 
 
 class _Moments:

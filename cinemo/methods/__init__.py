@@ -86,7 +86,7 @@ def served_controls(recipe: Recipe) -> dict[str, ControlInfo]:
 def at_motion(recipe: Recipe, level: int) -> dict[str, Any]:
     """Controls for a level of motion, 0 the stillest and 19 the most, whatever the recipe's method calls it; empty
     where it has no control of how much moves."""
-    if (motion := method_class(recipe).motion_values(recipe)) is None:
+    if (motion := method_class(recipe).controls_type.motion_values(recipe)) is None:
         return {}
     name, values = motion
     return {name: values[round(level * (len(values) - 1) / (MOTION_BUCKETS - 1))]}

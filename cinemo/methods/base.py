@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cinemo.config import MOTION_BUCKETS, Recipe, SampleConfig, TrainConfig
+from cinemo.config import Recipe, SampleConfig, TrainConfig
 from cinemo.diffusion.ddim import ddim_steps
 from cinemo.diffusion.guidance import Sampling, guided, reusing
 from cinemo.diffusion.multistep import multistep_steps
@@ -245,12 +245,6 @@ class Method(nn.Module, ABC):
     def controls_like(cls, recipe: Recipe, sample: LatentSample) -> dict[str, Any]:
         """What one would ask for a video that moves as a clip does, besides its caption."""
         return {}
-
-    @classmethod
-    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
-        """The control that says how much moves, and its values from the least to the most; None where there is none."""
-        name = cls.controls_type.motion
-        return None if name is None else (name, range(MOTION_BUCKETS))
 
     @abstractmethod
     def prepare(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from cinemo.config import MOTION_BUCKETS, Recipe, SampleConfig, TrainConfig
@@ -18,7 +18,7 @@ from cinemo.diffusion.dct import dct_init
 from cinemo.diffusion.ddim import ddim_invert_steps
 from cinemo.diffusion.guidance import Sampling, guided
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
-from cinemo.media.motion import MotionScale, mean_adjacent_ssim, motion_bucket, strength_to_bucket
+from cinemo.media.motion import MotionScale, mean_adjacent_ssim, motion_bucket
 from cinemo.media.transforms import prepare_image
 from cinemo.methods.base import (
     Draw,
@@ -33,7 +33,7 @@ from cinemo.methods.base import (
     training_loss,
 )
 from cinemo.methods.cinemo_weights import import_cinemo, import_lavie
-from cinemo.methods.controls import MAX_PROMPT, FastSampling, Input, control
+from cinemo.methods.controls import MAX_PROMPT, FastSampling, Input, MotionStrength, control
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig, is_temporal
 from cinemo.networks.weights import load_unet
@@ -70,10 +70,11 @@ class CinemoRecipe(Recipe):
     sample: CinemoSample = CinemoSample()
 
 
-class CinemoControls(FastSampling):
+class CinemoControls(MotionStrength):
     """Motion intensity (section 3.2), DCTInit (3.3), and the source of motion transfer and editing (4.4)."""
 
     motion: ClassVar[str | None] = "motion_bucket"
+    strength_of: ClassVar[str] = "motion_bucket"
 
     motion_bucket: int | None = control(
         None,
@@ -84,9 +85,6 @@ class CinemoControls(FastSampling):
         ge=0,
         le=MOTION_BUCKETS - 1,
     )
-    motion_strength: float | None = control(
-        None, "the same on a scale of 0..1; give at most one of the two", title="Motion strength", ge=0, le=1
-    )
     dct_init: bool | None = control(
         None, "begin from the picture's own layout: steadier motion", title="DCTInit", place="folded"
     )
@@ -94,25 +92,18 @@ class CinemoControls(FastSampling):
         "", "what the source video shows", title="Source prompt", of="source", max_length=MAX_PROMPT
     )
 
-    @model_validator(mode="after")
-    def _one_of_two(self) -> Self:
-        if self.motion_bucket is not None and self.motion_strength is not None:
-            raise ValueError("motion_bucket and motion_strength are both given; give at most one of them")
-        return self
-
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
         """With a source video the defaults are the recipe's for editing, and the bucket is measured on it (None)."""
         values: dict[str, Any] = {}
         edits = "source" in inputs
-        if self.motion_strength is not None:
-            values["motion_bucket"] = strength_to_bucket(self.motion_strength)
         if edits and self.guidance_scale is None:
             values["guidance_scale"] = _own(recipe).sample.edit_guidance_scale
         filled = super().settings(recipe, inputs) | values
         if edits and self.motion_bucket is None and self.motion_strength is None:
             filled["motion_bucket"] = None
-        unused = {"motion_strength"} if edits else {"motion_strength", "source_prompt"}
-        return {name: value for name, value in filled.items() if name not in unused}
+        if not edits:
+            del filled["source_prompt"]
+        return filled
 
 
 class CinemoMethod(Method):

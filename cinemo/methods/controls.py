@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
-from cinemo.config import Recipe
+from cinemo.config import MOTION_BUCKETS, Recipe
+from cinemo.media.motion import value_at
 from cinemo.types import InputError
 
 MAX_PROMPT = 4000  # letters
@@ -135,6 +145,15 @@ class Controls(BaseModel):
         None, "how closely to follow the text, 1 = off", title="Guidance", place="folded", ge=1, le=50
     )
 
+    @classmethod
+    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
+        """The control that says how much moves, and its values from the least to the most; None where there is none."""
+        return None if cls.motion is None else (cls.motion, range(MOTION_BUCKETS))
+
+    def calibrated(self, recipe: Recipe, calibration: Mapping[str, Any] | None) -> Self:
+        """With what a bundle's measured motion (`MotionScale.calibration`) makes of a strength; here there is none."""
+        return self
+
     @field_validator("*")
     @classmethod
     def _plain_text(cls, value: Any, info: ValidationInfo) -> Any:
@@ -200,6 +219,44 @@ class FastSampling(Controls):
         if not 0 <= low <= high <= 1:
             raise ValueError("expected 0 <= low <= high <= 1, such as 0.1,0.9")
         return value
+
+
+class MotionStrength(FastSampling):
+    """Of a method with a control of how much moves: the same on a scale of 0..1.
+
+    ``strength_of``: that control. Where a bundle's motion was measured, the scale is linear in it (`calibrated`); else
+    in the control's values.
+    """
+
+    strength_of: ClassVar[str]
+
+    motion_strength: float | None = control(
+        None,
+        "how much moves on a scale of 0..1, in place of the control that says it in its own units",
+        title="Motion strength",
+        ge=0,
+        le=1,
+    )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.motion_strength is not None and getattr(self, self.strength_of) is not None:
+            raise ValueError(f"{self.strength_of} and motion_strength are both given; give at most one of them")
+        return self
+
+    def calibrated(self, recipe: Recipe, calibration: Mapping[str, Any] | None) -> Self:
+        known = self.motion_values(recipe)
+        if self.motion_strength is None or known is None or calibration is None or "curve" not in calibration:
+            return self
+        value = value_at(self.motion_strength, known[1], calibration)
+        return self.model_copy(update={"motion_strength": None, self.strength_of: value})
+
+    def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
+        filled = super().settings(recipe, inputs)
+        strength = filled.pop("motion_strength", None)
+        if strength is not None and (known := self.motion_values(recipe)) is not None:
+            filled[self.strength_of] = value_at(strength, known[1])
+        return filled
 
 
 @dataclass(frozen=True)

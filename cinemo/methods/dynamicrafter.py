@@ -23,7 +23,7 @@ from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.stills import frame_of
 from cinemo.media.transforms import prepare_image
 from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, solved, training_loss
-from cinemo.methods.controls import FastSampling, control
+from cinemo.methods.controls import MotionStrength, control
 from cinemo.methods.dynamicrafter_weights import import_dynamicrafter
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_image_context, is_temporal
 from cinemo.networks.dynamicrafter_weights import Base, has_resampler, load_resampler, load_unet, save_published
@@ -113,8 +113,10 @@ class DynamiCrafterRecipe(Recipe):
         return self
 
 
-class DynamiCrafterControls(FastSampling):
+class DynamiCrafterControls(MotionStrength):
     """The speed that the network is told (section 3.3), and multi-condition guidance (equation 5)."""
+
+    strength_of: ClassVar[str] = "frame_rate"
 
     frame_rate: int | None = control(
         None,
@@ -128,6 +130,14 @@ class DynamiCrafterControls(FastSampling):
     image_guidance_scale: float | None = control(
         None, "how closely to follow the picture, where it is not as the text", title="Image guidance", ge=1, le=50
     )
+
+    @classmethod
+    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
+        """A wider stride of frames is more motion, more of them in a second is less."""
+        low, high = recipe.data.frame_interval
+        if _own(recipe).model.rate == "stride":
+            return "frame_rate", range(low, high + 1)
+        return "frame_rate", range(max(1, int(FPS / low)), max(1, int(FPS / high)) - 1, -1)
 
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
         filled = super().settings(recipe, inputs)
@@ -347,14 +357,6 @@ class DynamiCrafterMethod(Method):
     @classmethod
     def controls_like(cls, recipe: Recipe, sample: LatentSample) -> dict[str, Any]:
         return {"frame_rate": _rate(recipe, sample)}
-
-    @classmethod
-    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
-        """A wider stride of frames is more motion, more of them in a second is less."""
-        low, high = recipe.data.frame_interval
-        if _own(recipe).model.rate == "stride":
-            return "frame_rate", range(low, high + 1)
-        return "frame_rate", range(max(1, int(FPS / low)), max(1, int(FPS / high)) - 1, -1)
 
     def given(
         self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: Mapping[str, Any]

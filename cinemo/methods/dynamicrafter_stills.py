@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cinemo.config import Recipe
 from cinemo.methods.base import Encoders, Published
-from cinemo.methods.dynamicrafter import DynamiCrafterMethod, DynamiCrafterRecipe
+from cinemo.methods.dynamicrafter import DynamiCrafterControls, DynamiCrafterMethod, DynamiCrafterRecipe
 from cinemo.networks.dynamicrafter_weights import Base
 from cinemo.types import Condition, LatentBatch
 
@@ -27,11 +27,20 @@ class StillsRecipe(DynamiCrafterRecipe):
     method: str = "dynamicrafter-stills"
 
 
+class StillsControls(DynamiCrafterControls):
+    """Nothing moves."""
+
+    @classmethod
+    def motion_values(cls, recipe: Recipe) -> None:
+        return None
+
+
 class StillsMethod(DynamiCrafterMethod):
     """A video is one frame of a clip, and the given picture is that frame (section 3.3)."""
 
     name: ClassVar[str] = "dynamicrafter-stills"
     recipe_type: ClassVar[type[Recipe]] = StillsRecipe
+    controls_type: ClassVar[type[DynamiCrafterControls]] = StillsControls
     published: ClassVar[Mapping[str, Published]] = {}
     base: ClassVar[Base] = "image"
 
@@ -43,10 +52,6 @@ class StillsMethod(DynamiCrafterMethod):
     @classmethod
     def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Condition:
         return Condition(super().condition(video_BCFHW, fields, states), frame=fields["frame"])
-
-    @classmethod
-    def motion_values(cls, recipe: Recipe) -> None:
-        return None
 
     def target(self, batch: LatentBatch) -> Tensor:
         video: Tensor = batch.condition["image"].float()[:, :, None]

@@ -283,7 +283,7 @@ class ImageEncoder:
         """`prepare` for a model of this side."""
         from kornia.geometry.transform import resize
 
-        levels_CHW = torch.from_numpy(np.ascontiguousarray(image_HWC)).permute(2, 0, 1).float() / 255
+        levels_CHW = torch.from_numpy(image_HWC.astype(np.float32)).permute(2, 0, 1) / 255
         resized_CHW: Tensor = resize(levels_CHW, (side, side), "bicubic", align_corners=True, antialias=True)
         return (resized_CHW - _per_channel(cls.MEAN)) / _per_channel(cls.DEVIATION)
 

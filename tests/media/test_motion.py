@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import structural_similarity
 
-from cinemo.media.motion import bucket_to_strength, mean_adjacent_ssim, motion_bucket, strength_to_bucket
+from cinemo.media.motion import mean_adjacent_ssim, motion_bucket, value_at
 from cinemo.media.video import read_frames
 from cinemo.types import InputError
 
@@ -113,10 +113,10 @@ def test_no_bucket_without_a_score(ssim: float) -> None:
         motion_bucket(ssim)
 
 
-def test_strength_and_bucket_are_inverse() -> None:
-    assert [strength_to_bucket(bucket_to_strength(bucket)) for bucket in range(20)] == list(range(20))
-    assert (bucket_to_strength(0), bucket_to_strength(19)) == (0, 1)
+def test_a_strength_goes_evenly_along_a_control_or_along_its_measured_motion() -> None:
+    assert [value_at(bucket / 19, range(20)) for bucket in range(20)] == list(range(20))
+    assert [value_at(strength, (9, 6, 3)) for strength in (0, 0.5, 1)] == [9, 6, 3]
+    measured = {"values": [0, 10, 19], "curve": [0.1, 0.1, 0.4]}  # nothing happens below 10
+    assert [value_at(strength, range(20), measured) for strength in (0, 1 / 3, 2 / 3, 1)] == [0, 13, 16, 19]
     with pytest.raises(InputError):
-        strength_to_bucket(1.01)
-    with pytest.raises(InputError):
-        bucket_to_strength(20)
+        value_at(1.01, range(20))

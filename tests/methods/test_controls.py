@@ -14,8 +14,10 @@ from cinemo import cli
 from cinemo.methods import Input, at_motion, controls_of, method_named, served_controls
 from cinemo.methods.cinemo import CinemoControls, CinemoMethod
 from cinemo.methods.controls import Controls, FastSampling, check_names, control, expectation
+from cinemo.methods.dynamicrafter import DynamiCrafterControls
 from cinemo.recipes import RECIPES
 from cinemo.recipes.cinemo import cinemo_tiny
+from cinemo.recipes.dynamicrafter import dynamicrafter_tiny
 from cinemo.serving.http.form import form_schema
 from cinemo.types import InputError
 
@@ -102,6 +104,24 @@ def test_a_share_of_motion_is_a_bucket_and_a_source_brings_its_own_defaults() ->
     assert (edits["motion_bucket"], edits["guidance_scale"], edits["source_prompt"]) == (None, 1.0, "rain")
     assert CinemoControls(guidance_scale=5.0).settings(TINY, ["source"])["guidance_scale"] == 5.0
     assert "source_prompt" not in CinemoControls().settings(TINY)
+
+
+def test_a_strength_is_linear_in_measured_motion_where_the_bundle_was_calibrated() -> None:
+    measured = {"values": [0, 10, 19], "curve": [0.1, 0.1, 0.4], "interval": [[0.0] * 3, [1.0] * 3]}
+    half = CinemoControls(motion_strength=0.5)
+    assert half.settings(TINY)["motion_bucket"] == 10
+    assert half.calibrated(TINY, measured).settings(TINY)["motion_bucket"] == 14
+    assert CinemoControls(motion_bucket=3).calibrated(TINY, measured).settings(TINY)["motion_bucket"] == 3
+    older = {"buckets": [0, 19], "mean_motion": [0.1, 0.4]}
+    assert half.calibrated(TINY, older).settings(TINY)["motion_bucket"] == 10
+
+    recipe = dynamicrafter_tiny()  # told the interval of frames, 3 to 10
+    strong = DynamiCrafterControls(motion_strength=1.0)
+    assert strong.settings(recipe)["frame_rate"] == 10
+    saturated = {"values": [3, 6, 10], "curve": [0.1, 0.3, 0.3]}
+    assert DynamiCrafterControls(motion_strength=0.67).calibrated(recipe, saturated).settings(recipe)["frame_rate"] == 5
+    with pytest.raises(ValueError, match="frame_rate and motion_strength are both given"):
+        DynamiCrafterControls(motion_strength=1.0, frame_rate=3)
 
 
 def test_a_method_says_which_control_is_motion_and_which_ways_to_be_fast_it_has() -> None:

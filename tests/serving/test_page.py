@@ -52,7 +52,12 @@ def bundle(location: Path) -> ModelBundle:
 def card(location: Path) -> BundleCard:
     """Calibrated at three buckets."""
     card = read_card(location)
-    measured = {"buckets": [0, 10, 19], "mean_motion": [0.02, 0.12, 0.31]}
+    measured = {
+        "values": [0, 10, 19],
+        "mean_motion": [0.02, 0.12, 0.31],
+        "curve": [0.02, 0.12, 0.31],
+        "interval": [[0.01, 0.08, 0.2], [0.03, 0.16, 0.42]],
+    }
     return replace(card, motion=replace(card.motion, calibration=measured))
 
 
@@ -239,7 +244,7 @@ def test_a_model_says_what_its_motion_buckets_mean(client: TestClient, card: Bun
     motion = client.get("/v1/models").json()["data"][0]["motion"]
     assert [each["bucket"] for each in motion] == list(range(20))
     assert [each["bucket"] for each in motion if each["measured"] is not None] == [0, 10, 19]
-    assert motion[10]["measured"] == 0.12
+    assert (motion[10]["measured"], motion[10]["interval"]) == (0.12, [0.08, 0.16])
     # The stillest bucket has the most alike frames; together they cover 0..1 without a gap.
     assert (motion[0]["ssim"][1], motion[19]["ssim"][0]) == (1.0, 0.0)
     assert all(left["ssim"][0] == right["ssim"][1] for left, right in itertools.pairwise(motion))

@@ -75,7 +75,8 @@ class VideoRequest:
 
     def asked(self, card: BundleCard) -> dict[str, Any]:
         """The prompt and every control with its value, the model's defaults filled in: what a job keeps."""
-        settings = self.controls.settings(card.recipe, self.pictures.keys())
+        controls = self.controls.calibrated(card.recipe, card.motion.calibration)
+        settings = controls.settings(card.recipe, self.pictures.keys())
         values = {info.alias: settings[name] for name, info in served_controls(card.recipe).items() if name in settings}
         named = {"model": card.recipe.name, "prompt": self.form.prompt}
         return {**named, **values, "size": video_size(card), "seconds": video_seconds(card)}

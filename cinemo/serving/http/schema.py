@@ -97,11 +97,13 @@ class DeletedVideo(BaseModel):
 
 class MotionLevel(BaseModel):
     """What a level of motion means to a model. ``ssim``: the range of mean SSIM between neighbouring frames that it
-    stands for. ``measured``: 1 - that SSIM in videos that this model made at this level, where it was measured."""
+    stands for. ``measured``: 1 - that SSIM in videos that this model made at this level, where it was measured;
+    ``interval``: what nine of ten of them were between."""
 
     bucket: int
     ssim: tuple[float, float]
     measured: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 class Control(BaseModel):
@@ -218,9 +220,16 @@ def motion_levels(scale: MotionScale) -> list[MotionLevel]:
     """The motion scale of a bundle, stillest bucket first, with its calibration where the bundle holds one."""
     bounds = (0.0, *scale.edges, 1.0)
     found = scale.calibration or {}
-    measured = dict(zip(found.get("values", found.get("buckets", ())), found.get("mean_motion", ()), strict=False))
+    values = found.get("values", found.get("buckets", ()))  # older calibrations knew of buckets alone
+    measured = dict(zip(values, found.get("mean_motion", ()), strict=False))
+    intervals = dict(zip(values, zip(*found.get("interval", ((), ())), strict=True), strict=False))
     return [
-        MotionLevel(bucket=bucket, ssim=(bounds[-2 - bucket], bounds[-1 - bucket]), measured=measured.get(bucket))
+        MotionLevel(
+            bucket=bucket,
+            ssim=(bounds[-2 - bucket], bounds[-1 - bucket]),
+            measured=measured.get(bucket),
+            interval=intervals.get(bucket),
+        )
         for bucket in range(MOTION_BUCKETS)
     ]
 

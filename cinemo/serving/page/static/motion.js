@@ -78,9 +78,10 @@ export class LevelsField {
     const percent = (share) => `${Number((100 * share).toPrecision(2))}\u00a0%`;
     if (points.length) {
       const much = percent(between(points, bucket));
+      const spread = here.interval ? `, in nine of ten videos by ${here.interval.map(percent).join(" to ")}` : "";
       return here.measured === null
         ? `Between two measured settings: neighbouring frames differ by about ${much} (1\u00a0−\u00a0SSIM).`
-        : `Measured on this model: neighbouring frames differ by ${much} (1\u00a0−\u00a0SSIM).`;
+        : `Measured on this model: neighbouring frames differ by ${much}${spread} (1\u00a0−\u00a0SSIM).`;
     }
     const [low, high] = here.ssim;
     const range = `${percent(1 - high)} to ${percent(1 - low)}`;
