@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument(
-        "--into-bundle", action="store_true", help="also keep the calibration in the bundle: the server's page shows it"
+        "--into-bundle",
+        action="store_true",
+        help="also keep the calibration and the model card in the bundle: the server's page shows what was measured",
     )
     arguments = parser.parse_args(argv)
     if (arguments.data is None) == (arguments.rendered is None):

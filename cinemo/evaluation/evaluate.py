@@ -18,9 +18,10 @@ import torch
 
 from cinemo import storage, tracking
 from cinemo.animate import AnimateRequest, animate
-from cinemo.bundle import CALIBRATION, ModelBundle, keep_calibration, load_bundle
+from cinemo.bundle import CALIBRATION, ModelBundle, keep_calibration, load_bundle, read_card
 from cinemo.data.dataset.shards import DatasetIndex, Members, read_sample, record_uri, tar_uri
 from cinemo.evaluation.calibration import Calibration, Drift, drift, levels
+from cinemo.evaluation.card import model_card
 from cinemo.evaluation.extractors import EXTRACTORS, Extractor, LatentStatistics
 from cinemo.evaluation.measurements import METRICS, Measurements, Pair, Result, Seen, Shown
 from cinemo.evaluation.metrics.frames import flow_speed, motion
@@ -31,6 +32,7 @@ from cinemo.media.synthetic import CLIP_FRAMES
 from cinemo.methods import method_class
 from cinemo.types import InputError, LatentSample
 
+CARD = "README.md"
 SHOWN = 8  # videos on the page
 Say = Callable[[str], None]
 
@@ -78,11 +80,11 @@ def evaluate(
     track: bool = False,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Write ``metrics.json``, ``report.html`` and, where the method has a control of how much moves,
+    """Write ``metrics.json``, ``report.html``, a model card and, where the method has a control of how much moves,
     ``calibration.json`` under ``output``; returns the metrics.
 
     Args:
-        into_bundle: also keep the calibration in the bundle, for the server and its page.
+        into_bundle: also keep calibration and card in the bundle, the first for the server and its page.
         against: other bundles, measured on the same samples and shown beside it.
         track: also to MLflow.
 
@@ -108,11 +110,16 @@ def evaluate(
         ],
     }
     storage.write_json(storage.join(output, "metrics.json"), metrics)
+    measured = None
     if result.calibration is not None:
         measured = {"bundle": result.digest} | result.calibration.to_json()
         storage.write_json(storage.join(output, CALIBRATION), measured)
         if into_bundle:
             keep_calibration(bundle_location, measured)
+    card = model_card(read_card(bundle_location), metrics, measured)
+    storage.write_bytes(storage.join(output, CARD), card.encode())
+    if into_bundle:
+        storage.write_bytes(storage.join(bundle_location, CARD), card.encode())
     write_evaluation_report(
         storage.join(output, "report.html"), results, drifts, metrics["protocol"], needed(plan.extractors), index
     )
@@ -281,7 +288,7 @@ def _track(output: str, result: Result, metrics: Mapping[str, Any], index: Datas
     run.dataset(index.uri, index.info["fingerprint"][:36], {"samples": metrics["samples"]}, context="evaluation")
     run.log(0, {name: estimate.value for name, estimate in result.estimates.items()})
     run.log(0, {f"obedience_{name}": value for name, value in (metrics["obedience"] or {}).items()})
-    for name in ("metrics.json", "report.html", *([CALIBRATION] if result.calibration else [])):
+    for name in ("metrics.json", "report.html", CARD, *([CALIBRATION] if result.calibration else [])):
         run.text(name, storage.read_bytes(storage.join(output, name)).decode())
     run.finish()
     say(run.hint)

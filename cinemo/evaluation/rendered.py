@@ -133,10 +133,10 @@ def measure_motion(
         gaps += [_first_frame_gap(bundle, clip, video) for clip, video in zip(clips, made[kind], strict=True)]
         say(f"{kind}: {len(clips)} videos")
 
-    def gain(kind: str) -> float:
-        pairs = [_flows(clip, video) for clip, video in zip(sets[kind], made[kind], strict=True)]
-        return sum(float((a * b).sum()) for a, b in pairs) / sum(float((b * b).sum()) for _, b in pairs)
-
+    flows = {kind: [_flows(*pair) for pair in zip(sets[kind], made[kind], strict=True)] for kind in MOVING}
+    for name, kind in {"pan": "pan", "object": "object", "fluid": "flow"}.items():
+        figures[f"{name}_flow_gain"] = _gain(flows[kind])
+        figures[f"{name}_end_point_error"] = _end_point_error(flows[kind])
     pans = [_mean_velocity(clip, video) for clip, video in zip(sets["pan"], made["pan"], strict=True)]
     true_speeds = [clip.pixels_per_frame for clip in sets["pan"]]
     fluids = [_mean_velocity(clip, video) for clip, video in zip(sets["flow"], made["flow"], strict=True)]
@@ -158,9 +158,6 @@ def measure_motion(
         "fluid_direction_cosine": _mean([v["cosine"] for v in fluids]),
         "first_frame_psnr_gap": max(gaps),
         "still_ssim": _mean([mean_adjacent_ssim(video) for video in still]),
-        "pan_flow_gain": gain("pan"),
-        "object_flow_gain": gain("object"),
-        "fluid_flow_gain": gain("flow"),
         "clips_of_each_kind": count,
         "steps": steps,
     }
@@ -277,6 +274,21 @@ def _flows(clip: TestClip, video_FHWC: np.ndarray) -> tuple[np.ndarray, np.ndarr
     size = video_FHWC.shape[1], video_FHWC.shape[2]
     true = [clip.scene.flow(a, b).transpose(2, 0, 1) for a, b in zip(clip.times, clip.times[1:], strict=False)]
     return dense_flow(video_FHWC, size).astype(np.float64), np.stack(true)
+
+
+def _gain(flows: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Of dense flow on the true flow, by least squares: 1 is perfect, 0 is none of it."""
+    return sum(float((a * b).sum()) for a, b in flows) / sum(float((b * b).sum()) for _, b in flows)
+
+
+def _end_point_error(flows: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Mean distance of flow and true flow where the scene moves, in true lengths: 0 is perfect, 1 is standing still."""
+    errors = lengths = 0.0
+    for made, true in flows:
+        length = np.linalg.norm(true, axis=1)
+        errors += float(np.linalg.norm(made - true, axis=1)[length > 0].sum())
+        lengths += float(length.sum())
+    return errors / lengths
 
 
 def _mean_velocity(clip: TestClip, video_FHWC: np.ndarray) -> dict[str, float]:

@@ -138,7 +138,7 @@ def write_evaluation_report(
         ),
         *_metrics_part(results, needed),
         *_protocol_part(first, protocol),
-        *_motion_part(results, drifts),
+        *_control_part(results, drifts),
         section("Samples", "The clip, decoded from its latents, and what was generated from its first frame."),
         _pairs(results),
         f'<p class="note">The same frames side by side:</p>{picture(_sheet(first))}',
@@ -211,7 +211,7 @@ def _flat(value: Any) -> str:
     return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _motion_part(results: Sequence[Result], drifts: Sequence[Drift | None]) -> list[str]:
+def _control_part(results: Sequence[Result], drifts: Sequence[Drift | None]) -> list[str]:
     calibrated = [(_named(result), result.calibration) for result in results if result.calibration is not None]
     if not calibrated:
         return []
@@ -293,11 +293,14 @@ _MOTION_ROWS = {
     "pan_direction_cosine": "pans: cosine of the flow with the requested direction",
     "pan_speed_rank": "pans: rank correlation of true and achieved speed",
     "pan_flow_gain": "pans: gain of dense flow on the true flow (1 is perfect)",
+    "pan_end_point_error": "pans: end-point error of flow, in true lengths (0 is perfect, 1 is standing still)",
     "object_direction_share": "shapes: share that goes the right way",
     "object_iou": "shapes: overlap with the true place at the ninth frame, buckets up to 10",
     "object_flow_gain": "shapes: gain of dense flow",
+    "object_end_point_error": "shapes: end-point error of flow",
     "fluid_direction_cosine": "fluids: cosine of the flow with the requested direction",
     "fluid_flow_gain": "fluids: gain of dense flow",
+    "fluid_end_point_error": "fluids: end-point error of flow",
     "bucket_rank": "rank correlation of the requested level of motion and the achieved motion",
     "still_ssim": "still scenes: SSIM of neighbouring frames",
     "first_frame_psnr_gap": "first frame: dB below the autoencoder, at worst",
@@ -319,8 +322,14 @@ def motion_part(motion: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name, text in _MOTION_ROWS.items():
         if any(name not in figures for figures in motion.values()):  # of a control that the method does not have
             continue
-        sign, bar = BARS[name]
-        shown = "≥ twice that" if name == "unexplained_opposite_prompt" else f"{sign.replace('=', '')}= {bar:g}"
+        sign, bar = BARS.get(name, ("", 0.0))
+        shown = (
+            ""
+            if not sign
+            else "≥ twice that"
+            if name == "unexplained_opposite_prompt"
+            else f"{sign.replace('=', '')}= {bar:g}"
+        )
         shown = shown.replace(">=", "≥").replace("<=", "≤")
         rows.append([html.escape(text), *(f"{figures[name]:.3f}" for figures in motion.values()), shown])
     if all("given" in figures for figures in motion.values()):

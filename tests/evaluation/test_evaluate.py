@@ -54,6 +54,10 @@ def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path
         keep_calibration(bundle, calibration | {"bundle": "0" * 64})
     assert calibration["values"] == [0, 10, 19]
     assert np.array(calibration["motion"]).shape == (2, 3)
+    text = (tmp_path / "README.md").read_text()
+    assert f"bundle `{card.digest[:12]}`" in text
+    assert f"| PSNR to the real continuation (dB) | {psnr['value']:.4g} |" in text
+    assert f"| 19 | {calibration['mean_motion'][2]:.4f} |" in text
     page = (tmp_path / "report.html").read_text()
     assert "not &lt;a&gt; video" in page
     assert 'src="http' not in page

@@ -71,6 +71,8 @@ def test_the_truth_passes_every_bar_that_videos_can_pass(base: ModelBundle, monk
     assert figures["pan_flow_gain"] == pytest.approx(1, abs=0.1)
     assert figures["fluid_flow_gain"] == pytest.approx(1, abs=0.15)
     assert figures["object_flow_gain"] > 0.65  # flow is blurred where the shape ends
+    errors = {kind: figures[f"{kind}_end_point_error"] for kind in ("pan", "object", "fluid")}
+    assert max(errors.values()) < 0.5, errors
 
 
 def test_a_still_picture_fails_all_that_is_about_motion(base: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +82,9 @@ def test_a_still_picture_fails_all_that_is_about_motion(base: ModelBundle, monke
     figures = measured(base, monkeypatch, still)
     moving = {name for name in BARS if name not in ("first_frame_psnr_gap", "still_ssim")}
     assert moving - {"object_iou"} <= misses(figures).keys() | {"unexplained", "unexplained_opposite_prompt"}
-    assert all(abs(figures[f"{kind}_flow_gain"]) < 0.05 for kind in ("pan", "object", "fluid"))
+    for kind in ("pan", "object", "fluid"):
+        assert abs(figures[f"{kind}_flow_gain"]) < 0.05
+        assert figures[f"{kind}_end_point_error"] == pytest.approx(1, abs=0.05)
 
 
 def test_the_way_back_is_the_wrong_direction(base: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,6 +96,7 @@ def test_the_way_back_is_the_wrong_direction(base: ModelBundle, monkeypatch: pyt
     assert figures["fluid_direction_cosine"] < -0.9
     assert figures["object_direction_share"] == 0
     assert figures["pan_flow_gain"] < -0.7
+    assert figures["pan_end_point_error"] > 1.7
 
 
 def test_a_flicker_moves_nothing(base: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,16 @@ import pytest
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.training.report.metrics import COLUMNS, Losses, Report
-from cinemo.training.report.progress import Progress, Resumed, Saved, Sheet, dataset_profile, read_run, read_summary
+from cinemo.training.report.progress import (
+    Progress,
+    Resumed,
+    Saved,
+    Sheet,
+    dataset_profile,
+    motion_lost,
+    read_run,
+    read_summary,
+)
 
 
 def _report(step: int, loss: float = 1.0) -> Report:
@@ -38,7 +47,7 @@ def test_a_run_and_its_continuation(tmp_path: Path, small: Recipe, monkeypatch: 
     uris = [str(tmp_path / "samples" / name) for name in ("step-3.png", "step-3/image.mp4")]
     for uri in uris:
         Path(uri).write_bytes(b"picture")
-    first.handle(Sheet(3, tuple(uris)))
+    first.handle(Sheet(3, tuple(uris), {"clips": 0.1}))
     assert lines[1] == "step 1/200  loss 2.0000  lr 1.00e-03  8.0 samples/s  data wait 25%  eta 1:40"
     assert "continuing at step 2" in lines
     with (tmp_path / "loss.csv").open() as file:
@@ -65,6 +74,28 @@ def test_a_run_and_its_continuation(tmp_path: Path, small: Recipe, monkeypatch: 
     assert [item.path for item in client.list_artifacts(summary.mlflow_run, "samples/step-3")] == [
         "samples/step-3/image.mp4"
     ]
+
+
+def test_motion_that_dies_while_training_is_told(tmp_path: Path, small: Recipe) -> None:
+    """Against what the base did at step 0, also by an invocation that goes on."""
+    base = {"clips": 0.001, "bucket-03": 0.02, "bucket-16": 0.1}
+    lines: list[str] = []
+    Progress(small, str(tmp_path), "/data", "digest", lines.append).handle(Sheet(0, (), base))
+    again = Progress(small, str(tmp_path), "/data", "digest", lines.append)
+    again.handle(Sheet(100, (), base | {"bucket-16": 0.06}))
+    assert not lines
+    again.handle(Sheet(200, (), base | {"bucket-16": 0.03}))
+    assert [line.partition(";")[0] for line in lines] == [
+        "warning: step 200: motion is dying: samples move 30% of what they did at step 0 (1 - SSIM, motion.json)"
+    ]
+    assert json.loads((tmp_path / "motion.json").read_text())["200"]["bucket-16"] == 0.03
+
+
+def test_what_never_moved_cannot_lose_its_motion() -> None:
+    assert motion_lost({}, {"clips": 0.1, "bucket-16": 0.0}) is None
+    assert motion_lost({"clips": 0.1, "bucket-16": 0.001}, {"clips": 0.1, "bucket-16": 0.0}) is None
+    assert motion_lost({"clips": 0.1, "bucket-16": 0.1}, {"clips": 0.0, "bucket-16": 0.1}) is None
+    assert motion_lost({"clips": 0.1, "sample": 0.1}, {"clips": 0.1, "sample": 0.02}) == pytest.approx(0.2)
 
 
 def test_what_mlflow_missed_is_sent_when_a_run_goes_on(

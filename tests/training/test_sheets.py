@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tiny import write_dataset
 
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import build_method
@@ -52,7 +54,8 @@ def test_a_sheet_and_its_videos(dataset: str, small: Recipe, tmp_path: Path) -> 
     assert torch.allclose(again[0], made[1], atol=1e-5)
 
     vae = Vae(small.encoders.vae)
-    uris = sheets.write_samples(str(tmp_path), small, 100, vae, samples, made)
+    sheet = sheets.write_samples(str(tmp_path), small, 100, vae, samples, made)
+    uris = sheet.uris
     assert [uri.removeprefix(f"{tmp_path}/samples/") for uri in uris] == [
         "step-000100.png",
         *(f"step-000100/image-0{image}-bucket-{bucket}.mp4" for image in (0, 1) for bucket in ("03", "16")),
@@ -65,6 +68,11 @@ def test_a_sheet_and_its_videos(dataset: str, small: Recipe, tmp_path: Path) -> 
     frames = sheets.decoded(small, vae, samples, made)
     away = {(i, k): np.abs(shown - one).mean() for i, rows in enumerate(frames) for k, one in enumerate(rows)}
     assert min(away, key=away.__getitem__) == (1, 2)  # nothing else is as near: second image, high bucket
+
+    assert (sheet.step, list(sheet.motion)) == (100, ["clips", "bucket-03", "bucket-16"])
+    assert sheet.motion["bucket-16"] == pytest.approx(
+        np.mean([1 - mean_adjacent_ssim(videos[2]) for videos in frames]), abs=1e-6
+    )
 
     image = Image.open(uris[0])
     assert image.size == (4 * 34 - 2, 6 * (32 + 13 + 2) - 2)

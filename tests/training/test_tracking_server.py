@@ -83,7 +83,7 @@ def test_a_training_and_its_continuation_are_one_run(server: Server, small: Reci
     for step in range(1, 4):
         first.handle(_report(step))
     (tmp_path / "sheet.png").write_bytes(b"png")
-    first.handle(Sheet(3, (str(tmp_path / "sheet.png"),)))
+    first.handle(Sheet(3, (str(tmp_path / "sheet.png"),), {"clips": 0.1}))
     del first  # killed: nothing was ended, some was not sent
 
     second = Progress(small, str(tmp_path), "/data/clips", "digest", profile={"fingerprint": "f" * 64})
@@ -158,7 +158,7 @@ def test_a_server_that_dies_stops_nothing(small: Recipe, tmp_path: Path, monkeyp
     mortal.kill()
     begun = time.monotonic()
     (tmp_path / "sheet.png").write_bytes(b"png")
-    progress.handle(Sheet(1, (str(tmp_path / "sheet.png"),)))
+    progress.handle(Sheet(1, (str(tmp_path / "sheet.png"),), {}))
     progress.handle(_report(2))
     summary = progress.finish("/checkpoint")
     assert time.monotonic() - begun < 60

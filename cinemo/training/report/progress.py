@@ -24,7 +24,7 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.tracking import Run, flatten
 from cinemo.training.report.metrics import COLUMNS, Report
 
-RUN_FILE, SUMMARY_FILE, LOSS_FILE = "run.json", "train.json", "loss.csv"
+RUN_FILE, SUMMARY_FILE, LOSS_FILE, MOTION_FILE = "run.json", "train.json", "loss.csv", "motion.json"
 _CSV_SECONDS = 5.0
 
 
@@ -45,10 +45,15 @@ class Saved:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Samples of ``step`` were written: a contact sheet and videos."""
+    """Samples of ``step`` were written: a contact sheet and videos.
+
+    ``motion``: 1 - mean SSIM of neighbouring frames, mean over the samples: of their ``clips`` and of what the network
+    makes of them with each of the method's variants.
+    """
 
     step: int
     uris: tuple[str, ...]
+    motion: Mapping[str, float]
 
 
 Event = Report | Resumed | Saved | Sheet
@@ -155,6 +160,7 @@ class Progress:
         elif isinstance(event, Saved):
             self._write_csv()
         else:
+            self._watch(event)
             for uri in event.uris:
                 self._tracked(functools.partial(_store, uri=uri, folder=self._folder(uri)))
 
@@ -211,6 +217,21 @@ class Progress:
             f"{skipped}eta {minutes}:{seconds:02d}"
         )
 
+    def _watch(self, sheet: Sheet) -> None:
+        """Keep how much the samples move, and say so where fine-tuning kills the motion that the base had."""
+        uri = storage.join(self._output, MOTION_FILE)
+        kept: dict[str, dict[str, float]] = storage.read_json(uri) if storage.exists(uri) else {}
+        kept[str(sheet.step)] = dict(sheet.motion)
+        storage.write_json(uri, kept)
+        metrics = {f"sample_motion_{name}": value for name, value in sheet.motion.items()}
+        self._tracked(lambda run: run.log(sheet.step, metrics))
+        lost = motion_lost(kept.get("0", {}), sheet.motion)
+        if lost is not None:
+            self._say(
+                f"warning: step {sheet.step}: motion is dying: samples move {lost:.0%} of what they did at step 0 "
+                f"(1 - SSIM, {MOTION_FILE}); fewer steps, a lower train.lr or clips that move keep it alive"
+            )
+
     def _write_csv(self) -> None:
         begun = time.monotonic()
         buffer = io.StringIO(newline="")
@@ -255,6 +276,19 @@ def dataset_profile(index: DatasetIndex) -> dict[str, Any]:
         "shards": len(index.shards),
         **{name: index.info[name] for name in known if name in index.info},
     }
+
+
+def motion_lost(before: Mapping[str, float], now: Mapping[str, float]) -> float | None:
+    """The share that is left of the motion of the variant that moved most, where it is less than half; else None.
+
+    What hardly moved before (1 - SSIM below 0.005) cannot lose it.
+    """
+    variants = {name: value for name, value in before.items() if name != "clips" and name in now}
+    if not variants:
+        return None
+    most = max(variants, key=lambda name: variants[name])
+    left = now[most] / max(before[most], 1e-9)
+    return left if before[most] > 0.005 and left < 0.5 else None
 
 
 def _known(value: float) -> float | None:

@@ -22,10 +22,11 @@ from PIL import Image, ImageDraw
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex, Members, fetch_sample, record_uri
-from cinemo.media.motion import motion_bucket
+from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
 from cinemo.media.mp4 import write_video
 from cinemo.methods import Example, Method, method_class, run
 from cinemo.networks.frozen import Vae
+from cinemo.training.report.progress import Sheet
 from cinemo.training.run.batch import FrozenStates, stored_latents, undropped
 from cinemo.types import Condition, LatentSample, RunError, keyed_generator
 
@@ -150,12 +151,20 @@ def write_samples(
     vae: Vae,
     samples: Sequence[LatentSample],
     animated: Sequence[torch.Tensor],
-) -> tuple[str, ...]:
-    """Store ``samples/step-000100.png`` and the mp4s of ``samples/step-000100/`` under a run's output; their URIs."""
+) -> Sheet:
+    """Store ``samples/step-000100.png`` and the mp4s of ``samples/step-000100/`` under a run's output."""
     frames, name = decoded(recipe, vae, samples, animated), f"step-{step:06d}"
     root = storage.join(output, "samples")
     with tempfile.TemporaryDirectory(prefix="cinemo-samples-") as scratch:
         (Path(scratch) / f"{name}.png").write_bytes(draw_sheet(recipe, samples, frames))
         videos = write_videos(Path(scratch) / name, recipe, step, samples, frames)
         storage.upload(Path(scratch), root)
-    return storage.join(root, f"{name}.png"), *(storage.join(root, name, video) for video in videos)
+    uris = storage.join(root, f"{name}.png"), *(storage.join(root, name, video) for video in videos)
+    return Sheet(step, uris, motion_of(recipe, frames))
+
+
+def motion_of(recipe: Recipe, frames: Sequence[Sequence[np.ndarray]]) -> dict[str, float]:
+    """Mean motion (1 - mean SSIM of neighbouring frames) of the samples' own frames and of each variant."""
+    names = ("clips", *method_class(recipe).variants)
+    moved = [[1 - mean_adjacent_ssim(video, recipe.data.ssim) for video in videos] for videos in frames]
+    return dict(zip(names, np.mean(moved, axis=0).tolist(), strict=True))

@@ -27,7 +27,7 @@ from cinemo.training.checkpoint import checkpoints
 from cinemo.training.plan.cost import peak_flops
 from cinemo.training.report import sample_log
 from cinemo.training.report.metrics import Report
-from cinemo.training.report.progress import Event, Resumed, Saved, Sheet
+from cinemo.training.report.progress import Event, Resumed, Saved
 from cinemo.training.report.sheets import first_samples, sheet_latents, write_samples
 from cinemo.training.report.validation import Validation
 from cinemo.training.run.base_weights import base_networks
@@ -129,9 +129,12 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
         if rank == 0:
             encoders = recipe.encoders
             vae = Vae(encoders.vae_decoder or encoders.vae, device, engine.dtype, encoders.statistics)
-            post(Sheet(done, write_samples(output, recipe, done, vae, samples, animated)))
+            post(write_samples(output, recipe, done, vae, samples, animated))
 
     post(Resumed(step, tuple(history)))
+    if not step and recipe.train.init is not None and recipe.train.sample_every:
+        engine.method.eval()
+        on_sheet(0)  # what fine-tuning begins with, and how much it moves
     held_out = HeldOut.of(index, recipe.train, method.stored_fields(recipe))
     validate = Validation(recipe, engine, frozen, held_out) if recipe.train.held_out_shards else None
     sample_seconds = flops / peak_flops(device, engine.dtype)
