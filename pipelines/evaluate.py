@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--values", type=int, default=5, metavar="N", help="of that control, for each picture")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="videos for each picture and value")
+    parser.add_argument(
+        "--compare-noise", action="store_true", help="also compare the method's ways to draw its initial noise"
+    )
     parser.add_argument("--steps", type=int, help="DDIM steps (default: what the bundle's recipe says)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the generated videos")
     parser.add_argument(
@@ -67,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=arguments.seeds,
         steps=arguments.steps,
         seed=arguments.seed,
+        noise=arguments.compare_noise,
         first_frame=not arguments.without_first_frame,
         extractors=load_extractors(arguments.extractor, arguments.device or "cpu"),
         protocol=protocol_of(arguments.protocol) if arguments.protocol else None,

@@ -25,6 +25,7 @@ from cinemo.evaluation.card import model_card
 from cinemo.evaluation.extractors import EXTRACTORS, Extractor, LatentStatistics
 from cinemo.evaluation.measurements import METRICS, Measurements, Pair, Result, Seen, Shown
 from cinemo.evaluation.metrics.frames import flow_speed, motion
+from cinemo.evaluation.noise import compare_noise
 from cinemo.evaluation.protocols import Protocol
 from cinemo.evaluation.rendered import BARS, STEPS, measure_motion, misses
 from cinemo.evaluation.report import write_evaluation_report
@@ -48,6 +49,7 @@ class Plan:
         seeds: videos of each picture and value.
         steps: sampling steps; None: what a bundle's recipe says.
         seed: of the videos; of several seeds the first.
+        noise: also compare the method's ways to draw the initial noise, on the same pictures.
         first_frame: whether the given frame counts in what networks see of a video.
         extractors: networks that metrics need, by name.
         protocol: of a paper, to say where this departs from it.
@@ -59,6 +61,7 @@ class Plan:
     seeds: int = 1
     steps: int | None = None
     seed: int = 0
+    noise: bool = False
     first_frame: bool = True
     extractors: Mapping[str, Extractor] = field(default_factory=dict)
     protocol: Protocol | None = None
@@ -181,6 +184,7 @@ def _result(
         shown,
         calibrate(bundle, pictures, output, plan, say),
         identities,
+        compare_noise(bundle, pictures, plan.steps, plan.seed) if plan.noise else {},
     )
 
 

@@ -194,6 +194,7 @@ class Result:
     shown: Sequence[Shown]
     calibration: Calibration | None
     extractors: Mapping[str, Mapping[str, str]]
+    noise: Mapping[str, Mapping[str, Estimate]]
 
     def to_json(self) -> dict[str, Any]:
         """The figures; a metric whose network has no weights is null."""
@@ -204,6 +205,10 @@ class Result:
             "steps": self.steps,
             "metrics": {each.name: known[each.name].to_json() if each.name in known else None for each in METRICS},
             "extractors": {name: dict(identity) for name, identity in self.extractors.items()},
+            "initial_noise": {
+                name: {figure: estimate.to_json() for figure, estimate in figures.items()}
+                for name, figures in self.noise.items()
+            },
             "motion_spearman": self.calibration.spearman if self.calibration else None,
             "obedience": self.calibration.obedience() if self.calibration else None,
         }

@@ -26,6 +26,7 @@ from cinemo.evaluation.figures import (
 )
 from cinemo.evaluation.measurements import METRICS, Result
 from cinemo.evaluation.metrics.estimates import Estimate
+from cinemo.evaluation.noise import FIGURES
 from cinemo.evaluation.page import chart, code, number, pair, picture, section, table, tiles, video, write_page
 from cinemo.evaluation.rendered import BARS
 from cinemo.media.mp4 import write_video
@@ -139,6 +140,7 @@ def write_evaluation_report(
         *_metrics_part(results, needed),
         *_protocol_part(first, protocol),
         *_control_part(results, drifts),
+        *_noise_part(first),
         section("Samples", "The clip, decoded from its latents, and what was generated from its first frame."),
         _pairs(results),
         f'<p class="note">The same frames side by side:</p>{picture(_sheet(first))}',
@@ -251,6 +253,17 @@ def _control_part(results: Sequence[Result], drifts: Sequence[Drift | None]) -> 
                 f"{change.span_ratio:.0%} of its control's reach.</p>"
             )
     return page
+
+
+def _noise_part(first: Result) -> list[str]:
+    if not first.noise:
+        return []
+    text = f"{first.name} with each way to draw its initial noise: same pictures, prompts and seed."
+    rows = [
+        [html.escape(name), *(_with_interval(figures[figure]) for figure in FIGURES)]
+        for name, figures in first.noise.items()
+    ]
+    return [section("Initial noise", text), table(["", *FIGURES.values()], rows)]
 
 
 def _range(values: Sequence[int]) -> str:

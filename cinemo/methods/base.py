@@ -90,6 +90,7 @@ class Method(nn.Module, ABC):
     ``untold``: texts and pictures of guidance's unconditional branch, where it differs from the conditional one.
     ``parts``: names of its networks, which are attributes of it: parameter ``unet.x`` is ``x`` of ``networks["unet"]``.
     ``published``: weights that `pipelines/export.py` imports, by the name of their flag (methods of this package).
+    ``noise_variants``: ways to draw the initial noise, by name, as values of ``sample``; for comparison.
     ``variants``: what a sample sheet shows of each sample: by name, numbers in the place of its own fields.
     """
 
@@ -100,6 +101,7 @@ class Method(nn.Module, ABC):
     needs: ClassVar[tuple[str, ...]]
     untold: ClassVar[Example] = Example({}, {"text": ""})
     variants: ClassVar[Mapping[str, Mapping[str, float]]] = {"sample": {}}
+    noise_variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     parts: ClassVar[tuple[str, ...]]
     published: ClassVar[Mapping[str, Published]] = {}
     schedule: NoiseSchedule

@@ -131,6 +131,12 @@ class CinemoMethod(Method):
         "bucket-03": {"motion_bucket": 3.0},
         "bucket-16": {"motion_bucket": 16.0},
     }
+    noise_variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "plain noise": {"dct_init": False},
+        "DCTInit, spatial": {"dct_mode": "spatial"},
+        "DCTInit, 3d": {"dct_mode": "3d"},
+        "FFT": {"dct_mode": "fft"},
+    }
 
     def __init__(
         self, unet: LavieUNet, schedule: NoiseSchedule, sample: CinemoSample, min_snr_gamma: float | None = None

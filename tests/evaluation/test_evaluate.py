@@ -94,7 +94,7 @@ def test_a_stopped_evaluation_goes_on_and_a_longer_one_adds_to_it(
 
 
 def test_bundles_side_by_side(bundle: Path, dataset: Path, tmp_path: Path) -> None:
-    plan = Plan(limit=2, pictures=2, values=2, steps=2, protocol=PROTOCOLS["longer-16"])
+    plan = Plan(limit=2, pictures=2, values=2, steps=2, noise=True, protocol=PROTOCOLS["longer-16"])
     said: list[str] = []
     metrics = evaluate(
         str(bundle), str(dataset), str(tmp_path), plan, device="cpu", against=[str(bundle)], say=said.append
@@ -103,6 +103,11 @@ def test_bundles_side_by_side(bundle: Path, dataset: Path, tmp_path: Path) -> No
     assert other["metrics"] == metrics["metrics"]
     assert (other["drift"]["motion_ratio"], other["drift"]["has_collapsed"]) == (1, False)
     assert "2 videos, not 1024" in metrics["protocol"]["departures"]
+    noise = metrics["initial_noise"]
+    assert list(noise) == ["plain noise", "DCTInit, spatial", "DCTInit, 3d", "FFT"]
+    jumps = [figures["largest_jump"]["value"] for figures in noise.values()]
+    assert len(set(jumps)) == 4, "all differ"
+    assert min(jumps) >= 1
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:video/mp4;base64,") == 6
     assert "Motion is alive." in page

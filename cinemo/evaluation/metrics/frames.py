@@ -87,3 +87,18 @@ def flow_speed(frames_FHWC: np.ndarray) -> float:
     """Mean length of optical flow from each frame to the next, over all pixels, in pixels a frame."""
     flow_FCHW = dense_flow(frames_FHWC, (frames_FHWC.shape[1], frames_FHWC.shape[2]))
     return float(np.linalg.norm(flow_FCHW.astype(np.float64), axis=1).mean())
+
+
+def largest_jump(frames_FHWC: np.ndarray) -> float:
+    """The largest mean absolute change between neighbouring frames, over the mean of all; 1 = even, F - 1 = one jump.
+
+    A video that stands still has no changes to compare: 1.
+    """
+    changes = np.abs(np.diff(frames_FHWC.astype(np.float64), axis=0)).mean((1, 2, 3))
+    return float(changes.max() / changes.mean()) if changes.any() else 1.0
+
+
+def colour_drift(frames_FHWC: np.ndarray) -> float:
+    """Distance of the last frame's mean colour from the first one's, in levels of 255."""
+    first, last = (frames_FHWC[place].astype(np.float64).mean((0, 1)) for place in (0, -1))
+    return float(np.linalg.norm(last - first))

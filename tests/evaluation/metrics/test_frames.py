@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
-from cinemo.evaluation.metrics.frames import MAX_PSNR, first_frame_consistency, motion, psnr, ssim
+from cinemo.evaluation.metrics.frames import (
+    MAX_PSNR,
+    colour_drift,
+    first_frame_consistency,
+    largest_jump,
+    motion,
+    psnr,
+    ssim,
+)
 from cinemo.types import InputError
 
 
@@ -35,6 +43,15 @@ def test_motion_grows_with_what_moves(picture: np.ndarray) -> None:
     assert scores[0] == pytest.approx(0, abs=1e-6)
     assert scores == sorted(scores)
     assert scores[-1] > 0.3
+
+
+def test_a_jump_and_a_drift_of_colours(picture: np.ndarray) -> None:
+    even = np.stack([np.full_like(picture, 10 * k) for k in range(5)])
+    assert largest_jump(even) == pytest.approx(1)
+    assert largest_jump(even[[0, 0, 0, 0, 4]]) == pytest.approx(4)
+    assert largest_jump(even[[0, 0]]) == 1
+    assert colour_drift(even) == pytest.approx(40 * np.sqrt(3))
+    assert colour_drift(np.stack([picture, np.roll(picture, 5, axis=0)])) == pytest.approx(0)
 
 
 def test_first_frame_consistency_sees_a_slow_drift_that_motion_does_not(picture: np.ndarray) -> None:
