@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cinemo import cli
-from cinemo.evaluation.evaluate import Plan, evaluate, evaluate_rendered
-from cinemo.evaluation.extractors import EXTRACTORS, load_extractors
+from cinemo.evaluation.evaluate import evaluate, evaluate_rendered
+from cinemo.evaluation.extractors import EXTRACTORS
+from cinemo.evaluation.measuring import Plan
 from cinemo.evaluation.protocols import PROTOCOLS, protocol_of
 from cinemo.types import InputError
 
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--without-first-frame", action="store_true", help="networks do not see the first frame, which is given"
     )
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="of a Ray cluster that share the work; 0: this process"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument(
         "--into-bundle",
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=arguments.seed,
         noise=arguments.compare_noise,
         first_frame=not arguments.without_first_frame,
-        extractors=load_extractors(arguments.extractor, arguments.device or "cpu"),
+        extractors=tuple(arguments.extractor),
         protocol=protocol_of(arguments.protocol) if arguments.protocol else None,
     )
     metrics = evaluate(
@@ -84,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         arguments.into_bundle,
         arguments.against,
         track=True,
+        workers=arguments.workers,
     )
     for name, estimate in metrics["metrics"].items():
         if estimate is not None:

@@ -32,7 +32,14 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
 # Top-level import name -> the only modules that may name it.
 ONLY_IN = {
-    "ray": ["data.precompute", "training.run.rank", "training.run.worker", "serving.app", "pipelines"],
+    "ray": [
+        "evaluation.cluster",
+        "data.precompute",
+        "training.run.rank",
+        "training.run.worker",
+        "serving.app",
+        "pipelines",
+    ],
     "deepspeed": ["training.run.engine"],
     "mlflow": ["tracking"],
     "s3fs": ["s3"],

@@ -7,7 +7,7 @@ where. What a figure was measured with is part of it: `Extractor.identity` is it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -212,7 +212,7 @@ class LatentStatistics(FeatureExtractor):
 EXTRACTORS: Mapping[str, type[Extractor]] = {kind.name: kind for kind in (I3D, Inception, C3D, Clip, Lpips, DreamSim)}
 
 
-def load_extractors(assignments: list[str], device: torch.device | str = "cpu") -> dict[str, Extractor]:
+def load_extractors(assignments: Sequence[str], device: torch.device | str = "cpu") -> dict[str, Extractor]:
     """Of ``NAME=PLACE`` words.
 
     Raises:

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
 
 from cinemo.animate import Animation, animate
 from cinemo.bundle import keep_calibration, read_card
 from cinemo.data.dataset.shards import DatasetIndex
-from cinemo.evaluation.evaluate import Plan, evaluate, spread_samples
+from cinemo.evaluation.evaluate import evaluate
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
+from cinemo.evaluation.measuring import Plan, SpreadSamples
 from cinemo.evaluation.protocols import PROTOCOLS
 from cinemo.types import InputError
 
@@ -80,7 +82,7 @@ def test_a_stopped_evaluation_goes_on_and_a_longer_one_adds_to_it(
             raise ConnectionError("stopped")
         return animate(*given)
 
-    monkeypatch.setattr("cinemo.evaluation.evaluate.animate", counted)
+    monkeypatch.setattr("cinemo.evaluation.measuring.animate", counted)
     with pytest.raises(ConnectionError):
         measured(bundle, dataset, tmp_path / "parts", limit=5)
     again = measured(bundle, dataset, tmp_path / "parts", limit=5)
@@ -116,8 +118,8 @@ def test_bundles_side_by_side(bundle: Path, dataset: Path, tmp_path: Path) -> No
 
 def test_samples_are_spread_over_all_shards(dataset: Path) -> None:
     index = DatasetIndex.load(str(dataset))
-    assert [sample.key for sample in spread_samples(index, 3)] == ["clip-0", "clip-3", "clip-6"]
-    everything = spread_samples(index, 99)
+    assert [sample.key for sample in SpreadSamples(index, 3)] == ["clip-0", "clip-3", "clip-6"]
+    everything = SpreadSamples(index, 99)
     assert [sample.key for sample in everything] == [f"clip-{k}" for k in range(7)]
     assert [sample.caption for sample in everything] == [f"caption {k}" for k in range(7)]
     expected = np.random.default_rng(0).normal(size=(FRAMES, 4, SIZE[0] // 8, SIZE[1] // 8)).astype(np.float16)
@@ -148,3 +150,18 @@ def test_a_contact_sheet_shows_first_and_last_frame() -> None:
     row = sheet[20, 200:]
     assert [int(row[k * 52 + 24][0]) for k in range(4)] == [0, 50, 100, 150]
     assert sheet.shape == (2 * 36 + 4, 200 + 4 * 52, 3)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_workers_of_a_cluster_measure_the_same(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    alone = measured(bundle, dataset, tmp_path / "alone", limit=5)
+    plan = Plan(limit=5, pictures=2, values=3, steps=2)
+    said: list[str] = []
+    shared = evaluate(str(bundle), str(dataset), str(tmp_path / "shared"), plan, "cpu", workers=2, say=said.append)
+    ray.shutdown()
+    assert sum("on 2 workers" in line for line in said) == 5 + 2
+    for name, estimate in alone["metrics"].items():
+        if estimate is not None:
+            assert shared["metrics"][name]["value"] == pytest.approx(estimate["value"], abs=1e-6), name
+    assert shared["obedience"] == alone["obedience"]
