@@ -7,30 +7,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from cinemo.bundle import load_bundle, save_bundle
-from cinemo.evaluation.rendered import BARS, measure_motion, misses
-from cinemo.networks.weights import load_unet, resolve
+from cinemo.evaluation.rendered import BARS, measure_motion
+from cinemo.methods import method_class
+from cinemo.networks.weights import resolve
 from cinemo.recipes import load_recipe
 
 pytestmark = pytest.mark.slow
 
 MARGIN = 0.06  # another processor rounds differently, and a set of clips is small
+RANK_MARGIN, DECIBELS = 0.25, 2.0  # of few clips one swap is much
 
 
-def test_the_shipped_base_moves_as_its_card_says(tmp_path: Path, say: Callable[[str], None]) -> None:
-    """Every bar that the card says is met is met; a figure that misses its bar is no worse than the card says."""
-    recipe = load_recipe("cinemo-tiny")
-    save_bundle(
-        tmp_path / "base", recipe, {"unet": load_unet(recipe.model, "package:tiny/unet")}, {"made": "by a test"}
-    )
-    made = json.loads((Path(resolve("package:tiny/unet")) / "made.json").read_text())
+@pytest.mark.parametrize("name", ["cinemo-tiny", "dynamicrafter-tiny"])
+def test_the_shipped_base_moves_as_its_card_says(name: str, tmp_path: Path, say: Callable[[str], None]) -> None:
+    """No figure is worse than the card says."""
+    recipe = load_recipe(name)
+    method, init = method_class(recipe), recipe.train.init
+    assert init is not None
+    networks = {part: method.load_network(recipe, part, init, torch.float32) for part in method.parts}
+    save_bundle(tmp_path / "base", recipe, networks, {"made": "by a test"})
+    root = resolve(init)
+    made = json.loads(((root / "unet" if (root / "unet").is_dir() else root) / "made.json").read_text())
     known = made["motion"]
     figures = measure_motion(load_bundle(tmp_path / "base"), known["clips_of_each_kind"])
-    say("shipped base: " + ", ".join(f"{name} {figures[name]:.3f}" for name in BARS))
-    expected_misses = misses(known).keys()
-    assert misses(figures).keys() <= expected_misses, figures
-    for name in expected_misses:
-        sign, _ = BARS[name]
-        worse = known[name] - figures[name] if sign == ">=" else figures[name] - known[name]
-        assert worse < MARGIN, (name, known[name], figures[name])
+    say(f"shipped base of {name}: " + ", ".join(f"{each} {figures[each]:.3f}" for each in BARS if each in figures))
+    for each in BARS.keys() & known.keys():
+        sign, _ = BARS[each]
+        worse = known[each] - figures[each] if sign == ">=" else figures[each] - known[each]
+        margin = RANK_MARGIN if each.endswith("_rank") else DECIBELS if "psnr" in each else MARGIN
+        assert worse < margin, (each, known[each], figures[each])
