@@ -201,10 +201,21 @@ def keep_calibration(location: str | Path, calibration: Mapping[str, Any]) -> No
         raise InputError(
             f"bundle {location}: its digest is {digest[:12]}, but the calibration is of {calibration['bundle'][:12]}"
         )
+    keep_beside(location, CALIBRATION, json.dumps(dict(calibration), indent=2).encode() + b"\n")
+
+
+def keep_beside(location: str | Path, name: str, content: bytes) -> None:
+    """Lay a file beside a bundle's own, which is no part of its digest.
+
+    Raises:
+        InputError: the bundle cannot be written, or is a version of a registry, which nobody changes.
+    """
+    if str(location).startswith("models:/"):
+        raise InputError(f"bundle {location}: a registered version is never changed; evaluate the folder it came from")
     try:
-        storage.write_json(storage.join(str(location), CALIBRATION), dict(calibration))
+        storage.write_bytes(storage.join(str(location), name), content)
     except OSError as error:
-        raise InputError(f"bundle {location}: its calibration cannot be saved there ({error.strerror})") from None
+        raise InputError(f"bundle {location}: its {name} cannot be saved there ({error.strerror})") from None
 
 
 def load_bundle(
@@ -316,8 +327,14 @@ def _motion_json(data: DataConfig, scale: str) -> dict[str, Any]:
 
 
 def _kept_calibration(root: Path, digest: str) -> Mapping[str, Any] | None:
+    """None where there is none, it is of other weights, or its tables do not fit together."""
     try:
         found = json.loads((root / CALIBRATION).read_bytes())
+        if "values" in found:  # older ones knew of buckets alone
+            curve, count = [float(value) for value in found["curve"]], len(found["values"])
+            sizes = {len(table) for table in (found["mean_motion"], *found["interval"])}
+            if sizes != {count} or len(curve) != count or count < 2 or curve != sorted(curve):
+                return None
         return found if found["bundle"] == digest else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -31,28 +30,24 @@ class _Worker:
         return row
 
 
-def measure_on_ray(
-    bundles: Sequence[str], data: str, output: str, plan: Plan, workers: int, device: str | None, say: Say
-) -> None:
-    """Measure bundles by ``workers`` actors, one bundle after the other; what is stored already costs nothing.
+def measure_on_ray(measurer: Measurer, data: str, output: str, workers: int, device: str | None, say: Say) -> None:
+    """Measure by ``workers`` actors what ``measurer`` is to find: it then reads what they stored.
 
     Args:
         output: a place that all workers see: ``s3://``, or a file system that they share.
     """
-    data, output = storage.absolute(data), storage.absolute(output)
     connect(workers)
     gpus = float(device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
-    for location in map(storage.absolute, bundles):
-        planned = Measurer(location, DatasetIndex.load(data), output, plan, "cpu")  # what does not fit is said at once
-        work = [{"kind": "sample", "number": number} for number in range(len(planned.samples))]
-        work += [{"kind": "picture", "number": int(number)} for number in planned.pictures()]
-        total, name = len(work), planned.bundle.recipe.name
-        rows = ray.data.from_items(work, override_num_blocks=min(total, 4 * workers)).map(
-            _Worker,
-            fn_constructor_args=(location, data, output, plan, device),
-            concurrency=min(workers, total),
-            num_cpus=1,
-            num_gpus=gpus,
-        )
-        for done, row in enumerate(rows.iter_rows(), 1):
-            say(f"{name}: {done} of {total} on {workers} workers ({row['kind']} {row['number']})")
+    work = [{"kind": "sample", "number": number} for number in range(len(measurer.samples))]
+    work += [{"kind": "picture", "number": int(number)} for number in measurer.pictures()]
+    places = (storage.absolute(each) for each in (measurer.location, data, output))
+    rows = ray.data.from_items(work, override_num_blocks=min(len(work), 4 * workers)).map(
+        _Worker,
+        fn_constructor_args=(*places, measurer.plan, device),
+        concurrency=min(workers, len(work)),
+        num_cpus=1,
+        num_gpus=gpus,
+    )
+    for done, row in enumerate(rows.iter_rows(), 1):
+        name = measurer.bundle.recipe.name
+        say(f"{name}: {done} of {len(work)} on {workers} workers ({row['kind']} {row['number']})")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cinemo import storage, tracking
-from cinemo.bundle import CALIBRATION, keep_calibration, load_bundle, read_card
+from cinemo.bundle import CALIBRATION, keep_beside, keep_calibration, load_bundle, read_card
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.calibration import Drift, drift
 from cinemo.evaluation.card import model_card
@@ -48,12 +48,14 @@ def evaluate(
     plan = plan or Plan()
     storage.check_writable(output)
     index = DatasetIndex.load(data)
-    bundles = (bundle_location, *against)
-    if workers:
-        from cinemo.evaluation.cluster import measure_on_ray  # Ray is for those who ask for it
+    results = []
+    for location in (bundle_location, *against):
+        measurer = Measurer(location, index, output, plan, device)
+        if workers:
+            from cinemo.evaluation.cluster import measure_on_ray  # Ray is for those who ask for it
 
-        measure_on_ray(bundles, data, output, plan, workers, device, say)
-    results = [Measurer(each, index, output, plan, device).result(say) for each in bundles]
+            measure_on_ray(measurer, data, output, workers, device, say)
+        results.append(measurer.result(say))
     result, others = results[0], results[1:]
     drifts = [_drift(result, other) for other in others]
     metrics: dict[str, Any] = result.to_json() | {
@@ -77,7 +79,7 @@ def evaluate(
     card = model_card(read_card(bundle_location), metrics, measured)
     storage.write_bytes(storage.join(output, CARD), card.encode())
     if into_bundle:
-        storage.write_bytes(storage.join(bundle_location, CARD), card.encode())
+        keep_beside(bundle_location, CARD, card.encode())
     write_evaluation_report(
         storage.join(output, "report.html"), results, drifts, metrics["protocol"], needed(result.extractors), index
     )

@@ -122,7 +122,7 @@ class Seen:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Seen:
-        with np.load(io.BytesIO(content)) as file:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             parts = [(*name.split(".", 1), file[name]) for name in file.files]
         real = {name: rows for kind, name, rows in parts if kind == "real"}
         made = {name: rows for kind, name, rows in parts if kind == "made"}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,11 +120,14 @@ class Measurer:
         uri = storage.join(self._videos, sample.key)
         kept, frames = f"{uri}.npz", f"{uri}.frames.npz"
         if storage.exists(kept) and (not show or storage.exists(frames)):
-            seen = Seen.from_bytes(storage.read_bytes(kept))
-            if not show:
-                return sample, seen, None
-            with np.load(io.BytesIO(storage.read_bytes(frames))) as file:
-                return sample, seen, Pair(sample.key, file["real"], file["made"], sample.caption)
+            try:
+                seen = Seen.from_bytes(storage.read_bytes(kept))
+                if not show:
+                    return sample, seen, None
+                with np.load(io.BytesIO(storage.read_bytes(frames)), allow_pickle=False) as file:
+                    return sample, seen, Pair(sample.key, file["real"], file["made"], sample.caption)
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                raise InputError(f"{uri}*.npz: is damaged ({error}); remove it, it is then measured again") from None
         real_FHWC = self._decoded(sample)
         wanted = {"steps": self.plan.steps, "seed": self.plan.seed, **self.controls(sample)}
         made_FHWC = animate(self.bundle, AnimateRequest(real_FHWC[0], sample.caption, **wanted)).frames_FHWC
@@ -141,9 +145,9 @@ class Measurer:
         sample = self.samples[number]
         return sample.key, self._decoded(sample)[0], sample.caption
 
-    def moved(self, picture: Picture) -> list[list[tuple[float, float]]] | None:
-        """Animate a picture at every value and seed, or read it: (1 - SSIM, pixels a frame) by value and seed; None
-        where the method has no control of motion."""
+    def moved(self, picture: Picture) -> np.ndarray | None:
+        """Animate a picture at every value and seed, or read it: (values, seeds, 2) of 1 - SSIM and pixels a frame;
+        None where the method has no control of motion."""
         if self.control is None:
             return None
         (key, picture_HWC, prompt), (name, values), plan = picture, self.control, self.plan
@@ -160,7 +164,12 @@ class Measurer:
                 for value in values
             ]
             storage.write_json(uri, made)
-        table: list[list[tuple[float, float]]] = storage.read_json(uri)
+        try:
+            table = np.array(storage.read_json(uri), np.float64)
+            if table.shape != (len(values), plan.seeds, 2):
+                raise ValueError(f"{table.shape}, expected {(len(values), plan.seeds, 2)}")
+        except ValueError as error:
+            raise InputError(f"{uri}: is damaged ({error}); remove it, it is then measured again") from None
         return table
 
     @property

@@ -248,6 +248,8 @@ class MotionStrength(FastSampling):
         known = self.motion_values(recipe)
         if self.motion_strength is None or known is None or calibration is None or "curve" not in calibration:
             return self
+        if calibration.get("control", known[0]) != known[0] or not {*calibration["values"]} <= {*known[1]}:
+            return self  # measured before the recipe changed what can be asked
         value = value_at(self.motion_strength, known[1], calibration)
         return self.model_copy(update={"motion_strength": None, self.strength_of: value})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 import ray
 from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
 
-from cinemo.animate import Animation, animate
-from cinemo.bundle import keep_calibration, read_card
+from cinemo.animate import AnimateRequest, Animation, animate
+from cinemo.bundle import keep_beside, keep_calibration, read_card
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.evaluate import evaluate
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
@@ -93,6 +94,36 @@ def test_a_stopped_evaluation_goes_on_and_a_longer_one_adds_to_it(
     assert not calls
     measured(bundle, dataset, tmp_path / "parts", limit=5, seed=9)
     assert calls, "videos of another seed are others"
+
+
+def test_a_damaged_part_is_named(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    measured(bundle, dataset, tmp_path)
+    kept = next(path for path in (tmp_path / "parts").rglob("clip-0.npz"))
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"clip-0\*\.npz: is damaged .*remove it, it is then measured again"):
+        measured(bundle, dataset, tmp_path)
+    kept.write_bytes(whole)
+    next((tmp_path / "parts" / "motion").glob("clip-6-*.json")).write_text("[[[1.0, 2.0]]]")
+    with pytest.raises(InputError, match=r"clip-6-.*json: is damaged .*expected \(3, 1, 2\)"):
+        measured(bundle, dataset, tmp_path)
+
+
+def test_a_calibration_that_lies_is_not_used(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    right = {
+        "bundle": read_card(place).digest, "control": "motion_bucket", "values": [0, 10, 19],
+        "mean_motion": [0.1, 0.2, 0.3], "curve": [0.1, 0.2, 0.3], "interval": [[0.0] * 3, [1.0] * 3],
+    }  # fmt: skip
+    for wrong in ({"curve": [0.1, 0.2]}, {"curve": [0.3, 0.2, 0.1]}, {"curve": "high"}, {"values": [0]}, {}):
+        keep_calibration(place, right | wrong)
+        assert (read_card(place).motion.calibration is None) == bool(wrong), wrong
+    # Of a control that the method has not, or of values beyond its range: the strength goes evenly.
+    for other in ({"values": [0, 10, 40]}, {"control": "pace"}):
+        request = AnimateRequest(np.zeros((8, 8, 3), np.uint8), "", motion_strength=1.0)
+        assert request.settings(read_card(place).recipe, right | other)["motion_bucket"] == 19
+    with pytest.raises(InputError, match="a registered version is never changed"):
+        keep_beside("models:/cinemo/1", "README.md", b"")
 
 
 def test_bundles_side_by_side(bundle: Path, dataset: Path, tmp_path: Path) -> None:

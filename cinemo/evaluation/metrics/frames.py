@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,7 @@ def psnr(a_uint8: np.ndarray, b_uint8: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 arrays of equal shape; `MAX_PSNR` where they are equal."""
     if a_uint8.shape != b_uint8.shape:
         raise InputError(f"psnr: got shapes {a_uint8.shape} and {b_uint8.shape}, expected equal ones")
-    error = float(np.mean((a_uint8.astype(np.float64) - b_uint8.astype(np.float64)) ** 2))
-    return MAX_PSNR if error == 0 else min(MAX_PSNR, 10 * math.log10(255**2 / error))
+    return float(psnr_of_frames(a_uint8[None], b_uint8[None])[0])
 
 
 def psnr_of_frames(real_FHWC: np.ndarray, made_FHWC: np.ndarray) -> np.ndarray:
