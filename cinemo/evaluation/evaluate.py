@@ -111,14 +111,18 @@ def _protocol(plan: Plan, index: DatasetIndex, rows: Sequence[Mapping[str, Any]]
         "videos": len(rows),
         "frames": int(index.info["frames"]),
         "frame_stride": [min(intervals), max(intervals)],
-        "size": list(index.info["size"]),
+        "height_and_width": list(index.info["size"]),
         "real_videos": "decoded from the dataset's latents",
-        "first_frame": plan.first_frame,
+        "first_frame_counts": plan.first_frame,
     }
     if plan.protocol is None:
         return facts
     departures = plan.protocol.departures(
-        facts["data"], facts["videos"], facts["frames"], (min(intervals), max(intervals)), tuple(facts["size"])
+        facts["data"],
+        facts["videos"],
+        facts["frames"],
+        (min(intervals), max(intervals)),
+        tuple(facts["height_and_width"]),
     )
     departures.append("real videos are decoded from latents")
     named = {"name": plan.protocol.name, "source": plan.protocol.source, "unsaid": plan.protocol.unsaid}

@@ -155,8 +155,8 @@ def write_evaluation_report(
 
 _OBEYS = {
     "r2": "R² of strength and motion",
-    "monotone": "pictures that obey at every level",
-    "coverage": "videos within the 90% interval",
+    "monotone": "share of pictures that obey at every level",
+    "coverage": "share of videos in the 90% interval",
 }
 _TILES = {"first_frame_psnr": "first frame (dB)", "latent_frechet": "latent Fréchet distance", "motion": "motion"}
 
@@ -210,6 +210,8 @@ def _protocol_part(first: Result, protocol: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -221,7 +223,7 @@ def _control_part(results: Sequence[Result], drifts: Sequence[Drift | None]) -> 
     pictures, _, seeds = first.motion_PLS.shape
     text = (
         f"{pictures} pictures, each animated at {len(first.values)} values of {first.control.replace('_', ' ')} with "
-        f"{seeds} seeds: generated motion should rise with the value, and be linear in the strength."
+        f"{seeds} seed{'s' * (seeds > 1)}: generated motion should rise with the value, and be linear in the strength."
     )
     rows = []
     for name, each in calibrated:

@@ -91,6 +91,14 @@ def test_motion_that_dies_while_training_is_told(tmp_path: Path, small: Recipe) 
     assert json.loads((tmp_path / "motion.json").read_text())["200"]["bucket-16"] == 0.03
 
 
+def test_a_damaged_record_of_motion_does_not_end_a_training(tmp_path: Path, small: Recipe) -> None:
+    (tmp_path / "motion.json").write_text('{"0": {"bucket-16": 0.')
+    lines: list[str] = []
+    Progress(small, str(tmp_path), "/data", "digest", lines.append).handle(Sheet(100, (), {"bucket-16": 0.03}))
+    assert len(lines) == 1
+    assert lines[0].startswith("motion.json: cannot be kept")
+
+
 def test_what_never_moved_cannot_lose_its_motion() -> None:
     assert motion_lost({}, {"clips": 0.1, "bucket-16": 0.0}) is None
     assert motion_lost({"clips": 0.1, "bucket-16": 0.001}, {"clips": 0.1, "bucket-16": 0.0}) is None

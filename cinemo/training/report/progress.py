@@ -219,10 +219,13 @@ class Progress:
 
     def _watch(self, sheet: Sheet) -> None:
         """Keep how much the samples move, and say so where fine-tuning kills the motion that the base had."""
-        uri = storage.join(self._output, MOTION_FILE)
-        kept: dict[str, dict[str, float]] = storage.read_json(uri) if storage.exists(uri) else {}
-        kept[str(sheet.step)] = dict(sheet.motion)
-        storage.write_json(uri, kept)
+        uri, kept = storage.join(self._output, MOTION_FILE), dict[str, dict[str, float]]()
+        try:
+            kept = dict(storage.read_json(uri)) if storage.exists(uri) else kept
+            kept[str(sheet.step)] = dict(sheet.motion)
+            storage.write_json(uri, kept)
+        except (OSError, ValueError, TypeError) as error:  # not worth a training, as the curve is not
+            self._say(f"{MOTION_FILE}: cannot be kept ({error}); training goes on")
         metrics = {f"sample_motion_{name}": value for name, value in sheet.motion.items()}
         self._tracked(lambda run: run.log(sheet.step, metrics))
         lost = motion_lost(kept.get("0", {}), sheet.motion)
