@@ -28,7 +28,8 @@ def test_a_notebook_is_stored_with_its_figures_and_without_errors(path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path: Path) -> None:
+def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPLBACKEND")  # conftest.py's, which the kernel would inherit and draw nothing in the notebook
     notebook = nbformat.read(path, as_version=4)
     stored = figures(notebook)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
