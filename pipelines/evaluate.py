@@ -1,5 +1,5 @@
-"""Measure a bundle: on samples of a dataset (metrics.json, calibration.json and report.html), or with --rendered on
-unseen rendered scenes whose true motion is known (motion.json): do its videos move as requested?
+"""Measure a bundle: on samples of a dataset or pictures of a folder (metrics.json, calibration.json and report.html),
+or with --rendered on unseen rendered scenes whose true motion is known (motion.json): do its videos move as requested?
 
 A run that was stopped goes on where it was when started again with the same --output."""
 
@@ -20,12 +20,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://"
     )
-    parser.add_argument("--data", metavar="URI", help="dataset written by pipelines/precompute.py")
+    parser.add_argument(
+        "--data",
+        metavar="URI",
+        help="dataset written by pipelines/precompute.py, or a folder of pictures: the prompt of boat.png is in "
+        "boat.txt, or else its name; local or s3://",
+    )
     parser.add_argument(
         "--rendered", type=int, metavar="N", help="measure motion on N rendered scenes of each kind, with no dataset"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the files go, local or s3://")
-    parser.add_argument("--limit", type=int, default=4, metavar="N", help="samples to measure, one video each")
+    parser.add_argument(
+        "--limit", type=int, default=4, metavar="N", help="samples or pictures to measure, one video each"
+    )
     parser.add_argument(
         "--pictures", type=int, default=4, metavar="N", help="of them, those that measure the control of motion"
     )
@@ -61,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     if (arguments.data is None) == (arguments.rendered is None):
-        raise InputError("--data and --rendered: expected one of them, the dataset or the number of rendered scenes")
+        raise InputError(
+            "--data and --rendered: expected one of them, the dataset or pictures, or the number of rendered scenes"
+        )
     if arguments.rendered is not None:
         evaluate_rendered(
             arguments.bundle, arguments.output, arguments.rendered, arguments.steps, arguments.seed, arguments.device

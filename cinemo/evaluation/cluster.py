@@ -9,22 +9,22 @@ import ray
 import torch
 
 from cinemo import storage
-from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.precompute.cluster import connect
 from cinemo.evaluation.measuring import Measurer, Plan, Say
+from cinemo.evaluation.scenes import open_scenes
 
 
 class _Worker:
-    """Holds one bundle and measures samples and pictures of it, by their numbers."""
+    """Holds one bundle and measures scenes and pictures with it, by their numbers."""
 
     def __init__(self, bundle: str, data: str, output: str, plan: Plan, device: str | None) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        self._measurer = Measurer(bundle, DatasetIndex.load(data), output, plan, device)
+        self._measurer = Measurer(bundle, open_scenes(data, plan.limit), output, plan, device)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         number = int(row["number"])
-        if row["kind"] == "sample":
-            self._measurer.sample(number)
+        if row["kind"] == "scene":
+            self._measurer.scene(number)
         else:
             self._measurer.moved(self._measurer.picture(number))
         return row
@@ -38,7 +38,7 @@ def measure_on_ray(measurer: Measurer, data: str, output: str, workers: int, dev
     """
     connect(workers)
     gpus = float(device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
-    work = [{"kind": "sample", "number": number} for number in range(len(measurer.samples))]
+    work = [{"kind": "scene", "number": number} for number in range(len(measurer.scenes))]
     work += [{"kind": "picture", "number": int(number)} for number in measurer.pictures()]
     places = (storage.absolute(each) for each in (measurer.location, data, output))
     rows = ray.data.from_items(work, override_num_blocks=min(len(work), 4 * workers)).map(

@@ -1,4 +1,4 @@
-"""Measure bundles on samples of a dataset: metrics against the real clips, and whether motion obeys its control."""
+"""Measure bundles on clips of a dataset or pictures of a folder: metrics, and whether motion obeys its control."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 from cinemo import storage, tracking
 from cinemo.bundle import CALIBRATION, keep_beside, keep_calibration, load_bundle, read_card
-from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.calibration import Drift, drift
 from cinemo.evaluation.card import model_card
 from cinemo.evaluation.extractors import EXTRACTORS
@@ -15,6 +14,7 @@ from cinemo.evaluation.measurements import METRICS, Result
 from cinemo.evaluation.measuring import Measurer, Plan, Say
 from cinemo.evaluation.rendered import BARS, STEPS, measure_motion, misses
 from cinemo.evaluation.report import write_evaluation_report
+from cinemo.evaluation.scenes import Scenes, open_scenes
 from cinemo.media.synthetic import CLIP_FRAMES
 from cinemo.types import InputError
 
@@ -43,14 +43,14 @@ def evaluate(
         workers: of a Ray cluster that share the work; 0: this process. They must all see ``output``.
 
     Raises:
-        InputError: no bundle or dataset there, or they do not fit together.
+        InputError: no bundle, dataset or picture there, or they do not fit together.
     """
     plan = plan or Plan()
     storage.check_writable(output)
-    index = DatasetIndex.load(data)
+    scenes = open_scenes(data, plan.limit)
     results = []
     for location in (bundle_location, *against):
-        measurer = Measurer(location, index, output, plan, device)
+        measurer = Measurer(location, scenes, output, plan, device)
         if workers:
             from cinemo.evaluation.cluster import measure_on_ray  # Ray is for those who ask for it
 
@@ -59,10 +59,10 @@ def evaluate(
     result, others = results[0], results[1:]
     drifts = [_drift(result, other) for other in others]
     metrics: dict[str, Any] = result.to_json() | {
-        "dataset": index.info["fingerprint"],
+        "dataset": scenes.fingerprint,
         "samples": len(result.rows),
         "seed": plan.seed,
-        "protocol": _protocol(plan, index, result.rows),
+        "protocol": _protocol(plan, scenes, result),
         "per_sample": list(result.rows),
         "against": [
             other.to_json() | {"drift": each and vars(each) | {"has_collapsed": each.has_collapsed}}
@@ -81,10 +81,15 @@ def evaluate(
     if into_bundle:
         keep_beside(bundle_location, CARD, card.encode())
     write_evaluation_report(
-        storage.join(output, "report.html"), results, drifts, metrics["protocol"], needed(result.extractors), index
+        storage.join(output, "report.html"),
+        results,
+        drifts,
+        metrics["protocol"],
+        needed(result.extractors),
+        scenes.dataset,
     )
     if track:
-        _track(output, result, metrics, index, say)
+        _track(output, result, metrics, scenes, say)
     for other, each in zip(others, drifts, strict=True):
         if each is not None and each.has_collapsed:
             say(
@@ -103,28 +108,23 @@ def needed(extractors: Collection[str]) -> dict[str, str]:
     }
 
 
-def _protocol(plan: Plan, index: DatasetIndex, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _protocol(plan: Plan, scenes: Scenes, result: Result) -> dict[str, Any]:
     """What figures stand for: the measurement's own facts, and where they depart from a paper's protocol."""
-    intervals = [row["frame_interval"] for row in rows]
+    strides = [row["frame_interval"] for row in result.rows if "frame_interval" in row]
     facts: dict[str, Any] = {
-        "data": index.uri.rstrip("/").rpartition("/")[2],
-        "videos": len(rows),
-        "frames": int(index.info["frames"]),
-        "frame_stride": [min(intervals), max(intervals)],
-        "height_and_width": list(index.info["size"]),
-        "real_videos": "decoded from the dataset's latents",
+        "data": scenes.uri.rstrip("/").rpartition("/")[2],
+        "videos": len(result.rows),
+        "frames": result.frames,
+        "frame_stride": [min(strides), max(strides)] if strides else None,
+        "height_and_width": list(result.size),
+        "real_videos": "none, pictures alone" if scenes.dataset is None else "decoded from the dataset's latents",
         "first_frame_counts": plan.first_frame,
     }
     if plan.protocol is None:
         return facts
-    departures = plan.protocol.departures(
-        facts["data"],
-        facts["videos"],
-        facts["frames"],
-        (min(intervals), max(intervals)),
-        tuple(facts["height_and_width"]),
-    )
-    departures.append("real videos are decoded from latents")
+    stride = (min(strides), max(strides)) if strides else None
+    departures = plan.protocol.departures(facts["data"], facts["videos"], result.frames, stride, result.size)
+    departures.append("there are no real videos" if scenes.dataset is None else "real videos are decoded from latents")
     named = {"name": plan.protocol.name, "source": plan.protocol.source, "unsaid": plan.protocol.unsaid}
     return facts | named | {"departures": departures}
 
@@ -138,10 +138,10 @@ def _drift(result: Result, other: Result) -> Drift | None:
     return drift(result.calibration, other.calibration)
 
 
-def _track(output: str, result: Result, metrics: Mapping[str, Any], index: DatasetIndex, say: Say) -> None:
+def _track(output: str, result: Result, metrics: Mapping[str, Any], scenes: Scenes, say: Say) -> None:
     params = {"output": output, "bundle": result.digest, "recipe": result.name, "steps": str(result.steps)}
     run = tracking.Run(output, "evaluate", params=params)
-    run.dataset(index.uri, index.info["fingerprint"][:36], {"samples": metrics["samples"]}, context="evaluation")
+    run.dataset(scenes.uri, scenes.fingerprint[:36], {"samples": metrics["samples"]}, context="evaluation")
     run.log(0, {name: estimate.value for name, estimate in result.estimates.items()})
     run.log(0, {f"obedience_{name}": value for name, value in (metrics["obedience"] or {}).items()})
     for name in ("metrics.json", "report.html", CARD, *([CALIBRATION] if result.calibration else [])):

@@ -24,6 +24,7 @@ from cinemo.evaluation.metrics.frames import (
     motion,
     psnr_of_frames,
     ssim_of_frames,
+    still_psnr,
 )
 from cinemo.evaluation.metrics.similarity import (
     clip_similarity,
@@ -58,6 +59,7 @@ METRICS = (
     Metric("ssim", "SSIM to the real continuation", None, "higher"),
     Metric("latent_frechet", "Fréchet distance of latent statistics (bundle's autoencoder)", "latents", "lower"),
     Metric("first_frame_psnr", "first frame against the given picture (PSNR, dB)", None, "higher"),
+    Metric("still_psnr", "what stands still in the clip, against the given picture (PSNR, dB)", None, "higher"),
     Metric("first_frame_consistency", "SSIM of later frames with the first one", None, ""),
     Metric("motion", "motion (1 - mean SSIM of neighbouring frames)", None, ""),
     Metric("motion_of_clip", "the same of the real clips", None, ""),
@@ -70,17 +72,22 @@ _KEEP_ROWS = ("i3d", "c3d")
 @dataclass(frozen=True)
 class Pair:
     """A generated video and the real clip that it began from, (F, H, W, 3) uint8 both; the first real frame is the
-    given picture. ``video``: an id."""
+    given picture, and may be all there is of a clip. ``video``: an id."""
 
     video: str
     real_FHWC: np.ndarray
     made_FHWC: np.ndarray
     prompt: str
 
+    @property
+    def has_clip(self) -> bool:
+        return len(self.real_FHWC) > 1
+
 
 @dataclass(frozen=True)
 class Seen:
-    """What one pair of videos is counted by: figures by name, and by extractor the feature rows (real, generated)."""
+    """What one pair of videos is counted by: figures by name, and by extractor the feature rows (real, generated), the
+    first of them empty where there is no real clip."""
 
     figures: Mapping[str, float]
     features: Mapping[str, tuple[np.ndarray, np.ndarray]]
@@ -108,7 +115,8 @@ class Seen:
                     "tem_cons": temporal_consistency(embeddings_FD),
                 }
             elif isinstance(extractor, FeatureExtractor):
-                features[name] = extractor.features(real_FHWC), extractor.features(made_FHWC)
+                made = extractor.features(made_FHWC)
+                features[name] = extractor.features(real_FHWC) if pair.has_clip else made[:0], made
         return cls(figures, features)
 
     def to_bytes(self) -> bytes:
@@ -144,6 +152,8 @@ class Measurements:
             self.figures.setdefault(name, {})[video] = value
         for name, rows in seen.features.items():
             for populations, each in zip((self.real, self.made), rows, strict=True):
+                if not len(each):
+                    continue
                 if name not in populations:
                     populations[name] = Population(keep_rows=name in _KEEP_ROWS)
                 populations[name].add(video, each)
@@ -162,11 +172,11 @@ class Measurements:
             if metric.name in self.figures:
                 found[metric.name] = mean_of(self.figures[metric.name])
             elif metric.needs in self.made and len(self.made[metric.needs]) > 1:
-                real, made = self.real[metric.needs], self.made[metric.needs]
-                if metric.name == "kvd":
-                    found["kvd"] = kernel(real, made)
-                else:
-                    found[metric.name] = inception(made) if metric.name == "is" else frechet(real, made)
+                made, real = self.made[metric.needs], self.real.get(metric.needs)
+                if metric.name == "is":
+                    found["is"] = inception(made)
+                elif real is not None:
+                    found[metric.name] = (kernel if metric.name == "kvd" else frechet)(real, made)
         return found
 
 
@@ -183,12 +193,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one bundle."""
+    """What was measured of one bundle; ``size``: height and width of its videos."""
 
     location: str
     name: str
     digest: str
     steps: int
+    frames: int
+    size: tuple[int, int]
     estimates: Mapping[str, Estimate]
     rows: Sequence[Mapping[str, Any]]
     shown: Sequence[Shown]
@@ -221,19 +233,27 @@ def _joined(a: Mapping[str, Population], b: Mapping[str, Population]) -> dict[st
 def _weightless(pair: Pair) -> dict[str, float]:
     """What frames alone tell."""
     real_FHWC, made_FHWC = pair.real_FHWC, pair.made_FHWC
-    return {
-        "psnr": float(psnr_of_frames(real_FHWC[1:], made_FHWC[1:]).mean()),
-        "ssim": float(ssim_of_frames(real_FHWC[1:], made_FHWC[1:]).mean()),
+    figures: dict[str, float | None] = {}
+    if pair.has_clip:
+        figures = {
+            "psnr": float(psnr_of_frames(real_FHWC[1:], made_FHWC[1:]).mean()),
+            "ssim": float(ssim_of_frames(real_FHWC[1:], made_FHWC[1:]).mean()),
+            "still_psnr": still_psnr(real_FHWC, made_FHWC),
+            "motion_of_clip": motion(real_FHWC),
+        }
+    figures |= {
         "first_frame_psnr": float(psnr_of_frames(real_FHWC[:1], made_FHWC[:1])[0]),
         "first_frame_consistency": first_frame_consistency(made_FHWC),
         "motion": motion(made_FHWC),
-        "motion_of_clip": motion(real_FHWC),
         "dynamic_degree": dynamic_degree(made_FHWC),
         "temporal_flickering": flicker_free(made_FHWC),
     }
+    return {name: value for name, value in figures.items() if value is not None}
 
 
 def _distances(extractor: PairwiseDistance, pair: Pair, made_FHWC: np.ndarray) -> dict[str, float]:
+    if extractor.name == "lpips" and not pair.has_clip:
+        return {}
     if extractor.name == "lpips":
         return {"lpips": float(extractor.distances(pair.real_FHWC[1:], pair.made_FHWC[1:]).mean())}
     given_FHWC = np.broadcast_to(pair.real_FHWC[:1], made_FHWC.shape)

@@ -38,13 +38,13 @@ class Protocol:
     unsaid: str = ""
 
     def departures(
-        self, dataset: str, videos: int, frames: int, frame_strides: tuple[int, int], size: tuple[int, int]
+        self, dataset: str, videos: int, frames: int, frame_strides: tuple[int, int] | None, size: tuple[int, int]
     ) -> list[str]:
         """In words, where a measurement is not as the protocol has it.
 
         Args:
             dataset: what was measured on, as its owner calls it.
-            frame_strides: (smallest, largest) of the real clips.
+            frame_strides: (smallest, largest) of the real clips; None: there are none.
         """
         found = []
         if dataset != self.dataset:
@@ -53,7 +53,7 @@ class Protocol:
             found.append(f"{videos} videos, not {self.videos}")
         if frames != self.frames:
             found.append(f"{frames} frames, not {self.frames}")
-        if self.frame_stride is not None and frame_strides != (self.frame_stride, self.frame_stride):
+        if self.frame_stride and frame_strides and set(frame_strides) != {self.frame_stride}:
             low, high = frame_strides
             shown = f"{low}" if low == high else f"{low} to {high}"
             found.append(f"frame stride {shown}, not {self.frame_stride}")

@@ -113,7 +113,7 @@ def write_evaluation_report(
     drifts: Sequence[Drift | None],
     protocol: Mapping[str, Any],
     needed: Mapping[str, str],
-    dataset: DatasetIndex,
+    dataset: DatasetIndex | None,
 ) -> None:
     """The page of ``pipelines/evaluate.py``: metrics with intervals, motion control, and videos to play, of the first
     bundle and of those it is compared with.
@@ -122,14 +122,14 @@ def write_evaluation_report(
         drifts: of the first bundle's motion from each other one's.
         protocol: what the figures stand for.
         needed: by metric without weights, what to put where.
+        dataset: that the scenes are from; None: pictures of a folder.
     """
     first = results[0]
     title = f"Evaluation of {first.name}"
     obeys = (first.calibration and first.calibration.obedience()) or {}
     body = [
         f"<h1>{html.escape(title)}</h1>",
-        '<p class="lead">Measured on samples of a dataset: each was animated from its own first frame, caption and '
-        "controls like the clip's, and compared with the clip it came from.</p>",
+        f'<p class="lead">{_PICTURES if dataset is None else _CLIPS}</p>',
         tiles(
             {
                 "videos": str(protocol["videos"]),
@@ -141,24 +141,36 @@ def write_evaluation_report(
         *_protocol_part(first, protocol),
         *_control_part(results, drifts),
         *_noise_part(first),
-        section("Samples", "The clip, decoded from its latents, and what was generated from its first frame."),
+        section("Samples", "What was given, and what was generated from its first frame."),
         _pairs(results),
         f'<p class="note">The same frames side by side:</p>{picture(_sheet(first))}',
         section("Every sample", "Figures of each video."),
         "<details><summary>Show the table</summary>",
-        table(list(first.rows[0]), [[html.escape(number(value)) for value in row.values()] for row in first.rows]),
+        _every_row(first.rows),
         "</details>",
-        *_dataset_part(dataset),
+        *([] if dataset is None else _dataset_part(dataset)),
     ]
     write_page(uri, title, body)
 
 
+_CLIPS = (
+    "Measured on samples of a dataset: each was animated from its own first frame, caption and controls like the "
+    "clip's, and compared with the clip it came from."
+)
+_PICTURES = "Measured on pictures, each animated with its prompt. There are no real videos to compare with."
 _OBEYS = {
     "r2": "R² of strength and motion",
     "monotone": "share of pictures that obey at every level",
     "coverage": "share of videos in the 90% interval",
 }
 _TILES = {"first_frame_psnr": "first frame (dB)", "latent_frechet": "latent Fréchet distance", "motion": "motion"}
+
+
+def _every_row(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))  # some figures are not of every sample
+    return table(
+        columns, [[html.escape(number(row[name])) if name in row else "-" for name in columns] for row in rows]
+    )
 
 
 def _short(estimate: Estimate | None) -> str:
@@ -274,14 +286,19 @@ def _range(values: Sequence[int]) -> str:
 
 def _pairs(results: Sequence[Result]) -> str:
     """Videos to play: a row per sample, with the clip and what each bundle made of its first frame."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("clip", *map(_named, results)))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("given", *map(_named, results)))
     rows = []
     for number_, shown in enumerate(results[0].shown):
         made = [result.shown[number_].made_FHWC for result in results]
-        cells = "".join(f"<td>{video(_mp4(frames))}</td>" for frames in (shown.real_FHWC, *made))
+        cells = "".join(f"<td>{_seen(frames)}</td>" for frames in (shown.real_FHWC, *made))
         note = html.escape(f"{shown.clip_id}: {shown.caption}{shown.asked}")
         rows.append(f'<tr>{cells}</tr><tr><td colspan="{len(results) + 1}"><span class="note">{note}</span></td></tr>')
     return f'<table class="samples"><tr>{head}</tr>{"".join(rows)}</table>'
+
+
+def _seen(frames_FHWC: np.ndarray) -> str:
+    """A video to play, or a picture where there is one frame."""
+    return video(_mp4(frames_FHWC)) if len(frames_FHWC) > 1 else picture(Image.fromarray(frames_FHWC[0]))
 
 
 def _mp4(frames_FHWC: np.ndarray, fps: float = 8) -> bytes:
@@ -294,7 +311,7 @@ def _sheet(result: Result) -> Image.Image:
     videos, labels = [], []
     for each in result.shown:
         videos += [each.real_FHWC, each.made_FHWC]
-        labels += [f"{each.clip_id} (clip)", f"generated{each.asked}: {each.caption}"]
+        labels += [f"{each.clip_id} (given)", f"generated{each.asked}: {each.caption}"]
     return contact_sheet(videos, labels)
 
 

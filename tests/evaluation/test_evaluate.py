@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from PIL import Image
 from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
 
 from cinemo.animate import AnimateRequest, Animation, animate
@@ -17,8 +18,10 @@ from cinemo.bundle import keep_beside, keep_calibration, read_card
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.evaluate import evaluate
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
-from cinemo.evaluation.measuring import Plan, SpreadSamples
+from cinemo.evaluation.measuring import Plan
 from cinemo.evaluation.protocols import PROTOCOLS
+from cinemo.evaluation.scenes import DatasetScenes, as_given, open_scenes
+from cinemo.media.transforms import prepare_image
 from cinemo.types import InputError
 
 
@@ -148,13 +151,57 @@ def test_bundles_side_by_side(bundle: Path, dataset: Path, tmp_path: Path) -> No
 
 
 def test_samples_are_spread_over_all_shards(dataset: Path) -> None:
-    index = DatasetIndex.load(str(dataset))
-    assert [sample.key for sample in SpreadSamples(index, 3)] == ["clip-0", "clip-3", "clip-6"]
-    everything = SpreadSamples(index, 99)
-    assert [sample.key for sample in everything] == [f"clip-{k}" for k in range(7)]
-    assert [sample.caption for sample in everything] == [f"caption {k}" for k in range(7)]
+    assert [scene.key for scene in DatasetScenes(str(dataset), 3)] == ["clip-0", "clip-3", "clip-6"]
+    everything = DatasetScenes(str(dataset), 99)
+    assert [scene.key for scene in everything] == [f"clip-{k}" for k in range(7)]
+    assert [scene.prompt for scene in everything] == [f"caption {k}" for k in range(7)]
     expected = np.random.default_rng(0).normal(size=(FRAMES, 4, SIZE[0] // 8, SIZE[1] // 8)).astype(np.float16)
-    np.testing.assert_array_equal(everything[0].latents_FCHW, expected)
+    np.testing.assert_array_equal(everything[0].sample.latents_FCHW, expected)
+
+
+def test_a_folder_of_pictures_is_measured(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    for name, picture_HWC in zip(("a_boat.png", "b.JPG", "c.webp"), pixels, strict=True):
+        Image.fromarray(picture_HWC).save(folder / name)
+    (folder / "b.txt").write_text("waves\n")
+    (folder / "notes.md").write_text("no picture")
+    assert [scene.prompt for scene in open_scenes(str(folder), 9)] == ["a boat", "waves", "c"]
+
+    metrics = measured(bundle, folder, tmp_path / "out", limit=3, pictures=2)
+    assert [row["clip"] for row in metrics["per_sample"]] == ["a_boat.png", "b.JPG", "c.webp"]
+    assert {"psnr", "still_psnr", "motion_of_clip", "latent_frechet", "fvd"} <= {
+        name for name, figure in metrics["metrics"].items() if figure is None
+    }
+    assert {"first_frame_psnr", "motion", "dynamic_degree", "temporal_flickering"} <= {
+        name for name, figure in metrics["metrics"].items() if figure is not None
+    }
+    assert metrics["protocol"]["real_videos"] == "none, pictures alone"
+    assert np.array(json.loads((tmp_path / "out/calibration.json").read_text())["motion"]).shape == (2, 3)
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("data:video/mp4;base64,") == 3
+    assert "no real videos" in page
+
+    # Another picture under the same name is measured anew, the others are read.
+    Image.fromarray(pixels[1]).save(folder / "a_boat.png")
+    again = measured(bundle, folder, tmp_path / "out", limit=3, pictures=2)
+    assert again["per_sample"][0] != metrics["per_sample"][0]
+    assert again["per_sample"][1:] == metrics["per_sample"][1:]
+
+    (folder / "c.webp").write_bytes(b"RIFF")
+    with pytest.raises(InputError, match=r"c\.webp: is not a picture"):
+        measured(bundle, folder, tmp_path / "out", limit=3)
+
+
+def test_the_given_picture_is_compared_as_the_model_sees_it() -> None:
+    """A picture that already has the model's size is still resized by a pixel, as published: both sides of it alike."""
+    frames_FHWC = np.random.default_rng(1).integers(0, 256, (2, *SIZE, 3), dtype=np.uint8)
+    given_FHWC = as_given(frames_FHWC, SIZE)
+    assert given_FHWC.shape == frames_FHWC.shape
+    for frame_HWC, seen_HWC in zip(frames_FHWC, given_FHWC, strict=True):
+        expected = (prepare_image(frame_HWC, SIZE).permute(1, 2, 0).numpy() + 1) * 127.5
+        assert np.abs(seen_HWC - expected).max() <= 0.5 + 1e-4
 
 
 def test_what_does_not_fit_is_named(bundle: Path, dataset: Path, tmp_path: Path) -> None:
@@ -164,6 +211,8 @@ def test_what_does_not_fit_is_named(bundle: Path, dataset: Path, tmp_path: Path)
     with pytest.raises(InputError, match="--limit"):
         measured(bundle, dataset, tmp_path / "out", limit=0)
     with pytest.raises(InputError, match="no dataset there"):
+        evaluate(str(bundle), str(tmp_path / "nothing"), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="neither a dataset"):
         evaluate(str(bundle), str(tmp_path), str(tmp_path / "out"))
 
 

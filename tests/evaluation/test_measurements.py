@@ -10,6 +10,7 @@ import pytest
 
 from cinemo.evaluation.extractors import FeatureExtractor
 from cinemo.evaluation.measurements import METRICS, Measurements, Pair, Seen
+from cinemo.evaluation.metrics.frames import still_places, still_psnr
 
 
 class Levels(FeatureExtractor):
@@ -63,7 +64,7 @@ def test_what_has_no_weights_stays_empty() -> None:
     for number in range(3):
         measurements.add(f"{number}", Seen.of(pair(number), {}))
     found = measurements.estimates()
-    assert found.keys() == {metric.name for metric in METRICS if metric.needs is None}
+    assert found.keys() | {"still_psnr"} == {metric.name for metric in METRICS if metric.needs is None}
 
 
 def test_figures_of_a_known_pair() -> None:
@@ -79,6 +80,35 @@ def test_figures_of_a_known_pair() -> None:
     assert still["first_frame_consistency"] == pytest.approx(1)
     equal = Seen.of(Pair("equal", known.real_FHWC, known.real_FHWC, ""), {}).figures
     assert (equal["psnr"], equal["ssim"]) == pytest.approx((100, 1))
+
+
+def test_what_stands_still_in_the_clip_should_stay_as_the_given_picture() -> None:
+    """The left half of the clip moves; a video that repaints the right half by 10 levels is 28.1 dB off there."""
+    real_FHWC = np.full((4, 16, 24, 3), 100, np.uint8)
+    real_FHWC[1:, :, :12] = np.random.default_rng(0).integers(0, 60, (3, 16, 12, 3))
+    assert still_places(real_FHWC)[:, 12:].all()
+    assert not still_places(real_FHWC)[:, :12].any()
+    made_FHWC = np.full_like(real_FHWC, 100)
+    assert Seen.of(Pair("kept", real_FHWC, made_FHWC, ""), {}).figures["still_psnr"] == 100
+    made_FHWC[1:, :, 12:] += 10
+    assert still_psnr(real_FHWC, made_FHWC) == pytest.approx(20 * np.log10(25.5))
+    moving_FHWC = real_FHWC.copy()
+    moving_FHWC[1:] += 20
+    assert "still_psnr" not in Seen.of(Pair("moving", moving_FHWC, made_FHWC, ""), {}).figures
+
+
+def test_a_picture_without_a_clip_has_what_needs_none() -> None:
+    clip = pair(1)
+    alone = Seen.of(Pair("alone", clip.real_FHWC[:1], clip.made_FHWC, ""), {"i3d": Levels(), "c3d": Levels()})
+    assert not {"psnr", "ssim", "still_psnr", "motion_of_clip"} & alone.figures.keys()
+    assert alone.figures["motion"] == Seen.of(clip, {}).figures["motion"]
+    kept = Seen.from_bytes(alone.to_bytes())
+    measurements = Measurements()
+    for number in range(3):
+        measurements.add(f"{number}", kept)
+    found = measurements.estimates()
+    assert "is" in found
+    assert not {"fvd", "kvd"} & found.keys()
 
 
 def test_the_first_frame_is_left_out_of_what_networks_see() -> None:

@@ -11,6 +11,8 @@ from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.types import InputError
 
 MAX_PSNR = 100.0
+STILL = 8  # levels of 255: above what coding and an autoencoder change, below what one sees move
+LEAST_STILL = 0.01
 
 
 def psnr(a_uint8: np.ndarray, b_uint8: np.ndarray) -> float:
@@ -24,6 +26,25 @@ def psnr_of_frames(real_FHWC: np.ndarray, made_FHWC: np.ndarray) -> np.ndarray:
     """(F,) PSNR in dB of each frame against its counterpart; a video's figure is their mean (arXiv 2405.17306)."""
     errors = np.square(_levels(real_FHWC) - _levels(made_FHWC)).reshape(len(real_FHWC), -1).mean(1)
     return np.asarray(np.minimum(MAX_PSNR, -10 * np.log10(np.maximum(errors, 1e-30))))
+
+
+def still_places(frames_FHWC: np.ndarray) -> np.ndarray:
+    """(H, W) bool: where no frame of a clip differs from its first by more than `STILL` levels, in any colour."""
+    changes = np.abs(frames_FHWC.astype(np.int16) - frames_FHWC[:1].astype(np.int16))
+    return np.asarray((changes <= STILL).all((0, 3)))
+
+
+def still_psnr(real_FHWC: np.ndarray, made_FHWC: np.ndarray) -> float | None:
+    """PSNR in dB of later frames against the given picture, only where the real clip stands still (`still_places`).
+
+    What does not move in the clip should not be repainted in the video. None where less than `LEAST_STILL` of the
+    picture stands still.
+    """
+    still_HW = still_places(real_FHWC)
+    if still_HW.mean() < LEAST_STILL:
+        return None
+    given_FNC = np.broadcast_to(real_FHWC[0][still_HW], (len(made_FHWC) - 1, int(still_HW.sum()), 3))
+    return float(psnr_of_frames(given_FNC, made_FHWC[1:][:, still_HW]).mean())
 
 
 def ssim_of_frames(real_FHWC: np.ndarray, made_FHWC: np.ndarray) -> np.ndarray:

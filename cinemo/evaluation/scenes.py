@@ -1,0 +1,175 @@
+"""What a bundle is measured on: clips of a dataset, or the pictures of a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from cinemo import storage
+from cinemo.animate import load_image
+from cinemo.bundle import ModelBundle
+from cinemo.data.dataset.shards import DatasetIndex, Members, fetch_sample, record_uri
+from cinemo.media.transforms import prepare_image
+from cinemo.types import InputError, LatentSample
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_DATASET = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture to animate, with the clip that it begins where there is one.
+
+    Attributes:
+        key: names it in files; unique among the scenes.
+        name: for people.
+        sample: its stored clip.
+        picture: else where its picture is.
+    """
+
+    key: str
+    name: str
+    prompt: str
+    sample: LatentSample | None = None
+    picture: str = ""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """Of its clip, for tables."""
+        return {} if self.sample is None else {"frame_interval": self.sample.frame_interval}
+
+    def controls(self, bundle: ModelBundle) -> dict[str, Any]:
+        """What is asked for a video like the clip's own; without a clip the bundle's defaults."""
+        return {} if self.sample is None else bundle.method.controls_like(bundle.recipe, self.sample)
+
+    def frames(self, bundle: ModelBundle) -> np.ndarray:
+        """The clip, as its latents decode, or the picture alone: (F, H, W, 3) or (1, H, W, 3) uint8, of any size."""
+        if self.sample is None:
+            return load_image(self.picture)[None]
+        return bundle.decoder.decode(torch.from_numpy(np.array(self.sample.latents_FCHW, np.float32)))
+
+
+class Scenes(Sequence[Scene]):
+    """Up to ``limit`` scenes at equal distances over all that a place has, each fetched when it is asked for.
+
+    ``dataset``: that they are from, or None.
+    """
+
+    dataset: DatasetIndex | None = None
+
+    def __init__(self, uri: str, total: int, limit: int) -> None:
+        self.uri = uri
+        self._places = np.linspace(0, total - 1, min(limit, total)).round().astype(int).tolist()
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        return self.at(self._places[number])
+
+    @abstractmethod
+    def at(self, place: int) -> Scene: ...
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Tells scenes from those of another place that have the same keys; a picture's key does so by itself."""
+
+    def check(self, bundle: ModelBundle) -> None:
+        """
+        Raises:
+            InputError: the bundle makes videos of another shape.
+        """
+
+
+class DatasetScenes(Scenes):
+    """Samples of a dataset, spread over all of its shards."""
+
+    def __init__(self, uri: str, limit: int) -> None:
+        self.dataset = self._index = DatasetIndex.load(uri)
+        self._ends = np.cumsum(self._index.samples_of_shards)
+        super().__init__(uri, int(self._ends[-1]), limit)
+
+    def at(self, place: int) -> Scene:
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        shard = self._index.shards[number]
+        members = Members(**storage.read_json(record_uri(self._index.uri, shard))["members"])
+        begin = int(self._ends[number - 1]) if number else 0
+        sample = fetch_sample(self._index.uri, shard, members, place - begin)
+        return Scene(sample.key, sample.clip_id, sample.caption, sample)
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self._index.info["fingerprint"])
+
+    def check(self, bundle: ModelBundle) -> None:
+        height, width = (side // bundle.vae.downscale for side in bundle.recipe.data.size)
+        expected = (bundle.recipe.data.frames, bundle.vae.latent_channels, height, width)
+        got = self[0].sample.latents_FCHW.shape
+        if got != expected:
+            raise InputError(
+                f"--data {self.uri}: its latents are {got}, bundle {bundle.recipe.name} makes {expected} "
+                "(frames, channels, rows, columns); give a dataset made with that recipe"
+            )
+
+
+class PictureScenes(Scenes):
+    """The pictures of a folder, by name.
+
+    The prompt of ``boat.png`` is in ``boat.txt`` beside it. Without one it is the name, as VBench's image-to-video
+    pictures (arXiv 2411.13503) are named by their prompts.
+    """
+
+    def __init__(self, uri: str, limit: int) -> None:
+        names = set(storage.names(uri))
+        self._names = sorted(name for name in names if name.lower().endswith(SUFFIXES))
+        self._texts = names
+        if not self._names:
+            raise InputError(
+                f"--data {uri}: holds neither a dataset ({_DATASET}) nor pictures ({', '.join(SUFFIXES)}); give what "
+                "pipelines/precompute.py wrote, or a folder of pictures"
+            )
+        super().__init__(uri, len(self._names), limit)
+
+    def at(self, place: int) -> Scene:
+        name = self._names[place]
+        stem = PurePosixPath(name).stem
+        text, prompt = f"{stem}.txt", stem.replace("_", " ")
+        if text in self._texts:
+            try:
+                prompt = storage.read_bytes(storage.join(self.uri, text)).decode().strip()
+            except UnicodeDecodeError:
+                raise InputError(f"{storage.join(self.uri, text)}: is no UTF-8 text, expected a prompt") from None
+        uri = storage.join(self.uri, name)
+        content = hashlib.sha256(storage.read_bytes(uri) + prompt.encode()).hexdigest()
+        return Scene(f"picture-{place:06d}-{content[:16]}", name, prompt, picture=uri)
+
+    @property
+    def fingerprint(self) -> str:
+        return "pictures"
+
+
+def open_scenes(uri: str, limit: int) -> Scenes:
+    """Up to ``limit`` scenes of a dataset or of a folder of pictures.
+
+    Raises:
+        InputError: neither is there, or it is damaged.
+    """
+    is_dataset = storage.exists(storage.join(uri, _DATASET))
+    return DatasetScenes(uri, limit) if is_dataset or not storage.names(uri) else PictureScenes(uri, limit)
+
+
+def as_given(frames_FHWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(F, H, W, 3) uint8 of any size as a model sees them: resized and cut out of the centre like its picture, so that
+    they and what is generated show the same part."""
+    pictures = [prepare_image(frame_HWC, size).permute(1, 2, 0).numpy() for frame_HWC in frames_FHWC]
+    return ((np.stack(pictures) + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
