@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cinemo import cli
 from cinemo.evaluation.evaluate import evaluate, evaluate_rendered
 from cinemo.evaluation.extractors import EXTRACTORS
+from cinemo.evaluation.knobs import write_knobs
 from cinemo.evaluation.measuring import Plan
 from cinemo.evaluation.protocols import PROTOCOLS, protocol_of
 from cinemo.types import InputError
@@ -28,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--rendered", type=int, metavar="N", help="measure motion on N rendered scenes of each kind, with no dataset"
+    )
+    parser.add_argument(
+        "--knobs",
+        type=int,
+        metavar="N",
+        help="show on N rendered clips which choices of a protocol move a distance between sets of videos (knobs.html)",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the files go, local or s3://")
     parser.add_argument(
@@ -67,10 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="also keep the calibration and the model card in the bundle: the server's page shows what was measured",
     )
     arguments = parser.parse_args(argv)
-    if (arguments.data is None) == (arguments.rendered is None):
+    if sum(each is not None for each in (arguments.data, arguments.rendered, arguments.knobs)) != 1:
         raise InputError(
-            "--data and --rendered: expected one of them, the dataset or pictures, or the number of rendered scenes"
+            "--data, --rendered and --knobs: expected one of them, a dataset or pictures, or a number of rendered clips"
         )
+    if arguments.knobs is not None:
+        write_knobs(arguments.bundle, arguments.output, arguments.knobs, tuple(arguments.extractor), arguments.device)
+        print(f"report: {arguments.output}/knobs.html")
+        return
     if arguments.rendered is not None:
         evaluate_rendered(
             arguments.bundle, arguments.output, arguments.rendered, arguments.steps, arguments.seed, arguments.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -188,6 +188,20 @@ def duration_bars(seconds: dict[str, float]) -> Figure:
     axes.margins(x=0.15)
     axes.grid(visible=False, axis="y")
     axes.set(xlabel="seconds")
+    return figure
+
+
+def knob_bars(values: Mapping[str, float]) -> Figure:
+    """One bar per way to measure, with a line at the first."""
+    figure, axes = _figure(9.0, 0.7 + 0.32 * len(values))
+    names = list(values)
+    bars = axes.barh(names, list(values.values()), color=[ACCENT, *[MUTED] * (len(names) - 1)], height=0.7)
+    axes.axvline(values[names[0]], color=ACCENT, linewidth=1, linestyle=":")
+    axes.bar_label(bars, [f"{value:.3g}" for value in values.values()], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="distance (logarithmic)", xscale="log", xlim=(min(values.values()) / 2, 2 * max(values.values())))
     return figure
 
 
