@@ -32,7 +32,7 @@ def model_card(card: BundleCard, metrics: Mapping[str, Any], calibration: Mappin
         "",
         "## What was measured",
         "",
-        f"On {metrics['samples']} samples of dataset `{str(metrics['dataset'])[:12]}`, {metrics['steps']} steps, "
+        f"On {_measured_on(metrics)}, {metrics['steps']} steps ({metrics['calls_a_video']} calls of the network), "
         f"seed {metrics['seed']}. Intervals are 95%. A metric without a value needs weights that were not given.",
         "",
         "| metric | value | interval | at half the videos |",
@@ -53,6 +53,12 @@ def model_card(card: BundleCard, metrics: Mapping[str, Any], calibration: Mappin
             f"A toy of {width}x{height} pixels, to show the method at work, not for quality.",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _measured_on(metrics: Mapping[str, Any]) -> str:
+    if metrics["protocol"]["frame_stride"] is None:
+        return f"{metrics['samples']} pictures of `{metrics['protocol']['data']}`"
+    return f"{metrics['samples']} samples of dataset `{str(metrics['dataset'])[:12]}`"
 
 
 def _motion(calibration: Mapping[str, Any]) -> list[str]:

@@ -193,7 +193,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of one bundle; ``size``: height and width of its videos."""
+    """What was measured of one bundle.
+
+    ``size``: height and width of its videos. ``calls``, ``seconds``: of its network and of this machine, a video.
+    """
 
     location: str
     name: str
@@ -201,6 +204,8 @@ class Result:
     steps: int
     frames: int
     size: tuple[int, int]
+    calls: int
+    seconds: float
     estimates: Mapping[str, Estimate]
     rows: Sequence[Mapping[str, Any]]
     shown: Sequence[Shown]
@@ -215,6 +220,8 @@ class Result:
             "bundle": self.digest,
             "recipe": self.name,
             "steps": self.steps,
+            "calls_a_video": self.calls,
+            "seconds_a_video": self.seconds,
             "metrics": {each.name: known[each.name].to_json() if each.name in known else None for each in METRICS},
             "extractors": {name: dict(identity) for name, identity in self.extractors.items()},
             "initial_noise": {

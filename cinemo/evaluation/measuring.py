@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,6 +169,27 @@ class Measurer:
         """Numbers of the scenes whose pictures measure the control: spread over those that are measured."""
         yield from np.linspace(0, len(self.scenes) - 1, min(self.plan.pictures, len(self.scenes))).round().astype(int)
 
+    def cost(self) -> tuple[int, float]:
+        """How often the network is asked for a video, and the seconds that one takes here; measured once."""
+        uri = storage.join(self._videos, "cost.json")
+        if not storage.exists(uri):
+            scene, calls = self.scenes[0], 0
+            wanted = {"steps": self.plan.steps, "seed": self.plan.seed, **scene.controls(self.bundle)}
+            request = AnimateRequest(scene.frames(self.bundle)[0], scene.prompt, **wanted)
+
+            def count(done: int, total: int) -> None:
+                nonlocal calls
+                calls = total
+
+            began = time.perf_counter()
+            animate(self.bundle, request, count)
+            storage.write_json(uri, {"calls": calls, "seconds": time.perf_counter() - began})
+        try:
+            kept = storage.read_json(uri)
+            return int(kept["calls"]), float(kept["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{uri}: is damaged ({error}); remove it, it is then measured again") from None
+
     def result(self, say: Say) -> Result:
         """Everything that the plan asks for."""
         bundle, plan, total = self.bundle, self.plan, len(self.scenes)
@@ -181,6 +203,7 @@ class Measurer:
                 shown.append(Shown(scene.name, scene.prompt, _said(controls), pair.real_FHWC, pair.made_FHWC))
             say(f"{bundle.recipe.name}: sample {number + 1}/{total}: {scene.name}")
         pictures = [self.picture(number) for number in self.pictures()]
+        calls, seconds = self.cost()
         return Result(
             self.location,
             bundle.recipe.name,
@@ -188,6 +211,8 @@ class Measurer:
             plan.steps or bundle.recipe.sample.steps,
             bundle.recipe.data.frames,
             bundle.recipe.data.size,
+            calls,
+            seconds,
             measurements.estimates(),
             rows,
             shown,

@@ -195,6 +195,8 @@ def _metrics_part(results: Sequence[Result], needed: Mapping[str, str]) -> list[
         half += [_short(None) if estimate is None or estimate.extrapolated is None else number(estimate.extrapolated)]
         name = f"{html.escape(metric.title)} {arrows[metric.better]}"
         rows.append([name, *(_with_interval(result.estimates.get(metric.name)) for result in results), *half])
+    rows.append(["calls of the network a video", *(str(result.calls) for result in results), "-", "-"])
+    rows.append(["seconds a video, on this machine", *(number(result.seconds) for result in results), "-", "-"])
     text = (
         "With 95% intervals: bootstrap over videos of means, spread over halves of the videos for distances between "
         "sets. Such a distance falls as videos are added; beside it stand what half of them give and what it goes to."
