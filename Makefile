@@ -27,11 +27,11 @@ demo: setup
 test: setup
 	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
 
-# What kills, measures or trains for minutes; then what starts Ray or a server, one after the other: each fills two cores.
+# What kills, measures or trains for minutes; then, a file at a time in each process, what starts Ray or a server.
 # pytest ends with 5 where ARGS leave one of them no test.
 test-slow: setup
-	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal -m 'slow and not ray' $(ARGS) || [ $$? = 5 ]
-	$(PY) -m pytest -m 'slow and ray' $(ARGS) || [ $$? = 5 ]
+	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal -m 'slow and not ray' --durations 20 $(ARGS) || [ $$? = 5 ]
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m 'slow and ray' --durations 20 $(ARGS) || [ $$? = 5 ]
 
 check: setup
 	$(VENV)/bin/ruff format --check .
