@@ -39,6 +39,14 @@ def learns_on_cpu(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.device.type == "cpu"
 
 
+Run = Callable[..., Tensor]
+"""Calls a function with what follows it."""
+
+
+def plainly(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return function(*inputs)
+
+
 def tokens(x: Tensor, batch: int) -> Tensor:
     """(B*F, C, h, w) -> (B, F, p, C)."""
     images, width, rows, columns = x.shape
@@ -64,14 +72,26 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
         self.temopral_conv = TemporalConvolutions(out_width)
 
-    def forward(self, x: Tensor, activated_embedding_BE: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, activated_embedding_BE: Tensor, skip: Tensor | None = None, run: Run = plainly
+    ) -> Tensor:
+        """Of ``x`` with the channels of ``skip`` behind it.
+
+        Args:
+            run: calls what comes before the convolutions along time. With gradient checkpointing that is made again for
+                the backward pass; they are not, as published: they are much of the work.
+        """
+        h = run(self._in_space, x, skip, activated_embedding_BE)
+        out: Tensor = self.temopral_conv(h, len(activated_embedding_BE))
+        return out
+
+    def _in_space(self, x: Tensor, skip: Tensor | None, activated_embedding_BE: Tensor) -> Tensor:
+        x = x if skip is None else torch.cat([x, skip], dim=1)
         batch = len(activated_embedding_BE)
         h = recomputed(_activated(self.in_layers), x)
         embedding = self.emb_layers[1](activated_embedding_BE)[:, :, None, None]
         h = add(h, embedding.repeat_interleave(len(x) // batch, dim=0))
-        h = add(recomputed(_activated(self.out_layers), h), self.skip_connection(x))
-        out: Tensor = self.temopral_conv(h, batch)
-        return out
+        return add(recomputed(_activated(self.out_layers), h), self.skip_connection(x))
 
 
 class TemporalConvolutions(nn.Module):

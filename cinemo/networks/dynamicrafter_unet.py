@@ -7,7 +7,7 @@ the further input channels and the two parts of the context are is the method's 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -101,7 +101,8 @@ class DynamiCrafterUNet(nn.Module):
         attention_resolutions: the levels with attention, by how many times smaller than the input they are: 1, 2, 4...
             The innermost block always has attention.
         num_head_channels: width of a head.
-        gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        gradient_checkpointing: recompute attention and convolutions in space in the backward pass instead of keeping
+            their activations.
         published: further entries of a published configuration; values other than the supported one are refused.
             Those of `WITHOUT_EFFECT` are accepted.
 
@@ -258,26 +259,25 @@ class DynamiCrafterUNet(nn.Module):
         def block(modules: Iterable[nn.Module], x: Tensor, skips: list[Tensor] | None = None) -> Tensor:
             """Of ``x``, with the last of ``skips`` beside it; the one after that has the size to upsample to."""
 
-            def run(x: Tensor, skip: Tensor | None) -> Tensor:
-                x = x if skip is None else torch.cat([x, skip], dim=1)
-                for module in modules:
-                    if isinstance(module, ResBlock):
-                        x = module(x, embedding)
-                    elif isinstance(module, SpatialTransformer):
-                        x = module(x, batch, context)
-                    elif isinstance(module, TemporalTransformer):
-                        x = module(x, batch)
-                    elif isinstance(module, Upsample):
-                        x = module(x.contiguous() if learns_on_cpu(x) else x, size)
-                    else:
-                        x = module(x)
-                return x
-
             skip = skips.pop() if skips else None
             size = cast(tuple[int, int], tuple(skips[-1].shape[2:])) if skips else (0, 0)
+            for module in modules:
+                if isinstance(module, ResBlock):
+                    x, skip = module(x, embedding, skip, kept_or_made_again), None
+                elif isinstance(module, SpatialTransformer):
+                    x = kept_or_made_again(module, x, batch, context)
+                elif isinstance(module, TemporalTransformer):
+                    x = kept_or_made_again(module, x, batch)
+                elif isinstance(module, Upsample):
+                    x = module(x.contiguous() if learns_on_cpu(x) else x, size)
+                else:
+                    x = module(x)
+            return x
+
+        def kept_or_made_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
             if not self.gradient_checkpointing or not torch.is_grad_enabled():
-                return run(x, skip)
-            out: Tensor = checkpoint(run, x, skip, use_reentrant=False, preserve_rng_state=False)
+                return function(*inputs)
+            out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
             return out
 
         def begun(x: Tensor) -> Tensor:
