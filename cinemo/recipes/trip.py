@@ -100,13 +100,15 @@ def trip_w_256() -> TripLinearRecipe:
 def trip_tiny() -> TripRecipe:
     """The same method with small networks at 64x96 pixels, for two CPU cores.
 
-    It starts from the UNet of `cinemo-tiny` (``--set train.init=null``: from nothing), which knows this world and its
-    captions but learnt residuals, and saw the picture in every frame: here it must first learn to fetch it from the
-    frame before. Where it departs from the paper, and why:
+    It starts from networks that ship with the package (``--set train.init=null``: from nothing;
+    `cinemo/assets/trip-tiny/CARD.md` has the figures). They were made from the UNet of `cinemo-tiny`, which knew this
+    world and its captions but had learnt residuals, and saw the picture in every frame: this one had to learn to fetch
+    it from the frame before. Where it departs from the paper, and why:
 
     - diffusion.prediction: v, which that UNet predicts. model.tnf_space: so v is what the fusion module merges.
     - model.fusion: as wide as this UNet's outermost level.
-    - train.timestep_shift 4, train.prompt_dropout 0.1, encoders, sample.guidance_scale: as for `cinemo-tiny`.
+    - train.timestep_shift 4, train.prompt_dropout 0.1, encoders: as for `cinemo-tiny`.
+    - sample.guidance_scale 2: with 3 contrast grows from frame to frame, with 1.5 frames become grainier.
     - train.lr, train.fusion_lr: a hundred and five times the paper's, for minutes instead of days.
     """
     return TripRecipe(
@@ -141,11 +143,11 @@ def trip_tiny() -> TripRecipe:
             prompt_dropout=0.1,
             timestep_shift=4.0,
             precision="fp32",
-            init="package:tiny/unet",
+            init="package:trip-tiny",
             lanes=2,
             log_every=5,
             checkpoint_every=100,
             sample_every=100,
         ),
-        sample=TripSample(steps=25, guidance_scale=3.0),
+        sample=TripSample(steps=25, guidance_scale=2.0),
     )
