@@ -68,7 +68,7 @@ class DemoFacts:
 def write_demo_report(uri: str, facts: DemoFacts) -> None:
     """The page that ``make demo`` leaves behind."""
     data = facts.dataset.info
-    tuned = facts.motion["tuned"]
+    tuned, asked = facts.motion["tuned"], {sample.controls for sample in facts.samples}
     body = [
         "<h1>From clips to animated images</h1>",
         '<p class="lead">The whole chain on this machine: clips became latent shards, the shards a model, the '
@@ -79,13 +79,13 @@ def write_demo_report(uri: str, facts: DemoFacts) -> None:
                 "pans go the right way": f"{tuned['pan_direction_cosine']:.2f}",
                 "shapes go the right way": f"{tuned['object_direction_share']:.0%}",
                 "fluids go the right way": f"{tuned['fluid_direction_cosine']:.2f}",
-                "higher bucket, more motion": f"{tuned['bucket_rank']:.2f}",
+                **({"higher level, more motion": f"{tuned['bucket_rank']:.2f}"} if "bucket_rank" in tuned else {}),
                 "training steps": f"{facts.losses[-1][0]}",
                 "total time": f"{sum(facts.seconds.values()) / 60:.1f} min",
             }
         ),
         *motion_part(facts.motion),
-        section("Samples", "Each image animated at three motion buckets, with the same seed. Larger = more motion."),
+        section("Samples", _ONE_LEVEL if asked == {""} else _LEVELS),
         _sample_table(facts.samples),
         f'<p class="note">The same frames side by side:</p>{picture(facts.sheet)}',
         section("Training", "The denoising loss over the motion residuals, and where the time went."),
@@ -105,6 +105,10 @@ def write_demo_report(uri: str, facts: DemoFacts) -> None:
         f'<p class="note">Bundle {code(facts.bundle)}, dataset {code(data["fingerprint"])}</p>',
     ]
     write_page(uri, "cinemo demo", body)
+
+
+_LEVELS = "Each image animated at several levels of motion, with the same seed, from the least to the most."
+_ONE_LEVEL = "Each image animated with its prompt. The method has no control of how much moves."
 
 
 def write_evaluation_report(
@@ -402,7 +406,7 @@ def _dataset_part(dataset: DatasetIndex, edges: Sequence[float] | None = None) -
 def _sample_table(samples: Sequence[Sample]) -> str:
     """One row per prompt: the image, then its videos by what was asked."""
     asked = list(dict.fromkeys(sample.controls for sample in samples))
-    header = "".join(f"<th>{html.escape(controls)}</th>" for controls in asked)
+    header = "".join(f"<th>{html.escape(controls or 'video')}</th>" for controls in asked)
     rows = []
     for prompt in dict.fromkeys(sample.prompt for sample in samples):
         own = {sample.controls: sample for sample in samples if sample.prompt == prompt}

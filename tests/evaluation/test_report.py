@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,16 @@ def test_the_page_holds_everything_and_escapes_what_users_wrote(index: DatasetIn
     assert "0.812" in page
     assert page.count("0.888") == 2
     assert all(link.startswith("data:") for link in re.findall(r'(?:src|href)="([^"]+)"', page))
+    assert "higher level, more motion" in page
+    assert "several levels of motion" in page
+
+    # A method without a control of how much moves.
+    alone = {
+        name: {key: value for key, value in each.items() if key != "bucket_rank"} for name, each in facts.motion.items()
+    }
+    plain = [replace(sample, controls="") for sample in samples[::2]]
+    write_demo_report(str(tmp_path / "plain.html"), replace(facts, motion=alone, samples=plain))
+    page = (tmp_path / "plain.html").read_text()
+    assert "higher level, more motion" not in page
+    assert "no control of how much moves" in page
+    assert "<th>video</th>" in page
