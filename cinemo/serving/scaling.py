@@ -56,9 +56,10 @@ class QueueDemand:
             self._asked = now
             self._asking = threading.Thread(target=self._ask, name="cinemo-demand", daemon=True)
             self._asking.start()
-        if self._unfinished is None:
+        unfinished = self._unfinished  # the thread may change it meanwhile
+        if unfinished is None:
             return context.target_num_replicas, {}
-        return wanted(self._unfinished, self._slots), {"unfinished_jobs": self._unfinished}
+        return wanted(unfinished, self._slots), {"unfinished_jobs": unfinished}
 
     def _ask(self) -> None:
         try:

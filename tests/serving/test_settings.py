@@ -116,7 +116,8 @@ def test_demand_follows_the_queue(tmp_path: Path) -> None:
     store = open_store(settings)
     demand = QueueDemand(settings.database_url, slots=2)
     context = SimpleNamespace(target_num_replicas=3)
-    assert demand(context)[0] == 3  # not asked yet: stay
+    demand._asked = time.monotonic()  # a moment ago, and there is no answer yet
+    assert demand(context)[0] == 3
 
     def asked() -> int:
         demand._asked = float("-inf")
