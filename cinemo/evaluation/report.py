@@ -88,7 +88,7 @@ def write_demo_report(uri: str, facts: DemoFacts) -> None:
         section("Samples", _ONE_LEVEL if asked == {""} else _LEVELS),
         _sample_table(facts.samples),
         f'<p class="note">The same frames side by side:</p>{picture(facts.sheet)}',
-        section("Training", "The denoising loss over the motion residuals, and where the time went."),
+        section("Training", "The denoising loss, and where the time went."),
         pair(
             (
                 loss_curve(*zip(*facts.losses, strict=True)),
