@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -180,5 +181,7 @@ def test_a_text_encoder_is_counted_by_its_configuration(small: Recipe) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["tiny, ZeRO 0", "dynamicrafter-tiny, ZeRO 2", "trip-tiny, ZeRO 2"])
 def test_the_memory_of_a_real_training_is_as_predicted(case: str) -> None:
-    for guess, kept in zip(predicted(CASES[case]), (False, True), strict=True):
-        assert guess == pytest.approx(measured(CASES[case], kept), rel=0.15), kept
+    in_use, as_it_runs = predicted(CASES[case])
+    assert in_use == pytest.approx(measured(CASES[case], False), rel=0.15)
+    # How much freed memory stays differs from run to run, now and then by a sixth.
+    assert as_it_runs == pytest.approx(median(measured(CASES[case], True) for _ in range(3)), rel=0.15)
