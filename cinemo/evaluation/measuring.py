@@ -104,8 +104,7 @@ class Measurer:
             except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise InputError(f"{uri}*.npz: is damaged ({error}); remove it, it is then measured again") from None
         frames_FHWC = scene.frames(self.bundle)
-        wanted = {"steps": self.plan.steps, "seed": self.plan.seed, **scene.controls(self.bundle)}
-        made_FHWC = animate(self.bundle, AnimateRequest(frames_FHWC[0], scene.prompt, **wanted)).frames_FHWC
+        made_FHWC = animate(self.bundle, self._request(scene, frames_FHWC)).frames_FHWC
         real_FHWC = as_given(frames_FHWC, self.bundle.recipe.data.size)
         pair = Pair(scene.key, real_FHWC, made_FHWC, scene.prompt)
         seen = Seen.of(pair, self.extractors, self.plan.first_frame)
@@ -115,6 +114,10 @@ class Measurer:
             storage.write_bytes(frames, content.getvalue())
         storage.write_bytes(kept, seen.to_bytes())
         return scene, seen, pair if show else None
+
+    def _request(self, scene: Scene, frames_FHWC: np.ndarray) -> AnimateRequest:
+        wanted = {"steps": self.plan.steps, "seed": self.plan.seed, **scene.controls(self.bundle)}
+        return AnimateRequest(frames_FHWC[0], scene.prompt, **wanted)
 
     def picture(self, number: int) -> Picture:
         """The picture of a scene, with its prompt."""
@@ -174,8 +177,7 @@ class Measurer:
         uri = storage.join(self._videos, "cost.json")
         if not storage.exists(uri):
             scene, calls = self.scenes[0], 0
-            wanted = {"steps": self.plan.steps, "seed": self.plan.seed, **scene.controls(self.bundle)}
-            request = AnimateRequest(scene.frames(self.bundle)[0], scene.prompt, **wanted)
+            request = self._request(scene, scene.frames(self.bundle))
 
             def count(done: int, total: int) -> None:
                 nonlocal calls
