@@ -228,6 +228,8 @@ def _protocol_part(first: Result, protocol: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(value: Any) -> str:
+    if value is None:
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return "; ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
