@@ -67,8 +67,14 @@ class Calibration:
 
     @property
     def interval_L(self) -> tuple[np.ndarray, np.ndarray]:
-        """Between which motions nine of ten videos are, by value."""
-        low, high = np.quantile(self.motion_PLS, INTERVAL, axis=(0, 2))
+        """Between which motions nine of ten videos of a further picture are, by value.
+
+        Of n pictures the k-th smallest is expected to exceed k / (n + 1) of all others, not k / n: the quantiles lie as
+        much further out.
+        """
+        count = len(self.motion_PLS)
+        levels_ = (np.array(INTERVAL) * (count + 1) - 1) / max(1, count - 1)
+        low, high = np.quantile(self.motion_PLS, levels_.clip(0, 1), axis=(0, 2))
         return low, high
 
     @property
@@ -114,8 +120,8 @@ class Calibration:
         return alike if len(alike) > 1 else ()
 
     def obedience(self) -> dict[str, float] | None:
-        """How well a strength of 0..1 says what comes out, judged on pictures that the map was not made of: each half
-        of the pictures by the map of the other. None of fewer than 4 pictures.
+        """How well a strength of 0..1 says what comes out, each picture judged by the map of all the others. None of
+        fewer than 4 pictures.
 
         Returns:
             ``r2``: of requested and achieved motion, mean over pictures, at `STRENGTHS` strengths; ``r2_of_videos``:
@@ -125,24 +131,21 @@ class Calibration:
         count = len(self.motion_PLS)
         if count < 4:
             return None
-        even, odd = np.arange(0, count, 2), np.arange(1, count, 2)
-        asked, achieved, covered = [], [], []
-        for fitted, judged in ((even, odd), (odd, even)):
-            map_ = self._of(fitted)
+        strengths = np.linspace(0, 1, STRENGTHS)
+        asked_PT, achieved_PTS, covered_PTS = [], [], []
+        for picture in range(count):
+            map_ = self._of(np.delete(np.arange(count), picture))
             curve, (low, high) = map_.curve_L, map_.interval_L
-            for strength in np.linspace(0, 1, STRENGTHS):
-                place = self.values.index(map_.value_for(float(strength)))
-                videos_PS = self.motion_PLS[judged, place]
-                asked.append(curve[0] + strength * (curve[-1] - curve[0]))
-                achieved.append(videos_PS)
-                covered.append((videos_PS >= low[place]) & (videos_PS <= high[place]))
-        means = np.array([videos.mean() for videos in achieved])
-        single = np.concatenate([videos.ravel() for videos in achieved])
-        asked_of_single = np.repeat(asked, [videos.size for videos in achieved])
+            places = [self.values.index(map_.value_for(float(strength))) for strength in strengths]
+            videos_TS = self.motion_PLS[picture, places]
+            asked_PT.append(curve[0] + strengths * (curve[-1] - curve[0]))
+            achieved_PTS.append(videos_TS)
+            covered_PTS.append((videos_TS >= low[places, None]) & (videos_TS <= high[places, None]))
+        asked, achieved = np.array(asked_PT), np.array(achieved_PTS)
         return {
-            "r2": _explained(np.array(asked), means),
-            "r2_of_videos": _explained(asked_of_single, single),
-            "coverage": float(np.concatenate([each.ravel() for each in covered]).mean()),
+            "r2": _explained(asked.mean(0), achieved.mean((0, 2))),
+            "r2_of_videos": _explained(asked[..., None], achieved),
+            "coverage": float(np.mean(covered_PTS)),
             "monotone": self.monotone_share,
         }
 

@@ -129,24 +129,22 @@ class Measurer:
         None where the method has no control of motion."""
         if self.control is None:
             return None
-        (key, picture_HWC, prompt), (name, values), plan = picture, self.control, self.plan
-        seeds = range(plan.seed, plan.seed + plan.seeds)
+        seeds = range(self.plan.seed, self.plan.seed + self.plan.seeds)
+        return np.stack([self._moved(picture, self.control, seed) for seed in seeds], 1)
+
+    def _moved(self, picture: Picture, control: tuple[str, tuple[int, ...]], seed: int) -> np.ndarray:
+        """(values, 2); a part of its own for each seed, so that more seeds add to what is there."""
+        (key, picture_HWC, prompt), (name, values), steps = picture, control, self.plan.steps
         sha = hashlib.sha256(picture_HWC.tobytes()).hexdigest()
-        asked = _digest([self.bundle.digest, plan.steps, list(seeds), name, values, sha, prompt])
+        asked = _digest([self.bundle.digest, steps, seed, name, values, sha, prompt])
         uri = storage.join(self._parts, "motion", f"{key}-{asked}.json")
         if not storage.exists(uri):
-            made = [
-                [
-                    _moved(self.bundle, picture_HWC, prompt, {name: value, "steps": plan.steps, "seed": seed})
-                    for seed in seeds
-                ]
-                for value in values
-            ]
-            storage.write_json(uri, made)
+            controls = [{name: value, "steps": steps, "seed": seed} for value in values]
+            storage.write_json(uri, [_motion_of(self.bundle, picture_HWC, prompt, each) for each in controls])
         try:
             table = np.array(storage.read_json(uri), np.float64)
-            if table.shape != (len(values), plan.seeds, 2):
-                raise ValueError(f"{table.shape}, expected {(len(values), plan.seeds, 2)}")
+            if table.shape != (len(values), 2):
+                raise ValueError(f"{table.shape}, expected {(len(values), 2)}")
         except ValueError as error:
             raise InputError(f"{uri}: is damaged ({error}); remove it, it is then measured again") from None
         return table
@@ -224,7 +222,7 @@ class Measurer:
         )
 
 
-def _moved(
+def _motion_of(
     bundle: ModelBundle, picture_HWC: np.ndarray, prompt: str, controls: Mapping[str, Any]
 ) -> tuple[float, float]:
     """1 - SSIM and pixels a frame of what is generated."""

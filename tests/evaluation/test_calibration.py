@@ -72,7 +72,7 @@ def test_more_strength_is_never_a_smaller_value(motion: list[float], seed: int) 
 
 
 def test_obedience_is_judged_on_other_pictures() -> None:
-    """64 pictures that move alike but for noise: the map of one half fits the other."""
+    """64 pictures that move alike but for noise: the map of all but one fits that one."""
     rising = np.tile(np.linspace(0.02, 0.4, 20), (64, 1))
     obeys = table(rising, seeds=3, spread=0.01).obedience()
     assert obeys is not None
@@ -84,6 +84,17 @@ def test_obedience_is_judged_on_other_pictures() -> None:
     assert deaf["r2"] < 0.5
     assert deaf["monotone"] == 0
     assert table(rising[:3]).obedience() is None
+
+
+def test_intervals_cover_pictures_that_differ() -> None:
+    """Every video of a picture moves more or less than another picture's, and there are few pictures."""
+    rng, rising = np.random.default_rng(1), np.linspace(0.1, 0.4, 20)
+    covered = []
+    for _ in range(40):
+        obeys = table(rising + 0.05 * rng.standard_normal((16, 1)), seeds=3, spread=0.001).obedience()
+        assert obeys is not None
+        covered.append(obeys["coverage"])
+    assert 0.87 <= np.mean(covered) <= 0.93
 
 
 def test_motion_that_died_is_noticed() -> None:

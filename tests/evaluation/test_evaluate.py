@@ -98,6 +98,9 @@ def test_a_stopped_evaluation_goes_on_and_a_longer_one_adds_to_it(
     calls.clear()
     measured(bundle, dataset, tmp_path / "parts", limit=5)
     assert not calls
+    measured(bundle, dataset, tmp_path / "parts", limit=5, seeds=3)
+    assert len(calls) == 2 * 3 * 2, "two seeds more of each picture and value, the first as it was"
+    calls.clear()
     measured(bundle, dataset, tmp_path / "parts", limit=5, seed=9)
     assert calls, "videos of another seed are others"
 
@@ -111,7 +114,7 @@ def test_a_damaged_part_is_named(bundle: Path, dataset: Path, tmp_path: Path) ->
         measured(bundle, dataset, tmp_path)
     kept.write_bytes(whole)
     next((tmp_path / "parts" / "motion").glob("clip-6-*.json")).write_text("[[[1.0, 2.0]]]")
-    with pytest.raises(InputError, match=r"clip-6-.*json: is damaged .*expected \(3, 1, 2\)"):
+    with pytest.raises(InputError, match=r"clip-6-.*json: is damaged .*expected \(3, 2\)"):
         measured(bundle, dataset, tmp_path)
 
 
