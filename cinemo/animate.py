@@ -24,7 +24,7 @@ from cinemo.bundle import ModelBundle
 from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.media.video import probe, read_frames
-from cinemo.methods import method_class, run
+from cinemo.methods import long, method_class, run
 from cinemo.methods.controls import check_text
 from cinemo.types import Animation, ClipError, InputError
 
@@ -141,7 +141,7 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     recipe, settings = bundle.recipe, request.settings(bundle.recipe, bundle.motion.calibration)
     image = request.image.convert("RGB") if isinstance(request.image, Image.Image) else request.image
     inputs = {name: np.ascontiguousarray(pixels) for name, pixels in {"image": image, **request.inputs}.items()}
-    sampling, calls = bundle.method.prepare(recipe, bundle.encoders, inputs, settings)
+    sampling, calls = long.prepare(bundle.method, recipe, bundle.encoders, inputs, settings)
     known = {
         "recipe": recipe.name,
         "bundle": bundle.digest,

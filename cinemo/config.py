@@ -233,6 +233,27 @@ class TrainConfig(Part):
         return self
 
 
+class LongConfig(Part):
+    """A video of more frames than the network makes at once (`cinemo.diffusion.phased`, `cinemo.methods.long`)."""
+
+    way: Literal["phased", "windows", "chain"] = Field(
+        "phased",
+        description="phased: segments share the first steps (arXiv 2405.17306); windows: they overlap, and are blended "
+        "in every step; chain: each begins with the last frame of the one before",
+    )
+    gamma: float = Field(0.8, gt=0, le=1, description="phased: share of the steps that segments have in common")
+    omega: float = Field(0.2, ge=0, description="phased: how much noise of its own a segment gets")
+    shuffle: Literal["sequence", "segment"] = Field(
+        "sequence", description="phased: frames of the noise change places over all segments, or within each"
+    )
+    noise: Literal["handoff", "image"] = Field(
+        "handoff", description="phased: as the first segment had it, or as the network finds it in a standing picture"
+    )
+    renormalise: bool = Field(False, description="phased: bring the noise of further segments back to its deviation")
+    overlap: int = Field(4, ge=0, description="windows: frames that neighbours share")
+    together: int = Field(4, ge=1, description="segments or windows in one call of the network: bounds the memory")
+
+
 class SampleConfig(Part):
     """Sampling defaults of any method; one with more of its own derives from this."""
 
@@ -254,6 +275,7 @@ class SampleConfig(Part):
         (0.0, 1.0), description="part of the noise range in which guidance acts"
     )
     reuse_features: int = Field(1, ge=1, description="run the inner layers at every Nth step only (DeepCache)")
+    long: LongConfig = LongConfig()
 
     @model_validator(mode="after")
     def _check(self) -> SampleConfig:
@@ -288,7 +310,9 @@ class Recipe(Part):
         return min(self.data.size) < 128
 
     def to_json(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+        # What nobody changed is left out of sections that came later: recipes and bundles keep their digests.
+        later = {"sample": {"long"}} if self.sample.long == LongConfig() else None
+        return json.dumps(self.model_dump(mode="json", exclude=later), indent=2, sort_keys=True) + "\n"
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -132,6 +132,11 @@ class Condition(dict[str, Any]):
         """The same condition on another device or in another floating dtype."""
         return Condition(_each(lambda x: x.to(device, dtype if x.is_floating_point() else None), dict(self)))
 
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return _rows(dict(self))
+
     def expand(self, count: int) -> Condition:
         """A single row (views of it) ``count`` times."""
         return Condition(_each(lambda x: x.expand(count, *x.shape[1:]), dict(self)))
@@ -152,6 +157,12 @@ def _each(function: Callable[..., Tensor], *trees: Any) -> Any:
     if isinstance(first, tuple):
         return tuple(_each(function, *parts) for parts in zip(*trees, strict=True))
     return function(*trees)
+
+
+def _rows(tree: Any) -> int:
+    while isinstance(tree, (Mapping, tuple)):
+        tree = next(iter(tree.values())) if isinstance(tree, Mapping) else tree[0]
+    return len(tree)
 
 
 @dataclass(frozen=True)

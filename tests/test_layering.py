@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cinemo.methods import method_named
-from cinemo.methods.controls import Controls, FastSampling
+from cinemo.methods.controls import Controls, FastSampling, LongVideo
 from cinemo.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -142,7 +142,8 @@ def names_of_methods() -> tuple[set[str], set[str]]:
             networks = method.fresh_networks(recipe).values()
         own = (method, method.recipe_type, method.controls_type, *map(type, networks))
         classes |= {kind.__name__ for kind in own}
-        controls |= method.controls_type.model_fields.keys() - FastSampling.model_fields.keys()
+        shared = FastSampling.model_fields.keys() | LongVideo.model_fields.keys()
+        controls |= method.controls_type.model_fields.keys() - shared
     assert not controls & Controls.model_fields.keys()
     return classes, controls
 
@@ -175,7 +176,7 @@ def named_methods(source: str) -> list[str]:
     return found
 
 
-SHARED = ("__init__", "base", "controls", "trainable")
+SHARED = ("__init__", "base", "controls", "long", "trainable")
 ONE_METHOD = {path.stem for path in ROOT.glob("cinemo/methods/*.py")} - set(SHARED)
 
 

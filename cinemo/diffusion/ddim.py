@@ -78,13 +78,17 @@ def ddim_steps(
     generator: torch.Generator | None = None,
     spacing: Spacing = "leading",
     final: FinalLevel = "a_0",
+    done: int = 0,
 ) -> Queries:
-    """From noise to clean data: the queries of `ddim_sample`, arguments as there."""
+    """From noise to clean data: the queries of `ddim_sample`, arguments as there.
+
+    ``done``: how many of the steps lie behind ``x_T``, which has the level of the next one.
+    """
     if eta > 0 and generator is None:
         raise InputError(f"eta is {eta}, expected a generator for its noise: pass generator=torch.Generator()")
-    visited = timesteps(schedule, steps, spacing)
+    visited = timesteps(schedule, steps, spacing)[done:]
     x = x_T
-    for t, below in zip(visited, [*visited[1:], None], strict=True):
+    for t, below in zip(visited, [*visited[1:], None], strict=False):
         output = yield x, t
         fresh = None
         if eta > 0:

@@ -39,7 +39,8 @@ def guided(
     """A sampler's ``queries``, each answered by the guided output of ``branches``, all in one batch in their order.
 
     Args:
-        branches: conditions from the least to the most that is told; the last one is what is asked for.
+        branches: conditions from the least to the most that is told; the last one is what is asked for. Those of one
+            row are told to every row of x.
         scales: one less than branches, see `combined`. Branches that the result does not depend on are not asked.
         interval: first and last diffusion step with guidance (arXiv 2404.07724); outside the last branch alone.
             None: guidance at every step.
@@ -47,19 +48,19 @@ def guided(
         ready: what is to be made of a condition once for all steps that ask with it.
     """
     kept, between = needed(scales)
-    asked: dict[tuple[int, ...], Condition] = {}
+    asked: dict[tuple[tuple[int, ...], int], Condition] = {}
     x, t = next(queries)
     while True:
         outside = interval is not None and not interval[0] <= t <= interval[1]
         now = (len(branches) - 1,) if outside else kept
-        if now not in asked:
-            asked[now] = ready(
-                Condition.cat([branches[branch] for branch in now]) if len(now) > 1 else branches[now[0]]
-            )
+        if (now, len(x)) not in asked:
+            told = [branches[branch] for branch in now]
+            told = [each.expand(len(x)) if each.rows == 1 < len(x) else each for each in told]
+            asked[now, len(x)] = ready(Condition.cat(told) if len(now) > 1 else told[0])
         if len(now) == 1:
-            output = (yield Query(x, t, asked[now])).to(x.dtype)
+            output = (yield Query(x, t, asked[now, len(x)])).to(x.dtype)
         else:
-            outputs = yield Query(torch.cat([x] * len(now)), t, asked[now])
+            outputs = yield Query(torch.cat([x] * len(now)), t, asked[now, len(x)])
             output = combined(outputs.to(x.dtype), between, rescale)
         try:
             x, t = queries.send(output)
@@ -70,15 +71,15 @@ def guided(
 
 def reusing(sampling: Sampling, every: int) -> Sampling:
     """``sampling`` with the inner features of every ``every``-th call used again by those after it, while the number of
-    rows stays the same (DeepCache, arXiv 2312.00858)."""
+    rows stays the same and steps go down (DeepCache, arXiv 2312.00858)."""
     if every == 1:
         return (yield from sampling)
-    query, calls, rows = next(sampling), 0, 0
+    query, calls, rows, before = next(sampling), 0, 0, 0
     while True:
-        again = calls % every != 0 and len(query.x) == rows
+        again = calls % every != 0 and len(query.x) == rows and query.t < before
         if not again:
             calls, rows = 0, len(query.x)
-        calls += 1
+        calls, before = calls + 1, query.t
         output = yield query._replace(features="again" if again else "keep")
         try:
             query = sampling.send(output)

@@ -9,8 +9,11 @@ from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.types import InputError
 
 
-def multistep_steps(x_T: Tensor, schedule: NoiseSchedule, steps: int) -> Queries:
-    """From noise to clean data: the queries of `multistep_sample`, arguments as there."""
+def multistep_steps(x_T: Tensor, schedule: NoiseSchedule, steps: int, done: int = 0) -> Queries:
+    """From noise to clean data: the queries of `multistep_sample`, arguments as there.
+
+    ``done``: how many of the steps lie behind ``x_T``, which has the level of the next one; that one is of first order.
+    """
     from diffusers import DPMSolverMultistepScheduler
 
     if not 2 <= steps < schedule.train_steps:
@@ -29,7 +32,7 @@ def multistep_steps(x_T: Tensor, schedule: NoiseSchedule, steps: int) -> Queries
     )
     solver.set_timesteps(steps)
     x = x_T
-    for t in solver.timesteps.tolist():
+    for t in solver.timesteps.tolist()[done:]:
         # In x's dtype, or the solver's products with it would be rounded to the network's.
         output = (yield x, t).to(x.dtype)
         x = solver.step(output, t, x).prev_sample

@@ -42,3 +42,44 @@ def dense_flow(frames_FHWC: np.ndarray, cells: tuple[int, int]) -> np.ndarray:
         averages = field_HW2.reshape(rows, height // rows, columns, width // columns, 2).mean((1, 3))
         flow[number] = averages.transpose(2, 0, 1)
     return flow
+
+
+def resized(flow_F2HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A field for frames of another ``size`` (height, width): interpolated, and its lengths in pixels of that size.
+
+    Args:
+        flow_F2HW: pixels a frame, any number of fields.
+    """
+    height, width = size
+    scale = np.array([width / flow_F2HW.shape[-1], height / flow_F2HW.shape[-2]], np.float32)
+    plain = np.asarray(flow_F2HW, np.float32).transpose(0, 2, 3, 1)
+    fields = [cv2.resize(field_HW2, (width, height)) * scale for field_HW2 in plain]
+    return np.stack(fields).transpose(0, 3, 1, 2)
+
+
+def speed(flow_F2HW: np.ndarray, of_components: bool = False) -> float:
+    """Motion strength (arXiv 2405.17306, equation 8): the mean length over all fields and pixels, pixels a frame.
+
+    The paper's |F| is not said; a length does not change when the picture is turned. ``of_components``: the mean of
+    |dx| and |dy| instead.
+    """
+    flow = np.asarray(flow_F2HW, np.float64)
+    return float(np.abs(flow).mean() if of_components else np.hypot(flow[:, 0], flow[:, 1]).mean())
+
+
+def consistency(forward_2HW: np.ndarray, backward_2HW: np.ndarray) -> np.ndarray:
+    """Where a field and the one back agree, (H, W) bool: |f(p) + b(p + f(p))|^2 < 0.01 (|f|^2 + |b|^2) + 0.5, the test
+    of Sundaram et al. (ECCV 2010). What is covered in the second frame, or leaves the picture, does not.
+
+    Args:
+        forward_2HW: pixels, from one frame to the next; ``backward_2HW``: from the next one back.
+    """
+    forward, backward = np.asarray(forward_2HW, np.float32), np.asarray(backward_2HW, np.float32)
+    height, width = forward.shape[1:]
+    columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    x, y = columns + forward[0], rows + forward[1]
+    there = cv2.remap(backward.transpose(1, 2, 0), x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    gap = np.square(forward + there.transpose(2, 0, 1)).sum(0)
+    bound = 0.01 * (np.square(forward).sum(0) + np.square(there).sum(-1)) + 0.5
+    inside = (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    return np.asarray((gap < bound) & inside)

@@ -27,13 +27,15 @@ from cinemo.methods.base import (
     Method,
     Published,
     Reduction,
+    calls,
     chance,
+    long_config,
     run,
     solved,
     training_loss,
 )
 from cinemo.methods.cinemo_weights import import_cinemo, import_lavie
-from cinemo.methods.controls import MAX_PROMPT, FastSampling, Input, MotionStrength, control
+from cinemo.methods.controls import MAX_PROMPT, FastSampling, Input, LongVideo, MotionStrength, control
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig, is_temporal
 from cinemo.networks.weights import load_unet
@@ -70,7 +72,7 @@ class CinemoRecipe(Recipe):
     sample: CinemoSample = CinemoSample()
 
 
-class CinemoControls(MotionStrength):
+class CinemoControls(MotionStrength, LongVideo):
     """Motion intensity (section 3.2), DCTInit (3.3), and the source of motion transfer and editing (4.4)."""
 
     motion: ClassVar[str | None] = "motion_bucket"
@@ -301,10 +303,16 @@ class CinemoMethod(Method):
         condition = Condition(image=image_BCHW, text=text_BLD, motion_bucket=bucket_B)
         wanted = {name: settings[name] for name in ("dct_init", "solver", "reuse_features")}
         wanted["guidance_interval"] = tuple(settings["guidance_interval"])
+        wanted["long"] = long_config(self.sample, settings)
+        frames = settings.get("frames", recipe.data.frames)
         channels, h, w = image_BCHW.shape[1:]
         shape = self.target_shape((channels, recipe.data.frames, h, w))
         noise = torch.randn(1, *shape, generator=keyed_generator(seed, "noise")).to(image_BCHW.device)
         if source_FCHW is not None:
+            if frames > recipe.data.frames:
+                raise InputError(
+                    f"frames is {frames}, expected at most {recipe.data.frames} where a source video gives the motion"
+                )
             posterior = keyed_generator(seed, "source") if sampled else None
             video_BCFHW = encoders.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
             source_text_BLD = encoders.text.encode([settings["source_prompt"]])
@@ -313,7 +321,8 @@ class CinemoMethod(Method):
             wanted["dct_tau"] = _own(recipe).sample.edit_dct_tau
         asked = CinemoMethod(self.unet, self.schedule, self.sample.model_copy(update=wanted))
         scale, fresh = float(settings["guidance_scale"]), keyed_generator(seed, "fresh noise")
-        return asked.sampling(condition, Condition(text=negative_BLD), noise, steps, scale, fresh), steps
+        sampling = asked.sampling(condition, Condition(text=negative_BLD), noise, steps, scale, fresh, frames)
+        return sampling, calls(asked.sample, steps, recipe.data.frames - 1, frames - 1)
 
     def sampling(
         self,
@@ -323,21 +332,28 @@ class CinemoMethod(Method):
         steps: int,
         guidance_scale: float,
         generator: torch.Generator | None = None,
+        frames: int | None = None,
     ) -> Sampling:
         """Noise -> video latents (B, C, F, h, w), scaled, the first being the condition's image: ``steps`` queries.
+
+        Further segments of a longer video have no first frame: their residuals follow those of the first one.
 
         Args:
             noise: N(0, 1) for frames 2..F, float32: the sampler's arithmetic runs in its dtype.
             untold: ``text`` of the unconditional branch, the only thing that it is told otherwise; not needed where
                 ``guidance_scale`` is 1.
-            generator: of the fresh noise that ``sample.eta`` asks for.
+            generator: of fresh noise, where ``sample.eta`` or a longer video asks for it.
+            frames: of the video; None: one more than the noise has.
         """
         if guidance_scale > 1 and untold is None:
             raise InputError(f"guidance scale is {guidance_scale}, expected text states of the negative prompt")
         negative = condition["text"] if untold is None else untold["text"].to(condition["text"])
         branches = (Condition(condition, text=negative), condition)
         x_T, scales = self.start(condition, noise), (guidance_scale,)
-        x_0 = yield from solved(x_T, self.schedule, self.sample, steps, branches, scales, self.ready, generator)
+        residuals, still = None if frames is None else frames - 1, torch.zeros_like(noise)
+        x_0 = yield from solved(
+            x_T, self.schedule, self.sample, steps, branches, scales, self.ready, generator, residuals, still
+        )
         return self.finish(x_0, condition)
 
     def inversion(self, video_BCFHW: Tensor, condition: Condition, steps: int) -> Sampling:

@@ -32,6 +32,7 @@ from cinemo.types import InputError
 MAX_PROMPT = 4000  # letters
 MAX_STEPS = 999
 MAX_SEED = 2**63 - 1
+MAX_FRAMES = 1024
 
 
 def check_text(name: str, value: Any) -> None:
@@ -88,7 +89,7 @@ RESERVED = frozenset(
         *("id", "object", "status", "progress", "step", "created_at", "started_at", "completed_at", "expires_at"),
         *("deadline_at", "error", "deleted", "input_reference", "model", "prompt", "size", "seconds", "timeout"),
         *("image", "inputs", "bundle", "output", "save_latents", "device", "help", "recipe"),
-        *("fps", "frames", "cinemo_version"),
+        *("fps", "cinemo_version"),
     )
 )
 
@@ -196,6 +197,32 @@ class Controls(BaseModel):
             if value is not None:  # None: another way to say something, such as a share of a scale
                 filled[name] = list(value) if isinstance(value, tuple) else value
         filled["guidance_scale"] = float(filled["guidance_scale"])
+        return filled
+
+
+class LongVideo(Controls):
+    """How many frames, for methods whose sampling takes their number (`cinemo.methods.base.Method.sampling`)."""
+
+    frames: int | None = control(
+        None, "length; more frames than the model makes at once come in parts", title="Frames", place="front", ge=2,
+        le=MAX_FRAMES,
+    )  # fmt: skip
+    long_video: Literal["phased", "windows", "chain"] | None = control(
+        None,
+        "how more frames than the model makes at once come about: phased: segments share their first steps; windows: "
+        "they overlap; chain: each begins with the last frame of the one before",
+        title="Long videos",
+        place="folded",
+    )
+
+    def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
+        """``frames`` where they are not those of the recipe, and how they are made where they are more."""
+        filled = super().settings(recipe, inputs)
+        if filled.get("frames") == recipe.data.frames:
+            del filled["frames"]
+        filled.pop("long_video", None)
+        if filled.get("frames", 0) > recipe.data.frames:
+            filled["long_video"] = self.long_video or recipe.sample.long.way
         return filled
 
 

@@ -22,8 +22,19 @@ from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.stills import frame_of
 from cinemo.media.transforms import prepare_image
-from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, solved, training_loss
-from cinemo.methods.controls import MotionStrength, control
+from cinemo.methods.base import (
+    Draw,
+    Encoders,
+    Example,
+    Method,
+    Published,
+    Reduction,
+    calls,
+    long_config,
+    solved,
+    training_loss,
+)
+from cinemo.methods.controls import LongVideo, MotionStrength, control
 from cinemo.methods.dynamicrafter_weights import import_dynamicrafter
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_image_context, is_temporal
 from cinemo.networks.dynamicrafter_weights import Base, has_resampler, load_resampler, load_unet, save_published
@@ -113,7 +124,7 @@ class DynamiCrafterRecipe(Recipe):
         return self
 
 
-class DynamiCrafterControls(MotionStrength):
+class FrameRate(MotionStrength):
     """The speed that the network is told (section 3.3), and multi-condition guidance (equation 5)."""
 
     strength_of: ClassVar[str] = "frame_rate"
@@ -146,6 +157,10 @@ class DynamiCrafterControls(MotionStrength):
         return filled
 
 
+class DynamiCrafterControls(FrameRate, LongVideo):
+    """What an animation can be asked."""
+
+
 class DynamiCrafterMethod(Method):
     """Animation of a picture; see `cinemo.methods.base.Method` for the contract.
 
@@ -158,7 +173,7 @@ class DynamiCrafterMethod(Method):
 
     name: ClassVar[str] = "dynamicrafter"
     recipe_type: ClassVar[type[Recipe]] = DynamiCrafterRecipe
-    controls_type: ClassVar[type[DynamiCrafterControls]] = DynamiCrafterControls
+    controls_type: ClassVar[type[FrameRate]] = DynamiCrafterControls
     published: ClassVar[Mapping[str, Published]] = {"dynamicrafter": import_dynamicrafter}
     needs: ClassVar[tuple[str, ...]] = ("vae", "text_encoder", "image_encoder")
     untold: ClassVar[Example] = Example({}, {"text": ""}, {"image_tokens": None})
@@ -328,13 +343,16 @@ class DynamiCrafterMethod(Method):
         )
         wanted = {name: settings.get(name) for name in ("solver", "reuse_features", "image_guidance_scale")}
         wanted["guidance_interval"] = tuple(settings["guidance_interval"])
+        wanted["long"] = long_config(self.sample, settings)
+        frames = settings.get("frames")
         channels, h, w = condition["image"].shape[1:]
         shape = self.target_shape((channels, recipe.data.frames, h, w))
         noise = torch.randn(1, *shape, generator=keyed_generator(seed, "noise")).to(text_BLD.device)
         asked = type(self)(self.unet, self.image_proj, self.schedule, self.sample.model_copy(update=wanted))
         untold = Condition(text=negative_BLD, image_tokens=grey_BLD)
         scale, fresh = float(settings["guidance_scale"]), keyed_generator(seed, "fresh noise")
-        return asked.sampling(condition, untold, noise, steps, scale, fresh), steps
+        sampling = asked.sampling(condition, untold, noise, steps, scale, fresh, frames)
+        return sampling, calls(asked.sample, steps, recipe.data.frames, frames or recipe.data.frames)
 
     def asked(
         self,
@@ -372,8 +390,9 @@ class DynamiCrafterMethod(Method):
         steps: int,
         guidance_scale: float,
         generator: torch.Generator | None = None,
+        frames: int | None = None,
     ) -> Sampling:
-        """Noise -> video latents (B, C, F, h, w), scaled: ``steps`` queries.
+        """Noise -> video latents (B, C, F, h, w), scaled: ``steps`` queries, or more for more frames.
 
         Guidance has three branches (equation 5): neither text nor picture, the picture alone, both; with equal scales
         the middle one cancels out and is not asked. ``untold``: ``text`` and ``image_tokens`` of the first.
@@ -385,7 +404,10 @@ class DynamiCrafterMethod(Method):
         untold = Condition() if untold is None else untold.to(noise.device)
         alone = Condition(condition, **{name: value for name, value in untold.items() if name == "text"})
         branches = (Condition(condition, **untold), alone, condition)
-        video = yield from solved(noise, self.schedule, sample, steps, branches, scales, self.ready, generator)
+        still = self.target(LatentBatch(condition["image"][:, :, None].expand_as(noise), condition))
+        video = yield from solved(
+            noise, self.schedule, sample, steps, branches, scales, self.ready, generator, frames, still
+        )
         factor = self.schedule.data_scale
         if sample.undo_rescale and self.schedule.clean_scale is not None:
             # The published sampler leaves in its result the factor that clean latents had in its last step.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cinemo.config import Recipe
 from cinemo.methods.base import Encoders, Published
-from cinemo.methods.dynamicrafter import DynamiCrafterControls, DynamiCrafterMethod, DynamiCrafterRecipe
+from cinemo.methods.dynamicrafter import DynamiCrafterMethod, DynamiCrafterRecipe, FrameRate
 from cinemo.networks.dynamicrafter_weights import Base
 from cinemo.types import Condition, LatentBatch
 
@@ -27,7 +27,7 @@ class StillsRecipe(DynamiCrafterRecipe):
     method: str = "dynamicrafter-stills"
 
 
-class StillsControls(DynamiCrafterControls):
+class StillsControls(FrameRate):
     """Nothing moves."""
 
     @classmethod
@@ -40,7 +40,7 @@ class StillsMethod(DynamiCrafterMethod):
 
     name: ClassVar[str] = "dynamicrafter-stills"
     recipe_type: ClassVar[type[Recipe]] = StillsRecipe
-    controls_type: ClassVar[type[DynamiCrafterControls]] = StillsControls
+    controls_type: ClassVar[type[FrameRate]] = StillsControls
     published: ClassVar[Mapping[str, Published]] = {}
     base: ClassVar[Base] = "image"
 

@@ -13,9 +13,9 @@ from cinemo.diffusion.guidance import Sampling
 from cinemo.methods.base import Encoders
 from cinemo.methods.controls import Input
 from cinemo.methods.dynamicrafter import (
-    DynamiCrafterControls,
     DynamiCrafterMethod,
     DynamiCrafterRecipe,
+    FrameRate,
     picture_latent,
 )
 from cinemo.types import Condition
@@ -27,7 +27,7 @@ class InterpolationRecipe(DynamiCrafterRecipe):
     method: str = "dynamicrafter-interp"
 
 
-class InterpolationControls(DynamiCrafterControls):
+class InterpolationControls(FrameRate):
     """The same between two pictures, or one: a loop, a video that can be repeated."""
 
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
@@ -40,7 +40,7 @@ class InterpolationMethod(DynamiCrafterMethod):
 
     name: ClassVar[str] = "dynamicrafter-interp"
     recipe_type: ClassVar[type[Recipe]] = InterpolationRecipe
-    controls_type: ClassVar[type[DynamiCrafterControls]] = InterpolationControls
+    controls_type: ClassVar[type[FrameRate]] = InterpolationControls
     inputs: ClassVar[Mapping[str, Input]] = {
         "last_image": Input("image", "the picture to end at; without one the video is a loop that ends where it began")
     }

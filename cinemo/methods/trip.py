@@ -20,8 +20,19 @@ from cinemo.config import Part, Recipe, SampleConfig, TrainConfig
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.transforms import prepare_image
-from cinemo.methods.base import Draw, Encoders, Example, Method, Reduction, chance, solved, training_loss
-from cinemo.methods.controls import FastSampling, control
+from cinemo.methods.base import (
+    Draw,
+    Encoders,
+    Example,
+    Method,
+    Reduction,
+    calls,
+    chance,
+    long_config,
+    solved,
+    training_loss,
+)
+from cinemo.methods.controls import FastSampling, LongVideo, control
 from cinemo.methods.trip_backbones import BACKBONES
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig
 from cinemo.networks.features import DeepFeatures
@@ -201,7 +212,7 @@ class TripLinearRecipe(Recipe):
     sample: TripSample = TripSample()
 
 
-class TripControls(FastSampling):
+class TripControls(FastSampling, LongVideo):
     """How much moves cannot be asked."""
 
     replace_first: bool | None = control(
@@ -373,11 +384,14 @@ class _Trip(Method):
         noise = torch.randn(1, *shape, generator=keyed_generator(seed, "noise")).to(image_BCHW.device)
         wanted = {name: settings[name] for name in ("replace_first", "solver", "reuse_features")}
         wanted["guidance_interval"] = tuple(settings["guidance_interval"])
+        wanted["long"] = long_config(self.sample, settings)
+        frames = settings.get("frames", recipe.data.frames)
         sample = self.sample.model_copy(update=wanted)
         asked = type(self)(self.networks, self.schedule, self.model, sample)
         scale, fresh = float(settings["guidance_scale"]), keyed_generator(seed, "fresh noise")
         condition = Condition(image=image_BCHW, text=text_BLD)
-        return asked.sampling(condition, Condition(text=negative_BLD), noise, steps, scale, fresh), steps
+        sampling = asked.sampling(condition, Condition(text=negative_BLD), noise, steps, scale, fresh, frames)
+        return sampling, calls(sample, steps, recipe.data.frames, frames)
 
     def sampling(
         self,
@@ -387,8 +401,10 @@ class _Trip(Method):
         steps: int,
         guidance_scale: float,
         generator: torch.Generator | None = None,
+        frames: int | None = None,
     ) -> Sampling:
-        """Noise -> video latents (B, C, N, h, w), scaled: ``steps`` queries, each for the fused output.
+        """Noise -> video latents (B, C, N, h, w), scaled: ``steps`` queries (more for more frames), each for the fused
+        output.
 
         Branches differ in their text alone; the reference is the same in both, so guidance moves frame i by
         1 - lambda^i of what it would (TRIP^W).
@@ -403,7 +419,10 @@ class _Trip(Method):
         negative = condition["text"] if untold is None else untold["text"].to(condition["text"])
         branches = (Condition(condition, text=negative), condition)
         scales = (guidance_scale,)
-        z_0 = yield from solved(noise, self.schedule, self.sample, steps, branches, scales, self.ready, generator)
+        still = self._scaled(condition["image"][:, :, None].to(noise)).expand_as(noise)
+        z_0 = yield from solved(
+            noise, self.schedule, self.sample, steps, branches, scales, self.ready, generator, frames, still
+        )
         video = z_0 / self.schedule.data_scale
         return replace_first(video, condition["image"][:, :, None]) if self.sample.replace_first else video
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import cv2
 import numpy as np
 import pytest
+from goldens import Family
 
-from cinemo.media.flow import dense_flow
+from cinemo.media.flow import consistency, dense_flow, resized, speed
 from cinemo.types import InputError
 
 
@@ -54,3 +57,40 @@ def test_equal_frames_give_equal_bytes() -> None:
 def test_what_cannot_be_measured_is_refused(frames: np.ndarray, cells: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="expected"):
         dense_flow(frames, cells)
+
+
+@pytest.mark.golden
+def test_golden_strength(say: Callable[[str], None]) -> None:
+    family = Family("longer_strength")
+    for where, _, arrays in family:
+        family.check(where, "Ms_l2", speed(arrays["flow"]), arrays["Ms_l2"], 1e-10)
+        family.check(where, "Ms_abs", speed(arrays["flow"], of_components=True), arrays["Ms_abs"], 1e-10)
+        of_each = [speed(field[None]) for field in arrays["flow"]]
+        family.check(where, "per_frame_l2", of_each, arrays["per_frame_l2"], 1e-10)
+    family.finish(say)
+
+
+def test_lengths_follow_the_size() -> None:
+    flow = np.broadcast_to(np.array([3.0, -1.0])[:, None, None], (2, 2, 8, 12))
+    wide = resized(flow, (16, 36))
+    assert wide.shape == (2, 2, 16, 36)
+    np.testing.assert_allclose(wide[:, 0], 9)
+    np.testing.assert_allclose(wide[:, 1], -2)
+
+
+def test_a_field_and_its_way_back_agree_but_where_something_leaves_or_is_covered() -> None:
+    forward = np.zeros((2, 64, 96))
+    forward[0] = 5
+    agree = consistency(forward, -forward)
+    assert agree[:, :91].all()
+    assert not agree[:, 91:].any()  # it leaves the picture
+    wrong = -forward
+    wrong[0, 20:30, 40:60] = 0  # something else is there
+    assert not consistency(forward, wrong)[22:28, 37:53].any()
+
+
+def test_measured_flow_agrees_with_itself_backwards() -> None:
+    frames = shifting(3, 1)
+    there = dense_flow(frames[:2], (64, 96))[0]
+    back = dense_flow(frames[1::-1], (64, 96))[0]
+    assert consistency(there, back)[8:-8, 8:-8].mean() > 0.98

@@ -288,3 +288,24 @@ def test_a_source_video_and_bad_settings_are_refused(bundle: ModelBundle) -> Non
         engine.join("a", ask(solver="multistep", steps=1))
     assert len(engine) == 0
     assert engine.step() == Outcome()
+
+
+@pytest.mark.parametrize("way", ["phased", "windows", "chain"])
+def test_a_long_video_shares_its_batches_with_short_ones(bundle: ModelBundle, way: str) -> None:
+    long, short = ask(frames=50, long_video=way, steps=5), ask(steps=3)
+    engine, order = SamplingEngine(bundle, 2), []
+    calls = engine.join("long", long)
+    progress: list[tuple[int, int]] = []
+    for turn in range(200):
+        if turn in (2, 4):
+            engine.join(f"short-{turn}", short)
+        outcome = engine.step()
+        assert not outcome.failed
+        progress += [step for key, step in outcome.progress.items() if key == "long"]
+        order += outcome.finished
+        for key, made in outcome.finished.items():
+            assert_same(made, animate(bundle, long if key == "long" else short))
+        if not len(engine):
+            break
+    assert order == ["short-2", "short-4", "long"]
+    assert progress == [(done, calls) for done in range(1, calls + 1)]
