@@ -234,10 +234,14 @@ class TrainConfig(Part):
 
 
 class LongConfig(Part):
-    """A video of more frames than the network makes at once (`cinemo.diffusion.phased`, `cinemo.methods.long`)."""
+    """A video of more frames than the network makes at once (`cinemo.diffusion.phased`, `cinemo.methods.long`).
+
+    ``pipelines/evaluate.py --long`` compares the ways (BENCHMARKS.md has a table): segments of phased videos begin where
+    the first one did, which shows; windows that share half of their frames show least.
+    """
 
     way: Literal["phased", "windows", "chain"] = Field(
-        "phased",
+        "windows",
         description="phased: segments share the first steps (arXiv 2405.17306); windows: they overlap, and are blended "
         "in every step; chain: each begins with the last frame of the one before",
     )
@@ -250,7 +254,7 @@ class LongConfig(Part):
         "handoff", description="phased: as the first segment had it, or as the network finds it in a standing picture"
     )
     renormalise: bool = Field(False, description="phased: bring the noise of further segments back to its deviation")
-    overlap: int = Field(4, ge=0, description="windows: frames that neighbours share")
+    overlap: int = Field(8, ge=0, description="windows: frames that neighbours share, at most half of them")
     together: int = Field(4, ge=1, description="segments or windows in one call of the network: bounds the memory")
 
 

@@ -11,6 +11,7 @@ from cinemo import cli
 from cinemo.evaluation.evaluate import evaluate, evaluate_rendered
 from cinemo.evaluation.extractors import EXTRACTORS
 from cinemo.evaluation.knobs import write_knobs
+from cinemo.evaluation.long import write_long
 from cinemo.evaluation.measuring import Plan
 from cinemo.evaluation.protocols import PROTOCOLS, protocol_of
 from cinemo.types import InputError
@@ -35,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         metavar="N",
         help="show on N rendered clips which choices of a protocol move a distance between sets of videos (knobs.html)",
+    )
+    parser.add_argument(
+        "--long",
+        type=int,
+        metavar="FRAMES",
+        help="compare every way to make videos of so many frames, on --limit rendered pictures (long.html)",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the files go, local or s3://")
     parser.add_argument(
@@ -74,10 +81,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="also keep the calibration and the model card in the bundle: the server's page shows what was measured",
     )
     arguments = parser.parse_args(argv)
-    if sum(each is not None for each in (arguments.data, arguments.rendered, arguments.knobs)) != 1:
+    if sum(each is not None for each in (arguments.data, arguments.rendered, arguments.knobs, arguments.long)) != 1:
         raise InputError(
-            "--data, --rendered and --knobs: expected one of them, a dataset or pictures, or a number of rendered clips"
+            "--data, --rendered, --knobs and --long: expected one of them, a dataset or pictures, a number of rendered "
+            "clips, or one of frames"
         )
+    if arguments.long is not None:
+        write_long(
+            arguments.bundle, arguments.output, arguments.long, arguments.limit, arguments.steps, arguments.device
+        )
+        print(f"report: {arguments.output}/long.html")
+        return
     if arguments.knobs is not None:
         write_knobs(arguments.bundle, arguments.output, arguments.knobs, tuple(arguments.extractor), arguments.device)
         print(f"report: {arguments.output}/knobs.html")

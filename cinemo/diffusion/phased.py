@@ -135,6 +135,11 @@ def phased_steps(
     return torch.cat(results, dim=2)
 
 
+def overlap_of(wanted: int, length: int) -> int:
+    """Frames that neighbouring windows of ``length`` frames share: at most half of them."""
+    return min(wanted, length // 2)
+
+
 def window_starts(frames: int, length: int, overlap: int) -> list[int]:
     """First frames of windows that cover all frames; neighbours share ``overlap`` of them, the last two maybe more."""
     if not 0 <= overlap < length:

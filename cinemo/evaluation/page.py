@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from cinemo import storage
 from cinemo.evaluation.figures import data_uri, figure_png, image_png
+from cinemo.media.mp4 import write_video
 
 _STYLE = """
 :root { color-scheme: light; --ink: #1f2933; --muted: #667581; --line: #e3e8ec; --accent: #0b7285; --wash: #f5f8f9; }
@@ -71,6 +75,13 @@ def picture(image: Image.Image) -> str:
 
 def video(content: bytes) -> str:
     return f'<video src="{data_uri(content, "video/mp4")}" autoplay loop muted playsinline></video>'
+
+
+def mp4_bytes(frames_FHWC: np.ndarray, fps: float = 8) -> bytes:
+    """The video of uint8 RGB frames."""
+    with tempfile.TemporaryDirectory() as scratch:
+        write_video(Path(scratch) / "video.mp4", frames_FHWC, fps)
+        return (Path(scratch) / "video.mp4").read_bytes()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

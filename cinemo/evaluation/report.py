@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import html
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,9 +25,20 @@ from cinemo.evaluation.figures import (
 from cinemo.evaluation.measurements import METRICS, Result
 from cinemo.evaluation.metrics.estimates import Estimate
 from cinemo.evaluation.noise import FIGURES
-from cinemo.evaluation.page import chart, code, number, pair, picture, section, table, tiles, video, write_page
+from cinemo.evaluation.page import (
+    chart,
+    code,
+    mp4_bytes,
+    number,
+    pair,
+    picture,
+    section,
+    table,
+    tiles,
+    video,
+    write_page,
+)
 from cinemo.evaluation.rendered import BARS
-from cinemo.media.mp4 import write_video
 
 
 @dataclass(frozen=True)
@@ -306,13 +315,7 @@ def _pairs(results: Sequence[Result]) -> str:
 
 def _seen(frames_FHWC: np.ndarray) -> str:
     """A video to play, or a picture where there is one frame."""
-    return video(_mp4(frames_FHWC)) if len(frames_FHWC) > 1 else picture(Image.fromarray(frames_FHWC[0]))
-
-
-def _mp4(frames_FHWC: np.ndarray, fps: float = 8) -> bytes:
-    with tempfile.TemporaryDirectory() as scratch:
-        write_video(Path(scratch) / "video.mp4", frames_FHWC, fps)
-        return (Path(scratch) / "video.mp4").read_bytes()
+    return video(mp4_bytes(frames_FHWC)) if len(frames_FHWC) > 1 else picture(Image.fromarray(frames_FHWC[0]))
 
 
 def _sheet(result: Result) -> Image.Image:

@@ -18,7 +18,15 @@ from cinemo.config import LongConfig, Recipe, SampleConfig, TrainConfig
 from cinemo.diffusion.ddim import Queries, ddim_steps
 from cinemo.diffusion.guidance import Sampling, guided, reusing
 from cinemo.diffusion.multistep import multistep_steps
-from cinemo.diffusion.phased import extended, phased_steps, segments, shared_steps, window_starts, windowed
+from cinemo.diffusion.phased import (
+    extended,
+    overlap_of,
+    phased_steps,
+    segments,
+    shared_steps,
+    window_starts,
+    windowed,
+)
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.media.motion import MotionScale
 from cinemo.methods.controls import Controls, Input, check_names
@@ -358,7 +366,7 @@ def solved(
     elif generator is None:
         raise InputError(f"frames is {frames}, more than {length}: expected a generator for the noise of the others")
     elif long.way == "windows":
-        overlap = min(long.overlap, length - 1)
+        overlap = overlap_of(long.overlap, length)
         longer = extended(x_T, frames, length - overlap, generator)
         queries = windowed(solver(longer, 0), length, overlap, long.together)
     else:
@@ -394,7 +402,7 @@ def calls(sample: SampleConfig, steps: int, length: int, frames: int) -> int:
     if frames <= length:
         return steps
     if long.way == "windows":
-        windows = len(window_starts(frames, length, min(long.overlap, length - 1)))
+        windows = len(window_starts(frames, length, overlap_of(long.overlap, length)))
         return steps * math.ceil(windows / long.together)
     own = steps - shared_steps(steps, long.gamma)
     return steps + math.ceil((count - 1) / long.together) * own + (long.noise == "image" and own > 0)

@@ -41,9 +41,9 @@ def cinemo_320x512() -> CinemoRecipe:
       (train.schedule, train.warmup_steps). train.max_steps: 100 000, where the paper says one week. train.grad_clip: 1.
       train.ema_decay: no average. train.precision: bf16. data.ssim: of luma. data.views: one a clip.
       sample.motion_bucket: the middle.
-    - For more frames than the model has, which this paper has not: sample.long.way, sample.long.gamma,
-      sample.long.omega, sample.long.shuffle, sample.long.noise and sample.long.renormalise are those of another
-      (arXiv 2405.17306, section 3.4). sample.long.overlap and sample.long.together are ours.
+    - For more frames than the model makes at once, which this paper has not. Of another (arXiv 2405.17306, section
+      3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:
+      sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.gradient_checkpointing: ten samples hold 71 GB of activations in bf16
       without it, 14 GB with it. train.zero_stage, train.offload, train.cpus_per_worker, train.lanes, train.on_damaged,
       train.cache_gb, train.max_failures, ``compile``. train.seed, data.seed. train.log_every, train.checkpoint_every,

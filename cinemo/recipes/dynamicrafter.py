@@ -60,9 +60,9 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
       train.schedule, train.warmup_steps: constant. train.precision: bf16, where the published code has fp16.
       train.ema_decay: no average. train.noise_offset, train.timestep_shift, train.timestep_shift_steps: none.
       diffusion.data_scale: 1. data.views: one a clip.
-    - For more frames than the model has, which this paper has not: sample.long.way, sample.long.gamma,
-      sample.long.omega, sample.long.shuffle, sample.long.noise and sample.long.renormalise are those of another
-      (arXiv 2405.17306, section 3.4). sample.long.overlap and sample.long.together are ours.
+    - For more frames than the model makes at once, which this paper has not. Of another (arXiv 2405.17306, section
+      3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:
+      sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.workers, train.micro_batch, train.gpus_per_worker, train.cpus_per_worker,
       train.gradient_checkpointing, train.zero_stage, train.offload, train.lanes, train.on_damaged, train.cache_gb,
       train.max_failures, train.image_tokens, ``compile``. train.seed, data.seed. train.log_every,

@@ -47,9 +47,9 @@ def trip_256() -> TripRecipe:
       sample.guidance_scale: 7.5 (sample.guidance_interval, sample.guidance_rescale, sample.reuse_features: at every
       step, as it is). sample.eta: 0. sample.spacing, sample.final_level: diffusers' "leading", ending at a_0.
       sample.replace_first: the given picture is the first frame.
-    - For more frames than the model has, which this paper has not: sample.long.way, sample.long.gamma,
-      sample.long.omega, sample.long.shuffle, sample.long.noise and sample.long.renormalise are those of another
-      (arXiv 2405.17306, section 3.4). sample.long.overlap and sample.long.together are ours.
+    - For more frames than the model makes at once, which this paper has not. Of another (arXiv 2405.17306, section
+      3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:
+      sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.gradient_checkpointing: eight samples hold 26 GB of activations without
       it. train.zero_stage, train.offload, train.cpus_per_worker, train.lanes, train.on_damaged, train.cache_gb,
       train.max_failures, ``compile``. train.seed, data.seed. train.log_every, train.checkpoint_every,

@@ -1,0 +1,211 @@
+"""Long videos by every way there is (`cinemo.methods.long`, `cinemo.diffusion.phased`): do they show their seams?
+
+The same pictures, prompts and seeds, as `LongConfig` can be set. A seam is where a part or window begins.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from cinemo import storage
+from cinemo.animate import AnimateRequest, animate
+from cinemo.bundle import ModelBundle, load_bundle
+from cinemo.diffusion.phased import overlap_of, window_starts
+from cinemo.evaluation.metrics.estimates import Estimate, mean_of
+from cinemo.evaluation.metrics.frames import colour_drift, largest_jump, motion, ssim
+from cinemo.evaluation.page import mp4_bytes, number, section, table, video, write_page
+from cinemo.media.synthetic import CLIP_FRAMES, render_scene
+from cinemo.methods import method_class
+from cinemo.types import InputError
+
+SEED = 7_003  # of scenes that no training has seen
+_SHOWN = 3  # pictures whose videos are on the page
+
+WAYS: dict[str, dict[str, Any]] = {
+    "phased": {"way": "phased"},
+    "phased, frames shuffled within segments": {"way": "phased", "shuffle": "segment"},
+    "phased, noise of the standing picture": {"way": "phased", "noise": "image"},
+    "phased, half of the steps shared": {"way": "phased", "gamma": 0.5},
+    "windows that share 4 frames": {"way": "windows", "overlap": 4},
+    "windows that share half": {"way": "windows", "overlap": 8},
+    "chain": {"way": "chain"},
+}
+
+FIGURES = {
+    "seam_ratio": "change from frame to frame at seams, over that elsewhere: 1 is no seam",
+    "seam_ssim_gap": "SSIM of neighbouring frames elsewhere minus that at seams",
+    "largest_jump": "largest change from frame to frame, over the mean change",
+    "motion": "motion (1 - mean SSIM of neighbouring frames)",
+    "colour_drift": "mean colour of the last frame against the first (levels of 255)",
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """``figures``: of `FIGURES`. ``calls``: of the network, ``seconds``: of all, both for one video."""
+
+    figures: Mapping[str, Estimate]
+    calls: int
+    seconds: float
+    shown: Sequence[np.ndarray]
+
+
+def seams(way: Mapping[str, Any], frames: int, length: int, diffused: int) -> list[int]:
+    """Frames that begin a part: the change to each from the one before is at a seam.
+
+    Args:
+        way: as `WAYS` has it.
+        length, diffused: frames of a video that the network makes at once, and those that are diffused of them.
+    """
+    given = length - diffused  # Cinemo's first frame
+    if way["way"] == "chain":
+        return list(range(length, frames, length - 1))
+    if way["way"] == "windows":
+        overlap = overlap_of(way["overlap"], diffused)
+        return [given + start for start in window_starts(frames - given, diffused, overlap)[1:]]
+    return list(range(length, frames, diffused))
+
+
+def seam_figures(frames_FHWC: np.ndarray, at: Sequence[int]) -> dict[str, float]:
+    """`FIGURES` of one video whose seams are ``at`` these frames."""
+    steps = np.array([np.abs(np.float64(b) - a).mean() for a, b in itertools.pairwise(frames_FHWC)])
+    alike = np.array([ssim(a, b) for a, b in itertools.pairwise(frames_FHWC)])
+    seam = np.zeros(len(steps), bool)
+    seam[np.array(at) - 1] = True
+    return {
+        "seam_ratio": float(steps[seam].mean() / max(1e-9, steps[~seam].mean())),
+        "seam_ssim_gap": float(alike[~seam].mean() - alike[seam].mean()),
+        "largest_jump": largest_jump(frames_FHWC),
+        "motion": motion(frames_FHWC),
+        "colour_drift": colour_drift(frames_FHWC),
+    }
+
+
+def write_long(
+    bundle_location: str,
+    output: str,
+    frames: int,
+    pictures: int = 4,
+    steps: int | None = None,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Way]:
+    """Write ``long.json`` and ``long.html`` under ``output``; returns what was measured, by way.
+
+    Args:
+        frames: of each video, more than the network makes at once.
+        pictures: rendered scenes that no training has seen.
+
+    Raises:
+        InputError: no bundle there, its method makes no long videos, or too few frames or pictures.
+    """
+    storage.check_writable(output)
+    bundle = load_bundle(bundle_location, device)
+    data = bundle.recipe.data
+    if "frames" not in method_class(bundle.recipe).controls_type.model_fields:
+        raise InputError(f"--long: {bundle.recipe.name} makes {data.frames} frames and no more")
+    if frames <= data.frames or pictures < 1:
+        raise InputError(
+            f"--long {frames} --limit {pictures}: expected more than {data.frames} frames, which {bundle.recipe.name} "
+            "makes at once, of at least one picture"
+        )
+    kinds = ("pan", "object", "flow", "zoom")
+    scenes = [render_scene(SEED, place, data.size, kind=kinds[place % len(kinds)]) for place in range(pictures)]
+    asked = [(scene.frames([CLIP_FRAMES // 2])[0], scene.without_speed()) for scene in scenes]
+    measured: dict[str, Way] = {}
+    for name, way in WAYS.items():
+        measured[name] = _measure(_with(bundle, way), way, asked, frames, steps)
+        figures = measured[name].figures
+        say(f"{name}: " + ", ".join(f"{figure} {each.value:.3g}" for figure, each in figures.items()))
+    shown = {
+        name: {
+            "set": WAYS[name],
+            "calls": way.calls,
+            "seconds": way.seconds,
+            "figures": {figure: each.to_json() for figure, each in way.figures.items()},
+        }
+        for name, way in measured.items()
+    }
+    about = {"bundle": bundle.digest, "recipe": bundle.recipe.name, "frames": frames, "pictures": pictures}
+    storage.write_json(storage.join(output, "long.json"), {"about": about | {"seed": SEED}, "ways": shown})
+    _write_page(storage.join(output, "long.html"), bundle, frames, [prompt for _, prompt in asked], measured)
+    return measured
+
+
+def _with(bundle: ModelBundle, way: Mapping[str, Any]) -> ModelBundle:
+    """A bundle whose long videos come about in another way, around the same networks."""
+    sample = bundle.recipe.sample
+    sample = sample.model_copy(update={"long": sample.long.model_copy(update=dict(way))})
+    recipe = bundle.recipe.model_copy(update={"sample": sample})
+    return replace(bundle, recipe=recipe, method=type(bundle.method).of(recipe, bundle.method.networks))
+
+
+def _measure(
+    bundle: ModelBundle,
+    way: Mapping[str, Any],
+    asked: Sequence[tuple[np.ndarray, str]],
+    frames: int,
+    steps: int | None,
+) -> Way:
+    length, (height, width) = bundle.recipe.data.frames, bundle.recipe.data.size
+    _, diffused, _, _ = bundle.method.target_shape((1, length, height, width))
+    at, found, shown, calls, seconds = seams(way, frames, length, diffused), dict[str, dict[str, float]](), [], 0, 0.0
+
+    def count(done: int, total: int) -> None:
+        nonlocal calls
+        calls = total
+
+    for place, (picture_HWC, prompt) in enumerate(asked):
+        begun = time.perf_counter()
+        made = animate(bundle, AnimateRequest(picture_HWC, prompt, steps=steps, frames=frames), count).frames_FHWC
+        seconds += time.perf_counter() - begun
+        found[str(place)] = seam_figures(made, at)
+        shown += [made] if place < _SHOWN else []
+    figures = {figure: mean_of({key: each[figure] for key, each in found.items()}) for figure in FIGURES}
+    return Way(figures, calls, seconds / len(asked), shown)
+
+
+def _write_page(
+    uri: str, bundle: ModelBundle, frames: int, prompts: Sequence[str], measured: Mapping[str, Way]
+) -> None:
+    fps = bundle.recipe.sample.fps
+    header = ["way", *FIGURES, "calls", "seconds"]
+    rows = [
+        [
+            html.escape(name),
+            *(_with_interval(each) for each in way.figures.values()),
+            str(way.calls),
+            f"{way.seconds:.1f}",
+        ]
+        for name, way in measured.items()
+    ]
+    body = [
+        f"<h1>{frames} frames of {html.escape(bundle.recipe.name)}</h1>",
+        f'<p class="lead">The network makes {bundle.recipe.data.frames} at once. Means over {len(prompts)} rendered '
+        "pictures, with 95% intervals; the same seeds for all ways.</p>",
+        table(header, rows),
+        section(
+            "What the columns say", "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in FIGURES.items())
+        ),
+    ]
+    for place, prompt in enumerate(prompts[:_SHOWN]):
+        body.append(section(prompt, "One seed, every way."))
+        cells = (
+            f"<figure>{video(mp4_bytes(way.shown[place], fps))}<figcaption>{html.escape(name)}</figcaption></figure>"
+            for name, way in measured.items()
+        )
+        body.append(f'<div class="pair">{"".join(cells)}</div>')
+    write_page(uri, "Long videos", body)
+
+
+def _with_interval(each: Estimate) -> str:
+    if each.low is None or each.high is None:
+        return number(each.value)
+    return f"{number(each.value)} ({number(each.low)} to {number(each.high)})"
