@@ -236,8 +236,8 @@ class TrainConfig(Part):
 class LongConfig(Part):
     """A video of more frames than the network makes at once (`cinemo.diffusion.phased`, `cinemo.methods.long`).
 
-    ``pipelines/evaluate.py --long`` compares the ways (BENCHMARKS.md has a table): segments of phased videos begin where
-    the first one did, which shows; windows that share half of their frames show least.
+    ``pipelines/evaluate.py --long`` compares the ways (BENCHMARKS.md has a table): segments of phased videos begin
+    where the first one did, which shows; windows that share half of their frames show least.
     """
 
     way: Literal["phased", "windows", "chain"] = Field(

@@ -32,7 +32,7 @@ from cinemo.types import InputError
 MAX_PROMPT = 4000  # letters
 MAX_STEPS = 999
 MAX_SEED = 2**63 - 1
-MAX_FRAMES = 1024
+MIN_FRAMES, MAX_FRAMES = 2, 1024
 
 
 def check_text(name: str, value: Any) -> None:
@@ -151,6 +151,11 @@ class Controls(BaseModel):
         """The control that says how much moves, and its values from the least to the most; None where there is none."""
         return None if cls.motion is None else (cls.motion, range(MOTION_BUCKETS))
 
+    @classmethod
+    def defaults(cls, recipe: Recipe) -> dict[str, Any]:
+        """What each control is where it is not given, by name."""
+        return cls().settings(recipe)
+
     def calibrated(self, recipe: Recipe, calibration: Mapping[str, Any] | None) -> Self:
         """With what a bundle's measured motion (`MotionScale.calibration`) makes of a strength; here there is none."""
         return self
@@ -204,9 +209,13 @@ class LongVideo(Controls):
     """How many frames, for methods whose sampling takes their number (`cinemo.methods.base.Method.sampling`)."""
 
     frames: int | None = control(
-        None, "length; more frames than the model makes at once come in parts", title="Frames", place="front", ge=2,
+        None,
+        "length; more frames than the model makes at once come in parts",
+        title="Frames",
+        place="front",
+        ge=MIN_FRAMES,
         le=MAX_FRAMES,
-    )  # fmt: skip
+    )
     long_video: Literal["phased", "windows", "chain"] | None = control(
         None,
         "how more frames than the model makes at once come about: phased: segments share their first steps; windows: "
@@ -214,6 +223,10 @@ class LongVideo(Controls):
         title="Long videos",
         place="folded",
     )
+
+    @classmethod
+    def defaults(cls, recipe: Recipe) -> dict[str, Any]:
+        return super().defaults(recipe) | {"frames": recipe.data.frames, "long_video": recipe.sample.long.way}
 
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
         """``frames`` where they are not those of the recipe, and how they are made where they are more."""

@@ -119,7 +119,13 @@ def test_supported_size_and_seconds_are_taken(client: TestClient) -> None:
     ("fields", "status", "code", "param"),
     [
         ({"size": "1280x720"}, 400, "unsupported_size", "size"),
-        ({"seconds": "8"}, 400, "unsupported_seconds", "seconds"),
+        ({"seconds": "0.1"}, 400, "unsupported_seconds", "seconds"),
+        ({"seconds": "1e9"}, 400, "unsupported_seconds", "seconds"),
+        ({"seconds": "soon"}, 400, "unsupported_seconds", "seconds"),
+        ({"seconds": "8", "frames": "20"}, 400, "unsupported_seconds", "seconds"),
+        ({"frames": "1"}, 422, "invalid_value", "frames"),
+        ({"frames": "1025"}, 422, "invalid_value", "frames"),
+        ({"frames": "20", "long_video": "loop"}, 422, "invalid_value", "long_video"),
         ({"model": "sora-2"}, 404, "model_not_found", "model"),
         ({"motion_bucket": "20"}, 422, "invalid_value", "motion_bucket"),
         ({"motion_bucket": "fast"}, 422, "invalid_value", "motion_bucket"),
@@ -154,7 +160,18 @@ def test_bad_fields(
 
 def test_unsupported_values_say_what_is_supported(client: TestClient) -> None:
     assert "'48x32'" in post(client, size="9x9").json()["error"]["message"]
-    assert "'0.75'" in post(client, seconds="9").json()["error"]["message"]
+    assert "expected 0.25 to 128" in post(client, seconds="900").json()["error"]["message"]
+    assert "expected '2.5'" in post(client, seconds="9", frames="20").json()["error"]["message"]
+
+
+def test_length_is_asked_in_seconds_or_frames(client: TestClient) -> None:
+    by_seconds, by_frames = post(client, seconds="2.5").json(), post(client, frames="20").json()
+    for video in (by_seconds, by_frames):
+        assert (video["frames"], video["seconds"], video["long_video"]) == (20, "2.5", "windows")
+    fewer = post(client, frames="4", long_video="chain").json()
+    assert (fewer["frames"], fewer["seconds"], "long_video" in fewer) == (4, "0.5", False)
+    controls = {control["name"]: control for control in client.get("/v1/models").json()["data"][0]["controls"]}
+    assert (controls["frames"]["default"], controls["long_video"]["default"]) == (6, "windows")
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,15 @@ from starlette.datastructures import UploadFile
 
 import cinemo
 from cinemo.bundle import BundleCard
+from cinemo.methods import method_class
+from cinemo.methods.controls import MAX_FRAMES, MIN_FRAMES
 from cinemo.serving.http.access import Client, KeyCheck
 from cinemo.serving.http.content import video_answer
 from cinemo.serving.http.description import EVENT, answers, describe
 from cinemo.serving.http.events import EventStreams, is_over
 from cinemo.serving.http.exposition import Exposition, Observed
 from cinemo.serving.http.fetch import Fetcher
-from cinemo.serving.http.form import VideoForm, VideoRequest, read_form
+from cinemo.serving.http.form import VideoForm, VideoRequest, frames_of, read_form
 from cinemo.serving.http.refusals import BodyLimit, Refused, add_error_answers
 from cinemo.serving.http.schema import (
     CancelledVideo,
@@ -153,7 +155,7 @@ def _add_creation(
     ) -> Video:
         """Queue the animation of a picture."""
         model, asked = form
-        _check_supported(asked.form, model)
+        _check_supported(asked, model)
         content, declared = await _reference(asked.form, fetcher)
         image = await anyio.to_thread.run_sync(cleaned, content, declared, settings.pixels, limiter=places)
         others = {}
@@ -347,14 +349,20 @@ async def _picture(given: UploadFile | str, fetcher: Fetcher | None) -> tuple[by
     return await fetcher.fetch(given)
 
 
-def _check_supported(form: VideoForm, card: BundleCard) -> None:
+def _check_supported(asked: VideoRequest, card: BundleCard) -> None:
+    form, wanted = asked.form, getattr(asked.controls, "frames", None)
+    frames = wanted or card.recipe.data.frames
     if form.model not in (None, card.recipe.name):
         raise _no_model(str(form.model), card)
-    for name, supported in (("size", video_size(card)), ("seconds", video_seconds(card))):
-        given = getattr(form, name)
-        if given not in (None, supported):
-            message = f"{name} {given!r} is not supported; expected {supported!r}"
-            raise Refused(400, f"unsupported_{name}", message, name)
+    if form.size not in (None, video_size(card)):
+        message = f"size {form.size!r} is not supported; expected {video_size(card)!r}"
+        raise Refused(400, "unsupported_size", message, "size")
+    if form.seconds is not None and frames_of(form.seconds, card.recipe) != frames:
+        expected = f"{video_seconds(card, frames)!r}"
+        if "frames" in method_class(card.recipe).controls_type.model_fields and wanted is None:
+            expected = f"{video_seconds(card, MIN_FRAMES)} to {video_seconds(card, MAX_FRAMES)}"
+        message = f"seconds {form.seconds!r} is not supported; expected {expected}"
+        raise Refused(400, "unsupported_seconds", message, "seconds")
 
 
 def _found(store: JobStore, video_id: str, client: Client) -> Job:

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from cinemo.bundle import BundleCard
 from cinemo.config import Recipe
 from cinemo.methods import Controls, method_class, served_controls
-from cinemo.methods.controls import MAX_PROMPT, check_text
+from cinemo.methods.controls import MAX_FRAMES, MAX_PROMPT, MIN_FRAMES, check_text
 from cinemo.serving.http.schema import video_seconds, video_size
 
 MAX_TIMEOUT = 7 * 24 * 3600.0
@@ -46,7 +46,7 @@ class VideoForm(BaseModel):
     prompt: str = Field(max_length=MAX_PROMPT, description="what happens; the encoder reads the first 77 tokens")
     model: Annotated[str | None, _Absent] = Field(None, max_length=256, description="name from /v1/models")
     size: Annotated[str | None, _Absent] = Field(None, max_length=32, description="WIDTHxHEIGHT; one size per model")
-    seconds: Annotated[str | None, _Absent] = Field(None, max_length=32, description="one length per model")
+    seconds: Annotated[str | None, _Absent] = Field(None, max_length=32, description="length; or give frames")
     timeout: Annotated[float | None, _Absent] = Field(
         None, gt=0, le=MAX_TIMEOUT, allow_inf_nan=False, description="seconds from now after which the job fails"
     )
@@ -79,7 +79,8 @@ class VideoRequest:
         settings = controls.settings(card.recipe, self.pictures.keys())
         values = {info.alias: settings[name] for name, info in served_controls(card.recipe).items() if name in settings}
         named = {"model": card.recipe.name, "prompt": self.form.prompt}
-        return {**named, **values, "size": video_size(card), "seconds": video_seconds(card)}
+        seconds = video_seconds(card, settings.get("frames"))
+        return {**named, **values, "size": video_size(card), "seconds": seconds}
 
 
 async def read_form(request: Request, card: BundleCard) -> VideoRequest:
@@ -106,6 +107,9 @@ async def read_form(request: Request, card: BundleCard) -> VideoRequest:
         form = VideoForm.model_validate(values)
     except ValidationError as error:
         faults += error.errors()
+    if form is not None and form.seconds is not None and "frames" in infos and "frames" not in asked:
+        frames = frames_of(form.seconds, card.recipe)
+        asked |= {"frames": frames} if MIN_FRAMES <= frames <= MAX_FRAMES else {}
     seed_drawn = "seed" not in asked
     if seed_drawn:
         asked["seed"] = secrets.randbits(32)
@@ -125,6 +129,14 @@ async def read_form(request: Request, card: BundleCard) -> VideoRequest:
     if faults or form is None or controls is None:
         raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults])
     return VideoRequest(form, controls, given, seed_drawn)
+
+
+def frames_of(seconds: str, recipe: Recipe) -> int:
+    """How many frames a text of seconds stands for; 0 where it is no such number."""
+    try:
+        return round(float(seconds) * recipe.sample.fps)
+    except (ValueError, OverflowError):
+        return 0
 
 
 def form_schema(recipe: Recipe, reference: str = "#/components/schemas/{model}") -> dict[str, Any]:

@@ -159,7 +159,7 @@ class Model(BaseModel):
     def of(cls, card: BundleCard) -> Model:
         method = method_class(card.recipe)
         infos = served_controls(card.recipe)
-        settings = method.controls_type().settings(card.recipe)
+        settings, usual = method.controls_type().settings(card.recipe), method.controls_type.defaults(card.recipe)
         motion = infos.get(method.controls_type.motion or "")
         levels = motion_levels(card.motion)[: int(motion.maximum or 0) + 1] if motion else []
         controls = [
@@ -169,7 +169,7 @@ class Model(BaseModel):
                 title=info.title,
                 description=info.description,
                 kind=info.kind,
-                default=None if name == "seed" else settings.get(name),
+                default=None if name == "seed" else usual.get(name),
                 minimum=info.minimum,
                 maximum=None if info.maximum is None else min(info.maximum, 2**53 - 1),  # what JavaScript holds
                 choices=list(info.choices),
@@ -240,6 +240,6 @@ def video_size(card: BundleCard) -> str:
     return f"{width}x{height}"
 
 
-def video_seconds(card: BundleCard) -> str:
-    """The length of what a model makes, as a short decimal text."""
-    return f"{card.recipe.data.frames / card.recipe.sample.fps:g}"
+def video_seconds(card: BundleCard, frames: int | None = None) -> str:
+    """The length of so many frames as a short decimal text; None: as many as the model makes at once."""
+    return f"{(frames or card.recipe.data.frames) / card.recipe.sample.fps:g}"
