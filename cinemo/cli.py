@@ -73,6 +73,11 @@ def add_controls(parser: argparse.ArgumentParser, method: type[Method]) -> None:
             about["action"] = argparse.BooleanOptionalAction
         elif info.kind == "choice":
             about["choices"] = info.choices
+        elif info.kind == "vectors":
+            text = info.description.replace("%", "%%")
+            about = {"action": "append", "dest": name, "metavar": "X0,Y0,X1,Y1", "help": f"{text}; repeatable"}
+            parser.add_argument(f"--{name.removesuffix('s')}", **about)
+            continue
         elif info.kind == "pair":
             about |= {"type": float, "nargs": 2, "metavar": ("LOW", "HIGH")}
         elif info.kind != "text":

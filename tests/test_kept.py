@@ -34,7 +34,9 @@ from cinemo.training.checkpoint.export import from_checkpoint
 
 ENCODERS = "/tmp/kept/encoders"  # where they were
 # What was another value then.
-CHANGED = {"cinemo-tiny": ("sample.guidance_scale=3.0", "sample.guidance_interval=[0.0, 1.0]")}
+CHANGED = {
+    "cinemo-tiny": ("sample.guidance_scale=3.0", "sample.guidance_interval=[0.0, 1.0]", "sample.final_level=a_0"),
+}
 
 
 @pytest.fixture(scope="module")

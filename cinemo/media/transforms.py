@@ -37,6 +37,13 @@ def cover_crop_geometry(height: int, width: int, size: tuple[int, int]) -> Cover
     return CoverCrop(scale, resized, round((resized[0] - rows) / 2), round((resized[1] - columns) / 2))
 
 
+def cropped_points(points_N2: np.ndarray, picture: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Where points x, y of a picture (height, width) are after `prepare_image`, pixel centres being whole numbers."""
+    geometry = cover_crop_geometry(*picture, size)
+    corner = np.array([geometry.left, geometry.top])
+    return np.asarray((points_N2 + 0.5) * geometry.scale - 0.5 - corner)
+
+
 def prepare_image(image_HWC: np.ndarray | Image.Image, size: tuple[int, int]) -> Tensor:
     """A picture as the VAE takes it.
 

@@ -15,6 +15,7 @@ from cinemo.methods.controls import ControlInfo, Controls, Input, controls_of
 from cinemo.methods.dynamicrafter import DynamiCrafterMethod
 from cinemo.methods.dynamicrafter_stills import StillsMethod
 from cinemo.methods.interpolation import InterpolationMethod
+from cinemo.methods.longer import LongerMethod
 from cinemo.methods.trainable import check_trainable, mark_trainable
 from cinemo.methods.trip import TripLinearMethod, TripMethod
 from cinemo.types import InputError
@@ -45,7 +46,7 @@ _METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(CinemoMethod, DynamiCrafterMethod, StillsMethod, InterpolationMethod),
-        *(TripMethod, TripLinearMethod),
+        *(TripMethod, TripLinearMethod, LongerMethod),
     )
 }
 

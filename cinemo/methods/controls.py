@@ -6,6 +6,7 @@ A method's `Controls` is a pydantic model whose fields are made by `control`. No
 
 from __future__ import annotations
 
+import json
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -26,6 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from cinemo.config import MOTION_BUCKETS, Recipe
+from cinemo.media.arrows import MAX_ARROWS
 from cinemo.media.motion import value_at
 from cinemo.types import InputError
 
@@ -118,6 +120,29 @@ def _pair(value: Any) -> Any:
 
 
 Pair = Annotated[tuple[float, float], BeforeValidator(_pair)]
+Arrow = tuple[float, float, float, float]
+
+
+def _arrows(value: Any) -> Any:
+    """``[[1, 2, 3, 4]]``, ``1,2,3,4`` and ``1,2,3,4;5,6,7,8``, as forms and flags send arrows."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.lstrip().startswith("[[") else value.strip(" ;").split(";")
+        except ValueError:
+            raise ValueError("expected a list of arrows, such as [[10, 20, 60, 20]]") from None
+    if not isinstance(value, list | tuple):
+        return value
+    arrows = [arrow.split(",") if isinstance(arrow, str) else arrow for arrow in value]
+    try:
+        made = tuple(tuple(float(number) for number in arrow) for arrow in arrows)
+    except (TypeError, ValueError):
+        raise ValueError("expected four numbers x0,y0,x1,y1 for each arrow, such as 10,20,60,20") from None
+    if any(len(arrow) != 4 for arrow in made):
+        raise ValueError("expected four numbers x0,y0,x1,y1 for each arrow, such as 10,20,60,20")
+    return made
+
+
+Arrows = Annotated[tuple[Arrow, ...], BeforeValidator(_arrows), Field(max_length=MAX_ARROWS)]
 
 
 class Controls(BaseModel):
@@ -200,7 +225,7 @@ class Controls(BaseModel):
             value = getattr(self, name)
             value = getattr(recipe.sample, name, None) if value is None else value
             if value is not None:  # None: another way to say something, such as a share of a scale
-                filled[name] = list(value) if isinstance(value, tuple) else value
+                filled[name] = _listed(value)
         filled["guidance_scale"] = float(filled["guidance_scale"])
         return filled
 
@@ -307,7 +332,7 @@ class ControlInfo:
 
     name: str
     alias: str
-    kind: Literal["integer", "number", "boolean", "text", "choice", "pair"]
+    kind: Literal["integer", "number", "boolean", "text", "choice", "pair", "vectors"]
     default: Any
     title: str
     description: str
@@ -330,6 +355,8 @@ def expectation(controls: type[Controls], name: str) -> str:
     if info.choices:
         return " or ".join(info.choices)
     what = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "pair": "two numbers"}
+    if info.kind == "vectors":
+        return f"at most {MAX_ARROWS} arrows of four numbers x0,y0,x1,y1"
     if info.kind == "text":
         return f"a text of at most {info.maximum:g} characters" if info.maximum else "a text"
     limits = "" if info.minimum is None or info.maximum is None else f" {info.minimum:g}..{info.maximum:g}"
@@ -348,7 +375,7 @@ def _info(name: str, field: FieldInfo) -> ControlInfo:
         choices, kind = typing.get_args(annotation), "choice"
     else:
         kinds = {int: "integer", float: "number", bool: "boolean", str: "text"}
-        kind = kinds.get(annotation, "pair")
+        kind = kinds.get(annotation, "vectors" if annotation == Arrows else "pair")
     limit = {
         key: getattr(part, key) for part in field.metadata for key in ("ge", "le", "max_length") if hasattr(part, key)
     }
@@ -383,6 +410,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return tuple(value.tolist())
     return tuple(value) if isinstance(value, list) else value
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as the lists that JSON has in their place."""
+    return [_listed(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _shown(value: Any) -> str:

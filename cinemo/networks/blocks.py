@@ -155,9 +155,11 @@ class TransformerBlock(nn.Module):
         self.attn_temp = TemporalAttention(width, heads)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
+        self.field: nn.Module | None = None  # reads a motion field, see `cinemo.networks.motion_field`
 
     def forward(self, y: Tensor, text: Tensor | TextKeysValues) -> Tensor:
-        """``y``: (B*N, h*w, C), overwritten where no gradients are asked for."""
+        """``y``: (B*N, h*w, C), overwritten where no gradients are asked for. ``text``: with ``field``, that has the
+        block's entry as well."""
         keys_values = self.attn2.keys_values(text) if isinstance(text, Tensor) else text[self.attn2]
         (images, cells, width), batch = y.shape, len(keys_values[0])
 
@@ -169,6 +171,8 @@ class TransformerBlock(nn.Module):
         y = y.reshape(batch, -1, width)  # the text is the same for all frames of an item
         y = residual(y, 1, lambda y: self.attn2(self.norm2(y), keys_values), widest=3)
         y = residual(y.reshape(batch, -1, cells, width), 2, along_time, widest=4)
+        if self.field is not None and not isinstance(text, Tensor):
+            y = self.field(y, text[self][1])
         y = residual(y.reshape(-1, width), 0, lambda y: self.ff(y, self.norm3), widest=8)
         return y.reshape(images, cells, width)
 

@@ -111,7 +111,7 @@ def load_unet(
     # Files may lack the rotary tables: all are the same formula, and savers drop tensors that share memory.
     state |= {name: rotary_frequencies() for name in expected if name.endswith("rotary_emb.freqs")}
     if motion_optional and not any(name.startswith("add_embedding.") for name in state):
-        state |= _fresh_motion(config)
+        state |= fresh_motion(config)
     if grow_input and "conv_in.weight" in state:
         state["conv_in.weight"] = _grown(state["conv_in.weight"], config.in_channels)
     compare(state, expected, location)
@@ -242,7 +242,8 @@ def _grown(weight: Tensor, channels: int) -> Tensor:
     return weight if more <= 0 else torch.cat([weight, weight.new_zeros(len(weight), more, *weight.shape[2:])], dim=1)
 
 
-def _fresh_motion(config: UNetConfig) -> dict[str, Tensor]:
+def fresh_motion(config: UNetConfig) -> dict[str, Tensor]:
+    """Cinemo's motion-id network as a base without one gets it."""
     fresh = Embedding(config.addition_time_embed_dim, 4 * config.block_out_channels[0])
     torch.nn.init.zeros_(fresh.linear_2.weight)
     return {f"add_embedding.{name}": value for name, value in fresh.state_dict().items()}

@@ -32,7 +32,8 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     recipe, place = load_recipe(request.param), tmp_path_factory.mktemp("long") / "bundle"
     method = method_class(recipe)
     networks = {
-        part: method.load_network(recipe, part, recipe.train.init or "", torch.float32) for part in method.parts
+        part: method.load_network(recipe, part, recipe.train.init or "", torch.float32, base=True)
+        for part in method.parts
     }
     save_bundle(place, recipe, networks, {"made": "by a test"})
     return load_bundle(place, "cpu")

@@ -148,6 +148,9 @@ def form_schema(recipe: Recipe, reference: str = "#/components/schemas/{model}")
             field |= {"maximum": MAX_SEED, "description": "drawn at random if absent"}
         if info.kind == "pair":
             field = {"type": "string", "pattern": _PAIR, "description": f"'low,high': {info.description}"}
+        if info.kind == "vectors":
+            forms = "'x0,y0,x1,y1;...' or JSON [[x0, y0, x1, y1], ...]"
+            field = {"type": "string", "description": f"{forms}: {info.description}"}
         schema["properties"][info.alias] = field
     for name, about in method_class(recipe).inputs.items():
         if about.kind == "image":

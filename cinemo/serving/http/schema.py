@@ -117,7 +117,7 @@ class Control(BaseModel):
     setting: str
     title: str
     description: str
-    kind: Literal["integer", "number", "boolean", "text", "choice", "pair"]
+    kind: Literal["integer", "number", "boolean", "text", "choice", "pair", "vectors"]
     default: Any
     minimum: float | None
     maximum: float | None

@@ -1,0 +1,354 @@
+"""Controllable Longer Image Animation (arXiv 2405.17306): motion that is drawn, and how strong it is.
+
+The paper's modules on Cinemo's backbone in the place of Stable Video Diffusion: residuals are diffused, with the
+picture as the first frame inside the network. Motion fields enter by equation 4 (`cinemo.networks.motion_field`),
+arrows become fields by equations 5-7 (`cinemo.media.arrows`), the motion strength of equation 8 is embedded beside the
+timestep. Long videos (equations 9-12) are every method's (`cinemo.diffusion.phased`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Self, cast
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cinemo.config import Part, Recipe, SampleConfig, TrainConfig
+from cinemo.diffusion.guidance import Sampling
+from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
+from cinemo.media.arrows import check_arrows, dense_field
+from cinemo.media.flow import speed
+from cinemo.media.transforms import cropped_points, prepare_image
+from cinemo.methods.base import Draw, Encoders, Example, Method, Published, calls, chance, long_config, solved
+from cinemo.methods.cinemo import CinemoMethod
+from cinemo.methods.controls import Arrows, Controls, Input, LongVideo, MotionStrength, control
+from cinemo.networks.features import DeepFeatures
+from cinemo.networks.motion_field import FieldUNet, FieldUNetConfig, learns, load_field_unet
+from cinemo.types import Condition, InputError, LatentSample, keyed_generator
+
+LEVELS = 20  # of the speed, where a motion strength is measured
+UNIT = 100  # motion_speed of one pixel a frame, where the shorter side has 512 (section 4.3 has 100..400)
+MAX_SPEED = 10_000
+_MOVING = 0.1  # of a clip's fastest cell: where hints are taken
+
+
+class LongerModel(Part):
+    """The network, and how motion strength enters it."""
+
+    unet: FieldUNetConfig = FieldUNetConfig()
+    strength_factor: float = Field(
+        100.0, gt=0, description="what the network is told of 1 pixel a frame, where the shorter side has 512"
+    )
+
+
+class LongerTrain(TrainConfig):
+    """Optimisation (section 4.1), and what a sample may go without."""
+
+    field_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a motion field")
+    strength_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a motion strength")
+    hint_share: float = Field(
+        0.0, ge=0, le=1, description="share of samples whose field is made of 1-5 arrows along their motion"
+    )
+
+
+class LongerSample(SampleConfig):
+    """Sampling defaults."""
+
+    motion_speed: int = Field(150, ge=0, le=MAX_SPEED, description="where neither it nor arrows are given")
+    fastest: int = Field(400, ge=1, le=MAX_SPEED, description="motion_speed at motion strength 1")
+    motion_guidance_scale: float = Field(1.0, ge=1, description="of what field and strength add; 1: not guided")
+
+
+class LongerRecipe(Recipe):
+    """A run of Controllable Longer Image Animation."""
+
+    method: str = "longer"
+    model: LongerModel = LongerModel()
+    train: LongerTrain = LongerTrain()
+    sample: LongerSample = LongerSample()
+
+
+class LongerControls(MotionStrength, LongVideo):
+    """Arrows (section 3.2) and motion strength (3.3)."""
+
+    strength_of: ClassVar[str] = "motion_speed"
+
+    arrows: Arrows | None = control(
+        None,
+        "what is at x0,y0 of the picture is at x1,y1 when the model's frames end (pixels); an arrow of no length holds "
+        "what is around it",
+        title="Arrows",
+        place="front",
+    )
+    motion_speed: int | None = control(
+        None,
+        "mean speed over the picture, in hundredths of a pixel a frame where the shorter side has 512; without it as "
+        "fast as the arrows say",
+        title="Speed",
+        place="front",
+        ge=0,
+        le=MAX_SPEED,
+    )
+    motion_guidance_scale: float | None = control(
+        None, "how closely to follow arrows and speed, 1 = off", title="Motion guidance", place="folded", ge=1, le=50
+    )
+
+    @classmethod
+    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
+        fastest = _own(recipe).sample.fastest
+        return "motion_speed", [round(fastest * level / (LEVELS - 1)) for level in range(LEVELS)]
+
+    def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
+        """``motion_speed`` is measured on the arrows (None) where they alone are given."""
+        filled = super().settings(recipe, inputs)
+        if "mask" in inputs and not self.arrows:
+            raise InputError("mask: says where arrows move the picture, but there are none; draw one, or leave it out")
+        if self.arrows and self.motion_speed is None and self.motion_strength is None:
+            filled["motion_speed"] = None
+        return filled
+
+
+class LongerMethod(CinemoMethod):
+    """Motion residuals with a motion field; see `cinemo.methods.base.Method` for the contract.
+
+    A condition has ``image`` and ``text`` as Cinemo's, ``flow`` (B, 2, F, h, w), the field that led to each frame in
+    pixels a frame (the first has none: zeros), and ``strength`` (B,), NaN where none is given.
+    """
+
+    name: ClassVar[str] = "longer"
+    recipe_type: ClassVar[type[Recipe]] = LongerRecipe
+    controls_type: ClassVar[type[Controls]] = LongerControls  # type: ignore[assignment]
+    inputs: ClassVar[Mapping[str, Input]] = {
+        "mask": Input("image", "what arrows may move: white; what stands still: black")
+    }
+    published: ClassVar[Mapping[str, Published]] = {}
+    variants: ClassVar[Mapping[str, Mapping[str, float]]] = {"sample": {}}
+    noise_variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    unet: FieldUNet
+    model: LongerModel
+
+    def __init__(
+        self,
+        unet: FieldUNet,
+        schedule: NoiseSchedule,
+        sample: LongerSample,
+        model: LongerModel,
+        min_snr_gamma: float | None = None,
+    ) -> None:
+        Method.__init__(self)
+        self.unet, self.schedule, self.min_snr_gamma = unet, schedule, min_snr_gamma
+        self.sample, self.model = sample, model  # type: ignore[assignment]
+
+    @classmethod
+    def latent_channels(cls, recipe: Recipe) -> int:
+        return _own(recipe).model.unet.in_channels
+
+    @classmethod
+    def text_width(cls, recipe: Recipe) -> int:
+        return _own(recipe).model.unet.cross_attention_dim
+
+    @classmethod
+    def fresh_networks(cls, recipe: Recipe) -> dict[str, nn.Module]:
+        return {"unet": FieldUNet(**_own(recipe).model.unet.model_dump())}
+
+    @classmethod
+    def load_network(
+        cls, recipe: Recipe, part: str, location: str, dtype: torch.dtype | None = None, base: bool = False
+    ) -> nn.Module:
+        return load_field_unet(_own(recipe).model.unet, location, dtype, base)
+
+    @classmethod
+    def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
+        own, unet = _own(recipe), cast(FieldUNet, networks["unet"])
+        return cls(unet, noise_schedule(recipe.diffusion), own.sample, own.model, recipe.train.min_snr_gamma)
+
+    @classmethod
+    def stored_fields(cls, recipe: Recipe) -> tuple[str, ...]:
+        return ("flow",)
+
+    @classmethod
+    def example(cls, recipe: Recipe, sample: LatentSample, draw: Draw) -> Example:
+        """The clip's field, or one made of a few arrows along it; its strength is that of what is shown."""
+        train = _own(recipe).train
+        flow_F2HW = np.asarray(sample.fields["flow"], np.float32)
+        if chance(draw, "hints", train.hint_share):
+            flow_F2HW = hinted(flow_F2HW, draw("arrows"))
+        strength = _strength(speed(flow_F2HW), recipe)
+        if chance(draw, "drop field", train.field_dropout):
+            flow_F2HW = np.zeros_like(flow_F2HW)
+        given = not chance(draw, "drop strength", train.strength_dropout)
+        fields = {
+            "flow": _of_frames(torch.from_numpy(flow_F2HW).transpose(0, 1)),
+            "strength": torch.tensor(strength if given else float("nan"), dtype=torch.float32),
+        }
+        return Example(fields, {"text": "" if chance(draw, "drop", train.prompt_dropout) else sample.caption})
+
+    @classmethod
+    def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Condition:
+        return Condition(
+            image=video_BCFHW[:, :, 0], text=states["text"], flow=fields["flow"], strength=fields["strength"]
+        )
+
+    @classmethod
+    def learns(cls, name: str, trainable: str) -> bool:
+        return trainable == "temporal" and learns(name)
+
+    def ready(self, condition: Condition) -> Condition:
+        """A condition for many calls of `predict`: what its text and its field are to every layer, made once."""
+        condition = condition.to(next(self.unet.parameters()).device)
+        contexts = self.unet.contexts(condition["text"].to(self.unet.dtype), condition["flow"])
+        return Condition(image=condition["image"], contexts=contexts, strength=condition["strength"])
+
+    def predict(self, x_t: Tensor, t: Tensor | int, condition: Condition, deep: DeepFeatures | None = None) -> Tensor:
+        """As Cinemo's, with the field beside the text."""
+        condition = condition.to(x_t.device)
+        if not isinstance(t, Tensor):  # a compiler would build a number in
+            t = torch.full((), t, device=x_t.device)
+        if "contexts" not in condition:
+            condition = self.ready(condition)
+        z_1 = condition["image"][:, :, None].to(x_t.dtype)
+        frames = torch.cat([z_1, z_1 + x_t], dim=2).to(self.unet.dtype)
+        output: Tensor = self.unet(frames, t, condition["contexts"], None, condition["strength"], deep)
+        return output[:, :, 1:]
+
+    def asked(
+        self,
+        encoders: Encoders,
+        video_BCFHW: Tensor,
+        picture_HWC: np.ndarray,
+        prompts: Sequence[str],
+        controls: Sequence[Mapping[str, Any]],
+    ) -> Condition:
+        _, _, frames, h, w = video_BCFHW.shape
+        factor = self.model.strength_factor / UNIT
+        strengths = [values["motion_speed"] * factor if "motion_speed" in values else np.nan for values in controls]
+        return Condition(
+            image=video_BCFHW[:, :, 0].expand(len(prompts), -1, -1, -1),
+            text=encoders.text.encode(prompts),
+            flow=video_BCFHW.new_zeros(len(prompts), 2, frames, h, w),
+            strength=torch.tensor(strengths, dtype=torch.float32, device=video_BCFHW.device),
+        )
+
+    @classmethod
+    def controls_like(cls, recipe: Recipe, sample: LatentSample) -> dict[str, Any]:
+        """How fast the clip is, where its flow is stored."""
+        if "flow" not in sample.fields:
+            return {}
+        at_512 = speed(np.asarray(sample.fields["flow"])) * 512 / min(recipe.data.size)
+        return {"motion_speed": min(MAX_SPEED, round(UNIT * at_512))}
+
+    def prepare(
+        self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
+    ) -> tuple[Sampling, int]:
+        seed, steps, size = settings["seed"], int(settings["steps"]), recipe.data.size
+        field_2HW = _drawn(recipe, inputs, settings)
+        posterior = keyed_generator(seed, "image") if recipe.encoders.latent == "sample" else None
+        image_BCHW = encoders.vae.encode(prepare_image(inputs["image"], size)[None], posterior)
+        text_BLD, negative_BLD = encoders.text.encode([settings["prompt"], settings["negative_prompt"]]).chunk(2)
+        channels, h, w = image_BCHW.shape[1:]
+        device, native = image_BCHW.device, recipe.data.frames
+        cells = torch.from_numpy(field_2HW).float().view(2, h, size[0] // h, w, size[1] // w).mean((2, 4))
+        flow = _of_frames(cells[:, None].expand(-1, native - 1, -1, -1))[None].to(device)
+        strength = _strength(settings["motion_speed"] / UNIT / 512 * min(size), recipe)
+        condition = Condition(
+            image=image_BCHW, text=text_BLD, flow=flow, strength=torch.tensor([strength], device=device)
+        )
+        wanted = {name: settings[name] for name in ("solver", "reuse_features", "motion_guidance_scale")}
+        wanted["guidance_interval"] = tuple(settings["guidance_interval"])
+        wanted["long"] = long_config(self.sample, settings)
+        sample = cast(LongerSample, self.sample.model_copy(update=wanted))
+        asked = LongerMethod(self.unet, self.schedule, sample, self.model)
+        noise = torch.randn(1, *self.target_shape((channels, native, h, w)), generator=keyed_generator(seed, "noise"))
+        scale, fresh = float(settings["guidance_scale"]), keyed_generator(seed, "fresh noise")
+        frames = settings.get("frames", native)
+        untold = Condition(text=negative_BLD)
+        sampling = asked.sampling(condition, untold, noise.to(device), steps, scale, fresh, frames)
+        return sampling, calls(asked.sample, steps, native - 1, frames - 1)
+
+    def sampling(
+        self,
+        condition: Condition,
+        untold: Condition | None,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | None = None,
+        frames: int | None = None,
+    ) -> Sampling:
+        """As Cinemo's, with three branches: neither motion nor text, motion alone, both.
+
+        With a motion guidance of 1 the first cancels out, and is not asked.
+        """
+        if guidance_scale > 1 and untold is None:
+            raise InputError(f"guidance scale is {guidance_scale}, expected text states of the negative prompt")
+        negative = condition["text"] if untold is None else untold["text"].to(condition["text"])
+        moving = Condition(condition, text=negative)
+        nothing = Condition(
+            moving,
+            flow=torch.zeros_like(condition["flow"]),
+            strength=torch.full_like(condition["strength"], float("nan")),
+        )
+        scales = (cast(LongerSample, self.sample).motion_guidance_scale, guidance_scale)
+        residuals, branches = None if frames is None else frames - 1, (nothing, moving, condition)
+        still = torch.zeros_like(noise)
+        x_0 = yield from solved(
+            noise, self.schedule, self.sample, steps, branches, scales, self.ready, generator, residuals, still
+        )
+        return self.finish(x_0, condition)
+
+
+def hinted(flow_F2HW: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """The field that 1-5 arrows along a clip's motion make, the same for all frames: what a person would draw.
+
+    Args:
+        flow_F2HW: cells of any size, pixels a frame. Arrows start where it moves at least a tenth as fast as anywhere.
+    """
+    mean_2HW = flow_F2HW.mean(0, dtype=np.float64)
+    length = np.hypot(*mean_2HW)
+    rows, columns = np.nonzero(length >= max(_MOVING * length.max(), 1e-9))
+    if not len(rows):
+        return np.zeros_like(flow_F2HW)
+    count = int(torch.randint(1, 6, (), generator=generator))
+    places = torch.randperm(len(rows), generator=generator)[:count].tolist()
+    starts = np.stack([columns[places], rows[places]], 1).astype(np.float64)
+    ways = mean_2HW[:, rows[places], columns[places]].T
+    field = dense_field(np.concatenate([starts, starts + ways], 1), 1.0, mean_2HW.shape[1:])
+    return np.repeat(field.astype(flow_F2HW.dtype)[None], len(flow_F2HW), 0)
+
+
+def _drawn(recipe: Recipe, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]) -> np.ndarray:
+    """The field (2, H, W) of a request in pixels a frame of the recipe's size, as fast as ``motion_speed`` says; where
+    that is None it is measured."""
+    size = recipe.data.size
+    arrows = settings.get("arrows") or []
+    picture = inputs["image"].shape[:2]
+    points = cropped_points(check_arrows(arrows, picture).reshape(-1, 2), picture, size).reshape(-1, 4)
+    mask_HW = None
+    if "mask" in inputs:
+        mask_HW = ((prepare_image(inputs["mask"], size) / 2 + 0.5).mean(0) > 0.5).double().numpy()
+    field_2HW = dense_field(points, 1 / (recipe.data.frames - 1), size, mask_HW=mask_HW)
+    at_512 = speed(field_2HW[None]) * 512 / min(size)
+    if settings["motion_speed"] is None:
+        settings["motion_speed"] = min(MAX_SPEED, round(UNIT * at_512))
+    elif at_512 > 0:
+        field_2HW = field_2HW * (settings["motion_speed"] / UNIT / at_512)
+    return field_2HW
+
+
+def _strength(pixels_a_frame: float, recipe: Recipe) -> float:
+    """What the network is told of a mean speed at the recipe's size."""
+    return _own(recipe).model.strength_factor * pixels_a_frame * 512 / min(recipe.data.size)
+
+
+def _of_frames(flow_2FHW: Tensor) -> Tensor:
+    """To each frame the field that led to it: none to the first."""
+    return torch.cat([torch.zeros_like(flow_2FHW[:, :1]), flow_2FHW], dim=1)
+
+
+def _own(recipe: Recipe) -> LongerRecipe:
+    if not isinstance(recipe, LongerRecipe):
+        raise TypeError(f"recipe {recipe.name} is a {type(recipe).__name__}, expected a LongerRecipe")
+    return recipe

@@ -1,0 +1,146 @@
+"""Runs of Controllable Longer Image Animation (arXiv 2405.17306)."""
+
+from __future__ import annotations
+
+from cinemo.config import DataConfig, DiffusionConfig, EncodersConfig, LongConfig
+from cinemo.methods.longer import LongerModel, LongerRecipe, LongerSample, LongerTrain
+from cinemo.networks.motion_field import FieldUNetConfig
+from cinemo.recipes.cinemo import RENDERED_EDGES
+
+
+def longer_320x512() -> LongerRecipe:
+    """The paper (arXiv 2405.17306) on Cinemo's backbone, where it has Stable Video Diffusion's at 512x512, 25 frames.
+
+    Every key, by where its value is from (a test holds this list complete):
+
+    - Section 4.1. train.lr: 3e-5, constant (train.schedule, train.warmup_steps), with AdamW (train.weight_decay,
+      train.betas). train.max_steps: 100 000. train.global_batch: 4 on two GPUs (train.workers, train.gpus_per_worker,
+      train.micro_batch). train.trainable: all but the spatial layers. train.lora_rank: 16, train.lora_layers: of the
+      temporal attention, train.lora_alpha: equal to the rank; for static cameras, trained alone
+      (``longer-320x512-static``). sample.long.way: phased, sample.long.gamma: 0.8, sample.long.omega: 0.2.
+    - Section 3. data.fields: flow (3.2). sample.long.shuffle: all further frames (equation 12). sample.long.noise: as
+      the first segment had it. sample.long.renormalise: not (equation 10).
+    - Cinemo (arXiv 2407.15642), whose backbone this is. train.init: its weights. data.frames: 16. data.size,
+      data.frame_interval, data.bucket_edges. encoders.vae, encoders.vae_decoder, encoders.text_encoder,
+      encoders.tokenizer. encoders.latent: a sample of the posterior. encoders.normalize: off (encoders.latents_mean,
+      encoders.latents_std: none). model.unet.in_channels, model.unet.out_channels, model.unet.block_out_channels,
+      model.unet.layers_per_block, model.unet.norm_num_groups, model.unet.cross_attention_dim,
+      model.unet.attention_head_dim, model.unet.addition_time_embed_dim. diffusion.train_steps, diffusion.beta_start,
+      diffusion.beta_end, diffusion.beta_schedule, diffusion.prediction, diffusion.data_scale,
+      diffusion.zero_terminal_snr, diffusion.dynamic_rescale. train.noise_offset, train.timestep_shift,
+      train.timestep_shift_steps, train.min_snr_gamma: none. train.prompt_dropout: 0.5. sample.solver, sample.steps:
+      DDIM, 50. sample.guidance_scale: 7.5 (sample.guidance_interval, sample.guidance_rescale, sample.reuse_features).
+      sample.spacing, sample.final_level, sample.eta. sample.fps: 8.
+    - Our choice, where the paper is silent. model.unet.field_widths: 64 and 128 before the UNet's own.
+      model.unet.field_tokens: 4096. model.unet.flow_scale: 20 pixels a frame. model.strength_factor: 100, so that its
+      100..400 are 1..4 pixels a frame. train.field_dropout, train.strength_dropout: 0.1. train.hint_share: none, the
+      paper's fields are measured ones. sample.motion_speed, sample.fastest: of its 100..400.
+      sample.motion_guidance_scale: 1. train.grad_clip: 1. train.ema_decay: no average. train.precision: bf16.
+      data.ssim, data.views. sample.long.overlap, sample.long.together.
+    - Our choice, how it is computed. train.gradient_checkpointing, train.zero_stage, train.offload,
+      train.cpus_per_worker, train.lanes, train.on_damaged, train.cache_gb, train.max_failures, ``compile``. train.seed,
+      data.seed. train.log_every, train.checkpoint_every, train.keep_checkpoints, train.sample_every,
+      train.sample_count, train.held_out_shards, train.validate_every, train.canary. data.clips_per_shard, data.decoder,
+      data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource, data.max_quarantine_share,
+      data.encode_batch, data.encode_actors, data.encode_gpus.
+    - Not used here. encoders.image_encoder.
+    """
+    return LongerRecipe(
+        name="longer-320x512",
+        data=DataConfig(encode_gpus=1.0, fields=("flow",)),
+        encoders=EncodersConfig(
+            vae="models/sd-v1-4/vae",
+            vae_decoder="models/cinemo/vae_temporal_decoder",
+            text_encoder="models/sd-v1-4/text_encoder",
+            tokenizer="models/sd-v1-4/tokenizer",
+        ),
+        train=LongerTrain(
+            workers=2,
+            gpus_per_worker=1,
+            global_batch=4,
+            micro_batch=2,
+            lanes=2,
+            max_steps=100_000,
+            lr=3e-5,
+            trainable="temporal",
+            lora_layers=tuple(f"attn_temp.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+            gradient_checkpointing=True,
+            init="models/cinemo/unet",
+        ),
+        sample=LongerSample(long=LongConfig(way="phased")),
+    )
+
+
+def longer_320x512_static() -> LongerRecipe:
+    """The LoRA for a camera that stands still (section 4.1): rank 16 on temporal attention, everything else frozen.
+
+    ``train.init``: a trained `longer_320x512`. ``data``: clips whose camera stands still, 5,000 in the paper.
+    """
+    base = longer_320x512()
+    train = base.train.model_copy(update={"trainable": "lora", "init": "models/longer-320x512/unet"})
+    return base.model_copy(update={"name": "longer-320x512-static", "train": train})
+
+
+def longer_tiny() -> LongerRecipe:
+    """The same method with small networks at 64x96 pixels, for two CPU cores, from the base of `cinemo_tiny`.
+
+    Where it departs from the paper, and why:
+
+    - diffusion, encoders, train.timestep_shift, train.prompt_dropout, sample.final_level, guidance: as for
+      `cinemo-tiny`.
+    - train.trainable: all, as there is no image model to protect.
+    - train.hint_share 0.5: half of the samples are given what a person would draw in the place of the measured field,
+      so that no network has to make one of the other.
+    - model.strength_factor: of the speeds of rendered clips, the range of Cinemo's buckets, which the base knows.
+      model.unet.flow_scale: of 64 pixels what 20 are of 512. model.unet.field_tokens: over frames and cells at once in
+      the inner level alone.
+    - sample.long.way: windows, whose seams show least.
+    """
+    return LongerRecipe(
+        name="longer-tiny",
+        data=DataConfig(size=(64, 96), clips_per_shard=16, bucket_edges=RENDERED_EDGES, fields=("flow",)),
+        encoders=EncodersConfig(latent="mode"),
+        model=LongerModel(
+            unet=FieldUNetConfig(
+                in_channels=16,
+                out_channels=16,
+                block_out_channels=(64, 128),
+                layers_per_block=1,
+                norm_num_groups=16,
+                cross_attention_dim=64,
+                attention_head_dim=1,
+                addition_time_embed_dim=64,
+                field_widths=(32,),
+                field_tokens=512,
+                flow_scale=2.5,
+            ),
+            strength_factor=1.5,
+        ),
+        diffusion=DiffusionConfig(prediction="v", data_scale=2.44),
+        train=LongerTrain(
+            workers=2,
+            global_batch=8,
+            micro_batch=4,
+            max_steps=300,
+            lr=2e-4,
+            warmup_steps=20,
+            schedule="cosine",
+            prompt_dropout=0.1,
+            hint_share=0.5,
+            timestep_shift=4.0,
+            precision="fp32",
+            init="package:tiny/unet",
+            lanes=2,
+            log_every=5,
+            checkpoint_every=100,
+            sample_every=100,
+        ),
+        sample=LongerSample(
+            steps=25,
+            final_level="clean",
+            guidance_scale=5.0,
+            guidance_interval=(0.5, 1.0),
+            motion_speed=400,
+            fastest=1200,
+        ),
+    )
