@@ -34,6 +34,8 @@ from torch.multiprocessing.spawn import spawn
 
 from cinemo import storage
 from cinemo.config import Recipe
+from cinemo.media.flow import METHOD as FLOW
+from cinemo.media.flow import dense_flow
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.synthetic import CLIP_FRAMES, PAINTERS, render_scene, turned
 from cinemo.methods import build_method, image_encoder_place, method_class
@@ -82,11 +84,13 @@ def planned(share: float, frames: int | None = None) -> tuple[Phase, ...]:
 @dataclass(frozen=True)
 class Clips:
     """``latents_NFCHW``: float16, normalised as the autoencoder says. ``facts``: kind, caption, direction, SSIM and
-    interval. ``tokens_NFLD``: float16, of every frame, where the recipe's method needs an image encoder."""
+    interval. ``tokens_NFLD``: float16, of every frame, where the recipe's method needs an image encoder.
+    ``flow_NF2HW``: float16, where its method asks for flow, as precompute stores it."""
 
     latents_NFCHW: np.ndarray
     facts: Sequence[dict[str, Any]]
     tokens_NFLD: np.ndarray | None = None
+    flow_NF2HW: np.ndarray | None = None
 
 
 def make_clips(
@@ -103,13 +107,14 @@ def make_clips(
             rate = done * chunk / (time.monotonic() - began)
             log(f"clips: {done * chunk} of {len(missing) * chunk}, {rate:.1f}/s")
     chunks = [_read_chunk(output, recipe, seed, number, chunk) for number in numbers]
-    facts = [row for _, rows, _ in chunks for row in rows]
-    tokens = [array for *_, array in chunks if array is not None]
-    return Clips(
-        np.concatenate([latents for latents, *_ in chunks])[:count],
-        facts[:count],
-        np.concatenate(tokens)[:count] if tokens else None,
-    )
+
+    def whole(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+        there = [array for array in arrays if array is not None]
+        return np.concatenate(there)[:count] if there else None
+
+    latents, rows, tokens, flows = zip(*chunks, strict=True)
+    facts = list(itertools.chain.from_iterable(rows))
+    return Clips(np.concatenate(latents)[:count], facts[:count], whole(tokens), whole(flows))
 
 
 def train_base(
@@ -300,7 +305,7 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 
 _ENDS = (
     *("conv_in", "conv_out", "linear_1", "relative_attention_bias"),
-    *("input_blocks.0.0", "unet.out.", "time_embed.0", "fps_embedding.0", "latents", "alpha"),
+    *("input_blocks.0.0", "unet.out.", "time_embed.0", "fps_embedding.0", "latents", "alpha", "motion_encoder.entry.0"),
 )
 
 
@@ -343,7 +348,7 @@ def _make_chunk(work: tuple[Path, Recipe, int, int, int]) -> None:
     keep_freed_memory()
     vae, data = Vae(recipe.encoders.vae), recipe.data
     image = ImageEncoder(image_encoder_place(recipe)) if _shows_pictures(recipe) else None
-    latents, facts, tokens = [], [], []
+    latents, facts, tokens, flows = [], [], [], []
     for index in range(number * size, (number + 1) * size):
         scene = render_scene(seed, index, data.size)
         generator = keyed_generator(seed, "view", index)
@@ -357,9 +362,13 @@ def _make_chunk(work: tuple[Path, Recipe, int, int, int]) -> None:
         facts.append(row | {"ssim": mean_adjacent_ssim(frames_FHWC, data.ssim), "interval": interval})
         if image is not None:
             tokens.append(image.encode(list(frames_FHWC)).half().numpy())
+        if _shows_flow(recipe):
+            flows.append(dense_flow(frames_FHWC, latents[-1].shape[2:]))
     np.save(_latents_file(output, number), np.stack(latents))
     if tokens:
         np.save(_tokens_file(output, number), np.stack(tokens))
+    if flows:
+        np.save(_flow_file(output, number), np.stack(flows))
     # Last, and at once: a chunk that has it is whole.
     storage.write_json(str(_facts_file(output, number)), {"made_of": _made_of(recipe, seed, size), "clips": facts})
 
@@ -372,13 +381,14 @@ def _made_of(recipe: Recipe, seed: int, size: int) -> str:
     view = [seed, size, data.size, data.frames, data.frame_interval, data.ssim]
     covers = [view, world, network_digest(recipe.encoders.vae), "interval"]
     covers += [network_digest(image_encoder_place(recipe))] if _shows_pictures(recipe) else []
+    covers += [FLOW] if _shows_flow(recipe) else []
     return hashlib.sha256(json.dumps(covers).encode()).hexdigest()
 
 
 def _read_chunk(
     output: Path, recipe: Recipe, seed: int, number: int, size: int
-) -> tuple[np.ndarray, list[Any], np.ndarray | None]:
-    """Latents, facts and image tokens of a chunk.
+) -> tuple[np.ndarray, list[Any], np.ndarray | None, np.ndarray | None]:
+    """Latents, facts, image tokens and flow of a chunk.
 
     Raises:
         InputError: it was made of something else, or is damaged.
@@ -388,12 +398,17 @@ def _read_chunk(
         facts = json.loads(path.read_text())
         latents = np.load(_latents_file(output, number))
         tokens = np.load(_tokens_file(output, number)) if _shows_pictures(recipe) else None
+        flow = np.load(_flow_file(output, number)) if _shows_flow(recipe) else None
         known = facts["made_of"], len(facts["clips"]) == len(latents)
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove the chunk, it is then rendered again") from None
     if known != (_made_of(recipe, seed, size), True):
         raise InputError(f"{path}: holds clips of another seed, recipe or autoencoder; choose another --output")
-    return latents, facts["clips"], tokens
+    return latents, facts["clips"], tokens, flow
+
+
+def _shows_flow(recipe: Recipe) -> bool:
+    return "flow" in method_class(recipe).stored_fields(recipe)
 
 
 def _shows_pictures(recipe: Recipe) -> bool:
@@ -406,6 +421,10 @@ def _latents_file(output: Path, number: int) -> Path:
 
 def _tokens_file(output: Path, number: int) -> Path:
     return output / f"chunk-{number:04d}.tokens.npy"
+
+
+def _flow_file(output: Path, number: int) -> Path:
+    return output / f"chunk-{number:04d}.flow.npy"
 
 
 def _facts_file(output: Path, number: int) -> Path:
@@ -458,9 +477,13 @@ def _sample(clips: Clips, phase: Phase, index: int, back: bool, place: int) -> L
     latents_FCHW = clips.latents_NFCHW[index][: phase.frames]
     if clips.tokens_NFLD is not None:
         fields["frame_tokens"] = clips.tokens_NFLD[index][: phase.frames]
+    if clips.flow_NF2HW is not None:
+        fields["flow"] = clips.flow_NF2HW[index][: phase.frames - 1]
     if back:
         latents_FCHW = latents_FCHW[::-1].copy()
         fields = {name: array[::-1].copy() for name, array in fields.items()}
+        if "flow" in fields:  # of what has not yet moved: the same where flow changes slowly
+            fields["flow"] = -fields["flow"]
         caption = turned(caption, row["direction"]) if row["direction"] else caption
     return LatentSample(
         key=f"{place}", clip_id=f"{index}", uri="", caption=caption, latents_FCHW=latents_FCHW, ssim=row["ssim"],

@@ -41,7 +41,11 @@ class Sister:
     said: str = "has no such control; it has"
 
 
-SISTERS = (Sister("dynamicrafter-tiny", {"frame_rate": 9}), Sister("trip-tiny", {"guidance_scale": 4.0}))
+SISTERS = (
+    Sister("dynamicrafter-tiny", {"frame_rate": 9}),
+    Sister("trip-tiny", {"guidance_scale": 4.0}),
+    Sister("longer-tiny", {"motion_speed": 900}),
+)
 
 
 @pytest.fixture(scope="module")

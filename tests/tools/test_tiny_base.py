@@ -142,6 +142,18 @@ def test_a_clip_backwards_has_the_opposite_words(recipe: Recipe, clips: Clips) -
         assert len(named) <= 1
 
 
+def test_clips_of_a_method_that_sees_flow_carry_it(tmp_path: Path) -> None:
+    recipe = load_recipe("longer-tiny", ["data.size=[32, 48]", "data.frames=6"])
+    clips = make_clips(tmp_path, recipe, 8, 3, 1, lambda line: None, chunk=8)
+    assert clips.flow_NF2HW is not None
+    assert clips.flow_NF2HW.shape == (8, 5, 2, 4, 6)
+    index = next(number for number, row in enumerate(clips.facts) if row["kind"] == "pan")
+    forward, back = (tiny_base._sample(clips, PHASES[1], index, way, 0) for way in (False, True))
+    np.testing.assert_array_equal(back.fields["flow"], -forward.fields["flow"][::-1])
+    x, y = DIRECTIONS[clips.facts[index]["direction"]]
+    assert np.dot(np.float32(forward.fields["flow"]).mean((0, 2, 3)), (-x, -y)) > 0  # a camera's is the other way
+
+
 def test_orthogonal_brings_singular_values_to_one() -> None:
     torch.manual_seed(0)
     for shape in ((16, 40), (40, 16)):
