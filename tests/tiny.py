@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from cinemo.bundle import save_bundle
 from cinemo.config import DataConfig, EncodersConfig, Recipe
 from cinemo.data.dataset.shards import commit, index_bytes
 from cinemo.methods.cinemo import CinemoRecipe, CinemoSample
+from cinemo.methods.longer import LongerModel, LongerRecipe, LongerSample, LongerTrain
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
+from cinemo.networks.motion_field import FieldUNet, FieldUNetConfig
 from cinemo.types import LatentSample, Refusal
 
 SIZE, FRAMES, WIDTH = (32, 48), 6, 32
@@ -101,6 +104,43 @@ def tiny_bundle(directory: Path, compiled: bool = False) -> Path:
     save_encoders(directory / "encoders")
     recipe = tiny_recipe(directory / "encoders").model_copy(update={"compile": compiled})
     save_bundle(directory / "bundle", recipe, {"unet": random_unet(recipe)}, {"made": "by a test"})
+    return directory / "bundle"
+
+
+def longer_recipe(encoders: Path, **train: Any) -> LongerRecipe:
+    places = {name: str(encoders / name) for name in ("vae", "text_encoder", "tokenizer")}
+    return LongerRecipe(
+        name="random-32x48",
+        data=DataConfig(size=SIZE, frames=FRAMES, fields=("flow",)),
+        encoders=EncodersConfig(**places),
+        model=LongerModel(
+            unet=FieldUNetConfig(
+                block_out_channels=(32, 64),
+                layers_per_block=1,
+                norm_num_groups=8,
+                cross_attention_dim=WIDTH,
+                attention_head_dim=1,
+                addition_time_embed_dim=32,
+                field_widths=(8,),
+                flow_scale=2.0,
+            ),
+            strength_factor=2.0,
+        ),
+        train=LongerTrain(**train),
+        sample=LongerSample(steps=3, guidance_scale=2.0, motion_speed=200, fastest=1000),
+    )
+
+
+def tiny_longer_bundle(directory: Path) -> Path:
+    """The same for a method whose motion is drawn."""
+    save_encoders(directory / "encoders")
+    recipe = longer_recipe(directory / "encoders")
+    torch.manual_seed(1)
+    unet = FieldUNet(**recipe.model.unet.model_dump())
+    for parameter in unet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    save_bundle(directory / "bundle", recipe, {"unet": unet}, {"made": "by a test"})
     return directory / "bundle"
 
 

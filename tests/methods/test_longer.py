@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import FRAMES, SIZE, WIDTH, save_encoders
+from tiny import FRAMES, SIZE, WIDTH, longer_recipe, tiny_longer_bundle
 from torch import Tensor
 
 from cinemo.animate import AnimateRequest, animate, prepare
@@ -31,42 +31,9 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (66, 98, 3), dtype=np.uint8)
 H, W = SIZE
 
 
-def longer_recipe(encoders: Path, **train: Any) -> LongerRecipe:
-    places = {name: str(encoders / name) for name in ("vae", "text_encoder", "tokenizer")}
-    return LongerRecipe(
-        name="random-32x48",
-        data=DataConfig(size=SIZE, frames=FRAMES, fields=("flow",)),
-        encoders=EncodersConfig(**places),
-        model=LongerModel(
-            unet=FieldUNetConfig(
-                block_out_channels=(32, 64),
-                layers_per_block=1,
-                norm_num_groups=8,
-                cross_attention_dim=WIDTH,
-                attention_head_dim=1,
-                addition_time_embed_dim=32,
-                field_widths=(8,),
-                flow_scale=2.0,
-            ),
-            strength_factor=2.0,
-        ),
-        train=LongerTrain(**train),
-        sample=LongerSample(steps=3, guidance_scale=2.0, motion_speed=200, fastest=1000),
-    )
-
-
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
-    place = tmp_path_factory.mktemp("longer")
-    save_encoders(place / "encoders")
-    recipe = longer_recipe(place / "encoders")
-    torch.manual_seed(1)
-    networks = LongerMethod.fresh_networks(recipe)
-    for parameter in networks["unet"].parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
-    save_bundle(place / "bundle", recipe, networks, {"made": "by a test"})
-    return load_bundle(place / "bundle", "cpu")
+    return load_bundle(tiny_longer_bundle(tmp_path_factory.mktemp("longer")), "cpu")
 
 
 def sample_of(flow: np.ndarray) -> LatentSample:

@@ -1,6 +1,7 @@
 // The widgets of a model's controls, made from what /v1/models says of them; see schema.Control.
 
 import { byId, icon, make } from "./dom.js";
+import { DrawingField } from "./drawing.js";
 import { LevelsField } from "./motion.js";
 import { drawSeed } from "./seed.js";
 
@@ -13,14 +14,22 @@ export class ControlFields {
     this.controls = model.controls;
     this.fields = new Map();
     const shown = model.controls.filter(({ place }) => place !== "api");
-    for (const control of shown) this.fields.set(control.name, fieldOf(control));
+    // What is painted on the drawing board is the model's picture of that name.
+    const mask = shown.some(({ kind }) => kind === "vectors") && model.pictures.find(({ name }) => name === "mask");
+    this.board = null;
+    for (const control of shown) {
+      const field = control.kind === "vectors" ? new DrawingField(control, mask?.name) : fieldOf(control);
+      if (control.kind === "vectors") this.board = field;
+      this.fields.set(control.name, field);
+    }
     const front = shown.filter(({ place }) => place === "front");
     const folded = shown.filter(({ place }) => place === "folded");
     byId("front-controls").replaceChildren(...this.arranged(front));
     byId("folded-controls").replaceChildren(...this.arranged(folded));
     byId("more").hidden = folded.length === 0;
-    byId("pictures").replaceChildren(...model.pictures.map(pictureField));
-    this.pictures = model.pictures.map(({ name }) => name);
+    const pictures = model.pictures.filter((picture) => picture !== mask);
+    byId("pictures").replaceChildren(...pictures.map(pictureField));
+    this.pictures = pictures.map(({ name }) => name);
   }
 
   get names() {
@@ -32,6 +41,12 @@ export class ControlFields {
     const values = Object.fromEntries([...this.fields].map(([name, field]) => [name, field.value]));
     const chosen = this.pictures.map((name) => [name, byId(name).files[0]]).filter(([, file]) => file);
     return { ...values, ...Object.fromEntries(chosen) };
+  }
+
+  // The same with what was painted, which takes a moment to become a file.
+  async whole() {
+    const mask = this.board?.value ? await this.board.maskFile() : null;
+    return mask ? { ...this.values, [this.board.maskName]: mask } : this.values;
   }
 
   // settings: by the names of the form, or by those inside a video's file.

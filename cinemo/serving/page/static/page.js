@@ -45,7 +45,8 @@ async function submit() {
   for (const name of ["input_reference", "prompt", ...controls.names]) tellField(name, "");
   if (!picture.file) return fault({ param: "input_reference", message: "Choose a picture first." });
   button.disabled = true;
-  const made = await send(entered(), picture.file, { note, fault, again: submit });
+  const settings = { prompt: byId("prompt").value, ...await controls.whole() };
+  const made = await send(settings, picture.file, { note, fault, again: submit });
   button.disabled = false;
   if (!made) return;
   stage.show([made.id]);

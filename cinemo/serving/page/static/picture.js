@@ -70,6 +70,7 @@ export class PictureField {
     image.src = address;
     image.alt = `Preview of ${name}, cropped as the model sees it`;
     this.file = file;
+    document.dispatchEvent(new CustomEvent("picture", { detail: address }));
     this.report("");
     byId("drop").classList.add("filled");
     byId("picture-name").textContent = name;

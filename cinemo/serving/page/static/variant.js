@@ -51,7 +51,7 @@ export class VariantForm {
 
   open(video, model) {
     this.choices = model.controls
-      .filter(({ name, kind, place }) => place !== "api" && kind !== "text" && kind !== "pair" && ![undefined, null].includes(video[name]))
+      .filter(({ name, kind, place }) => place !== "api" && !["text", "pair", "vectors"].includes(kind) && ![undefined, null].includes(video[name]))
       .map((control) => choice(control, video[control.name]));
     this.select.replaceChildren(...this.choices.map(([name, title]) => make("option", { value: name }, title)));
     this.note.replaceChildren();
