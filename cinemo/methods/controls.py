@@ -185,6 +185,13 @@ class Controls(BaseModel):
         """With what a bundle's measured motion (`MotionScale.calibration`) makes of a strength; here there is none."""
         return self
 
+    def check_picture(self, size: tuple[int, int]) -> None:
+        """Whether they fit a picture to animate of this (height, width).
+
+        Raises:
+            InputError: they do not.
+        """
+
     @field_validator("*")
     @classmethod
     def _plain_text(cls, value: Any, info: ValidationInfo) -> Any:

@@ -101,6 +101,9 @@ class LongerControls(MotionStrength, LongVideo):
         fastest = _own(recipe).sample.fastest
         return "motion_speed", [round(fastest * level / (LEVELS - 1)) for level in range(LEVELS)]
 
+    def check_picture(self, size: tuple[int, int]) -> None:
+        check_arrows(self.arrows or (), size)
+
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
         """``motion_speed`` is measured on the arrows (None) where they alone are given."""
         filled = super().settings(recipe, inputs)

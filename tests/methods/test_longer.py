@@ -12,19 +12,13 @@ from tiny import FRAMES, SIZE, WIDTH, longer_recipe, tiny_longer_bundle
 from torch import Tensor
 
 from cinemo.animate import AnimateRequest, animate, prepare
-from cinemo.bundle import ModelBundle, load_bundle, save_bundle
-from cinemo.config import DataConfig, EncodersConfig
+from cinemo.bundle import ModelBundle, load_bundle
 from cinemo.methods import build_method, method_class
 from cinemo.methods.longer import (
     LongerControls,
     LongerMethod,
-    LongerModel,
-    LongerRecipe,
-    LongerSample,
-    LongerTrain,
     hinted,
 )
-from cinemo.networks.motion_field import FieldUNetConfig
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (66, 98, 3), dtype=np.uint8)

@@ -40,7 +40,7 @@ from cinemo.serving.http.schema import (
     video_seconds,
     video_size,
 )
-from cinemo.serving.http.uploads import PARAM, cleaned, data_url
+from cinemo.serving.http.uploads import PARAM, cleaned, data_url, read_header
 from cinemo.serving.page.routes import add_page
 from cinemo.serving.store.jobs import FINAL, Job, JobStore, KeyReused, QueueFull, QuotaExceeded
 from cinemo.serving.store.keys import KeyStore
@@ -158,6 +158,8 @@ def _add_creation(
         _check_supported(asked, model)
         content, declared = await _reference(asked.form, fetcher)
         image = await anyio.to_thread.run_sync(cleaned, content, declared, settings.pixels, limiter=places)
+        header = read_header(image)
+        asked.controls.check_picture((header.height, header.width))
         others = {}
         for name, given in asked.pictures.items():
             try:

@@ -1,5 +1,6 @@
-// Drawing motion on the picture: arrows, pins (arrows of no length) and, where the model takes one, a brush for what may
-// move. Under the arrows lies the field that they make, as the server computes it (cinemo.media.arrows, the default).
+// Drawing motion on the picture, stroke by stroke: an arrow, a pin (an arrow of no length), and where the model takes a
+// mask, a brush for what may move. Beneath lies the field that they make, as the server computes it
+// (cinemo/media/, dense_field with its defaults).
 
 import { announce, byId, make } from "./dom.js";
 
@@ -12,7 +13,7 @@ const BRUSH = 0.07;
 const MASK_WIDTH = 384;
 
 export class DrawingField {
-  arrows = []; // [x0, y0, x1, y1], 0..1 of what the model sees
+  strokes = []; // [x0, y0, x1, y1], 0..1 of what the model sees
   painted = false;
   start = null; // of an arrow that is being drawn
   cursor = { x: 0.5, y: 0.5 };
@@ -24,7 +25,7 @@ export class DrawingField {
     this.image = new Image();
     this.mask = document.createElement("canvas");
     this.canvas = make("canvas", { id: control.name, tabIndex: 0, className: "board", role: "application" });
-    this.canvas.setAttribute("aria-label", "Draw arrows on the picture. Cursor keys move, Enter starts and ends an arrow, "
+    this.canvas.setAttribute("aria-label", "Draw motion on the picture. Cursor keys move, Enter starts and ends an arrow, "
       + "Escape leaves it, Backspace takes the last one back.");
     this.canvas.setAttribute("aria-describedby", `${control.name}-note ${control.name}-error`);
     this.said = make("span", { className: "note", role: "status" });
@@ -55,7 +56,7 @@ export class DrawingField {
     return button;
   }
 
-  // Another picture: arrows stay where they are in what the model sees.
+  // Another picture: strokes stay where they are in what the model sees.
   take(address) {
     if (address) this.image.src = address;
   }
@@ -63,15 +64,15 @@ export class DrawingField {
   // In the form: pixels of the picture as it was given.
   get value() {
     if (!this.image.naturalWidth) return "";
-    return this.arrows.map((arrow) => this.given(arrow).map((each) => each.toFixed(1)).join(",")).join(";");
+    return this.strokes.map((arrow) => this.given(arrow).map((each) => each.toFixed(1)).join(",")).join(";");
   }
 
   // Those of another picture that would begin outside this one are left out.
-  set value(arrows) {
-    this.wanted = typeof arrows === "string" ? arrows.split(";").filter(Boolean).map((row) => row.split(",").map(Number)) : arrows;
+  set value(strokes) {
+    this.wanted = typeof strokes === "string" ? strokes.split(";").filter(Boolean).map((row) => row.split(",").map(Number)) : strokes;
     if (!this.image.naturalWidth) return; // until it is there
     const within = ([x, y]) => x >= 0 && x <= 1 && y >= 0 && y <= 1;
-    this.arrows = this.wanted.map((arrow) => this.seen(arrow)).filter(within);
+    this.strokes = this.wanted.map((arrow) => this.seen(arrow)).filter(within);
     this.wanted = null;
     this.show();
   }
@@ -161,7 +162,7 @@ export class DrawingField {
     this.start = null;
     if (!this.painting) {
       const short = Math.hypot(cursor.x - start.x, (cursor.y - start.y) / this.crop.shape) < PIN;
-      this.arrows.push(short ? [start.x, start.y, start.x, start.y] : [start.x, start.y, cursor.x, cursor.y]);
+      this.strokes.push(short ? [start.x, start.y, start.x, start.y] : [start.x, start.y, cursor.x, cursor.y]);
     }
     this.changed();
   }
@@ -172,12 +173,12 @@ export class DrawingField {
   }
 
   undo() {
-    this.arrows.pop();
+    this.strokes.pop();
     this.changed();
   }
 
   clear() {
-    this.arrows = [];
+    this.strokes = [];
     this.painted = false;
     this.mask.getContext("2d").clearRect(0, 0, this.mask.width, this.mask.height);
     this.changed();
@@ -213,9 +214,9 @@ export class DrawingField {
 
   // Words for those who do not see it, and the picture.
   show() {
-    const pins = this.arrows.filter(([x0, y0, x1, y1]) => x0 === x1 && y0 === y1).length;
+    const pins = this.strokes.filter(([x0, y0, x1, y1]) => x0 === x1 && y0 === y1).length;
     const count = (number, word) => `${number} ${word}${number === 1 ? "" : "s"}`;
-    this.said.textContent = [count(this.arrows.length - pins, "arrow"), pins ? count(pins, "pin") : "",
+    this.said.textContent = [count(this.strokes.length - pins, "arrow"), pins ? count(pins, "pin") : "",
       this.painted ? "brush" : ""].filter(Boolean).join(", ");
     const [width, height] = [this.canvas.clientWidth, this.canvas.clientHeight];
     if (!width || !height) return;
@@ -234,7 +235,7 @@ export class DrawingField {
       context.globalAlpha = 1;
     }
     const drawn = this.start && !this.painting
-      ? [...this.arrows, [this.start.x, this.start.y, this.cursor.x, this.cursor.y]] : this.arrows;
+      ? [...this.strokes, [this.start.x, this.start.y, this.cursor.x, this.cursor.y]] : this.strokes;
     this.drawField(context, drawn, width, height);
     for (const arrow of drawn) drawArrow(context, arrow, width, height);
     if (document.activeElement === this.canvas) {
@@ -246,9 +247,9 @@ export class DrawingField {
     }
   }
 
-  // Short strokes: which way, and by their length how far compared with the longest arrow.
-  drawField(context, arrows, width, height) {
-    const longest = Math.max(0, ...arrows.map(([x0, y0, x1, y1]) => Math.hypot((x1 - x0) * width, (y1 - y0) * height)));
+  // Short lines: which way, and by their length how far compared with the longest arrow.
+  drawField(context, strokes, width, height) {
+    const longest = Math.max(0, ...strokes.map(([x0, y0, x1, y1]) => Math.hypot((x1 - x0) * width, (y1 - y0) * height)));
     if (!longest) return;
     const cell = width / COLUMNS;
     const painted = this.painted ? this.mask.getContext("2d").getImageData(0, 0, this.mask.width, this.mask.height) : null;
@@ -261,7 +262,7 @@ export class DrawingField {
           const at = Math.floor((y / height) * painted.height) * painted.width + Math.floor((x / width) * painted.width);
           if (!painted.data[4 * at + 3]) continue;
         }
-        const [dx, dy] = fieldAt(arrows, x, y, width, height);
+        const [dx, dy] = fieldAt(strokes, x, y, width, height);
         if (!dx && !dy) continue;
         context.moveTo(x, y);
         context.lineTo(x + (0.85 * cell * dx) / longest, y + (0.85 * cell * dy) / longest);
@@ -271,11 +272,11 @@ export class DrawingField {
   }
 }
 
-// The mean of the arrows by weight exp(-(distance / sigma)^2), where one of them is near; see cinemo.media.arrows.
-export function fieldAt(arrows, x, y, width, height) {
+// The mean of the strokes by weight exp(-(distance / sigma)^2), where one of them is near; as dense_field has it.
+export function fieldAt(strokes, x, y, width, height) {
   const sigma = (SIGMA_AT_512 * Math.min(width, height)) / 512;
   let [dx, dy, total, largest] = [0, 0, 0, 0];
-  for (const [x0, y0, x1, y1] of arrows) {
+  for (const [x0, y0, x1, y1] of strokes) {
     const weight = Math.exp(-((x - x0 * width) ** 2 + (y - y0 * height) ** 2) / sigma ** 2);
     dx += weight * (x1 - x0) * width;
     dy += weight * (y1 - y0) * height;
