@@ -17,6 +17,7 @@ from cinemo.config import MOTION_BUCKETS, DataConfig
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.precompute.wording import predicted_rows
+from cinemo.evaluation.dataset_flow import flow_section
 from cinemo.evaluation.figures import contact_sheet, count_bars, duration_bars, motion_histogram, score_histogram
 from cinemo.evaluation.page import chart, code, pair, picture, section, table, tiles, write_page
 from cinemo.media.motion import UNIFORM_EDGES, motion_bucket
@@ -60,6 +61,7 @@ def write_dataset_report(uri: str, summary: Mapping[str, Any]) -> str | None:
     body = [
         *_totals(dataset, run),
         *_motion(dataset),
+        *flow_section(dataset),
         *_sheets(dataset),
         *_refused(dataset, summary["reasons"]),
         *_timings(run),

@@ -123,6 +123,16 @@ def score_histogram(dataset: DatasetIndex, edges: dict[str, Sequence[float]]) ->
     return figure
 
 
+def speed_scatter(motion: Sequence[float], speeds: Sequence[float]) -> Figure:
+    """Samples by 1 - SSIM and by the mean length of their flow (pixels a frame, shorter side 512)."""
+    figure, axes = _figure(6.2, 4.0)
+    axes.scatter(np.maximum(motion, 1e-4), np.maximum(speeds, 1e-3), s=12, alpha=0.5, color=ACCENT, edgecolors="none")
+    axes.set(
+        xlabel="1 - mean SSIM of adjacent frames", ylabel="flow, pixels a frame at 512", xscale="log", yscale="log"
+    )
+    return figure
+
+
 def count_bars(counts: dict[str, int]) -> Figure:
     """How often each thing happened: one bar each, in order."""
     figure, axes = _figure(6.2, 0.7 + 0.34 * len(counts))

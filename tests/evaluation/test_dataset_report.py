@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from cinemo import storage
 from cinemo.config import DataConfig
-from cinemo.data.dataset import shards
+from cinemo.data.dataset import shards, sidecars
 from cinemo.evaluation import dataset_report
 from cinemo.evaluation.dataset_report import equal_population_edges, write_dataset_report
 from cinemo.media.motion import motion_bucket
@@ -101,6 +101,30 @@ def test_sheets_show_the_ends_and_open_few_shards(dataset: str, monkeypatch: pyt
     monkeypatch.setattr(dataset_report, "SHEET_CLIPS", 1)
     (Path(dataset) / "shards/shard-000000.json").unlink()
     assert [row["clip_id"] for row in dataset_report._extreme(index, largest=True)] == ["clip-5"]
+
+
+def test_stored_flow_is_beside_the_scores(dataset: str, tmp_path: Path) -> None:
+    assert "<h2>Flow</h2>" not in (write_dataset_report(dataset, SUMMARY) or "")
+    store = sidecars.FieldStore(dataset, "flow", "f" * 16, {"frames": 6}, None)
+    store.begin()
+    index = shards.DatasetIndex.load(dataset)
+    for shard, digest in zip(index.shards, index.table["sha256"].to_pylist(), strict=True):
+        values = {}
+        for number in range(3 * shard, 3 * shard + 3):  # slower, the higher its SSIM; of one there is none
+            field = np.zeros((5, 2, 4, 6), np.float16)
+            field[:, 0] = 2 - 0.25 * number
+            values |= {} if number == 4 else {f"k{number}": sidecars.array_bytes(field)}
+        sidecars.commit(dataset, "flow", shard, digest, values, {}, "f" * 16)
+    store.finish(index.shards)
+    page = write_dataset_report(dataset, SUMMARY) or ""
+    assert "<h2>Flow</h2>" in page
+    # Of 32x48 pixels: 512 / 32 = 16 times as fast. 2, 1.75, 1.5, 1.25 and 0.75 pixels a frame.
+    assert "It is 24 in the median of 5 samples" in page
+    assert "rank correlation with 1 - SSIM is 1.00" in page
+    assert re.search(r"agree on \d+% of the pixels of 4 clips", page)
+    (tmp_path / "film 0.mp4").unlink()
+    (Path(dataset) / "fields/flow/shard-000001.tar").unlink()
+    assert "of 3 samples" in (write_dataset_report(dataset, SUMMARY) or ""), "what is there is shown"
 
 
 def test_a_source_that_is_gone_is_said(dataset: str, tmp_path: Path) -> None:
