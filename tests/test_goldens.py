@@ -8,7 +8,7 @@ from pathlib import Path
 from goldens import golden_files
 
 TESTS = Path(__file__).resolve().parent
-HOME = ("dc_", "trip_", "metrics")  # families of what is here
+HOME = ("dc_", "trip_", "longer_", "metrics")  # families of what is here
 
 
 def families_with_a_test() -> set[str]:
