@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import write_dataset
 
 from cinemo.config import Recipe
+from cinemo.data.dataset import sidecars
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.mp4 import read_metadata
@@ -20,6 +21,7 @@ from cinemo.methods import build_method
 from cinemo.networks.frozen import Vae
 from cinemo.training.report import sheets
 from cinemo.training.run.batch import FrozenStates
+from cinemo.types import RunError
 
 
 def test_first_samples(dataset: str) -> None:
@@ -35,6 +37,27 @@ def test_held_out_shards_may_be_empty(tmp_path: Path) -> None:
     index = DatasetIndex.load(str(root))
     assert [sample.key for sample in sheets.first_samples(index, 1, held_out_shards=2)] == ["clip-3"]
     assert [sample.key for sample in sheets.first_samples(index, 1, held_out_shards=1)] == ["clip-0"]
+
+
+def test_samples_carry_what_their_method_reads(tmp_path: Path) -> None:
+    root = str(write_dataset(tmp_path, (4, 4, 4, 4), sizes=(2, 2)))
+    index = DatasetIndex.load(root)
+    store = sidecars.FieldStore(root, "flow", "f" * 16, {}, None)
+    store.begin()
+    for shard, digest in zip(index.shards, index.table["sha256"].to_pylist(), strict=True):
+        values = {
+            f"clip-{number}": sidecars.array_bytes(np.full((3, 2, 4, 4), number, np.float16))
+            for number in (2 * shard, 2 * shard + 1)
+        }
+        sidecars.commit(root, "flow", shard, digest, values, {}, "f" * 16)
+    store.finish(index.shards)
+    (sample,) = sheets.first_samples(index, 1, 1, ("flow",))
+    assert (sample.key, float(sample.fields["flow"][0, 0, 0, 0])) == ("clip-2", 2.0)
+    (Path(root) / "shards" / "shard-000001.tar").unlink()
+    assert [sample.key for sample in sheets.first_samples(index, 1, 1, ("flow",))] == ["clip-0"]
+    (Path(root) / "shards" / "shard-000000.tar").unlink()
+    with pytest.raises(RunError, match="every shard is damaged or missing"):
+        sheets.first_samples(index, 1, 1, ("flow",))
 
 
 def test_a_sheet_and_its_videos(dataset: str, small: Recipe, tmp_path: Path) -> None:

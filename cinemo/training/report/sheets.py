@@ -20,8 +20,10 @@ import torch
 from PIL import Image, ImageDraw
 
 from cinemo import storage
+from cinemo.cache import Damaged, FileCache
 from cinemo.config import Recipe
-from cinemo.data.dataset.shards import DatasetIndex, Members, fetch_sample, record_uri
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading.reader import ShardReader
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
 from cinemo.media.mp4 import write_video
 from cinemo.methods import Example, Method, method_class, run
@@ -34,17 +36,20 @@ STEPS = 20
 _LABEL, _GAP, _COLUMNS = 13, 2, 8
 
 
-def first_samples(index: DatasetIndex, count: int, held_out_shards: int = 0) -> list[LatentSample]:
+def first_samples(
+    index: DatasetIndex, count: int, held_out_shards: int = 0, fields: Sequence[str] = ()
+) -> list[LatentSample]:
     """The first ``count`` samples of the held-out (last) shards, where there are any, else of the dataset.
 
-    All are of one shard; fewer where it holds fewer.
+    All are of one shard; fewer where it holds fewer. ``fields``: what they carry beside their latents.
     """
-    filled = [(shard, int(size)) for shard, size in zip(index.shards, index.samples_of_shards, strict=True)]
-    held_out = filled[-held_out_shards:] if held_out_shards else []
-    for shard in (number for number, samples in [*held_out, *filled] if samples):
-        with contextlib.suppress(FileNotFoundError, ValueError):  # lost or cut short: whether that may be, others say
-            members = Members(**storage.read_json(record_uri(index.uri, shard))["members"])
-            return [fetch_sample(index.uri, shard, members, place) for place in range(min(count, len(members.keys)))]
+    sizes = index.samples_of_shards
+    held_out = range(len(sizes) - held_out_shards, len(sizes))
+    reader = ShardReader(index, fields, FileCache(1e9), keep=1)
+    for position in (place for place in (*held_out, *range(len(sizes))) if sizes[place]):
+        with contextlib.suppress(Damaged):  # whether that may be, others say
+            shard = reader.get(position)
+            return [shard.sample(place) for place in range(min(count, len(shard.members.keys)))]
     raise RunError(f"{index.uri}: every shard is damaged or missing; run precompute.py again")
 
 

@@ -121,7 +121,8 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
                 )
         post(Saved(done))
 
-    samples = first_samples(index, recipe.train.sample_count, recipe.train.held_out_shards)
+    stored = method.stored_fields(recipe)
+    samples = first_samples(index, recipe.train.sample_count, recipe.train.held_out_shards, stored)
 
     def on_sheet(done: int) -> None:
         if rank == 0 or engine.sharded:
@@ -135,7 +136,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
     if not step and recipe.train.init is not None and recipe.train.sample_every:
         engine.method.eval()
         on_sheet(0)  # what fine-tuning begins with, and how much it moves
-    held_out = HeldOut.of(index, recipe.train, method.stored_fields(recipe))
+    held_out = HeldOut.of(index, recipe.train, stored)
     validate = Validation(recipe, engine, frozen, held_out) if recipe.train.held_out_shards else None
     sample_seconds = flops / peak_flops(device, engine.dtype)
     train(
