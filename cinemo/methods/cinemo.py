@@ -105,6 +105,10 @@ class CinemoControls(MotionStrength, LongVideo):
             filled["motion_bucket"] = None
         if not edits:
             del filled["source_prompt"]
+        elif "long_video" in filled:
+            raise InputError(
+                f"frames is {self.frames}, expected at most {recipe.data.frames} where a source video gives the motion"
+            )
         return filled
 
 
@@ -309,10 +313,6 @@ class CinemoMethod(Method):
         shape = self.target_shape((channels, recipe.data.frames, h, w))
         noise = torch.randn(1, *shape, generator=keyed_generator(seed, "noise")).to(image_BCHW.device)
         if source_FCHW is not None:
-            if frames > recipe.data.frames:
-                raise InputError(
-                    f"frames is {frames}, expected at most {recipe.data.frames} where a source video gives the motion"
-                )
             posterior = keyed_generator(seed, "source") if sampled else None
             video_BCFHW = encoders.vae.encode(source_FCHW, posterior).transpose(0, 1)[None]
             source_text_BLD = encoders.text.encode([settings["source_prompt"]])

@@ -324,10 +324,16 @@ def hinted(flow_F2HW: np.ndarray, generator: torch.Generator) -> np.ndarray:
 
 def _drawn(recipe: Recipe, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]) -> np.ndarray:
     """The field (2, H, W) of a request in pixels a frame of the recipe's size, as fast as ``motion_speed`` says; where
-    that is None it is measured."""
+    that is None it is measured.
+
+    Where there are arrows, ``picture_size`` (height, width) is added to the settings: the picture that they are drawn
+    on. A later part of a chain begins with another one.
+    """
     size = recipe.data.size
     arrows = settings.get("arrows") or []
     picture = inputs["image"].shape[:2]
+    if arrows:
+        picture = tuple(settings.setdefault("picture_size", list(picture)))
     points = cropped_points(check_arrows(arrows, picture).reshape(-1, 2), picture, size).reshape(-1, 4)
     mask_HW = None
     if "mask" in inputs:
@@ -336,9 +342,8 @@ def _drawn(recipe: Recipe, inputs: Mapping[str, np.ndarray], settings: dict[str,
     at_512 = speed(field_2HW[None]) * 512 / min(size)
     if settings["motion_speed"] is None:
         settings["motion_speed"] = min(MAX_SPEED, round(UNIT * at_512))
-    elif at_512 > 0:
-        field_2HW = field_2HW * (settings["motion_speed"] / UNIT / at_512)
-    return field_2HW
+    # Also where it was measured, and rounded: the settings of a video then make the same one again.
+    return field_2HW * (settings["motion_speed"] / UNIT / at_512) if at_512 > 0 else field_2HW
 
 
 def _strength(pixels_a_frame: float, recipe: Recipe) -> float:

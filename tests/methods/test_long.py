@@ -131,8 +131,9 @@ def test_features_are_not_used_again_across_segments(tmp_path: Path) -> None:
 def test_what_cannot_be_long_says_so(tmp_path: Path) -> None:
     bundle = load_bundle(tiny_bundle(tmp_path), "cpu")
     source = np.zeros((FRAMES, 40, 60, 3), np.uint8)
-    with pytest.raises(InputError, match="frames is 30, expected at most 6 where a source video gives the motion"):
-        prepare(bundle, AnimateRequest(PICTURE, "waves", inputs={"source": source}, frames=30))
+    for way in WAYS:
+        with pytest.raises(InputError, match="frames is 30, expected at most 6 where a source video gives the motion"):
+            prepare(bundle, AnimateRequest(PICTURE, "waves", inputs={"source": source}, frames=30, long_video=way))
     for frames in (1, 1025):
         with pytest.raises(InputError, match=r"frames is \d+, expected a whole number 2\.\.1024"):
             prepare(bundle, AnimateRequest(PICTURE, "waves", frames=frames))

@@ -107,11 +107,34 @@ def test_arrows_are_in_the_given_picture_and_say_the_way_of_all_frames(bundle: M
     assert settings["motion_speed"] == pytest.approx(100 * speed_at_512, rel=0.05)
     assert float(condition["strength"]) == pytest.approx(2.0 * settings["motion_speed"] / 100)
     assert settings["arrows"] == [[49.0, 33.0, 69.0, 33.0]]
+    again, _ = first_query(bundle, **{name: settings[name] for name in ("arrows", "motion_speed")}, guidance_scale=1.0)
+    assert torch.equal(again["flow"][0], flow)  # a video's settings make it again
     # A speed of its own makes the same field faster.
     fast, settings = first_query(
         bundle, arrows=[[49, 33, 69, 33]], motion_speed=3 * settings["motion_speed"], guidance_scale=1.0
     )
     torch.testing.assert_close(fast["flow"][0], 3 * flow, rtol=0.05, atol=0.05)
+
+
+def test_arrows_stay_where_they_were_drawn_in_every_part_of_a_chain(
+    bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later parts begin with a picture of the recipe's size, in which the arrow would start outside."""
+    fields: list[Tensor] = []
+    sampling = LongerMethod.sampling
+
+    def seen(self: LongerMethod, condition: Condition, *given: Any) -> Any:
+        fields.append(condition["flow"])
+        return sampling(self, condition, *given)
+
+    monkeypatch.setattr(LongerMethod, "sampling", seen)
+    asked = AnimateRequest(PICTURE, "waves", arrows=[[80, 50, 95, 50]], frames=14, long_video="chain")
+    settings = animate(bundle, asked).settings
+    assert len(fields) == 3
+    assert fields[0].any()
+    assert torch.equal(fields[0], fields[1])
+    assert torch.equal(fields[0], fields[2])
+    assert (settings["picture_size"], settings["frames"]) == ([66, 98], 14)
 
 
 def test_without_arrows_the_speed_alone_is_told(bundle: ModelBundle) -> None:
