@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cinemo.config import DataConfig, DiffusionConfig, EncodersConfig, LongConfig
+from cinemo.config import DataConfig, LongConfig
 from cinemo.methods.longer import LongerModel, LongerRecipe, LongerSample, LongerTrain
 from cinemo.networks.motion_field import FieldUNetConfig
-from cinemo.recipes.cinemo import RENDERED_EDGES
+from cinemo.recipes.cinemo import cinemo_320x512, cinemo_tiny
 
 
 def longer_320x512() -> LongerRecipe:
@@ -48,12 +48,7 @@ def longer_320x512() -> LongerRecipe:
     return LongerRecipe(
         name="longer-320x512",
         data=DataConfig(encode_gpus=1.0, fields=("flow",)),
-        encoders=EncodersConfig(
-            vae="models/sd-v1-4/vae",
-            vae_decoder="models/cinemo/vae_temporal_decoder",
-            text_encoder="models/sd-v1-4/text_encoder",
-            tokenizer="models/sd-v1-4/tokenizer",
-        ),
+        encoders=cinemo_320x512().encoders,
         train=LongerTrain(
             workers=2,
             gpus_per_worker=1,
@@ -96,51 +91,18 @@ def longer_tiny() -> LongerRecipe:
       the inner level alone.
     - sample.long.way: windows, whose seams show least.
     """
+    base = cinemo_tiny()
+    train = base.train.model_dump(exclude={"image_dropout", "motion_dropout"})
+    sample = base.sample.model_dump(include={"steps", "final_level", "guidance_scale", "guidance_interval"})
     return LongerRecipe(
         name="longer-tiny",
-        data=DataConfig(size=(64, 96), clips_per_shard=16, bucket_edges=RENDERED_EDGES, fields=("flow",)),
-        encoders=EncodersConfig(latent="mode"),
+        data=base.data.model_copy(update={"fields": ("flow",)}),
+        encoders=base.encoders,
         model=LongerModel(
-            unet=FieldUNetConfig(
-                in_channels=16,
-                out_channels=16,
-                block_out_channels=(64, 128),
-                layers_per_block=1,
-                norm_num_groups=16,
-                cross_attention_dim=64,
-                attention_head_dim=1,
-                addition_time_embed_dim=64,
-                field_widths=(32,),
-                field_tokens=512,
-                flow_scale=2.5,
-            ),
+            unet=FieldUNetConfig(**base.model.model_dump(), field_widths=(32,), field_tokens=512, flow_scale=2.5),
             strength_factor=1.5,
         ),
-        diffusion=DiffusionConfig(prediction="v", data_scale=2.44),
-        train=LongerTrain(
-            workers=2,
-            global_batch=8,
-            micro_batch=4,
-            max_steps=300,
-            lr=2e-4,
-            warmup_steps=20,
-            schedule="cosine",
-            prompt_dropout=0.1,
-            hint_share=0.5,
-            timestep_shift=4.0,
-            precision="fp32",
-            init="package:tiny/unet",
-            lanes=2,
-            log_every=5,
-            checkpoint_every=100,
-            sample_every=100,
-        ),
-        sample=LongerSample(
-            steps=25,
-            final_level="clean",
-            guidance_scale=5.0,
-            guidance_interval=(0.5, 1.0),
-            motion_speed=400,
-            fastest=1200,
-        ),
+        diffusion=base.diffusion,
+        train=LongerTrain(**train, hint_share=0.5),
+        sample=LongerSample(**sample, motion_speed=400, fastest=1200),
     )
