@@ -20,22 +20,10 @@ from cinemo.diffusion.guidance import Sampling, guided
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.motion import MotionScale, mean_adjacent_ssim, motion_bucket
 from cinemo.media.transforms import prepare_image
-from cinemo.methods.base import (
-    Draw,
-    Encoders,
-    Example,
-    Method,
-    Published,
-    Reduction,
-    calls,
-    chance,
-    long_config,
-    run,
-    solved,
-    training_loss,
-)
+from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, chance, run, training_loss
 from cinemo.methods.cinemo_weights import import_cinemo, import_lavie
 from cinemo.methods.controls import MAX_PROMPT, FastSampling, Input, LongVideo, MotionStrength, control
+from cinemo.methods.sampling import calls, long_config, solved
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig, is_temporal
 from cinemo.networks.weights import load_unet

@@ -22,9 +22,10 @@ from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.arrows import check_arrows, dense_field
 from cinemo.media.flow import speed
 from cinemo.media.transforms import cropped_points, prepare_image
-from cinemo.methods.base import Draw, Encoders, Example, Method, Published, calls, chance, long_config, solved
+from cinemo.methods.base import Draw, Encoders, Example, Method, Published, chance
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.controls import Arrows, Controls, Input, LongVideo, MotionStrength, control
+from cinemo.methods.sampling import calls, long_config, solved
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.motion_field import FieldUNet, FieldUNetConfig, learns, load_field_unet
 from cinemo.types import Condition, InputError, LatentSample, keyed_generator

@@ -20,19 +20,9 @@ from cinemo.config import Part, Recipe, SampleConfig, TrainConfig
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.transforms import prepare_image
-from cinemo.methods.base import (
-    Draw,
-    Encoders,
-    Example,
-    Method,
-    Reduction,
-    calls,
-    chance,
-    long_config,
-    solved,
-    training_loss,
-)
+from cinemo.methods.base import Draw, Encoders, Example, Method, Reduction, chance, training_loss
 from cinemo.methods.controls import FastSampling, LongVideo, control
+from cinemo.methods.sampling import calls, long_config, solved
 from cinemo.methods.trip_backbones import BACKBONES
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig
 from cinemo.networks.features import DeepFeatures
