@@ -26,7 +26,7 @@ from cinemo.diffusion.guidance import Sampling
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import long, method_class, run
 from cinemo.methods.controls import check_text
-from cinemo.types import Animation, ClipError, InputError
+from cinemo.types import Animation, ClipError, InputError, Sampled
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow suspects a decompression bomb
 _MIN_SIDE, _MAX_ASPECT = 8, 20
@@ -123,12 +123,18 @@ def animate(
     Returns:
         frames (F, H, W, 3) uint8 whose first one is the encoded and decoded input, the latents, and all settings.
     """
-    with torch.inference_mode():
-        asked = prepare(bundle, request)
-        report = None if progress is None else lambda done: progress(done, asked.calls)
-        video_BCFHW = run(bundle.method, asked.sampling, report)
-        frames_FHWC = bundle.decoder.decode(video_BCFHW[0].transpose(0, 1))
-    return finish(asked.settings, video_BCFHW, frames_FHWC)
+    sampled = sample(bundle, request, progress)
+    frames_FHWC = np.concatenate([*bundle.decoder.decoding(sampled.latents_CFHW.transpose(0, 1))])
+    return Animation(sampled.latents_CFHW, sampled.fps, sampled.settings, frames_FHWC)
+
+
+@torch.inference_mode()
+def sample(bundle: ModelBundle, request: AnimateRequest, progress: Callable[[int, int], None] | None = None) -> Sampled:
+    """As `animate`, but for the frames, which `Vae.decoding` makes a few at a time."""
+    asked = prepare(bundle, request)
+    report = None if progress is None else lambda done: progress(done, asked.calls)
+    video_BCFHW = run(bundle.method, asked.sampling, report)
+    return Sampled(video_BCFHW[0].float().cpu(), asked.settings["fps"], asked.settings)
 
 
 @torch.inference_mode()
@@ -156,7 +162,7 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
 
 def finish(settings: Mapping[str, Any], video_BCFHW: Tensor, frames_FHWC: np.ndarray) -> Animation:
     """The result: the sampled latents (1, C, F, h, w) of what was `prepare`-d, and the frames they decode to."""
-    return Animation(frames_FHWC, video_BCFHW[0].float().cpu(), settings["fps"], settings)
+    return Animation(video_BCFHW[0].float().cpu(), settings["fps"], settings, frames_FHWC)
 
 
 def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:

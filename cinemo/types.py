@@ -175,14 +175,22 @@ class LatentBatch:
 
 
 @dataclass(frozen=True)
-class Animation:
+class Sampled:
+    """A video that is not decoded yet.
+
+    ``latents_CFHW``: float32, scaled. ``settings``: everything needed to make it again.
+    """
+
+    latents_CFHW: Tensor
+    fps: float
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Animation(Sampled):
     """The result of animating one image.
 
-    ``frames_FHWC``: uint8 RGB, the first one being the (decoded) input image. ``latents_CFHW``: float32, scaled.
-    ``settings``: everything needed to make it again.
+    ``frames_FHWC``: uint8 RGB, the first one being the (decoded) input image.
     """
 
     frames_FHWC: np.ndarray
-    latents_CFHW: Tensor
-    fps: float
-    settings: Mapping[str, Any] = field(default_factory=dict)

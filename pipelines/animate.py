@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from cinemo import cli, storage
-from cinemo.animate import AnimateRequest, animate, load_image, load_source
+from cinemo.animate import AnimateRequest, load_image, load_source, sample
 from cinemo.bundle import load_bundle, read_card
 from cinemo.config import Recipe
-from cinemo.media.saving import save_animation, save_latents
+from cinemo.media.saving import save_frames, save_latents
 from cinemo.methods import Method, method_class
 from cinemo.recipes import load_recipe
 from cinemo.types import InputError
@@ -64,11 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         line = f"step {done}/{steps}, {seconds:.0f} s, {seconds / done * (steps - done):.0f} s left"
         print(line, end="\r" if sys.stderr.isatty() and done < steps else "\n", file=sys.stderr, flush=True)
 
-    animation = animate(bundle, request, progress)
-    save_animation(arguments.output, animation)
+    sampled = sample(bundle, request, progress)
+    latents_FCHW = sampled.latents_CFHW.transpose(0, 1)
+    save_frames(arguments.output, bundle.decoder.decoding(latents_FCHW), sampled)
     if arguments.save_latents:
-        save_latents(arguments.save_latents, animation)
-    print(f"{arguments.output}: {len(animation.frames_FHWC)} frames, {animation.settings}")
+        save_latents(arguments.save_latents, sampled)
+    print(f"{arguments.output}: {len(latents_FCHW)} frames, {sampled.settings}")
 
 
 def recipe_of_bundle(argv: Sequence[str] | None) -> Recipe:

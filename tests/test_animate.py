@@ -19,6 +19,7 @@ from cinemo.animate import (
     animate,
     load_image,
     load_source,
+    sample,
 )
 from cinemo.bundle import ModelBundle, load_bundle
 from cinemo.media.mp4 import read_metadata, write_video
@@ -26,6 +27,7 @@ from cinemo.media.saving import save_animation, save_latents
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
 from cinemo.methods.base import run
+from cinemo.networks import frozen
 from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.types import Condition, InputError, keyed_generator
 from pipelines.animate import main
@@ -142,6 +144,16 @@ def test_a_batch_gives_what_its_members_give_alone(bundle: ModelBundle) -> None:
             torch.testing.assert_close(both[one], alone, rtol=1e-4, atol=1e-4)
     assert both.shape == (2, 4, FRAMES, 4, 6)
     torch.testing.assert_close(both[:, :, 0], image_BCHW)
+
+
+def test_frames_are_decoded_a_few_at_a_time(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = AnimateRequest(PICTURE, "waves")
+    frames_FHWC = animate(bundle, request).frames_FHWC
+    monkeypatch.setattr(frozen, "_chunk", lambda height, width: 2)
+    pieces = [*bundle.decoder.decoding(sample(bundle, request).latents_CFHW.transpose(0, 1))]
+    assert [len(piece) for piece in pieces] == [2] * (FRAMES // 2)
+    # A batch of another size rounds differently in a few places.
+    assert np.abs(np.concatenate(pieces).astype(int) - frames_FHWC).max() <= 1
 
 
 def test_the_mp4_says_how_it_was_made(bundle: ModelBundle, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from cinemo.config import DataConfig, EncodersConfig, Recipe
 from cinemo.data.dataset.shards import commit, index_bytes
 from cinemo.methods.cinemo import CinemoRecipe, CinemoSample
 from cinemo.methods.longer import LongerModel, LongerRecipe, LongerSample, LongerTrain
+from cinemo.networks.field_refiner import FieldRefiner, RefinerConfig
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
 from cinemo.networks.motion_field import FieldUNet, FieldUNetConfig
 from cinemo.types import LatentSample, Refusal
@@ -124,6 +125,7 @@ def longer_recipe(encoders: Path, **train: Any) -> LongerRecipe:
                 field_widths=(8,),
                 flow_scale=2.0,
             ),
+            refiner=RefinerConfig(widths=(8, 16), critic_widths=(8,), scale=2.0),
             strength_factor=2.0,
         ),
         train=LongerTrain(**train),
@@ -140,7 +142,8 @@ def tiny_longer_bundle(directory: Path) -> Path:
     for parameter in unet.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
-    save_bundle(directory / "bundle", recipe, {"unet": unet}, {"made": "by a test"})
+    networks = {"unet": unet, "refiner": FieldRefiner(**recipe.model.refiner.model_dump())}
+    save_bundle(directory / "bundle", recipe, networks, {"made": "by a test"})
     return directory / "bundle"
 
 

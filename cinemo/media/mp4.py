@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +21,7 @@ _CONTAINER_TAGS = frozenset({"major_brand", "minor_version", "compatible_brands"
 
 def write_video(
     path: str | Path,
-    frames_FHWC: np.ndarray,
+    frames: np.ndarray | Iterable[np.ndarray],
     fps: float,
     metadata: Mapping[str, str] | None = None,
     crf: int = 17,
@@ -29,19 +30,17 @@ def write_video(
 
     Args:
         path: where to write; missing directories are made, and the file appears whole or not at all.
-        frames_FHWC: uint8 RGB, even height and width.
+        frames: uint8 RGB (F, H, W, 3), even height and width; or such arrays, one after the other.
         fps: frames per second, above 0.
         metadata: free keys and values, kept in the container (`read_metadata`, ``ffprobe -show_format``).
         crf: x264's constant quality, 0 (lossless) to 51; 17 is visually transparent.
     """
-    if frames_FHWC.ndim != 4 or frames_FHWC.shape[-1] != 3 or frames_FHWC.dtype != np.uint8 or not len(frames_FHWC):
-        raise InputError(f"{path}: got frames {frames_FHWC.shape} {frames_FHWC.dtype}, expected uint8 FxHxWx3, F >= 1")
-    height, width = frames_FHWC.shape[1:3]
-    if height % 2 or width % 2:
-        raise InputError(f"{path}: frames are {width}x{height}, but yuv420p video needs even sides; crop or pad them")
     if not fps > 0:
         raise InputError(f"{path}: fps is {fps}, expected a number above 0")
-    path = Path(path)
+    path, pieces = Path(path), iter([frames] if isinstance(frames, np.ndarray) else frames)
+    first_FHWC = next(pieces, np.empty((0, 0, 0, 3), np.uint8))
+    _check(path, first_FHWC, first_FHWC.shape[1:3])
+    height, width = first_FHWC.shape[1:3]
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     os.close(descriptor)
@@ -56,18 +55,31 @@ def write_video(
             # Tagged, because players guess BT.601 or BT.709 by size and a guess shifts colours.
             codec.colorspace = codec.color_primaries = codec.color_trc = _BT709
             codec.color_range = _LIMITED_RANGE
-            for frame_HWC in frames_FHWC:
-                rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
-                yuv = rgb.reformat(
-                    format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", interpolation="BICUBIC"
-                )
-                container.mux(stream.encode(yuv))
+            for piece_FHWC in itertools.chain([first_FHWC], pieces):
+                _check(path, piece_FHWC, (height, width))
+                for frame_HWC in piece_FHWC:
+                    rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame_HWC), format="rgb24")
+                    yuv = rgb.reformat(
+                        format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", interpolation="BICUBIC"
+                    )
+                    container.mux(stream.encode(yuv))
             container.mux(stream.encode(None))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _check(path: str | Path, frames_FHWC: np.ndarray, size: tuple[int, ...]) -> None:
+    shape, dtype = frames_FHWC.shape, frames_FHWC.dtype
+    if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or not len(frames_FHWC):
+        raise InputError(f"{path}: got frames {shape} {dtype}, expected uint8 FxHxWx3, F >= 1")
+    height, width = shape[1:3]
+    if height % 2 or width % 2:
+        raise InputError(f"{path}: frames are {width}x{height}, but yuv420p video needs even sides; crop or pad them")
+    if (height, width) != size:
+        raise InputError(f"{path}: a frame is {width}x{height}, expected {size[1]}x{size[0]} as the ones before it")
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

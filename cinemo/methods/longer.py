@@ -9,10 +9,11 @@ timestep. Long videos (equations 9-12) are every method's (`cinemo.diffusion.pha
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -21,14 +22,16 @@ from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.arrows import check_arrows, dense_field
 from cinemo.media.flow import speed
+from cinemo.media.stills import frame_of
 from cinemo.media.transforms import cropped_points, prepare_image
-from cinemo.methods.base import Draw, Encoders, Example, Method, Published, chance
+from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, chance
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.controls import Arrows, Controls, Input, LongVideo, MotionStrength, control
 from cinemo.methods.sampling import calls, long_config, solved
 from cinemo.networks.features import DeepFeatures
+from cinemo.networks.field_refiner import FieldRefiner, RefinerConfig, load_refiner
 from cinemo.networks.motion_field import FieldUNet, FieldUNetConfig, learns, load_field_unet
-from cinemo.types import Condition, InputError, LatentSample, keyed_generator
+from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
 LEVELS = 20  # of the speed, where a motion strength is measured
 UNIT = 100  # motion_speed of one pixel a frame, where the shorter side has 512 (section 4.3 has 100..400)
@@ -37,9 +40,10 @@ _MOVING = 0.1  # of a clip's fastest cell: where hints are taken
 
 
 class LongerModel(Part):
-    """The network, and how motion strength enters it."""
+    """The networks, and how motion strength enters the first."""
 
     unet: FieldUNetConfig = FieldUNetConfig()
+    refiner: RefinerConfig = RefinerConfig()
     strength_factor: float = Field(
         100.0, gt=0, description="what the network is told of 1 pixel a frame, where the shorter side has 512"
     )
@@ -48,6 +52,11 @@ class LongerModel(Part):
 class LongerTrain(TrainConfig):
     """Optimisation (section 4.1), and what a sample may go without."""
 
+    trainable: Literal["all", "temporal", "lora", "refiner"] = Field(  # type: ignore[assignment]
+        "temporal",
+        description="what is trained: temporal: all but the spatial layers; refiner: the refinement network alone; "
+        "all: everything else; lora",
+    )
     field_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a motion field")
     strength_dropout: float = Field(0.1, ge=0, le=1, description="share of samples without a motion strength")
     hint_share: float = Field(
@@ -61,6 +70,7 @@ class LongerSample(SampleConfig):
     motion_speed: int = Field(150, ge=0, le=MAX_SPEED, description="where neither it nor arrows are given")
     fastest: int = Field(400, ge=1, le=MAX_SPEED, description="motion_speed at motion strength 1")
     motion_guidance_scale: float = Field(1.0, ge=1, description="of what field and strength add; 1: not guided")
+    refine: bool = Field(True, description="show the network what the refinement network makes of arrows")
 
 
 class LongerRecipe(Recipe):
@@ -119,7 +129,9 @@ class LongerMethod(CinemoMethod):
     """Motion residuals with a motion field; see `cinemo.methods.base.Method` for the contract.
 
     A condition has ``image`` and ``text`` as Cinemo's, ``flow`` (B, 2, F, h, w), the field that led to each frame in
-    pixels a frame (the first has none: zeros), and ``strength`` (B,), NaN where none is given.
+    pixels a frame (the first has none: zeros), and ``strength`` (B,), NaN where none is given. Where the refinement
+    network learns, also ``arrows`` (B, 2, h, w), a field made of hints, ``truth``, the mean of the clip's, and
+    ``picture`` (B, 3, h, w).
     """
 
     name: ClassVar[str] = "longer"
@@ -131,19 +143,22 @@ class LongerMethod(CinemoMethod):
     published: ClassVar[Mapping[str, Published]] = {}
     variants: ClassVar[Mapping[str, Mapping[str, float]]] = {"sample": {}}
     noise_variants: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    parts: ClassVar[tuple[str, ...]] = ("unet", "refiner")
     unet: FieldUNet
+    refiner: FieldRefiner
     model: LongerModel
 
     def __init__(
         self,
         unet: FieldUNet,
+        refiner: FieldRefiner,
         schedule: NoiseSchedule,
         sample: LongerSample,
         model: LongerModel,
         min_snr_gamma: float | None = None,
     ) -> None:
         Method.__init__(self)
-        self.unet, self.schedule, self.min_snr_gamma = unet, schedule, min_snr_gamma
+        self.unet, self.refiner, self.schedule, self.min_snr_gamma = unet, refiner, schedule, min_snr_gamma
         self.sample, self.model = sample, model  # type: ignore[assignment]
 
     @classmethod
@@ -156,28 +171,33 @@ class LongerMethod(CinemoMethod):
 
     @classmethod
     def fresh_networks(cls, recipe: Recipe) -> dict[str, nn.Module]:
-        return {"unet": FieldUNet(**_own(recipe).model.unet.model_dump())}
+        model = _own(recipe).model
+        return {"unet": FieldUNet(**model.unet.model_dump()), "refiner": FieldRefiner(**model.refiner.model_dump())}
 
     @classmethod
     def load_network(
         cls, recipe: Recipe, part: str, location: str, dtype: torch.dtype | None = None, base: bool = False
     ) -> nn.Module:
+        if part == "refiner":
+            return load_refiner(_own(recipe).model.refiner, location, dtype, base)
         return load_field_unet(_own(recipe).model.unet, location, dtype, base)
 
     @classmethod
     def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
-        own, unet = _own(recipe), cast(FieldUNet, networks["unet"])
-        return cls(unet, noise_schedule(recipe.diffusion), own.sample, own.model, recipe.train.min_snr_gamma)
+        own, schedule = _own(recipe), noise_schedule(recipe.diffusion)
+        unet, refiner = cast(FieldUNet, networks["unet"]), cast(FieldRefiner, networks["refiner"])
+        return cls(unet, refiner, schedule, own.sample, own.model, recipe.train.min_snr_gamma)
 
     @classmethod
     def stored_fields(cls, recipe: Recipe) -> tuple[str, ...]:
-        return ("flow",)
+        return ("flow", "first_frame") if _own(recipe).train.trainable == "refiner" else ("flow",)
 
     @classmethod
     def example(cls, recipe: Recipe, sample: LatentSample, draw: Draw) -> Example:
         """The clip's field, or one made of a few arrows along it; its strength is that of what is shown."""
         train = _own(recipe).train
         flow_F2HW = np.asarray(sample.fields["flow"], np.float32)
+        to_refine = _to_refine(flow_F2HW, sample, draw("hints to refine")) if train.trainable == "refiner" else {}
         if chance(draw, "hints", train.hint_share):
             flow_F2HW = hinted(flow_F2HW, draw("arrows"))
         strength = _strength(speed(flow_F2HW), recipe)
@@ -187,18 +207,34 @@ class LongerMethod(CinemoMethod):
         fields = {
             "flow": _of_frames(torch.from_numpy(flow_F2HW).transpose(0, 1)),
             "strength": torch.tensor(strength if given else float("nan"), dtype=torch.float32),
+            **to_refine,
         }
         return Example(fields, {"text": "" if chance(draw, "drop", train.prompt_dropout) else sample.caption})
 
     @classmethod
     def condition(cls, video_BCFHW: Tensor, fields: Mapping[str, Tensor], states: Mapping[str, Tensor]) -> Condition:
-        return Condition(
-            image=video_BCFHW[:, :, 0], text=states["text"], flow=fields["flow"], strength=fields["strength"]
-        )
+        return Condition(image=video_BCFHW[:, :, 0], text=states["text"], **fields)
 
     @classmethod
     def learns(cls, name: str, trainable: str) -> bool:
-        return trainable == "temporal" and learns(name)
+        if name.startswith("refiner."):
+            return trainable == "refiner"
+        return trainable == "all" or (trainable == "temporal" and learns(name))
+
+    def forward(
+        self,
+        batch: LatentBatch,
+        t_B: Tensor,
+        noise: Tensor,
+        reduction: Reduction = "mean",
+        weighted: bool = True,
+    ) -> Tensor:
+        """As Cinemo's; where a batch has arrows' fields, the loss of the refinement network."""
+        shown = batch.condition
+        if "arrows" not in shown:
+            return super().forward(batch, t_B, noise, reduction, weighted)
+        losses_B = self.refiner.loss(shown["arrows"], shown["picture"], shown["truth"], plain=not weighted)
+        return losses_B if reduction == "none" else losses_B.mean()
 
     def ready(self, condition: Condition) -> Condition:
         """A condition for many calls of `predict`: what its text and its field are to every layer, made once."""
@@ -248,14 +284,13 @@ class LongerMethod(CinemoMethod):
         self, recipe: Recipe, encoders: Encoders, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]
     ) -> tuple[Sampling, int]:
         seed, steps, size = settings["seed"], int(settings["steps"]), recipe.data.size
-        field_2HW = _drawn(recipe, inputs, settings)
+        field_2hw = self._field(recipe, inputs, settings)
         posterior = keyed_generator(seed, "image") if recipe.encoders.latent == "sample" else None
         image_BCHW = encoders.vae.encode(prepare_image(inputs["image"], size)[None], posterior)
         text_BLD, negative_BLD = encoders.text.encode([settings["prompt"], settings["negative_prompt"]]).chunk(2)
         channels, h, w = image_BCHW.shape[1:]
         device, native = image_BCHW.device, recipe.data.frames
-        cells = torch.from_numpy(field_2HW).float().view(2, h, size[0] // h, w, size[1] // w).mean((2, 4))
-        flow = _of_frames(cells[:, None].expand(-1, native - 1, -1, -1))[None].to(device)
+        flow = _of_frames(field_2hw[:, None].expand(-1, native - 1, -1, -1))[None].to(device)
         strength = _strength(settings["motion_speed"] / UNIT / 512 * min(size), recipe)
         condition = Condition(
             image=image_BCHW, text=text_BLD, flow=flow, strength=torch.tensor([strength], device=device)
@@ -264,13 +299,38 @@ class LongerMethod(CinemoMethod):
         wanted["guidance_interval"] = tuple(settings["guidance_interval"])
         wanted["long"] = long_config(self.sample, settings)
         sample = cast(LongerSample, self.sample.model_copy(update=wanted))
-        asked = LongerMethod(self.unet, self.schedule, sample, self.model)
+        asked = LongerMethod(self.unet, self.refiner, self.schedule, sample, self.model)
         noise = torch.randn(1, *self.target_shape((channels, native, h, w)), generator=keyed_generator(seed, "noise"))
         scale, fresh = float(settings["guidance_scale"]), keyed_generator(seed, "fresh noise")
         frames = settings.get("frames", native)
         untold = Condition(text=negative_BLD)
         sampling = asked.sampling(condition, untold, noise.to(device), steps, scale, fresh, frames)
         return sampling, calls(asked.sample, steps, native - 1, frames - 1)
+
+    def _field(self, recipe: Recipe, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]) -> Tensor:
+        """The field (2, h, w) of a request in pixels a frame of the recipe's size, refined, and as fast as
+        ``motion_speed`` says; where that is None it is measured.
+
+        Where there are arrows, ``picture_size`` (height, width) is added to the settings: the picture that they are
+        drawn on. A later part of a chain begins with another one.
+        """
+        size, arrows = recipe.data.size, settings.get("arrows") or []
+        drawn_on = inputs["image"].shape[:2]
+        if arrows:
+            drawn_on = tuple(settings.setdefault("picture_size", list(drawn_on)))
+        points = cropped_points(check_arrows(arrows, drawn_on).reshape(-1, 2), drawn_on, size).reshape(-1, 4)
+        field_2hw = _in_cells(torch.from_numpy(dense_field(points, 1 / (recipe.data.frames - 1), size)))
+        if arrows and cast(LongerSample, self.sample).refine:
+            device = next(self.refiner.parameters()).device
+            picture_3hw = _in_cells(prepare_image(inputs["image"], size))
+            field_2hw = self.refiner(field_2hw[None].to(device), picture_3hw[None].to(device))[0].cpu()
+        if "mask" in inputs:
+            field_2hw = field_2hw * _in_cells((prepare_image(inputs["mask"], size).mean(0, keepdim=True) > 0).float())
+        at_512 = speed(field_2hw[None].numpy()) * 512 / min(size)
+        if settings["motion_speed"] is None:
+            settings["motion_speed"] = min(MAX_SPEED, round(UNIT * at_512))
+        # Also where it was measured, and rounded: the settings of a video then make the same one again.
+        return field_2hw * (settings["motion_speed"] / UNIT / at_512) if at_512 > 0 else field_2hw
 
     def sampling(
         self,
@@ -323,28 +383,18 @@ def hinted(flow_F2HW: np.ndarray, generator: torch.Generator) -> np.ndarray:
     return np.repeat(field.astype(flow_F2HW.dtype)[None], len(flow_F2HW), 0)
 
 
-def _drawn(recipe: Recipe, inputs: Mapping[str, np.ndarray], settings: dict[str, Any]) -> np.ndarray:
-    """The field (2, H, W) of a request in pixels a frame of the recipe's size, as fast as ``motion_speed`` says; where
-    that is None it is measured.
+def _to_refine(flow_F2HW: np.ndarray, sample: LatentSample, generator: torch.Generator) -> dict[str, Tensor]:
+    """What the refinement network is given of a clip, and what it should find: one field for all frames."""
+    picture_HWC = np.array(frame_of(cast(bytes, sample.fields["first_frame"])))
+    pixels = torch.from_numpy(picture_HWC).permute(2, 0, 1).float() / 127.5 - 1
+    mean_2hw = torch.from_numpy(flow_F2HW.mean(0))
+    arrows_2hw = torch.from_numpy(hinted(flow_F2HW, generator)[0])
+    return {"arrows": arrows_2hw.float(), "truth": mean_2hw, "picture": _in_cells(pixels)}
 
-    Where there are arrows, ``picture_size`` (height, width) is added to the settings: the picture that they are drawn
-    on. A later part of a chain begins with another one.
-    """
-    size = recipe.data.size
-    arrows = settings.get("arrows") or []
-    picture = inputs["image"].shape[:2]
-    if arrows:
-        picture = tuple(settings.setdefault("picture_size", list(picture)))
-    points = cropped_points(check_arrows(arrows, picture).reshape(-1, 2), picture, size).reshape(-1, 4)
-    mask_HW = None
-    if "mask" in inputs:
-        mask_HW = ((prepare_image(inputs["mask"], size) / 2 + 0.5).mean(0) > 0.5).double().numpy()
-    field_2HW = dense_field(points, 1 / (recipe.data.frames - 1), size, mask_HW=mask_HW)
-    at_512 = speed(field_2HW[None]) * 512 / min(size)
-    if settings["motion_speed"] is None:
-        settings["motion_speed"] = min(MAX_SPEED, round(UNIT * at_512))
-    # Also where it was measured, and rounded: the settings of a video then make the same one again.
-    return field_2HW * (settings["motion_speed"] / UNIT / at_512) if at_512 > 0 else field_2HW
+
+def _in_cells(pixels_CHW: Tensor) -> Tensor:
+    """Means over the latents' cells: float32 (C, H/8, W/8)."""
+    return F.avg_pool2d(pixels_CHW.float(), 8)
 
 
 def _strength(pixels_a_frame: float, recipe: Recipe) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,9 +93,12 @@ class Vae:
 
         Rounding as published: to the nearest with the plain decoder, downwards with the temporal one.
         """
-        frames = [self.decode_piece(piece).cpu() for piece in self.pieces(latents_FCHW)]
-        result: np.ndarray = torch.cat(frames).numpy()
-        return result
+        return np.concatenate([*self.decoding(latents_FCHW)])
+
+    def decoding(self, latents_FCHW: Tensor) -> Iterator[np.ndarray]:
+        """The same a few frames at a time: a long video need not be in memory."""
+        for piece in self.pieces(latents_FCHW):
+            yield self.decode_piece(piece).cpu().numpy()
 
     def pieces(self, latents_FCHW: Tensor) -> tuple[Tensor, ...]:
         """Latents of frames that go through the decoder together; a piece's frames depend on that piece alone."""

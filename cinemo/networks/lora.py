@@ -52,13 +52,14 @@ def lora_scale(train: TrainConfig) -> float:
 def add_lora(network: nn.Module, train: TrainConfig) -> list[str]:
     """Put a `LoraLinear` in the place of every linear layer that ``train.lora_layers`` names; returns their names.
 
-    A layer is meant by its name or any end of it that begins after a dot: ``to_q``, ``attn_temp.to_q``.
+    A layer is meant by its name or any end of it that begins after a dot: ``to_q``, ``attn_temp.to_q``. A network
+    without linear layers stays as it is.
 
     Raises:
         InputError: an entry names no linear layer.
     """
     linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
-    for layer in train.lora_layers:
+    for layer in train.lora_layers if linear else ():
         if not _named(linear, [layer]):
             raise InputError(f"train.lora_layers: no linear layer's name ends with {layer!r}; {_near(layer, linear)}")
     found = _named(linear, train.lora_layers)

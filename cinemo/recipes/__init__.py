@@ -28,7 +28,10 @@ _NAMED = {  # by the module of this package that has their functions
         *("dynamicrafter-256", "dynamicrafter-512", "dynamicrafter-1024", "dynamicrafter-512-interp"),
         *("dynamicrafter-256-stage1", "dynamicrafter-256-stage2", "dynamicrafter-tiny"),
     ),
-    "longer": ("longer-320x512", "longer-320x512-static", "longer-tiny"),
+    "longer": (
+        *("longer-320x512", "longer-320x512-static", "longer-320x512-refiner"),
+        *("longer-tiny", "longer-tiny-refiner"),
+    ),
     "trip": ("trip-256", "trip-w-256", "trip-tiny"),
 }
 

@@ -44,7 +44,7 @@ def obeying(turned: float = 0.0, faster: float = 1.0, blind: bool = False) -> An
             )
             for k in range(6)
         ]
-        return Animation(np.stack(frames).clip(0, 255).astype(np.uint8), torch.zeros(0), 8, {})
+        return Animation(torch.zeros(0), 8, {}, np.stack(frames).clip(0, 255).astype(np.uint8))
 
     return answer
 

@@ -46,7 +46,7 @@ def measured(base: ModelBundle, monkeypatch: pytest.MonkeyPatch, answer: Any) ->
 
     def animate(bundle: ModelBundle, request: Any) -> Animation:
         clip = clips[request.image.tobytes()]
-        return Animation(answer(clip, request.controls["motion_bucket"]), np.zeros(()), 8, {})
+        return Animation(np.zeros(()), 8, {}, answer(clip, request.controls["motion_bucket"]))
 
     # One step of the network is not what is looked at here, and takes most of the time.
     monkeypatch.setattr(rendered, "explained", lambda *_: dict.fromkeys(rendered._ASKED, 1.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -413,6 +415,24 @@ def test_equal_frames_give_equal_files(tmp_path: Path) -> None:
     assert len(contents) == 1
 
 
+def test_frames_may_come_a_few_at_a_time(tmp_path: Path) -> None:
+    """The file is the same, and what is written is not kept."""
+    frames_FHWC = noise(7)
+    written: list[weakref.ref[np.ndarray]] = []
+
+    def pieces() -> Iterator[np.ndarray]:
+        for start in range(0, 7, 2):
+            piece_FHWC = frames_FHWC[start : start + 2].copy()
+            written.append(weakref.ref(piece_FHWC))
+            yield piece_FHWC
+            del piece_FHWC
+            assert sum(piece() is not None for piece in written) <= 2  # the first says the size
+
+    write_video(tmp_path / "whole.mp4", frames_FHWC, 8)
+    write_video(tmp_path / "pieces.mp4", pieces(), 8)
+    assert (tmp_path / "pieces.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
 def test_write_video_refuses_what_players_cannot_show(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="even sides"):
         write_video(tmp_path / "a.mp4", noise(2, 63, 96), 8)
@@ -420,4 +440,8 @@ def test_write_video_refuses_what_players_cannot_show(tmp_path: Path) -> None:
         write_video(tmp_path / "a.mp4", noise(2).astype(np.float32), 8)
     with pytest.raises(InputError, match="fps is 0"):
         write_video(tmp_path / "a.mp4", noise(2), 0)
+    with pytest.raises(InputError, match="F >= 1"):
+        write_video(tmp_path / "a.mp4", [], 8)
+    with pytest.raises(InputError, match="a frame is 64x64, expected 96x64 as the ones before"):
+        write_video(tmp_path / "a.mp4", [noise(2, 64, 96), noise(2, 64, 64)], 8)
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from cinemo.animate import AnimateRequest, animate, prepare
 from cinemo.bundle import ModelBundle, load_bundle
+from cinemo.media.stills import jpeg
 from cinemo.methods import build_method, method_class
 from cinemo.methods.longer import (
     LongerControls,
     LongerMethod,
     hinted,
 )
+from cinemo.methods.trainable import mark_trainable
+from cinemo.training.run.batch import host_batch
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (66, 98, 3), dtype=np.uint8)
@@ -221,3 +225,47 @@ def test_how_arrows_are_written(text: Any, expected: Any) -> None:
 def test_what_no_arrow_is(text: Any) -> None:
     with pytest.raises(InputError, match=r"arrows is .*; expected four numbers|arrows is .*expected"):
         LongerControls.of({"arrows": text}, "x")
+
+
+def test_the_refinement_network_learns_alone_from_stored_flow_and_pictures(tmp_path: Path) -> None:
+    recipe = longer_recipe(tmp_path, trainable="refiner", lr=2e-3)
+    assert LongerMethod.stored_fields(recipe) == ("flow", "first_frame")
+    flow = np.zeros((FRAMES - 1, 2, H // 8, W // 8), np.float16)
+    flow[:, 0, :, :2] = 3  # the left third moves to the right
+    sample = sample_of(flow)
+    fields = {**sample.fields, "first_frame": jpeg(PICTURE[:H, :W])}
+    batch = host_batch([dataclasses.replace(sample, fields=fields)] * 2, 0, recipe)
+    method = build_method(recipe)
+    mark_trainable(method, recipe.train)
+    states = {"text": torch.zeros(2, 5, WIDTH)}
+    condition = LongerMethod.condition(batch.video_BCFHW, batch.fields, states)
+    np.testing.assert_array_equal(condition["truth"][0], flow.mean(0))
+    torch.testing.assert_close(
+        condition["picture"][0, :, 0, 0], torch.from_numpy(PICTURE[:8, :8].mean((0, 1)) / 127.5 - 1).float(), atol=0.03,
+        rtol=0,
+    )  # fmt: skip
+    inputs = LatentBatch(batch.video_BCFHW, condition, batch.keys), batch.t_B, batch.noise_BCFHW
+    method(*inputs).backward()
+    learning = {name.split(".")[0] for name, parameter in method.named_parameters() if parameter.grad is not None}
+    assert learning == {"refiner"}
+    plain = method(*inputs, reduction="none", weighted=False)
+    error = (condition["arrows"] - condition["truth"]).abs().flatten(1).mean(1) / recipe.model.refiner.scale
+    torch.testing.assert_close(plain, error)  # a fresh network leaves the arrows' field as it is
+
+
+def test_arrows_are_refined_where_the_recipe_says_so(bundle: ModelBundle) -> None:
+    method = bundle.method
+    assert isinstance(method, LongerMethod)
+    plain, _ = first_query(bundle, arrows=[[49, 33, 80, 33]])
+    torch.nn.init.normal_(method.refiner.exit.weight, std=0.3)
+    try:
+        refined, _ = first_query(bundle, arrows=[[49, 33, 80, 33]])
+        still, _ = first_query(bundle)
+        method.sample = method.sample.model_copy(update={"refine": False})
+        switched_off, _ = first_query(bundle, arrows=[[49, 33, 80, 33]])
+    finally:
+        method.sample = bundle.recipe.sample
+        torch.nn.init.zeros_(method.refiner.exit.weight)
+    assert not torch.equal(refined["flow"], plain["flow"])
+    assert torch.equal(switched_off["flow"], plain["flow"])
+    assert not still["flow"].any()
