@@ -11,14 +11,14 @@ from torch import Tensor
 from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.methods.base import Encoders
-from cinemo.methods.controls import Input
+from cinemo.methods.controls import Input, control
 from cinemo.methods.dynamicrafter import (
     DynamiCrafterMethod,
     DynamiCrafterRecipe,
     FrameRate,
     picture_latent,
 )
-from cinemo.types import Condition
+from cinemo.types import Condition, InputError
 
 
 class InterpolationRecipe(DynamiCrafterRecipe):
@@ -30,8 +30,22 @@ class InterpolationRecipe(DynamiCrafterRecipe):
 class InterpolationControls(FrameRate):
     """The same between two pictures, or one: a loop, a video that can be repeated."""
 
+    loop: bool | None = control(
+        None,
+        "end where the video begins, so that it can be repeated: what happens where no last picture is given",
+        title="Loop",
+        place="folded",
+    )
+
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
-        return super().settings(recipe, inputs) | {"looping": "last_image" not in inputs}
+        there = "last_image" in inputs
+        if self.loop is not None and self.loop == there:
+            raise InputError(
+                "loop: a loop ends where it began, but there is a last_image; leave one of them out"
+                if there
+                else "loop: is off, but there is no last_image to end at; give one"
+            )
+        return super().settings(recipe, inputs) | {"loop": not there}
 
 
 class InterpolationMethod(DynamiCrafterMethod):
@@ -54,7 +68,7 @@ class InterpolationMethod(DynamiCrafterMethod):
     ) -> dict[str, Tensor]:
         """A loop's picture is encoded once, so that both ends are the same."""
         image_BCHW = picture_latent(recipe, encoders, inputs, "image", settings["seed"])
-        if settings["looping"]:
+        if settings["loop"]:
             return {"image": image_BCHW, "last_image": image_BCHW}
         return {
             "image": image_BCHW,
@@ -66,7 +80,7 @@ class InterpolationMethod(DynamiCrafterMethod):
     ) -> tuple[Sampling, int]:
         """The last frame of a loop, which is its first one again, is left out."""
         sampling, calls = super().prepare(recipe, encoders, inputs, settings)
-        if settings["looping"]:
+        if settings["loop"]:
             settings["frames"] = recipe.data.frames - 1
             sampling = _without_last(sampling)
         return sampling, calls

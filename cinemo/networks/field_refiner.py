@@ -52,7 +52,7 @@ class FieldRefiner(nn.Module):
         self.up = nn.ModuleList(_layer(a + b, a) for a, b in reversed([*itertools.pairwise(widths)]))
         self.exit = nn.Conv2d(widths[0], _FIELD, 3, padding=1)
         nn.init.zeros_(self.exit.weight)
-        nn.init.zeros_(self.exit.bias)
+        nn.init.zeros_(self.exit.get_parameter("bias"))
         levels = [2 * _FIELD + _PICTURE, *critic_widths]
         judges: Iterable[nn.Module] = (_layer(a, b, stride=2) for a, b in itertools.pairwise(levels))
         self.critic = nn.Sequential(*judges, nn.Conv2d(critic_widths[-1], 1, 3, padding=1))

@@ -378,10 +378,10 @@ def test_two_pictures_stand_at_their_own_ends(between: ModelBundle) -> None:
 def test_a_loop_leaves_out_its_last_frame_and_has_one_picture_at_both_ends(between: ModelBundle) -> None:
     loop = animate(between, AnimateRequest(PICTURE, "a dog"))
     assert len(loop.frames_FHWC) == FRAMES - 1 == loop.settings["frames"]
-    assert loop.settings["looping"] is True
+    assert loop.settings["loop"] is True
     method = between.method
     assert isinstance(method, InterpolationMethod)
-    given = method.given(between.recipe, between.encoders, {"image": PICTURE}, {"seed": 0, "looping": True})
+    given = method.given(between.recipe, between.encoders, {"image": PICTURE}, {"seed": 0, "loop": True})
     assert torch.equal(given["image"], given["last_image"])
 
 
@@ -390,6 +390,8 @@ def test_a_loop_leaves_out_its_last_frame_and_has_one_picture_at_both_ends(betwe
     [
         ({"frame_rate": 61}, "frame_rate is 61, expected a whole number 1..60"),
         ({"motion_bucket": 3}, "motion_bucket: interp-32x48 has no such control; it has negative_prompt, seed"),
+        ({"loop": False}, "loop: is off, but there is no last_image"),
+        ({"loop": True, "inputs": {"last_image": PICTURE}}, "loop: a loop ends where it began, but there is"),
     ],
 )
 def test_what_interpolation_is_asked_wrongly_is_one_line(
@@ -398,6 +400,14 @@ def test_what_interpolation_is_asked_wrongly_is_one_line(
     with pytest.raises(InputError, match=message) as caught:
         AnimateRequest(PICTURE, "", **ask).settings(interpolation)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loop_may_be_asked_for_by_name(interpolation: InterpolationRecipe) -> None:
+    assert AnimateRequest(PICTURE, "", loop=True).settings(interpolation)["loop"] is True
+    assert AnimateRequest(PICTURE, "").settings(interpolation)["loop"] is True
+    given = AnimateRequest(PICTURE, "", inputs={"last_image": PICTURE}, loop=False)
+    assert given.settings(interpolation)["loop"] is False
+    assert InterpolationMethod.controls_type.defaults(interpolation)["loop"] is True  # what the page shows
 
 
 def test_a_last_image_for_a_method_that_has_none(recipe: DynamiCrafterRecipe) -> None:
