@@ -114,7 +114,7 @@ def save_bundle(
         for name, network in networks.items():
             save_network(network, staged / name)
             index[name] = [type(network).__module__, type(network).__name__]
-        places: dict[str, Any] = {}
+        places: dict[str, Any] = {"flow": None}  # for precompute alone
         for field, (folder, library) in _ENCODERS.items():
             location = getattr(recipe.encoders, field)
             if location is None or (field == "image_encoder" and field not in method_class(recipe).needs):

@@ -70,6 +70,9 @@ class EncodersConfig(Part):
     text_encoder: str = "package:tiny/text_encoder"
     tokenizer: str = "package:tiny/tokenizer"
     image_encoder: str | None = Field(None, description="CLIP's image model, for methods and fields that need it")
+    flow: str | None = Field(
+        None, description="weights of torchvision's RAFT, large or small, for the field flow; null: OpenCV's DIS"
+    )
     latent: Literal["sample", "mode"] = Field(
         "sample", description="the published code draws a sample from the posterior"
     )
@@ -315,7 +318,8 @@ class Recipe(Part):
 
     def to_json(self) -> str:
         # What nobody changed is left out of sections that came later: recipes and bundles keep their digests.
-        later = {"sample": {"long"}} if self.sample.long == LongConfig() else None
+        later = {"sample": {"long"}} if self.sample.long == LongConfig() else {}
+        later |= {"encoders": {"flow"}} if self.encoders.flow is None else {}
         return json.dumps(self.model_dump(mode="json", exclude=later), indent=2, sort_keys=True) + "\n"
 
 

@@ -46,6 +46,7 @@ ONLY_IN = {
     "fsspec": ["s3"],
     "boto3": ["s3"],
     "decord": ["media.video"],
+    "torchvision": ["networks.raft"],
     "av": ["media.timeline", "media.video", "media.mp4"],
     "webdataset": ["data.dataset.shards", "data.loading.loader"],
     "diffusers": ["diffusion.multistep", "networks.frozen", "networks.weights", "training.checkpoint.export"],
@@ -145,7 +146,7 @@ def names_of_methods() -> tuple[set[str], set[str]]:
         shared = FastSampling.model_fields.keys() | LongVideo.model_fields.keys()
         controls |= method.controls_type.model_fields.keys() - shared
     assert not controls & Controls.model_fields.keys()
-    return classes, controls
+    return classes, controls - {"loop"}  # a word that players and browsers have as well
 
 
 CLASSES, CONTROLS = names_of_methods()

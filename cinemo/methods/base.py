@@ -192,7 +192,7 @@ class Method(nn.Module, ABC):
     def learns(cls, name: str, trainable: str) -> bool:
         """Whether a parameter (``unet.x``) is among what a word of ``train.trainable`` means.
 
-        ``all``: what its loss reaches. ``temporal``: what an image model lacks. A method may know further words.
+        ``temporal``: what an image model lacks. A method may know further words.
         """
 
     @classmethod

@@ -197,7 +197,7 @@ class CinemoMethod(Method):
 
     @classmethod
     def learns(cls, name: str, trainable: str) -> bool:
-        return trainable == "all" or (trainable == "temporal" and is_temporal(name))
+        return trainable == "temporal" and is_temporal(name)
 
     def target(self, batch: LatentBatch) -> Tensor:
         """M = (z_2 - z_1, ..., z_N - z_1) times the schedule's ``data_scale``: (B, C, F-1, h, w), float32."""

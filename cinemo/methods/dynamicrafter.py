@@ -268,8 +268,8 @@ class DynamiCrafterMethod(Method):
 
     @classmethod
     def learns(cls, name: str, trainable: str) -> bool:
-        if trainable in ("all", "temporal"):
-            return trainable == "all" or is_temporal(name)
+        if trainable == "temporal":
+            return is_temporal(name)
         if trainable == "context":
             return name.startswith("image_proj.") or (is_image_context(name) and not name.endswith(".alpha"))
         return not is_temporal(name)  # spatial

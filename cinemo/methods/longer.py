@@ -186,6 +186,7 @@ class LongerMethod(CinemoMethod):
     def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
         own, schedule = _own(recipe), noise_schedule(recipe.diffusion)
         unet, refiner = cast(FieldUNet, networks["unet"]), cast(FieldRefiner, networks["refiner"])
+        refiner.requires_grad_(own.train.trainable == "refiner")  # no other loss reaches it
         return cls(unet, refiner, schedule, own.sample, own.model, recipe.train.min_snr_gamma)
 
     @classmethod
@@ -219,7 +220,7 @@ class LongerMethod(CinemoMethod):
     def learns(cls, name: str, trainable: str) -> bool:
         if name.startswith("refiner."):
             return trainable == "refiner"
-        return trainable == "all" or (trainable == "temporal" and learns(name))
+        return trainable == "temporal" and learns(name)
 
     def forward(
         self,

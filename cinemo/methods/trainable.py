@@ -26,9 +26,9 @@ def mark_trainable(method: Method, train: TrainConfig) -> None:
             for name in add_lora(network, train):
                 network.get_submodule(f"{name}.lora_A").requires_grad_(True)
                 network.get_submodule(f"{name}.lora_B").requires_grad_(True)
-    else:
+    elif train.trainable != "all":
         for name, parameter in method.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and method.learns(name, train.trainable))
+            parameter.requires_grad_(method.learns(name, train.trainable))
 
 
 def check_trainable(recipe: Recipe, method: type[Method]) -> None:

@@ -289,7 +289,7 @@ class _Trip(Method):
     def learns(cls, name: str, trainable: str) -> bool:
         """An image model has no fusion module either."""
         of_unet = any(each.is_temporal(name) and not each.is_unused(name) for each in BACKBONES.values())
-        return trainable == "all" or (trainable == "temporal" and (name.startswith("fusion.") or of_unet))
+        return trainable == "temporal" and (name.startswith("fusion.") or of_unet)
 
     def target(self, batch: LatentBatch) -> Tensor:
         """z_0 times the schedule's ``data_scale``: (B, C, N, h, w), float32."""

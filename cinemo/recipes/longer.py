@@ -46,7 +46,7 @@ def longer_320x512() -> LongerRecipe:
       train.sample_count, train.held_out_shards, train.validate_every, train.canary. data.clips_per_shard, data.decoder,
       data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource, data.max_quarantine_share,
       data.encode_batch, data.encode_actors, data.encode_gpus.
-    - Not used here. encoders.image_encoder.
+    - Not used here. encoders.image_encoder. encoders.flow: its weights make flow RAFT's, as the paper's was.
     """
     return LongerRecipe(
         name="longer-320x512",
@@ -89,9 +89,9 @@ def longer_320x512_refiner() -> LongerRecipe:
 
 
 def longer_tiny_refiner() -> LongerRecipe:
-    """The same of `longer_tiny`: 1,500 steps of 16."""
+    """The same of `longer_tiny`, with batches of 16."""
     recipe = _refining(longer_tiny(), "package:longer-tiny")
-    steps = {"global_batch": 16, "micro_batch": 8, "max_steps": 1500, "validate_every": 500, "checkpoint_every": 500}
+    steps = {"global_batch": 16, "micro_batch": 8, "validate_every": 1000}
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=steps)})
 
 

@@ -57,7 +57,8 @@ def trip_256() -> TripRecipe:
       train.canary. data.clips_per_shard, data.decoder, data.clip_timeout, data.clip_memory, data.decode_cpus,
       data.decode_resource, data.max_quarantine_share, data.encode_batch, data.encode_actors, data.encode_gpus.
       data.ssim, data.bucket_edges: of reports alone.
-    - Not used here. train.lora_rank, train.lora_alpha, train.lora_layers, data.fields, encoders.image_encoder.
+    - Not used here. train.lora_rank, train.lora_alpha, train.lora_layers, data.fields, encoders.image_encoder,
+      encoders.flow.
     """
     return TripRecipe(
         name="trip-256",

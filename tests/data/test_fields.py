@@ -148,7 +148,7 @@ def test_sources_that_are_gone_are_counted(
     gone.unlink()
     altered.write_bytes(b"something else")
     try:
-        made = fields.read(todo, str(copy), field_recipe.data)
+        made = fields.read(todo, str(copy), field_recipe)
     finally:
         for path, content in contents.items():
             path.write_bytes(content)

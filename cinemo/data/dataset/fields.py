@@ -4,7 +4,8 @@
 ``first_frame``: the first frame as JPEG. ``frames``: all of them, in one tall picture (`media.stills`).
 ``image_tokens``: last hidden states (L, D) of CLIP's image encoder for the first frame, float16; ``frame_tokens``
 (F, L, D) for every frame.
-``flow``: optical flow between stored frames at the latents' resolution, float16 (F-1, 2, h, w): `media.flow`.
+``flow``: optical flow between stored frames at the latents' resolution, float16 (F-1, 2, h, w): `media.flow`, or
+`networks.raft` where the recipe names its weights.
 
 A row is one shard: so a shard's bytes depend on nothing beside it. Frames are decoded again where a field needs them,
 the very ones that ``KEY.json`` names.
@@ -16,7 +17,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,13 +33,14 @@ from cinemo.data.precompute.stages import use_one_thread
 from cinemo.media import flow, stills
 from cinemo.media.video import read_frames
 from cinemo.methods import method_class
+from cinemo.networks import raft
 from cinemo.networks.frozen import ImageEncoder, TextEncoder, check_image_encoder, network_digest
+from cinemo.networks.raft import Raft, check_raft
 from cinemo.networks.weights import weights_digest
 from cinemo.types import ClipError, InputError
 
 # Raise a field's number when the same recipe no longer gives the same bytes of it.
 VERSIONS = {"text_states": 1, "first_frame": 1, "image_tokens": 1, "flow": 1, "frames": 1, "frame_tokens": 1}
-ENCODED = frozenset({"text_states", "image_tokens", "frame_tokens"})
 _DECODED = frozenset({"first_frame", "image_tokens", "flow", "frames", "frame_tokens"})
 _EVERY_FRAME = frozenset({"flow", "frames", "frame_tokens"})
 # Encoders always see so many inputs at once, the last ones repeated to fill up: kernels of one shape for all of them.
@@ -71,6 +73,11 @@ COMMITTED = pa.schema(
 T = TypeVar("T")
 
 
+def encoded(encoders: EncodersConfig) -> frozenset[str]:
+    """The fields that a network makes."""
+    return frozenset({"text_states", "image_tokens", "frame_tokens"} | ({"flow"} if encoders.flow else set()))
+
+
 def identity(field: str, recipe: Recipe) -> tuple[str, dict[str, Any]]:
     """A digest of what decides a field's bytes for given shards, and what it covers.
 
@@ -81,7 +88,7 @@ def identity(field: str, recipe: Recipe) -> tuple[str, dict[str, Any]]:
     covers: dict[str, Any] = {"version": VERSIONS[field]}
     if field in _DECODED:
         covers |= {"size": list(data.size), "decoder": data.decoder, "resize": RESIZE}
-    if field in ENCODED:
+    if field in encoded(encoders):
         covers |= {"dtype": encoder_dtype(recipe)}
     match field:
         case "text_states":
@@ -109,14 +116,17 @@ def identity(field: str, recipe: Recipe) -> tuple[str, dict[str, Any]]:
             if field == "frame_tokens":
                 covers |= {"frames": data.frames}
         case "flow":
-            covers |= {"frames": data.frames, "method": flow.METHOD}
+            covers |= {"frames": data.frames, "method": raft.METHOD if encoders.flow else flow.METHOD}
+            if encoders.flow:
+                check_raft(encoders.flow, data.size)
+                covers |= {"weights": weights_digest(encoders.flow)}
     return digest(covers), covers
 
 
-def read(todo: pa.Table, dataset: str, data: DataConfig) -> pa.Table:
+def read(todo: pa.Table, dataset: str, recipe: Recipe) -> pa.Table:
     """Shards -> their keys and captions, and the fields that need no network."""
     use_one_thread()
-    rows = []
+    rows, made_later = [], encoded(recipe.encoders)
     for row in todo.to_pylist():
         started = time.perf_counter()
         record = storage.read_json(shards.record_uri(dataset, row["shard"]))
@@ -128,7 +138,8 @@ def read(todo: pa.Table, dataset: str, data: DataConfig) -> pa.Table:
             "captions": [sample["caption"] for sample in samples],
         }
         if _DECODED & set(row["fields"]):
-            row |= _pictures(samples, row["fields"], data, members.array_shape[2:])
+            cells = members.array_shape[2], members.array_shape[3]
+            row |= _pictures(samples, row["fields"], recipe.data, cells, made_later)
         rows.append({**row, "decode_seconds": time.perf_counter() - started, "encode_seconds": 0.0})
     return pa.Table.from_pylist(rows, MADE)
 
@@ -167,6 +178,7 @@ class Encoder:
             self.text = TextEncoder(encoders.text_encoder, encoders.tokenizer, device, precision, text_layers)
         if not {"image_tokens", "frame_tokens"}.isdisjoint(fields) and encoders.image_encoder is not None:
             self.image = ImageEncoder(encoders.image_encoder, device, precision)
+        self.raft = Raft(encoders.flow, device) if "flow" in fields and encoders.flow else None
 
     def __call__(self, made: pa.Table) -> pa.Table:
         rows = []
@@ -178,6 +190,8 @@ class Encoder:
                 row["image_tokens"] = self.image_tokens(row["pixels"])
             if "frame_tokens" in row["fields"]:
                 row["frame_tokens"] = self.frame_tokens(row["pixels"])
+            if "flow" in row["fields"] and self.raft is not None:
+                row["flow"] = self.flow(row["pixels"])
             row["pixels"] = None
             rows.append({**row, "encode_seconds": time.perf_counter() - started})
         return pa.Table.from_pylist(rows, MADE)
@@ -202,6 +216,13 @@ class Encoder:
             else _file(np.stack([*_in_batches(list(self._frames(content)), _IMAGES, self.image.encode)]))
             for content in pixels
         ]
+
+    def flow(self, pixels: Sequence[bytes | None]) -> list[bytes | None]:
+        """A .npy file for the frames of each sample that there is."""
+        assert self.raft is not None
+        cells = self.size[0] // 8, self.size[1] // 8
+        frames = (None if content is None else self._frames(content) for content in pixels)
+        return [None if each is None else _file(self.raft.dense_flow(each, cells)) for each in frames]
 
     def _frames(self, content: bytes) -> np.ndarray:
         return np.frombuffer(content, np.uint8).reshape(-1, *self.size, 3)
@@ -234,12 +255,20 @@ def commit(made: pa.Table, dataset: str, fingerprints: Mapping[str, str]) -> pa.
 
 
 def _pictures(
-    samples: Sequence[Mapping[str, Any]], fields: Sequence[str], data: DataConfig, cells: Sequence[int]
+    samples: Sequence[Mapping[str, Any]],
+    fields: Sequence[str],
+    data: DataConfig,
+    cells: tuple[int, int],
+    made_later: Collection[str],
 ) -> dict[str, list[Any]]:
-    """Columns of a shard that follow from its frames; views of a clip are decoded in one pass."""
+    """Columns of a shard that follow from its frames; views of a clip are decoded in one pass.
+
+    ``made_later``: fields for which frames are only handed on.
+    """
     columns: dict[str, list[Any]] = {name: [] for name in ("faults", "pixels", "first_frame", "frames", "flow")}
     frames = 1 if _EVERY_FRAME.isdisjoint(fields) else data.frames
-    shown = data.frames if "frame_tokens" in fields else "image_tokens" in fields  # how many an encoder will see
+    later = {*fields} & {*made_later}
+    shown = data.frames if later & _EVERY_FRAME else "image_tokens" in later  # how many an encoder will see
     for _, group in itertools.groupby(samples, key=lambda sample: sample["clip_id"]):
         views = list(group)
         try:
@@ -253,8 +282,8 @@ def _pictures(
                 made["pixels"] = frames_FHWC[:shown].tobytes() if shown else None
                 made["first_frame"] = stills.jpeg(frames_FHWC[0]) if "first_frame" in fields else None
                 made["frames"] = stills.jpeg_strip(frames_FHWC) if "frames" in fields else None
-                if "flow" in fields:
-                    made["flow"] = sidecars.array_bytes(flow.dense_flow(frames_FHWC, (cells[0], cells[1])))
+                if "flow" in fields and "flow" not in later:
+                    made["flow"] = sidecars.array_bytes(flow.dense_flow(frames_FHWC, cells))
             for name, value in made.items():
                 columns[name].append(value)
     return columns

@@ -278,9 +278,9 @@ def _execute_fields(
     blocks = [rows.slice(start, size).combine_chunks() for start in range(0, len(rows), size)]
     batches: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1}
     graph = ray.data.from_arrow(blocks).map_batches(
-        fields.read, fn_kwargs={"dataset": dataset.uri, "data": data}, **batches, **resources.decode
+        fields.read, fn_kwargs={"dataset": dataset.uri, "recipe": recipe}, **batches, **resources.decode
     )
-    if fields.ENCODED & set(names):
+    if fields.encoded(recipe.encoders) & set(names):
         graph = graph.map_batches(
             fields.Encoder,
             fn_constructor_kwargs={
@@ -308,7 +308,7 @@ def _absolute(encoders: EncodersConfig) -> EncodersConfig:
     """Locations that mean the same in a worker, which has a working directory of its own."""
     places = {
         name: place if place.startswith("package:") else storage.absolute(place)
-        for name in ("vae", "text_encoder", "tokenizer", "image_encoder")
+        for name in ("vae", "text_encoder", "tokenizer", "image_encoder", "flow")
         if (place := getattr(encoders, name)) is not None
     }
     return encoders.model_copy(update=places)

@@ -57,16 +57,16 @@ def sample_flops(recipe: Recipe) -> SampleFlops:
         mark_trainable(method, recipe.train)
         video_BCFHW = torch.empty(1, channels, frames, rows, columns)
         condition = blank_condition(recipe, example, video_BCFHW, torch.float32)
-        target = method.target(LatentBatch(video_BCFHW, condition))
-        t_B = torch.empty(1, dtype=torch.long)
+        batch = LatentBatch(video_BCFHW, condition)
+        t_B, noise = torch.empty(1, dtype=torch.long), torch.empty_like(method.target(batch))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            method.predict(target, t_B, condition)
+            method(batch, t_B, noise)
         forward = training = int(counter.get_total_flops())
         if recipe.train.trainable == "all":
             training *= 3
         else:
             with FlopCounterMode(display=False) as counter:
-                method.predict(target, t_B, condition).sum().backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(method(batch, t_B, noise))
             training = int(counter.get_total_flops())
     return SampleFlops(forward, training, training + (forward if recipe.train.gradient_checkpointing else 0))
 
