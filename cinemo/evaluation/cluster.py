@@ -41,7 +41,8 @@ def measure_on_ray(measurer: Measurer, data: str, output: str, workers: int, dev
     work = [{"kind": "scene", "number": number} for number in range(len(measurer.scenes))]
     work += [{"kind": "picture", "number": int(number)} for number in measurer.pictures()]
     places = (storage.absolute(each) for each in (measurer.location, data, output))
-    rows = ray.data.from_items(work, override_num_blocks=min(len(work), 4 * workers)).map(
+    # A block of its own for each: what is measured is said when it is.
+    rows = ray.data.from_items(work, override_num_blocks=len(work)).map(
         _Worker,
         fn_constructor_args=(*places, measurer.plan, device),
         concurrency=min(workers, len(work)),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import ray
 from PIL import Image
+from ray.data import DataContext
 from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
 
 from cinemo.animate import AnimateRequest, Animation, animate
@@ -240,7 +241,11 @@ def test_a_contact_sheet_shows_first_and_last_frame() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_workers_of_a_cluster_measure_the_same(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+def test_workers_of_a_cluster_measure_the_same(
+    bundle: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a picture takes: Ray is told not to count that as being stuck."""
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 0.2)
     alone = measured(bundle, dataset, tmp_path / "alone", limit=5)
     plan = Plan(limit=5, pictures=2, values=3, steps=2)
     said: list[str] = []

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from ray.data import DataContext
 
 from cinemo import s3
 from cinemo.config import Recipe
@@ -52,6 +53,9 @@ def connect(cpus: int = 1) -> None:
     Args:
         cpus: a private one counts at least so many logical CPUs, also where the machine has fewer cores.
     """
+    # A shard's fields, or a picture at every value of a control, may take longer than the half hour after which Ray
+    # takes a job for stuck. What hangs here has time limits of its own.
+    DataContext.get_current().execution_no_progress_timeout_s = -1
     if ray.is_initialized():
         return
     for name, value in _WORKER_ENVIRONMENT.items():
