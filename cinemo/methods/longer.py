@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cinemo.config import Part, Recipe, SampleConfig, TrainConfig
@@ -62,6 +62,12 @@ class LongerTrain(TrainConfig):
     hint_share: float = Field(
         0.0, ge=0, le=1, description="share of samples whose field is made of 1-5 arrows along their motion"
     )
+
+    @model_validator(mode="after")
+    def _whole_critic(self) -> Self:
+        if self.trainable == "refiner" and self.zero_stage == 3:
+            raise ValueError("zero_stage is 3, expected 0..2: the refinement network is small, and used whole")
+        return self
 
 
 class LongerSample(SampleConfig):

@@ -22,6 +22,7 @@ from cinemo.methods.longer import (
     hinted,
 )
 from cinemo.methods.trainable import mark_trainable
+from cinemo.recipes import load_recipe, override
 from cinemo.training.run.batch import host_batch
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
@@ -251,6 +252,11 @@ def test_the_refinement_network_learns_alone_from_stored_flow_and_pictures(tmp_p
     plain = method(*inputs, reduction="none", weighted=False)
     error = (condition["arrows"] - condition["truth"]).abs().flatten(1).mean(1) / recipe.model.refiner.scale
     torch.testing.assert_close(plain, error)  # a fresh network leaves the arrows' field as it is
+
+
+def test_the_refinement_network_is_not_cut_up() -> None:
+    with pytest.raises(InputError, match=r"zero_stage is 3, expected 0\.\.2"):
+        override(load_recipe("longer-tiny-refiner"), ["train.zero_stage=3"])
 
 
 def test_arrows_are_refined_where_the_recipe_says_so(bundle: ModelBundle) -> None:

@@ -18,12 +18,15 @@ import numpy as np
 import PIL.Image
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from serving.process import Server, free_port
 
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.synthetic import render_clips
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import method_class
+from cinemo.networks.weights import resolve
 from cinemo.recipes import load_recipe
 from tests.pipelines.test_chain import ROOT, command, main_of
 
@@ -111,6 +114,32 @@ def test_from_clips_to_a_served_video(
         server.kill()
         raise
     server.stop()
+
+
+def test_a_refinement_network_is_trained_beside_a_frozen_model(
+    clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From stored flow and first frames, by the trainer of everything else; the model stays what it was, to the bit."""
+    dataset, run, bundle = tmp_path / "dataset", tmp_path / "run", tmp_path / "bundle"
+    named = ["--recipe", "longer-tiny-refiner"]
+    command("precompute", *named, "--manifest", clips, "--output", dataset, "--set", "data.clips_per_shard=4")
+    small = ["--set", "train.global_batch=4", "--set", "train.micro_batch=2", "--set", "train.lr=0.002"]
+    command("train", *named, "--data", dataset, "--output", run, "--max-steps", "6", *small)
+    main_of("export", capfd, "--checkpoint", run, "--output", bundle)
+    init = str(load_recipe("longer-tiny-refiner").train.init)
+    before, after = (tensors(resolve(init) / "unet"), tensors(bundle / "unet"))
+    assert all(torch.equal(value.float(), after[name]) for name, value in before.items())
+    learnt = tensors(bundle / "refiner")
+    assert learnt["exit.weight"].abs().max() > 0
+    picture = PIL.Image.fromarray(read_frames(sorted(clips.parent.glob("*.mp4"))[0], [0])[0])
+    picture.save(tmp_path / "picture.png")
+    words = ["--bundle", bundle, "--image", tmp_path / "picture.png", "--prompt", "", "--steps", "2"]
+    main_of("animate", capfd, *words, "--arrow", "20,20,60,20", "--output", tmp_path / "a.mp4")
+    assert probe(tmp_path / "a.mp4").frames == 16
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
 
 
 def kill_after_a_checkpoint(words: list[Any], run: Path, seconds: float = 240) -> None:
