@@ -21,7 +21,7 @@ MARGIN = 0.06  # another processor rounds differently, and a set of clips is sma
 RANK_MARGIN, DECIBELS = 0.25, 2.0  # of few clips one swap is much
 
 
-@pytest.mark.parametrize("name", ["cinemo-tiny", "dynamicrafter-tiny", "trip-tiny"])
+@pytest.mark.parametrize("name", ["cinemo-tiny", "dynamicrafter-tiny", "trip-tiny", "longer-tiny"])
 def test_the_shipped_base_moves_as_its_card_says(name: str, tmp_path: Path, say: Callable[[str], None]) -> None:
     """No figure is worse than the card says."""
     recipe = load_recipe(name)
