@@ -108,6 +108,7 @@ def _refining(base: LongerRecipe, init: str) -> LongerRecipe:
             "micro_batch": 16,
             "max_steps": 10_000,
             "sample_every": 0,
+            "precision": "fp32",  # what is frozen is exported as it is held
         }
     )
     fields = base.data.model_copy(update={"fields": ("flow", "first_frame")})

