@@ -19,11 +19,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import hypothesis
 import pytest
 import torch
 
 if TYPE_CHECKING:
     from faulty_s3 import FaultyS3
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a machine may be busy
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parent.parent
 # No accelerator, no sandbox inside a container, and nothing that a browser asks of its maker by itself.

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo import storage
@@ -223,7 +223,6 @@ def test_rows_at_any_place_across_row_groups(tmp_path: Path) -> None:
     assert len(manifest.read(40)) == 8
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=60), st.integers(0, 5))
 def test_hashes_are_of_texts_alone(texts: list[str], start: int) -> None:
     whole = manifest_checks.hash_texts(pa.array(texts))

@@ -134,7 +134,7 @@ WRITTEN = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.dictionaries(NAMES, VALUES), min_size=1, max_size=5), WRITTEN, st.sampled_from(["\n", "\r\n"]))
 @example([{"x": 1.0}, {"x": 2.0}], {}, "\n")
 @example([{"x": 1.0}, {"x": 2}], {}, "\n")

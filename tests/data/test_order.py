@@ -43,7 +43,6 @@ def stream(order: SampleOrder, lane: int, positions: int) -> list[Place]:
     return [place for step in range(steps) for place in order.batch(step)[part]][:positions]
 
 
-@settings(deadline=None)
 @given(sizes, lanes, st.integers(1, 4), st.integers(0, 99))
 def test_every_sample_once_an_epoch(samples: list[int], lanes: int, per_lane: int, seed: int) -> None:
     everything = [(shard, index) for shard, size in enumerate(samples) for index in range(size)]
@@ -51,7 +50,6 @@ def test_every_sample_once_an_epoch(samples: list[int], lanes: int, per_lane: in
         assert sorted(epoch) == everything
 
 
-@settings(deadline=None)
 @given(sizes, lanes, st.integers(1, 4), st.integers(2, 4))
 def test_views_take_turns(samples: list[int], lanes: int, per_lane: int, views: int) -> None:
     """An epoch sees every clip once; as many epochs as there are views see every view of it once."""
@@ -67,7 +65,7 @@ def test_an_epoch_mixes_first_and_second_views() -> None:
     assert all(100 < first[view] < 170 for view in range(3)), first
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(sizes, st.integers(1, 3), st.integers(0, 30), st.sampled_from([1, 2, 3]))
 def test_global_batch_is_the_same_for_every_world(samples: list[int], per_lane: int, step: int, views: int) -> None:
     whole = order(samples, 12, per_lane, views=views).batch(step)
@@ -77,7 +75,6 @@ def test_global_batch_is_the_same_for_every_world(samples: list[int], per_lane: 
         assert [place for rank in range(world) for place in fresh.batch(step, rank, world)] == whole
 
 
-@settings(deadline=None)
 @given(sizes, lanes, st.integers(1, 4), st.integers(0, 40), st.integers(1, 5))
 def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     samples: list[int], lanes: int, per_lane: int, stop: int, more: int
@@ -88,7 +85,6 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
     assert [resumed.batch(step) for step in range(stop, stop + more)] == whole[stop:]
 
 
-@settings(deadline=None)
 @given(sizes, lanes, st.integers(1, 4))
 def test_lanes_are_slices_of_one_sequence(samples: list[int], lanes: int, per_lane: int) -> None:
     """The definition, written out once more: each epoch's sequence dealt into slices, which a lane reads in turn."""
@@ -109,7 +105,6 @@ def test_lanes_are_slices_of_one_sequence(samples: list[int], lanes: int, per_la
         assert [(place.epoch, place.shard, place.index) for place in got] == expected
 
 
-@settings(deadline=None)
 @given(sizes, lanes, st.integers(1, 4))
 def test_a_lane_has_at_most_one_shard_half_read(samples: list[int], lanes: int, per_lane: int) -> None:
     """It reads its part of a shard in one run: a resume passes over whole shards, and enters one."""
@@ -120,7 +115,6 @@ def test_a_lane_has_at_most_one_shard_half_read(samples: list[int], lanes: int, 
         assert len(runs) == len(set(runs))
 
 
-@settings(deadline=None)
 @given(sizes, lanes, st.integers(1, 4), st.integers(0, 30))
 def test_what_a_lane_reads_next_is_known(samples: list[int], lanes: int, per_lane: int, step: int) -> None:
     made = order(samples, lanes, per_lane)
@@ -132,7 +126,6 @@ def test_what_a_lane_reads_next_is_known(samples: list[int], lanes: int, per_lan
         assert made.next_shard(step, lane) == expected
 
 
-@settings(deadline=None)
 @given(sizes, lanes, st.integers(1, 4), st.integers(0, 50))
 def test_a_step_begins_in_its_epoch(samples: list[int], lanes: int, per_lane: int, step: int) -> None:
     made = order(samples, lanes, per_lane)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo.data.manifest.manifest import SCHEMA, Manifest, manifest_of
@@ -24,7 +24,6 @@ def clips(count: int, **change: Any) -> Manifest:
     return manifest_of(pa.Table.from_pylist(rows, SCHEMA))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 20))
 def test_every_clip_is_in_one_shard(count: int, clips_per_shard: int) -> None:
     plan = Plan(clips(count), clips_per_shard, views=2)

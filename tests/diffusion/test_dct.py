@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from goldens import FLOAT32, FLOAT64, Golden, Tally, golden_files
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo.config import DiffusionConfig
@@ -34,14 +34,12 @@ def test_golden_dct_init(say: Callable[[str], None]) -> None:
     tally.finish(say)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 64))
 def test_dct_matrix_is_orthonormal(n: int) -> None:
     matrix = dct_matrix(n, torch.zeros(0, dtype=torch.float64))
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-@settings(deadline=None)
 @given(SIDES, SIDES, SEEDS)
 def test_dct_is_undone_and_keeps_energy(h: int, w: int, seed: int) -> None:
     x = torch.randn(2, h, w, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -62,7 +60,6 @@ def draw(frames: int, h: int, w: int, seed: int) -> tuple[torch.Tensor, torch.Te
     return z_1, torch.randn(2, 3, frames, h, w, dtype=torch.float64, generator=generator)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(MODES), st.integers(1, 8), SIDES, SIDES, SEEDS)
 def test_the_ends_of_keep(mode: str, frames: int, h: int, w: int, seed: int) -> None:
     z_1, noise = draw(frames, h, w, seed)
@@ -71,7 +68,6 @@ def test_the_ends_of_keep(mode: str, frames: int, h: int, w: int, seed: int) -> 
     torch.testing.assert_close(dct_init(z_1, noise, 0.3, 1.0, mode), z_tau, rtol=0, atol=1e-12)
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["spatial", "3d"]), SIDES, SIDES, st.floats(0, 1), SEEDS)
 def test_low_coefficients_are_the_images_and_high_ones_the_noises(
     mode: str, h: int, w: int, keep: float, seed: int
@@ -85,7 +81,6 @@ def test_low_coefficients_are_the_images_and_high_ones_the_noises(
     torch.testing.assert_close(dct(dct_init(z_1, noise, 0.2, keep, mode), dims), expected, rtol=0, atol=1e-10)
 
 
-@settings(deadline=None)
 @given(st.integers(2, 16), st.integers(2, 16), st.floats(0, 1), SEEDS)
 def test_fourier_variant_keeps_the_same_share(h: int, w: int, keep: float, seed: int) -> None:
     """The result is real and linear, and the trace of the filter counts the kept frequencies."""

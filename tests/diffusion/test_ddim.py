@@ -90,7 +90,7 @@ def test_as_many_steps_as_asked_for_from_the_noise_on(steps: int, spacing: Spaci
     assert visited[0] == 999 if spacing == "trailing" else steps < 4 or visited[0] >= 750
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(100, 300), st.floats(0.3, 3), st.integers(0, 2**31))
 def test_inversion_undoes_sampling_for_gaussian_data(steps: int, spread: float, seed: int) -> None:
     """Data N(0, spread^2) has an exact denoiser, linear in x; the two discretisations differ by O(1/steps)."""

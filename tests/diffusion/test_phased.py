@@ -172,7 +172,7 @@ def test_with_nothing_added_and_nothing_shuffled_segments_are_copies() -> None:
     torch.testing.assert_close(copies, torch.cat([alone] * 3, 2))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(2, 12), st.floats(0.05, 1), st.integers(1, 5), st.integers(1, 3))
 def test_calls(steps: int, gamma: float, count: int, together: int) -> None:
     asked: list[tuple[int, int]] = []
@@ -202,7 +202,7 @@ def test_a_network_that_sees_frames_alone_cannot_tell_windows() -> None:
         assert max(rows for rows, _ in asked) <= together
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 60), st.integers(1, 16), st.data())
 def test_windows_cover_every_frame_and_share_what_they_should(frames: int, length: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, length - 1))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo.config import DiffusionConfig
@@ -10,7 +10,6 @@ from cinemo.diffusion.schedule import noise_schedule
 from cinemo.types import InputError
 
 
-@settings(deadline=None)
 @given(st.sampled_from(["epsilon", "v"]), st.integers(0, 999), st.integers(0, 999), st.integers(0, 2**31))
 def test_split_undoes_add_noise_when_the_network_is_perfect(
     prediction: str, first: int, second: int, seed: int
@@ -79,7 +78,6 @@ def test_zero_terminal_snr_leaves_no_signal_and_the_first_level_as_it_was() -> N
         DiffusionConfig(zero_terminal_snr=True)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 999), st.integers(0, 999), st.floats(0.1, 1))
 def test_clean_scale_is_that_of_each_step(first: int, second: int, base: float) -> None:
     schedule = noise_schedule(DiffusionConfig(prediction="v", dynamic_rescale=base))

@@ -62,7 +62,7 @@ def test_a_fall_of_the_mean_is_levelled_and_never_asked_for_twice() -> None:
     assert chosen == sorted(chosen)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=20), st.integers(0, 100))
 def test_more_strength_is_never_a_smaller_value(motion: list[float], seed: int) -> None:
     made = table(np.tile(motion, (4, 1)), seeds=2, spread=0.05)

@@ -75,7 +75,7 @@ ARROWS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(ARROWS, st.floats(0.1, 3))
 def test_lengths_are_bounded_by_the_arrows_and_grow_with_strength(arrows: list[Any], strength: float) -> None:
     drawn = check_arrows(arrows, SIZE)

@@ -26,7 +26,6 @@ def test_golden_image_preparation(say: Callable[[str], None]) -> None:
     tally.finish(say)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 80), st.integers(1, 80))
 def test_the_window_lies_inside_the_resized_picture(h: int, w: int, rows: int, columns: int) -> None:
     size = (8 * rows, 8 * columns)
@@ -37,7 +36,7 @@ def test_the_window_lies_inside_the_resized_picture(h: int, w: int, rows: int, c
     assert min(r - s for r, s in zip(geometry.resized_hw, size, strict=True)) <= 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 255))
 def test_any_picture_comes_out_in_range_and_size(h: int, w: int, value: int) -> None:
     out_CHW = prepare_image(np.full((h, w, 3), value, np.uint8), (16, 24))

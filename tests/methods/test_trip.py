@@ -206,7 +206,7 @@ def close(got: Tensor, expected: Tensor, gain: float = 1.0) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10 * max(1.0, gain))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(worlds())
 def test_the_four_identities(world: tuple[NoiseSchedule, Tensor, dict[str, Tensor], Tensor]) -> None:
     schedule, t, drawn, lambda_N = world

@@ -110,7 +110,7 @@ def test_merged_it_is_the_same_network_under_the_old_names(alpha: float | None) 
     assert merge_lora(untouched, train).keys() == untouched.keys()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.one_of(st.none(), st.floats(0.25, 64)), st.booleans()
 )

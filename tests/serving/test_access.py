@@ -162,7 +162,7 @@ def test_the_document_tells_of_keys_where_they_are_needed(guarded: Guarded, tmp_
     assert "401" not in json.dumps(bare["paths"])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 1), st.sampled_from(["create", "finish", "delete", "list"])), max_size=12))
 def test_whatever_two_clients_do_each_sees_its_own_jobs(guarded: Guarded, steps: list[tuple[int, str]]) -> None:
     for token in guarded.tokens:

@@ -46,7 +46,7 @@ def test_generated_requests_get_described_answers(tmp_path: Path, with_keys: boo
         operation = result.ok()
 
         @settings(
-            max_examples=EXAMPLES, deadline=None, database=None, phases=[Phase.explicit, Phase.generate],
+            max_examples=EXAMPLES, database=None, phases=[Phase.explicit, Phase.generate],
             suppress_health_check=list(HealthCheck), derandomize=True,
         )  # fmt: skip
         def ask(case: Any) -> None:

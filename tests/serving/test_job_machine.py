@@ -202,7 +202,7 @@ class AnyInterleaving(stateful.RuleBasedStateMachine):
 
 TestAnyInterleaving = AnyInterleaving.TestCase
 TestAnyInterleaving.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=25, stateful_step_count=30, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -211,5 +211,5 @@ def test_any_interleaving_on_postgresql(postgres: PostgresServer) -> None:
     class OnPostgres(AnyInterleaving):
         urls = iter(postgres.new_database, "")
 
-    chosen = settings(max_examples=8, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+    chosen = settings(max_examples=8, stateful_step_count=30, suppress_health_check=list(HealthCheck))
     stateful.run_state_machine_as_test(OnPostgres, settings=chosen)

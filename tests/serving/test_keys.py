@@ -77,7 +77,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory) -> tuple[KeyStore, str]:
     return store, store.create("a")[1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_no_other_text_opens_a_key(lasting: tuple[KeyStore, str], data: st.DataObject) -> None:
     store, token = lasting

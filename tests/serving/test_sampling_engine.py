@@ -69,7 +69,7 @@ REQUESTS = st.builds(
 )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(REQUESTS, st.integers(0, 4), st.sampled_from([None, None, None, 1, 3])), min_size=1, max_size=6),
     st.integers(1, 4),

@@ -226,7 +226,7 @@ def test_a_header_that_contradicts_the_decoder_is_refused() -> None:
     assert refusal(bytes(content)) == (422, "invalid_image")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data(), st.sampled_from(["PNG", "JPEG", "WEBP"]))
 def test_damage_is_a_refusal_or_a_picture_never_another_fault(data: st.DataObject, form: str) -> None:
     content = bytearray(encoded(noise(16, 12), form))
@@ -247,7 +247,7 @@ def outcome(content: bytes) -> tuple[bytes, Refused | None]:
         return b"", refused
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=64), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\0\0\0WEBPVP8X"]))
 def test_any_bytes_are_refused_as_bytes_can_be(tail: bytes, head: bytes) -> None:
     with pytest.raises(Refused) as caught:

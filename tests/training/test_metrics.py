@@ -31,7 +31,7 @@ def _batch(rows: list[tuple[float, int, int, float, bool]], recipe: Recipe) -> H
     return replace(made, t_B=torch.tensor(t), bucket_B=torch.tensor(buckets, dtype=torch.float32))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(one_sample, min_size=1, max_size=5), min_size=1, max_size=4))
 def test_means_are_those_of_a_plain_loop(parts: list[list[tuple[float, int, int, float, bool]]]) -> None:
     from cinemo.recipes import load_recipe

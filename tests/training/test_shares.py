@@ -39,7 +39,7 @@ def _store(directory: Path, cuts: dict[str, list[int]], world: int, dtype: torch
     return whole
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     world=st.integers(1, 4),
     cuts=st.fixed_dictionaries({name: st.lists(st.integers(0, 100), min_size=3, max_size=3) for name in SHAPES}),

@@ -103,7 +103,7 @@ def test_against_torchmetrics() -> None:
     assert inception_score(real) == pytest.approx(float(score.compute()[0]), rel=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 40), max_size=4), st.floats(0.01, 20))
 def test_moments_are_the_same_to_the_last_bit_however_rows_are_cut(seed: int, cuts: list[int], scale: float) -> None:
     rows = (scale * features(50, seed=seed % 1000)).astype(np.float32)
