@@ -13,6 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from cinemo import storage
 from cinemo.animate import AnimateRequest, animate
@@ -23,9 +26,12 @@ from cinemo.evaluation.metrics.frames import colour_drift, largest_jump, motion,
 from cinemo.evaluation.page import mp4_bytes, number, section, table, video, write_page
 from cinemo.media.synthetic import CLIP_FRAMES, render_scene
 from cinemo.methods import method_class
+from cinemo.networks.frozen import ImageEncoder
 from cinemo.types import InputError
 
 SEED = 7_003  # of scenes that no training has seen
+_STAND_IN = "package:tiny/image_encoder"
+_BATCH = 16  # frames that the image encoder sees at once
 _SHOWN = 3  # pictures whose videos are on the page
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -41,6 +47,8 @@ WAYS: dict[str, dict[str, Any]] = {
 FIGURES = {
     "seam_ratio": "change from frame to frame at seams, over that elsewhere: 1 is no seam",
     "seam_ssim_gap": "SSIM of neighbouring frames elsewhere minus that at seams",
+    "tem_cons": "Tem-Cons within parts: mean cosine of what an image encoder makes of neighbouring frames",
+    "tem_cons_gap": "that elsewhere minus that at seams",
     "largest_jump": "largest change from frame to frame, over the mean change",
     "motion": "motion (1 - mean SSIM of neighbouring frames)",
     "colour_drift": "mean colour of the last frame against the first (levels of 255)",
@@ -73,15 +81,18 @@ def seams(way: Mapping[str, Any], frames: int, length: int, diffused: int) -> li
     return list(range(length, frames, diffused))
 
 
-def seam_figures(frames_FHWC: np.ndarray, at: Sequence[int]) -> dict[str, float]:
-    """`FIGURES` of one video whose seams are ``at`` these frames."""
+def seam_figures(frames_FHWC: np.ndarray, at: Sequence[int], embeddings_FD: Tensor) -> dict[str, float]:
+    """`FIGURES` of one video whose seams are ``at`` these frames, with an image encoder's embedding of each frame."""
     steps = np.array([np.abs(np.float64(b) - a).mean() for a, b in itertools.pairwise(frames_FHWC)])
     alike = np.array([ssim(a, b) for a, b in itertools.pairwise(frames_FHWC)])
+    cosines = F.cosine_similarity(embeddings_FD[1:].double(), embeddings_FD[:-1].double(), dim=1).cpu().numpy()
     seam = np.zeros(len(steps), bool)
     seam[np.array(at) - 1] = True
     return {
         "seam_ratio": float(steps[seam].mean() / max(1e-9, steps[~seam].mean())),
         "seam_ssim_gap": float(alike[~seam].mean() - alike[seam].mean()),
+        "tem_cons": float(cosines[~seam].mean()),
+        "tem_cons_gap": float(cosines[~seam].mean() - cosines[seam].mean()),
         "largest_jump": largest_jump(frames_FHWC),
         "motion": motion(frames_FHWC),
         "colour_drift": colour_drift(frames_FHWC),
@@ -120,8 +131,10 @@ def write_long(
     scenes = [render_scene(SEED, place, data.size, kind=kinds[place % len(kinds)]) for place in range(pictures)]
     asked = [(scene.frames([CLIP_FRAMES // 2])[0], scene.without_speed()) for scene in scenes]
     measured: dict[str, Way] = {}
+    place = _encoder_place(bundle)
+    encoder = bundle.image or ImageEncoder(place, next(bundle.method.parameters()).device)
     for name, way in WAYS.items():
-        measured[name] = _measure(_with(bundle, way), way, asked, frames, steps)
+        measured[name] = _measure(_with(bundle, way), way, asked, frames, steps, encoder)
         figures = measured[name].figures
         say(f"{name}: " + ", ".join(f"{figure} {each.value:.3g}" for figure, each in figures.items()))
     shown = {
@@ -134,9 +147,23 @@ def write_long(
         for name, way in measured.items()
     }
     about = {"bundle": bundle.digest, "recipe": bundle.recipe.name, "frames": frames, "pictures": pictures}
+    about["image_encoder"] = place
     storage.write_json(storage.join(output, "long.json"), {"about": about | {"seed": SEED}, "ways": shown})
     _write_page(storage.join(output, "long.html"), bundle, frames, [prompt for _, prompt in asked], measured)
     return measured
+
+
+def _encoder_place(bundle: ModelBundle) -> str:
+    """Of Tem-Cons: the bundle's own image encoder, or the small one that ships, which is not CLIP."""
+    return "the bundle's" if bundle.image is not None else _STAND_IN
+
+
+def _class_tokens(encoder: ImageEncoder, frames_FHWC: np.ndarray) -> Tensor:
+    """(F, D): the first of an image encoder's tokens of each frame."""
+    pieces = [
+        encoder.encode(list(frames_FHWC[start : start + _BATCH]))[:, 0] for start in range(0, len(frames_FHWC), _BATCH)
+    ]
+    return torch.cat(pieces).float()
 
 
 def _with(bundle: ModelBundle, way: Mapping[str, Any]) -> ModelBundle:
@@ -153,6 +180,7 @@ def _measure(
     asked: Sequence[tuple[np.ndarray, str]],
     frames: int,
     steps: int | None,
+    encoder: ImageEncoder,
 ) -> Way:
     length, (height, width) = bundle.recipe.data.frames, bundle.recipe.data.size
     _, diffused, _, _ = bundle.method.target_shape((1, length, height, width))
@@ -166,7 +194,7 @@ def _measure(
         begun = time.perf_counter()
         made = animate(bundle, AnimateRequest(picture_HWC, prompt, steps=steps, frames=frames), count).frames_FHWC
         seconds += time.perf_counter() - begun
-        found[str(place)] = seam_figures(made, at)
+        found[str(place)] = seam_figures(made, at, _class_tokens(encoder, made))
         shown += [made] if place < _SHOWN else []
     figures = {figure: mean_of({key: each[figure] for key, each in found.items()}) for figure in FIGURES}
     return Way(figures, calls, seconds / len(asked), shown)
@@ -189,7 +217,8 @@ def _write_page(
     body = [
         f"<h1>{frames} frames of {html.escape(bundle.recipe.name)}</h1>",
         f'<p class="lead">The network makes {bundle.recipe.data.frames} at once. Means over {len(prompts)} rendered '
-        "pictures, with 95% intervals; the same seeds for all ways.</p>",
+        "pictures, with 95% intervals; the same seeds for all ways. Tem-Cons is of the class token of "
+        f"{html.escape(_encoder_place(bundle))}.</p>",
         table(header, rows),
         section(
             "What the columns say", "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in FIGURES.items())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import FRAMES, tiny_bundle
 
 from cinemo.evaluation.long import FIGURES, WAYS, seam_figures, seams
@@ -24,19 +25,28 @@ def test_where_seams_are() -> None:
     assert seams(windows, 50, 16, 15) == [12, 23, 34, 35]
 
 
+def embedded(frames_FHWC: np.ndarray) -> torch.Tensor:
+    """A point on a circle, by the frame's brightness."""
+    angle = torch.from_numpy(frames_FHWC.mean((1, 2, 3))) * 0.05
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
 def test_a_cut_is_seen_and_steady_motion_is_none() -> None:
     wide = np.random.default_rng(0).integers(0, 256, (32, 200, 3), np.uint8)
     steady = np.stack([wide[:, k : k + 48] for k in range(40)])
-    even = seam_figures(steady, [16, 32])
+    even = seam_figures(steady, [16, 32], embedded(steady))
     assert even["seam_ratio"] == pytest.approx(1, abs=0.05)
     assert even["seam_ssim_gap"] == pytest.approx(0, abs=0.05)
+    assert even["tem_cons_gap"] == pytest.approx(0, abs=0.01)
     smooth = np.repeat(np.linspace(0, 200, 48)[None, :, None], 32, 0).astype(np.uint8).repeat(3, 2)
     parts = [smooth + np.uint8(k) for k in range(16)]
     again = np.stack([*parts, *parts])  # begins where it began
-    cut = seam_figures(again, [16])
+    cut = seam_figures(again, [16], embedded(again))
     assert cut["seam_ratio"] == pytest.approx(15)
     assert cut["seam_ssim_gap"] > 0
     assert cut["largest_jump"] > 7
+    assert cut["tem_cons"] == pytest.approx(np.cos(0.05))
+    assert cut["tem_cons_gap"] == pytest.approx(np.cos(0.05) - np.cos(15 * 0.05))
 
 
 def test_every_way_is_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
