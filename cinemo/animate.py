@@ -124,7 +124,7 @@ def animate(
         frames (F, H, W, 3) uint8 whose first one is the encoded and decoded input, the latents, and all settings.
     """
     sampled = sample(bundle, request, progress)
-    frames_FHWC = np.concatenate([*bundle.decoder.decoding(sampled.latents_CFHW.transpose(0, 1))])
+    frames_FHWC = bundle.decoder.decode(sampled.latents_CFHW.transpose(0, 1))
     return Animation(sampled.latents_CFHW, sampled.fps, sampled.settings, frames_FHWC)
 
 
