@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--bf16", action="store_true", help="use bfloat16: for accelerators, and CPUs with AMX")
     parser.add_argument("--init", metavar="DIR", help="weights to start from, as train.init has them")
     parser.add_argument("--freeze-text", action="store_true", help="leave the text model as it is")
+    parser.add_argument("--steady", action="store_true", help="only clips whose captions say how fast, or steady ones")
     parser.add_argument("--whole", action="store_true", help="all frames in every phase: some networks take no fewer")
     arguments = parser.parse_args(argv)
     if min(arguments.count, arguments.batch, arguments.processes) < 1 or arguments.share <= 0:
@@ -41,12 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = cli.recipe_of(arguments)
 
     # Late: --help and bad flags need none of it.
-    from tools.tiny_base import TrainSettings, make_clips, planned, train_base
+    from tools.tiny_base import TrainSettings, make_clips, planned, steady, train_base
 
     def say(line: str) -> None:
         print(line, flush=True)
 
     clips = make_clips(arguments.output / "clips", recipe, arguments.count, arguments.seed, arguments.processes, say)
+    clips = steady(clips) if arguments.steady else clips
     processes = arguments.processes if arguments.device == "cpu" else 1
     settings = TrainSettings(
         init=arguments.init,

@@ -37,7 +37,7 @@ from cinemo.config import Recipe
 from cinemo.media.flow import METHOD as FLOW
 from cinemo.media.flow import dense_flow
 from cinemo.media.motion import mean_adjacent_ssim
-from cinemo.media.synthetic import CLIP_FRAMES, PAINTERS, render_scene, turned
+from cinemo.media.synthetic import CLIP_FRAMES, PAINTERS, SPEEDS, render_scene, turned
 from cinemo.methods import build_method, image_encoder_place, method_class
 from cinemo.networks.frozen import ImageEncoder, Vae, network_digest
 from cinemo.networks.memory import keep_freed_memory
@@ -47,6 +47,7 @@ from cinemo.types import InputError, LatentSample, keyed_generator
 
 CHUNK = 200  # clips of one file
 REVERSED = 0.5
+_MIDDLE = list(SPEEDS)[1]
 STATE = "state.pt"
 
 Log = Callable[[str], None]
@@ -115,6 +116,19 @@ def make_clips(
     latents, rows, tokens, flows = zip(*chunks, strict=True)
     facts = list(itertools.chain.from_iterable(rows))
     return Clips(np.concatenate(latents)[:count], facts[:count], whole(tokens), whole(flows))
+
+
+def steady(clips: Clips) -> Clips:
+    """Without the clips whose captions leave their speed open, and with no word where it is the middle one.
+
+    For methods that are told the frame interval and no motion score: the interval then decides how far things move from
+    one frame to the next.
+    """
+    kept = [number for number, row in enumerate(clips.facts) if row["speed"] or not row["direction"]]
+    facts = [clips.facts[number] for number in kept]
+    facts = [row | {"caption": row["caption"].replace(f" {_MIDDLE} ", " ")} for row in facts]
+    tokens, flow = (None if array is None else array[kept] for array in (clips.tokens_NFLD, clips.flow_NF2HW))
+    return Clips(clips.latents_NFCHW[kept], facts, tokens, flow)
 
 
 def train_base(
@@ -358,7 +372,8 @@ def _make_chunk(work: tuple[Path, Recipe, int, int, int]) -> None:
         frames_FHWC = scene.frames(start + interval * k for k in range(data.frames))
         pixels = torch.from_numpy(frames_FHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents.append(vae.encode(pixels).half().numpy())
-        row = {"kind": scene.motion["kind"], "caption": scene.caption, "direction": scene.motion.get("direction")}
+        words = {name: scene.motion.get(name) for name in ("direction", "speed")}
+        row = {"kind": scene.motion["kind"], "caption": scene.caption, **words}
         facts.append(row | {"ssim": mean_adjacent_ssim(frames_FHWC, data.ssim), "interval": interval})
         if image is not None:
             tokens.append(image.encode(list(frames_FHWC)).half().numpy())
@@ -379,7 +394,7 @@ def _made_of(recipe: Recipe, seed: int, size: int) -> str:
     scenes = [render_scene(seed, 0, data.size, kind=kind) for kind in PAINTERS]
     world = [[scene.caption, scene.motion, hashlib.sha256(scene.draw(0).tobytes()).hexdigest()] for scene in scenes]
     view = [seed, size, data.size, data.frames, data.frame_interval, data.ssim]
-    covers = [view, world, network_digest(recipe.encoders.vae), "interval"]
+    covers = [view, world, network_digest(recipe.encoders.vae), "interval", "speed"]
     covers += [network_digest(image_encoder_place(recipe))] if _shows_pictures(recipe) else []
     covers += [FLOW] if _shows_flow(recipe) else []
     return hashlib.sha256(json.dumps(covers).encode()).hexdigest()

@@ -15,7 +15,7 @@ from cinemo.networks.weights import load_unet
 from cinemo.recipes import load_recipe
 from cinemo.types import InputError
 from tools import tiny_base
-from tools.tiny_base import Clips, Muon, Phase, TrainSettings, make_clips, orthogonal, planned, train_base
+from tools.tiny_base import Clips, Muon, Phase, TrainSettings, make_clips, orthogonal, planned, steady, train_base
 
 pytestmark = pytest.mark.slow
 
@@ -140,6 +140,17 @@ def test_a_clip_backwards_has_the_opposite_words(recipe: Recipe, clips: Clips) -
     for captions in seen.values():
         named = {way for way in DIRECTIONS for caption in captions if caption.split(" across ")[0].endswith(way)}
         assert len(named) <= 1
+
+
+def test_steady_clips_say_nothing_of_the_middle_speed(clips: Clips) -> None:
+    rows = [row | {"number": number} for number, row in enumerate(clips.facts)]
+    kept = steady(Clips(clips.latents_NFCHW, rows))
+    speeds = {row["speed"] for row in kept.facts if row["direction"]}
+    assert speeds
+    assert None not in speeds
+    for row in kept.facts:
+        assert (row["speed"] in str(row["caption"]).split()) == (row["speed"] in ("slowly", "quickly"))
+    assert np.array_equal(kept.latents_NFCHW, clips.latents_NFCHW[[row["number"] for row in kept.facts]])
 
 
 def test_clips_of_a_method_that_sees_flow_carry_it(tmp_path: Path) -> None:
