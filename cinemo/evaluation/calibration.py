@@ -34,7 +34,7 @@ class Calibration:
     """
 
     control: str
-    values: tuple[int, ...]
+    values: tuple[float, ...]
     motion_PLS: np.ndarray
     speed_PLS: np.ndarray
 
@@ -82,7 +82,7 @@ class Calibration:
         """Motion at the most minus motion at the least."""
         return float(self.curve_L[-1] - self.curve_L[0])
 
-    def value_for(self, strength: float) -> int:
+    def value_for(self, strength: float) -> float:
         """The control's value whose motion is closest to ``strength`` (0..1) of the way from the least to the most."""
         return value_at(strength, self.values, {"values": self.values, "curve": self.curve_L})
 
@@ -105,16 +105,16 @@ class Calibration:
         return float(((falls <= FLAT * ranges) & (ranges > 0)).mean())
 
     @property
-    def dead(self) -> tuple[int, ...]:
+    def dead(self) -> tuple[float, ...]:
         """Values at the lower end that give no more motion than the least."""
         return self._like(0)
 
     @property
-    def saturated(self) -> tuple[int, ...]:
+    def saturated(self) -> tuple[float, ...]:
         """Values at the upper end that give no less motion than the most."""
         return self._like(-1)
 
-    def _like(self, end: int) -> tuple[int, ...]:
+    def _like(self, end: int) -> tuple[float, ...]:
         close = np.abs(self.curve_L - self.curve_L[end]) <= FLAT * self.span
         alike = tuple(value for value, is_close in zip(self.values, close, strict=True) if is_close)
         return alike if len(alike) > 1 else ()
@@ -208,7 +208,7 @@ def drift(calibration: Calibration, before: Calibration) -> Drift:
     return Drift(calibration.span / max(before.span, tiny), mean, ratios)
 
 
-def levels(values: Sequence[int], count: int) -> tuple[int, ...]:
+def levels(values: Sequence[float], count: int) -> tuple[float, ...]:
     """``count`` of a control's values from the first to the last, all where it has fewer."""
     places = np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)
     return tuple(values[place] for place in places)

@@ -132,7 +132,7 @@ class Measurer:
         seeds = range(self.plan.seed, self.plan.seed + self.plan.seeds)
         return np.stack([self._moved(picture, self.control, seed) for seed in seeds], 1)
 
-    def _moved(self, picture: Picture, control: tuple[str, tuple[int, ...]], seed: int) -> np.ndarray:
+    def _moved(self, picture: Picture, control: tuple[str, tuple[float, ...]], seed: int) -> np.ndarray:
         """(values, 2); a part of its own for each seed, so that more seeds add to what is there."""
         (key, picture_HWC, prompt), (name, values), steps = picture, control, self.plan.steps
         sha = hashlib.sha256(picture_HWC.tobytes()).hexdigest()
@@ -150,7 +150,7 @@ class Measurer:
         return table
 
     @property
-    def control(self) -> tuple[str, tuple[int, ...]] | None:
+    def control(self) -> tuple[str, tuple[float, ...]] | None:
         """The control of how much moves, and the values that are measured."""
         known = method_class(self.bundle.recipe).controls_type.motion_values(self.bundle.recipe)
         return None if known is None else (known[0], levels(known[1], self.plan.values))

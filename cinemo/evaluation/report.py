@@ -297,7 +297,7 @@ def _noise_part(first: Result) -> list[str]:
     return [section("Initial noise", text), table(["", *FIGURES.values()], rows)]
 
 
-def _range(values: Sequence[int]) -> str:
+def _range(values: Sequence[float]) -> str:
     return f"{values[0]} to {values[-1]}" if values else "none"
 
 

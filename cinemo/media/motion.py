@@ -90,7 +90,7 @@ def motion_bucket(ssim: float, edges: Sequence[float] | None = None) -> int:
     return len(edges) - bisect.bisect_left(edges, ssim)
 
 
-def value_at(strength: float, values: Sequence[int], calibration: Mapping[str, Any] | None = None) -> int:
+def value_at(strength: float, values: Sequence[float], calibration: Mapping[str, Any] | None = None) -> float:
     """The value of a control of motion for a strength 0..1: how far from the least motion to the most.
 
     Args:
@@ -102,7 +102,8 @@ def value_at(strength: float, values: Sequence[int], calibration: Mapping[str, A
         raise InputError(f"motion strength is {strength}, expected 0 (still) to 1 (most motion)")
     if calibration is None:
         return values[round(strength * (len(values) - 1))]
-    places = [values.index(value) for value in calibration["values"]]
+    order = np.argsort(values)
+    places = np.interp(calibration["values"], np.array(values)[order], order)
     curve = np.interp(np.arange(len(values)), places, calibration["curve"])
     wanted = curve[0] + strength * (curve[-1] - curve[0])
     return values[int(np.argmin(np.abs(curve - wanted)))]

@@ -148,7 +148,7 @@ Arrows = Annotated[tuple[Arrow, ...], BeforeValidator(_arrows), Field(max_length
 class Controls(BaseModel):
     """What every method can be asked, and how much of the answer can be seen in its settings.
 
-    ``motion``: the name of the control that says how much moves, in whole numbers from 0, where a method has one.
+    ``motion``: the name of the control that says how much moves, a bucket 0..19, where a method has one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -172,7 +172,7 @@ class Controls(BaseModel):
     )
 
     @classmethod
-    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
+    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[float]] | None:
         """The control that says how much moves, and its values from the least to the most; None where there is none."""
         return None if cls.motion is None else (cls.motion, range(MOTION_BUCKETS))
 
@@ -320,7 +320,9 @@ class MotionStrength(FastSampling):
         known = self.motion_values(recipe)
         if self.motion_strength is None or known is None or calibration is None or "curve" not in calibration:
             return self
-        if calibration.get("control", known[0]) != known[0] or not {*calibration["values"]} <= {*known[1]}:
+        low, high = min(known[1]), max(known[1])
+        measured = all(low <= value <= high for value in calibration["values"])
+        if calibration.get("control", known[0]) != known[0] or not measured:
             return self  # measured before the recipe changed what can be asked
         value = value_at(self.motion_strength, known[1], calibration)
         return self.model_copy(update={"motion_strength": None, self.strength_of: value})

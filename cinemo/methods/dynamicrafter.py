@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from cinemo.config import Part, Recipe, SampleConfig, TrainConfig
+from cinemo.config import MOTION_BUCKETS, Part, Recipe, SampleConfig, TrainConfig
 from cinemo.diffusion.ddim import timesteps
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
@@ -119,10 +119,10 @@ class FrameRate(MotionStrength):
 
     strength_of: ClassVar[str] = "frame_rate"
 
-    frame_rate: int | None = control(
+    frame_rate: float | None = control(
         None,
         "what the network is told of the video's speed: the frame interval of its training clips (model 256; larger = "
-        "more motion), or their frames per second (others; smaller = more motion)",
+        "more motion), or their frames per second (others; smaller = more motion); it may lie between two of them",
         title="Frame rate",
         place="front",
         ge=1,
@@ -133,12 +133,12 @@ class FrameRate(MotionStrength):
     )
 
     @classmethod
-    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
-        """A wider stride of frames is more motion, more of them in a second is less."""
-        low, high = recipe.data.frame_interval
-        if _own(recipe).model.rate == "stride":
-            return "frame_rate", range(low, high + 1)
-        return "frame_rate", range(max(1, int(FPS / low)), max(1, int(FPS / high)) - 1, -1)
+    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[float]] | None:
+        """A wider stride of frames is more motion, more of them in a second is less. Training knows whole strides; the
+        embedding of a number is smooth between them."""
+        strides = np.linspace(*recipe.data.frame_interval, MOTION_BUCKETS)
+        told = strides if _own(recipe).model.rate == "stride" else np.maximum(FPS / strides, 1)
+        return "frame_rate", [round(float(value), 2) for value in told]
 
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
         filled = super().settings(recipe, inputs)

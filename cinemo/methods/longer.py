@@ -114,7 +114,7 @@ class LongerControls(MotionStrength, LongVideo):
     )
 
     @classmethod
-    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[int]] | None:
+    def motion_values(cls, recipe: Recipe) -> tuple[str, Sequence[float]] | None:
         fastest = _own(recipe).sample.fastest
         return "motion_speed", [round(fastest * level / (LEVELS - 1)) for level in range(LEVELS)]
 

@@ -119,7 +119,8 @@ def test_a_strength_is_linear_in_measured_motion_where_the_bundle_was_calibrated
     strong = DynamiCrafterControls(motion_strength=1.0)
     assert strong.settings(recipe)["frame_rate"] == 10
     saturated = {"values": [3, 6, 10], "curve": [0.1, 0.3, 0.3]}
-    assert DynamiCrafterControls(motion_strength=0.67).calibrated(recipe, saturated).settings(recipe)["frame_rate"] == 5
+    two_thirds = DynamiCrafterControls(motion_strength=0.67).calibrated(recipe, saturated).settings(recipe)
+    assert two_thirds["frame_rate"] == pytest.approx(5, abs=0.2)  # between the values that were measured
     with pytest.raises(ValueError, match="frame_rate and motion_strength are both given"):
         DynamiCrafterControls(motion_strength=1.0, frame_rate=3)
 
