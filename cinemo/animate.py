@@ -36,8 +36,9 @@ class AnimateRequest:
     """What to animate and how.
 
     Args:
-        image: RGB picture of any size, (H, W, 3) uint8 or PIL; it is resized and centre-cropped to the recipe's size.
+        image: RGB picture of any size, (H, W, 3) uint8 or PIL; it is resized and centre-cropped to the video's size.
         prompt: text; the encoder reads its first 77 tokens.
+        size: (height, width) of the video; None: the recipe's. Networks make what they were trained for best.
         inputs: other pictures (H, W, 3) and videos (F, H, W, 3) that the bundle's method takes, uint8, by name.
         controls: what the method can be asked, by name (its ``controls_type``; Cinemo: ``motion_bucket``, ``steps``,
             ``seed``, ...). None stands for the default of the bundle's recipe.
@@ -52,11 +53,12 @@ class AnimateRequest:
         image: np.ndarray | Image.Image,
         prompt: str,
         *,
+        size: tuple[int, int] | None = None,
         inputs: Mapping[str, np.ndarray] | None = None,
         **controls: Any,
     ) -> None:
         check_text("prompt", prompt)
-        self.image, self.prompt = image, prompt
+        self.image, self.prompt, self.size = image, prompt, size
         self.inputs, self.controls = dict(inputs or {}), controls
         for name, pixels in self.inputs.items():
             if not isinstance(pixels, np.ndarray) or pixels.ndim not in (3, 4) or pixels.dtype != np.uint8:
@@ -145,6 +147,8 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
         InputError: the request does not fit the bundle.
     """
     recipe, settings = bundle.recipe, request.settings(bundle.recipe, bundle.motion.calibration)
+    if request.size is not None:
+        recipe = bundle.method.sized(recipe, request.size)
     image = request.image.convert("RGB") if isinstance(request.image, Image.Image) else request.image
     inputs = {name: np.ascontiguousarray(pixels) for name, pixels in {"image": image, **request.inputs}.items()}
     sampling, calls = long.prepare(bundle.method, recipe, bundle.encoders, inputs, settings)

@@ -17,6 +17,7 @@ from cinemo.bundle import load_bundle, read_card
 from cinemo.config import Recipe
 from cinemo.media.saving import save_frames, save_latents
 from cinemo.methods import Method, method_class
+from cinemo.methods.controls import size_of
 from cinemo.recipes import load_recipe
 from cinemo.types import InputError
 
@@ -27,6 +28,7 @@ def parser(method: type[Method]) -> argparse.ArgumentParser:
     made.add_argument("--image", required=True, metavar="FILE", help="the picture, any size; also s3://")
     made.add_argument("--prompt", required=True, help="what happens")
     made.add_argument("--output", required=True, metavar="FILE.mp4", help="where to write; also s3://")
+    made.add_argument("--size", metavar="WxH", help="of the video, in pixels (default: what the model was trained for)")
     cli.add_controls(made, method)
     cli.add_inputs(made, method)
     made.add_argument("--save-latents", metavar="F.npz", help="also write latents (C,F,h,w float32) and settings")
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif about.kind == "image" and (file := getattr(arguments, name)):
             inputs[name] = load_image(file)
     controls = {name: getattr(arguments, name) for name in method.controls_type.model_fields}
-    request = AnimateRequest(load_image(arguments.image), arguments.prompt, inputs=inputs, **controls)
+    size = size_of(arguments.size) if arguments.size else recipe.data.size
+    method.sized(recipe, size)
+    request = AnimateRequest(load_image(arguments.image), arguments.prompt, size=size, inputs=inputs, **controls)
     request.settings(recipe)  # a fault is told before anything is loaded
     storage.check_writable(arguments.output.rpartition("/")[0] or ".")
     bundle = load_bundle(arguments.bundle, arguments.device)

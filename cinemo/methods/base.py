@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cinemo.config import Recipe, TrainConfig
+from cinemo.config import DataConfig, Recipe, TrainConfig
 from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.media.motion import MotionScale
@@ -153,6 +154,20 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def of(cls, recipe: Recipe, networks: Mapping[str, nn.Module]) -> Self:
         """The method of a recipe around its networks."""
+
+    @classmethod
+    def sized(cls, recipe: Recipe, size: tuple[int, int]) -> Recipe:
+        """The recipe for videos of another (height, width) by the same networks.
+
+        Raises:
+            InputError: they cannot make such videos.
+        """
+        try:
+            data = DataConfig.model_validate(recipe.data.model_dump() | {"size": size})
+        except ValidationError as error:
+            message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+            raise InputError(f"size {size[1]}x{size[0]}: {message}") from None
+        return recipe.model_copy(update={"data": data})
 
     @classmethod
     def text_layers(cls, recipe: Recipe) -> int | None:

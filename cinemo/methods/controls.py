@@ -7,6 +7,7 @@ A method's `Controls` is a pydantic model whose fields are made by `control`. No
 from __future__ import annotations
 
 import json
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -44,6 +45,14 @@ def check_text(name: str, value: Any) -> None:
         raise InputError(f"{name}: got {got}, expected a text of at most {MAX_PROMPT} characters")
     if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InputError(f"{name}: holds a null character or half a surrogate pair, expected plain text")
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(height, width) of ``WIDTHxHEIGHT``. Raises `InputError`: it is something else."""
+    match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text, re.ASCII)
+    if match is None:
+        raise InputError(f"size {text!r}: expected WIDTHxHEIGHT in pixels, such as 512x320")
+    return int(match[2]), int(match[1])
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Videos of more frames than a network makes at once: the same laws for every method that ships weights."""
+"""Other lengths and sizes than a network was trained for: the same laws for every method that ships weights."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def video(bundle: ModelBundle, **controls: Any) -> Animation:
     return animate(bundle, AnimateRequest(PICTURE, "waves", seed=3, steps=3, **controls))
+
+
+@pytest.mark.parametrize("size", [(72, 40), (64, 136)])
+def test_of_any_size_whose_sides_are_multiples_of_8(bundle: ModelBundle, size: tuple[int, int]) -> None:
+    made = video(bundle, size=size)
+    assert made.frames_FHWC.shape[1:3] == size
+    assert made.settings["size"] == list(size)
+    assert np.isfinite(made.latents_CFHW.numpy()).all()
+    with pytest.raises(InputError, match=r"size 44x64: size is .* expected multiples of 8"):
+        video(bundle, size=(64, 44))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -113,12 +113,17 @@ def test_absent_controls_are_the_models_defaults_and_the_seed_is_told(client: Te
 
 def test_supported_size_and_seconds_are_taken(client: TestClient) -> None:
     assert post(client, size="48x32", seconds="0.75", model=MODEL).status_code == 202
+    upright = post(client, size="32x48").json()
+    assert upright["size"] == "32x48"
+    assert client.get(f"/v1/videos/{upright['id']}").json()["size"] == "32x48"
 
 
 @pytest.mark.parametrize(
     ("fields", "status", "code", "param"),
     [
-        ({"size": "1280x720"}, 400, "unsupported_size", "size"),
+        ({"size": "1280x720"}, 400, "unsupported_size", "size"),  # more pixels than the model's own
+        ({"size": "30x30"}, 400, "unsupported_size", "size"),
+        ({"size": "48x"}, 400, "unsupported_size", "size"),
         ({"seconds": "0.1"}, 400, "unsupported_seconds", "seconds"),
         ({"seconds": "1e9"}, 400, "unsupported_seconds", "seconds"),
         ({"seconds": "soon"}, 400, "unsupported_seconds", "seconds"),

@@ -54,6 +54,23 @@ def assert_same(got: Animation, alone: Animation) -> None:
     assert (got.fps, got.settings) == (alone.fps, alone.settings)
 
 
+def test_videos_of_several_shapes_take_turns_in_calls_of_their_own(bundle: ModelBundle) -> None:
+    requests = {
+        "wide": ask(),
+        "upright": ask(size=(48, 32)),
+        "odd": ask(size=(24, 40)),
+        "again": ask(size=(48, 32), reuse_features=2),
+    }
+    engine = SamplingEngine(bundle, max_batch=4)
+    for key, request in requests.items():
+        engine.join(key, request)
+    outcome = run(engine)
+    assert not outcome.failed
+    for key, request in requests.items():
+        assert_same(outcome.finished[key], animate(bundle, request))
+    assert outcome.finished["upright"].frames_FHWC.shape[1:3] == (48, 32)
+
+
 REQUESTS = st.builds(
     dict,
     prompt=st.sampled_from(["waves", "snow falls", ""]),

@@ -25,6 +25,7 @@ from cinemo.animate import AnimateRequest, load_image
 from cinemo.bundle import ModelBundle
 from cinemo.media.saving import save_animation
 from cinemo.methods import Controls, controls_of
+from cinemo.methods.controls import size_of
 from cinemo.serving.engine.sampling import Outcome, SamplingEngine, fault_of
 from cinemo.serving.store.jobs import Job, JobStore
 from cinemo.serving.store.media import video_name
@@ -360,7 +361,8 @@ def animate_request(asked: Mapping[str, Any], pictures: Pictures, controls: type
     """A job's controls, as the HTTP interface accepted them, and its pictures. Raises `InputError`."""
     given = {name: asked.get(info.alias) for name, info in controls_of(controls).items()}
     others = {name: picture for name, picture in pictures.items() if name != "image"}
-    return AnimateRequest(pictures["image"], asked["prompt"], inputs=others, **given)
+    size = size_of(asked["size"]) if "size" in asked else None
+    return AnimateRequest(pictures["image"], asked["prompt"], size=size, inputs=others, **given)
 
 
 def _internal(held: _Held, error: Exception) -> tuple[str, str]:

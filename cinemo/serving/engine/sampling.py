@@ -132,8 +132,8 @@ class SamplingEngine:
 
     @torch.inference_mode()
     def step(self) -> Outcome:
-        """One call of the network for the videos whose turn it is (two, where some use features again), and a piece of
-        the decoding of those that are sampled.
+        """One call of the network for the videos whose turn it is (one for each shape, and again for those that use
+        features again), and a piece of the decoding of those that are sampled.
 
         A fault ends its own video alone: where a batch fails, its videos are tried one by one.
 
@@ -143,8 +143,10 @@ class SamplingEngine:
         outcome = Outcome()
         turn = [self._turns[k] for k in range(min(self._places, len(self._turns)))]
         self._turns.rotate(-len(turn))
-        again, anew = ([v for v in turn if (v.query.features == "again") is kind] for kind in (True, False))
-        steps = self._advance(anew, False, outcome) + self._advance(again, True, outcome)
+        alike: dict[tuple[bool, torch.Size], list[_Video]] = {}
+        for video in turn:
+            alike.setdefault((video.query.features == "again", video.query.x.shape[1:]), []).append(video)
+        steps = [step for (again, _), videos in alike.items() for step in self._advance(videos, again, outcome)]
         pieces = self._decode(outcome)
         if steps or pieces:
             self._flights.append(_flight(steps, pieces, self.bundle.device))

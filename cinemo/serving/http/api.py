@@ -6,6 +6,7 @@ path or a stack trace, and bad input never ends in a 5xx.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from starlette.datastructures import UploadFile
 import cinemo
 from cinemo.bundle import BundleCard
 from cinemo.methods import method_class
-from cinemo.methods.controls import MAX_FRAMES, MIN_FRAMES
+from cinemo.methods.controls import MAX_FRAMES, MIN_FRAMES, size_of
 from cinemo.serving.http.access import Client, KeyCheck
 from cinemo.serving.http.content import video_answer
 from cinemo.serving.http.description import EVENT, answers, describe
@@ -44,6 +45,7 @@ from cinemo.serving.http.uploads import PARAM, cleaned, data_url, read_header
 from cinemo.serving.page.routes import add_page
 from cinemo.serving.store.jobs import FINAL, Job, JobStore, KeyReused, QueueFull, QuotaExceeded
 from cinemo.serving.store.keys import KeyStore
+from cinemo.types import InputError
 
 _POLL_MILLISECONDS = 500
 _PICTURES_AT_ONCE = 2  # a picture of 40 megapixels takes some 300 MB and a second or two to make anew
@@ -356,15 +358,26 @@ def _check_supported(asked: VideoRequest, card: BundleCard) -> None:
     frames = wanted or card.recipe.data.frames
     if form.model not in (None, card.recipe.name):
         raise _no_model(str(form.model), card)
-    if form.size not in (None, video_size(card)):
-        message = f"size {form.size!r} is not supported; expected {video_size(card)!r}"
-        raise Refused(400, "unsupported_size", message, "size")
+    if form.size is not None:
+        _check_size(form.size, card)
     if form.seconds is not None and frames_of(form.seconds, card.recipe) != frames:
         expected = f"{video_seconds(card, frames)!r}"
         if "frames" in method_class(card.recipe).controls_type.model_fields and wanted is None:
             expected = f"{video_seconds(card, MIN_FRAMES)} to {video_seconds(card, MAX_FRAMES)}"
         message = f"seconds {form.seconds!r} is not supported; expected {expected}"
         raise Refused(400, "unsupported_seconds", message, "seconds")
+
+
+def _check_size(text: str, card: BundleCard) -> None:
+    recipe = card.recipe
+    try:
+        size = size_of(text)
+        method_class(recipe).sized(recipe, size)
+    except InputError as error:
+        raise Refused(400, "unsupported_size", f"{error}, as {video_size(card)!r} has", "size") from None
+    if math.prod(size) > math.prod(recipe.data.size):
+        message = f"size {text!r} is not supported; expected at most as many pixels as {video_size(card)!r} has"
+        raise Refused(400, "unsupported_size", message, "size")
 
 
 def _found(store: JobStore, video_id: str, client: Client) -> Job:

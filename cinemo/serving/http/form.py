@@ -45,7 +45,9 @@ class VideoForm(BaseModel):
     )
     prompt: str = Field(max_length=MAX_PROMPT, description="what happens; the encoder reads the first 77 tokens")
     model: Annotated[str | None, _Absent] = Field(None, max_length=256, description="name from /v1/models")
-    size: Annotated[str | None, _Absent] = Field(None, max_length=32, description="WIDTHxHEIGHT; one size per model")
+    size: Annotated[str | None, _Absent] = Field(
+        None, max_length=32, description="WIDTHxHEIGHT of no more pixels than the model's own size, which it makes best"
+    )
     seconds: Annotated[str | None, _Absent] = Field(None, max_length=32, description="length; or give frames")
     timeout: Annotated[float | None, _Absent] = Field(
         None, gt=0, le=MAX_TIMEOUT, allow_inf_nan=False, description="seconds from now after which the job fails"
@@ -80,7 +82,7 @@ class VideoRequest:
         values = {info.alias: settings[name] for name, info in served_controls(card.recipe).items() if name in settings}
         named = {"model": card.recipe.name, "prompt": self.form.prompt}
         seconds = video_seconds(card, settings.get("frames"))
-        return {**named, **values, "size": video_size(card), "seconds": seconds}
+        return {**named, **values, "size": self.form.size or video_size(card), "seconds": seconds}
 
 
 async def read_form(request: Request, card: BundleCard) -> VideoRequest:
