@@ -10,12 +10,29 @@ from collections.abc import Sequence
 from typing import Any
 
 from cinemo import cli
+from cinemo.data.manifest.presets import PRESETS
 from cinemo.data.precompute.prices import Prices, read_prices
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--manifest", help=".parquet, .csv or .jsonl of clips, or a folder of videos")
+    parser.add_argument(
+        "--manifest",
+        help="clips: a .parquet, .csv, .tsv, .jsonl or .json file, WebDataset .tar, a glob or a directory of such files, "
+        "or a folder of videos with captions beside them",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME=COLUMN",
+        help=f"what the columns of a table mean: {', '.join(PRESETS)}, or clip_id=videoid "
+        "uri='videos/{page_dir}/{videoid}.mp4' caption=name start=COLUMN end=COLUMN; each=COLUMN,COLUMN where lists in "
+        "a row are clips",
+    )
+    parser.add_argument(
+        "--file-names-as-captions", action="store_true", help="go on where a folder has no captions for some videos"
+    )
     parser.add_argument("--output", required=True, metavar="URI", help="directory of the dataset, local or s3://")
     parser.add_argument("--plan", action="store_true", help="only measure a few clips and say what a run will cost")
     parser.add_argument(
@@ -42,13 +59,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments.manifest is None:
         parser.error("the following arguments are required: --manifest")
+    from cinemo.data.manifest.columns import Columns
     from cinemo.data.precompute.wording import plan_lines, summary_lines
+
+    columns = Columns.parse(arguments.columns) if arguments.columns else None
 
     if arguments.plan:
         from cinemo.data.precompute.estimate import plan_only
 
         prices = read_prices(arguments.prices) if arguments.prices else None
-        plan = plan_only(recipe, arguments.manifest, arguments.output, arguments.limit, prices)
+        plan = plan_only(
+            recipe,
+            arguments.manifest,
+            arguments.output,
+            arguments.limit,
+            prices,
+            columns,
+            arguments.file_names_as_captions,
+        )
         print(*plan_lines(plan, arguments.output), sep="\n")
         return
     from cinemo.data.precompute.graph import run
@@ -56,7 +84,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with tracked(recipe, arguments.output) as tracker:
         summary = run(
-            recipe, arguments.manifest, arguments.output, arguments.limit, arguments.retry_quarantine, tracker
+            recipe,
+            arguments.manifest,
+            arguments.output,
+            arguments.limit,
+            arguments.retry_quarantine,
+            tracker,
+            columns,
+            arguments.file_names_as_captions,
         )
         page = write_report(summary)
         if tracker:

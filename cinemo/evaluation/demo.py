@@ -81,7 +81,7 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
         SystemExit: a stage failed, with its exit code.
     """
     begun = time.monotonic()
-    table = read_manifest(settings.clips).read() if settings.clips else None
+    table = read_manifest(settings.clips, names_as_captions=True).read() if settings.clips else None
     stages = Stages(output, scripts, fresh)
     dataset, run, bundle = output / "dataset", output / "run", output / "bundle"
 
@@ -97,7 +97,7 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
     views = min(16, max(2, round(SAMPLES / clips)))
     words = stages.note(
         "precompute", "precompute", *named, "--manifest", manifest, "--output", dataset, "--limit", SAMPLES,
-        "--set", f"data.views={views}",
+        "--set", f"data.views={views}", *(["--file-names-as-captions"] if settings.clips else []),
     )  # fmt: skip
     stages.run("precompute", [inputs, words[3:]], ["dataset"], lambda: stages.command("precompute", words))
     index = DatasetIndex.load(str(dataset))

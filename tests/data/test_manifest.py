@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cinemo import storage
 from cinemo.data.manifest import checks as manifest_checks
 from cinemo.data.manifest import formats as manifest_formats
 from cinemo.data.manifest import manifest as manifest_schema
-from cinemo.data.manifest.manifest import manifest_from_folder, manifest_of, read_manifest
+from cinemo.data.manifest.manifest import manifest_of, read_manifest
 from cinemo.types import InputError
 
 ROWS: list[dict[str, Any]] = [
@@ -123,8 +124,12 @@ def test_folder_of_videos(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "a.txt").write_text("  a red\nballoon ")
-    rows = read_manifest(str(tmp_path)).read().to_pylist()
-    assert rows == [{**row, "extra": None} for row in manifest_from_folder(tmp_path).to_pylist()]
+    said = "3 of 4 captions are file names (b_dog-runs.MP4, sub/a b.webm, sub/a-b.webm)"
+    with pytest.raises(InputError, match=re.escape(said) + ".*--file-names-as-captions"):
+        read_manifest(str(tmp_path))
+    manifest = read_manifest(str(tmp_path), names_as_captions=True)
+    assert manifest.notes == (said,)
+    rows = manifest.read().to_pylist()
     assert [row["caption"] for row in rows] == ["a red balloon", "b dog runs", "a b", "a b"]
     assert [row["clip_id"] for row in rows[:3]] == ["a", "b_dog-runs", "sub-a-b"]
     assert len({row["clip_id"] for row in rows}) == 4
@@ -273,8 +278,8 @@ def verdicts(tmp_path: Path) -> list[Path]:
 def test_a_large_file_is_checked_once(large: Path, tmp_path: Path) -> None:
     first = read_manifest(str(large))
     (verdict,) = verdicts(tmp_path)
-    assert json.loads(verdict.read_text()) == {"rows": 3, "digest": first.digest}
-    verdict.write_text(json.dumps({"rows": 3, "digest": "0" * 64}))  # no check finds this digest
+    assert json.loads(verdict.read_text()) == {"rows": 3, "digest": first.digest, "notes": list(first.notes)}
+    verdict.write_text(json.dumps({"rows": 3, "digest": "0" * 64, "notes": []}))  # no check finds this digest
     assert read_manifest(str(large)).digest == "0" * 64
     assert read_manifest(str(large), limit=2).digest != first.digest
     assert len(verdicts(tmp_path)) == 2

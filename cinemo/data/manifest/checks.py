@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cinemo.data.manifest.timestamps import seconds
 from cinemo.types import InputError
 
 _SHOWN = 8
@@ -29,34 +30,86 @@ def refuse(uri: str, faults: list[str], count: int | None = None) -> None:
 class Faults:
     """Faults with row numbers, counted from 1: the first few in words, all of them in number."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "row") -> None:
         self.shown: list[str] = []
         self.count = 0
+        self.unit = unit
 
     def add(self, rows: np.ndarray, fault: str) -> None:
         self.count += len(rows)
-        self.shown += [f"row {row + 1}: {fault}" for row in rows[: max(0, _SHOWN - len(self.shown))]]
+        self.shown += [f"{self.unit} {row + 1}: {fault}" for row in rows[: max(0, _SHOWN - len(self.shown))]]
 
 
 def cast_columns(batch: pa.RecordBatch, schema: pa.Schema, first: int, faults: Faults) -> pa.RecordBatch:
-    """The columns of ``schema`` with its types (null where the batch has none), and behind them all others."""
+    """The columns of ``schema`` with its types (null where the batch has none), and behind them all others.
+
+    A text is read as `timestamps.seconds` where a number is due; NaN, which pandas writes for what is missing, is no
+    text.
+    """
     columns = []
     for field in schema:
         if field.name not in batch.schema.names:
             columns.append(pa.nulls(batch.num_rows, field.type))
             continue
-        column = batch[field.name]
-        if pa.types.is_floating(field.type) and pa.types.is_string(column.type):
-            column = pc.if_else(pc.equal(column, ""), None, column)
+        column = simple(batch[field.name])
+        expected = "a string" if field.type == pa.string() else "seconds"
         try:
-            columns.append(column.cast(field.type))
+            if field.type == pa.string():
+                values, bad = as_text(column), np.empty(0, np.int64)
+            else:
+                values, bad = seconds(column)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-            columns.append(pa.nulls(batch.num_rows, field.type))
-            expected = "a string" if field.type == pa.string() else "seconds"
-            faults.add(first + _uncastable(column, field.type), f"{field.name} is not {expected}")
+            values, bad = pa.nulls(batch.num_rows, field.type), _uncastable(column, field.type)
+        columns.append(values)
+        if len(bad):
+            faults.add(first + bad, f"{field.name} is not {expected}")
     others = [name for name in batch.schema.names if name not in schema.names]
     fields = [*schema, *(batch.schema.field(name) for name in others)]
     return pa.RecordBatch.from_arrays([*columns, *(batch[name] for name in others)], schema=pa.schema(fields))
+
+
+def as_text(column: pa.Array) -> pa.Array:
+    """A column of one plain type as text. Raises Arrow's errors for those that are none, such as lists."""
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    return column.cast(pa.string())
+
+
+def simple(column: pa.Array) -> pa.Array:
+    """The same values in an older type where there is one, which all of Arrow's functions take: what is stored once
+    for many rows is repeated, views and lists of fixed size become lists, a map becomes a list of pairs.
+    """
+    if isinstance(column, pa.ExtensionArray):
+        column = column.storage
+    if pa.types.is_run_end_encoded(column.type):
+        column = pc.run_end_decode(column)
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    kind = column.type
+    if pa.types.is_string_view(kind):
+        return column.cast(pa.string())
+    if pa.types.is_map(kind):
+        pair = pa.struct([pa.field("key", kind.key_type, False), pa.field("value", kind.item_type)])
+        return column.cast(pa.list_(pair))
+    if is_list(kind) and not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        # Not by a cast: that of Arrow 25 loses the last list of a view.
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        offsets = pa.array(np.append(0, np.cumsum(lengths, dtype=np.int64)))
+        return pa.LargeListArray.from_arrays(offsets, column.flatten(), mask=column.is_null())
+    return column
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return any(
+        of_kind(kind)
+        for of_kind in (
+            pa.types.is_list,
+            pa.types.is_large_list,
+            pa.types.is_fixed_size_list,
+            pa.types.is_list_view,
+            pa.types.is_large_list_view,
+        )
+    )
 
 
 def check_rows(batch: pa.RecordBatch, first: int, faults: Faults) -> None:
@@ -78,6 +131,13 @@ def check_rows(batch: pa.RecordBatch, first: int, faults: Faults) -> None:
     note(unreal, "start or end is not a number")
     note(negative, "start or end is negative")
     note(pc.and_not(pc.less_equal(end, start), pc.or_(negative, unreal)), "end is not after start")
+
+
+def empty_captions(captions: pa.Array) -> int:
+    """How many captions say nothing: no text, or what programs write for a missing one."""
+    short = captions.filter(pc.less_equal(pc.binary_length(captions), 4))
+    nothing = pc.is_in(pc.utf8_trim_whitespace(short), pa.array(["", "nan", "NaN", "None", "null", "NULL", "<NA>"]))
+    return int(nothing.true_count)
 
 
 def _uncastable(column: pa.Array, kind: pa.DataType) -> np.ndarray:
@@ -110,11 +170,8 @@ class Digest:
         self._streams.setdefault(name, hashlib.sha256()).update(data)
 
     def _column(self, name: str, column: pa.Array) -> None:
-        if isinstance(column, pa.ExtensionArray):
-            column = column.storage
+        column = simple(column)
         kind = column.type
-        if pa.types.is_dictionary(kind):
-            column, kind = column.dictionary_decode(), kind.value_type
         if pa.types.is_list(kind) or pa.types.is_large_list(kind):
             # Lengths as well as values, so that no row can pretend to be two; -1 is null.
             self._add(name, _numbers(pc.fill_null(pc.list_value_length(column), -1), "<i8"))
@@ -130,7 +187,11 @@ class Digest:
             self._add(f"{name}:{kind}", _numbers(pc.fill_null(column, False if kind == pa.bool_() else 0), None))
             self._add(name, _numbers(column.is_valid(), "u1"))
         else:
-            self._column(name, pc.cast(column, pa.string()))
+            try:
+                texts = pc.cast(column, pa.string())
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # intervals, unions, UUIDs
+                texts = pa.array([None if value is None else str(value) for value in column.to_pylist()], pa.string())
+            self._column(name, texts)
 
 
 def _numbers(column: pa.Array, kind: str | None) -> np.ndarray:
@@ -178,7 +239,9 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return np.asarray(values ^ (values >> np.uint64(31)))
 
 
-def repeated(hashes: np.ndarray, ids: Callable[[np.ndarray], list[str]], at_once: int = 1000) -> tuple[list[str], int]:
+def repeated(
+    hashes: np.ndarray, ids: Callable[[np.ndarray], list[str]], at_once: int = 1000, unit: str = "row"
+) -> tuple[list[str], int]:
     """Faults of clip ids that occur again, and about how many there are.
 
     Args:
@@ -200,7 +263,7 @@ def repeated(hashes: np.ndarray, ids: Callable[[np.ndarray], list[str]], at_once
         for row, clip_id in zip(needed.tolist(), ids(needed), strict=True):
             first = seen.setdefault(clip_id, row)
             if first != row:
-                faults.append(f"row {row + 1}: clip_id {clip_id!r} is already in row {first + 1}")
+                faults.append(f"{unit} {row + 1}: clip_id {clip_id!r} is already in {unit} {first + 1}")
         if faults:
             return faults, len(again)
     return [], 0

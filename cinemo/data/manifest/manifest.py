@@ -1,4 +1,4 @@
-"""The list of clips a dataset is made from: a Parquet, CSV or JSONL file, or simply a folder of videos.
+"""The list of clips a dataset is made from: tables of many kinds, tars, or simply a folder of videos.
 
 It stays on disk, tens of millions of rows long: one pass checks it, and rows are read where they are needed. Faults are
 reported with row numbers, counted from 1 without the header.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import decimal
 import hashlib
 import io
 import json
@@ -24,15 +23,29 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from cinemo import cache, storage
+from cinemo import cache, s3, storage
 from cinemo.data.dataset.shards import SAMPLE_FIELDS
-from cinemo.data.manifest.checks import Digest, Faults, cast_columns, check_rows, hash_texts, refuse, repeated
-from cinemo.data.manifest.formats import BATCH_ROWS, FORMATS, open_parquet
-from cinemo.data.manifest.json_lines import JSON_COLUMN, REQUIRED
-from cinemo.media.video import EXTENSIONS
+from cinemo.data.manifest.checks import (
+    Digest,
+    Faults,
+    as_text,
+    cast_columns,
+    check_rows,
+    empty_captions,
+    hash_texts,
+    refuse,
+    repeated,
+    simple,
+)
+from cinemo.data.manifest.columns import Columns, absent
+from cinemo.data.manifest.convert import NUMERIC, Reading, convert, parquet_file, reading_of, resolved
+from cinemo.data.manifest.files import File, Found, find
+from cinemo.data.manifest.folders import NAMED, table_of_folder
+from cinemo.data.manifest.formats import BATCH_ROWS, COMPRESSED, open_parquet
+from cinemo.data.manifest.json_lines import JSON_COLUMN
+from cinemo.data.manifest.presets import REQUIRED
 from cinemo.types import InputError
 
 SCHEMA = pa.schema(
@@ -46,11 +59,8 @@ SCHEMA = pa.schema(
 )
 # What `Manifest.read` gives: all other columns as one JSON object a row, null where there are none.
 ROWS = SCHEMA.append(pa.field("extra", pa.string()))
-_INTEGER, _NUMBER = r"^(-?(0|[1-9][0-9]{0,17}))?$", r"^(-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?)?$"
-_NUMERIC = b"cinemo.numeric"
 _SMALL = 64 << 20  # bytes of a file whose converted rows may stay in memory, and which is checked each time
-_CHECK = 1  # counted up where a check refuses other rows, or the digest is another
-_GROUP_ROWS = 1 << 17
+_CHECK = 2  # counted up where a check refuses other rows, or the digest is another
 _GROUP_BYTES = 512 << 20
 
 
@@ -59,13 +69,15 @@ class Manifest:
     """A checked manifest. It can be sent to another process, which opens the file itself.
 
     ``source`` is a Parquet file (a path, or its bytes where it is small), ``parent`` is what relative uris count from,
-    ``digest`` depends on every value of the first ``rows`` rows and on the types of extra columns.
+    ``digest`` depends on every value of the first ``rows`` rows and on the types of extra columns, ``notes`` are what a
+    person should be told.
     """
 
     source: Path | bytes
     parent: str
     rows: int
     digest: str
+    notes: tuple[str, ...] = ()
     _open: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -81,9 +93,9 @@ class Manifest:
     def take(self, positions: np.ndarray) -> pa.Table:
         """The rows at some ascending positions, with the columns of `ROWS`."""
         file = self._file
-        numeric = json.loads((file.metadata.metadata or {}).get(_NUMERIC, b"[]"))
+        numeric = json.loads((file.metadata.metadata or {}).get(NUMERIC, b"[]"))
         parts = [
-            _presented(group.take(places), self.parent, numeric).select(ROWS.names)
+            _presented(_taken(group, places), self.parent, numeric).select(ROWS.names)
             for group, places in self._groups(positions)
         ]
         return pa.concat_tables([ROWS.empty_table(), *parts]).combine_chunks()
@@ -92,7 +104,8 @@ class Manifest:
         return [
             clip_id
             for group, places in self._groups(positions, ["clip_id"])
-            for clip_id in group["clip_id"].take(places).to_pylist()
+            for chunk in _taken(group, places)["clip_id"].chunks
+            for clip_id in as_text(simple(chunk)).to_pylist()
         ]
 
     def _groups(self, positions: np.ndarray, columns: list[str] | None = None) -> Iterator[tuple[pa.Table, pa.Array]]:
@@ -114,37 +127,82 @@ class Manifest:
         return self._open["file"]
 
 
-def read_manifest(uri: str, limit: int | None = None) -> Manifest:
-    """Check a manifest, or list a folder of videos (`manifest_from_folder`).
+def read_manifest(
+    uri: str,
+    limit: int | None = None,
+    columns: Columns | None = None,
+    seed: int = 0,
+    names_as_captions: bool = False,
+) -> Manifest:
+    """Check a manifest.
 
     A Parquet file is used where it lies; other kinds are converted once, and a large one is kept in the cache
     directory, up to as large as it was. So is what the check of a large file found: a file that did not change is not
     read again. Needs about 16 bytes of memory a row.
 
     Args:
-        uri: ``.parquet``, ``.csv`` or ``.jsonl`` (local or s3://), or a local directory. Columns ``clip_id``, ``uri``
-            and ``caption``; ``start`` and ``end`` (seconds) are optional; all others travel with the clip. A relative
-            uri counts from the manifest's directory. A CSV column is one of numbers where every value is one.
-        limit: keep the first rows only.
+        uri: what `files.find` finds, local or on s3://: a table (``.parquet``, ``.csv``, ``.jsonl`` and their like), a
+            glob or a directory of such, WebDataset tars, or a folder of videos. A table has columns ``clip_id``,
+            ``uri`` and ``caption``; ``start`` and ``end`` (see `timestamps.seconds`) are optional; all others travel
+            with the clip. A relative uri counts from the manifest's directory. A CSV column is one of numbers where
+            every value is one. Of several captions one is drawn.
+        limit: keep the first clips only.
+        columns: what the columns of another table mean.
+        seed: of drawn captions.
+        names_as_captions: whether to go on where the only captions of some videos are the names of their files.
 
     Raises:
-        InputError: no such file, no rows, columns missing, bad rows, or a clip id that occurs twice.
+        InputError: no such file, no rows, columns missing, bad rows, captions missing, or a clip id that occurs twice.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}, expected at least 1")
-    if not storage.is_remote(uri) and storage.local_path(uri).is_dir():
-        table = manifest_from_folder(uri)
-        return manifest_of(table if limit is None else table.slice(0, limit))
-    kind = uri.rsplit(".", 1)[-1].lower()
-    if kind not in FORMATS:
-        raise InputError(f"manifest {uri}: expected a .parquet, .csv or .jsonl file, or a directory of videos")
-    parent = uri.rsplit("/", 1)[0] if storage.is_remote(uri) else str(Path(storage.absolute(uri)).parent)
-    path = cache.localize(uri).resolve()
+    found = find(uri)
+    table = found.kind in ("parquet", "csv", "json")
+    if columns is not None and not table:
+        raise InputError(f"manifest {uri}: --columns is about tables; this is a manifest of {found.kind}")
     try:
-        source = path if kind == "parquet" and _is_handy(path) else _converted(path, uri, kind)
-        return _known(source, uri, parent, limit)
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise InputError(f"manifest {uri}: not readable as {kind} ({str(error).splitlines()[0]})") from None
+        reading = reading_of(found.files, columns, seed) if table else Reading(None, None, seed)
+        plain = table and len(found.files) == 1 and reading.columns is None
+        unit = "row" if plain or (len(found.files) == 1 and not (columns and columns.each)) else "clip"
+        path = found.files[0].local() if plain and found.kind == "parquet" else None
+        source = path if path and _is_handy(path) else _converted(found, reading, limit)
+        parent = found.files[0].parent if found.files else found.root
+        manifest = _known(source, uri, parent, limit, unit)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, InputError) or getattr(error, "errno", None):
+            raise
+        where = _unreadable(found.files[0]) if found.kind == "parquet" else ""
+        raise InputError(f"manifest {uri}: {where}not readable as {found.kind} ({s3.brief(error)})") from None
+    return _with_captions(manifest, uri, names_as_captions)
+
+
+def _unreadable(file: File) -> str:
+    """The column of a Parquet file that Arrow cannot read, for a message."""
+    with contextlib.suppress(pa.ArrowException, OSError):
+        opened = parquet_file(file)
+        for field_ in opened.schema_arrow:
+            try:
+                for _ in opened.iter_batches(BATCH_ROWS, columns=[field_.name]):
+                    pass
+            except pa.ArrowException:
+                return f"column {field_.name} ({field_.type}) is "
+    return ""
+
+
+def _with_captions(manifest: Manifest, uri: str, names_as_captions: bool) -> Manifest:
+    """With what is to be said of captions; raises where they are no captions, unless that is wanted."""
+    stored = (manifest._file.metadata.metadata or {}).get(NAMED, b"[0, 0, []]")
+    unnamed, count, examples = json.loads(stored)
+    if unnamed:
+        fault = f"{unnamed} of {count} captions are file names ({', '.join(examples)}{', ...' * (unnamed > 3)})"
+        if not names_as_captions:
+            raise InputError(
+                f"manifest {uri}: {fault}: none in a .txt or .json beside them, in metadata.jsonl, metadata.csv or "
+                "prompts.txt; add captions, give the table that has them as --manifest, or go on with "
+                "--file-names-as-captions"
+            )
+        manifest.notes = (*manifest.notes, fault)
+    return manifest
 
 
 def manifest_of(table: pa.Table) -> Manifest:
@@ -154,24 +212,26 @@ def manifest_of(table: pa.Table) -> Manifest:
     return _checked(sink.getvalue(), "(table)", "", None)
 
 
-def _known(source: Path | bytes, uri: str, parent: str, limit: int | None) -> Manifest:
+def _known(source: Path | bytes, uri: str, parent: str, limit: int | None, unit: str) -> Manifest:
     """`_checked`, or what it found the last time where the file is large and the same."""
     if isinstance(source, bytes) or source.stat().st_size <= _SMALL:
-        return _checked(source, uri, parent, limit)
+        return _checked(source, uri, parent, limit, unit)
     facts = _facts(source)
     verdict = _cached([_CHECK, facts, parent, limit], "json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a broken verdict is none
         found = json.loads(verdict.read_bytes())
-        manifest = Manifest(source, parent, found["rows"], found["digest"])
+        manifest = Manifest(source, parent, found["rows"], found["digest"], tuple(found["notes"]))
         count = manifest._file.metadata.num_rows
         if manifest.rows == (count if limit is None else min(limit, count)) and re.fullmatch(
             "[0-9a-f]{64}", manifest.digest
         ):
             return manifest
-    manifest = _checked(source, uri, parent, limit)
+    manifest = _checked(source, uri, parent, limit, unit)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time
         if _facts(source) == facts:
-            storage.write_json(str(verdict), {"rows": manifest.rows, "digest": manifest.digest})
+            storage.write_json(
+                str(verdict), {"rows": manifest.rows, "digest": manifest.digest, "notes": manifest.notes}
+            )
     return manifest
 
 
@@ -186,44 +246,44 @@ def _cached(key: Any, suffix: str) -> Path:
     return cache.cache_directory() / "manifests" / f"{name}.{suffix}"
 
 
-def _checked(source: Path | bytes, uri: str, parent: str, limit: int | None) -> Manifest:
+def _checked(source: Path | bytes, uri: str, parent: str, limit: int | None, unit: str = "row") -> Manifest:
     """One pass over all rows: types, bad rows, hashes of clip ids, and the digest."""
     manifest = Manifest(source, parent, 0, "")
-    file = manifest._file
+    file, empty = manifest._file, 0
     _check_columns(file.schema_arrow, uri)
     count = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
     if not count:
         raise InputError(f"manifest {uri}: it has no rows")
-    faults, digest, hashes = Faults(), Digest(), np.empty(count, np.uint64)
+    faults, digest, hashes = Faults(unit), Digest(), np.empty(count, np.uint64)
     with ThreadPoolExecutor(1) as beside:  # SHA-256 lets other threads run
         digested: Future[None] | None = None
         for batch in file.iter_batches(BATCH_ROWS):
             clean = cast_columns(batch.slice(0, count - manifest.rows), SCHEMA, manifest.rows, faults)
             check_rows(clean, manifest.rows, faults)
             if not faults.count:
+                empty += empty_captions(clean["caption"])
                 hashes[manifest.rows : manifest.rows + len(clean)] = hash_texts(clean["clip_id"])
                 if digested:
                     digested.result()
-                digested = beside.submit(digest.update, _resolved(clean, parent))
+                digested = beside.submit(digest.update, resolved(clean, parent))
             manifest.rows += len(clean)
             if manifest.rows == count:
                 break
         if digested:
             digested.result()
     refuse(uri, faults.shown, faults.count)
-    refuse(uri, *repeated(hashes, manifest.ids))
+    refuse(uri, *repeated(hashes, manifest.ids, unit=unit))
     manifest.digest = digest.hexdigest()
+    if empty:
+        manifest.notes = (f"{empty} of {count} captions are empty",)
     return manifest
 
 
 def _check_columns(schema: pa.Schema, uri: str) -> None:
     names = [name for name in schema.names if name != JSON_COLUMN]
-    absent = [name for name in REQUIRED if name not in names]
-    if absent:
-        raise InputError(
-            f"manifest {uri}: column {', '.join(absent)} is missing; it has {', '.join(names) or 'none'}, "
-            f"expected {', '.join(REQUIRED)} and optionally start, end"
-        )
+    missing = [name for name in REQUIRED if name not in names]
+    if missing:
+        raise InputError(absent(uri, f"column {', '.join(missing)} is missing", names))
     stored = [_stored_name(name) if name not in SCHEMA.names else name for name in names]
     twice = sorted({name for name in stored if stored.count(name) > 1})
     if twice:
@@ -249,61 +309,67 @@ def _group_starts(file: pq.ParquetFile) -> np.ndarray:
     return np.cumsum([0, *(meta.row_group(k).num_rows for k in range(meta.num_row_groups - 1))])
 
 
-def _converted(path: Path, uri: str, kind: str) -> Path | bytes:
-    """The file as Parquet of small row groups: bytes, or a file in the cache directory for the next run."""
-    if path.stat().st_size <= _SMALL:
-        sink = io.BytesIO()
-        _convert(path, uri, kind, sink)
-        return sink.getvalue()
-    target = _cached([2, _facts(path)], "parquet")
+def _converted(found: Found, reading: Reading, limit: int | None) -> Path | bytes:
+    """The files as one Parquet file of small row groups: bytes, or a file in the cache directory for the next run."""
+
+    def write(sink: Any) -> None:
+        if found.kind == "videos":
+            table = table_of_folder(found.root, [name for name, _, _ in found.names], reading.seed, limit)
+            pq.write_table(table, sink)
+        else:
+            convert(found.files, reading, limit, sink)
+
+    if _is_small(found):
+        held = io.BytesIO()
+        write(held)
+        return held.getvalue()
+    listed = [[file.uri, file.stamp, file.parent] for file in found.files] + [found.root, found.names]
+    asked: list[Any] = [reading.columns.key(), reading.videos] if reading.columns else []
+    if asked or found.kind not in ("parquet", "csv"):
+        asked.append(reading.seed)
+    if found.kind in ("tar", "videos"):
+        asked.append(limit)
+    target = _cached([3, found.kind, listed, asked], "parquet")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            _convert(path, uri, kind, Path(scratch) / "rows.parquet")
+            write(Path(scratch) / "rows.parquet")
             os.replace(Path(scratch) / "rows.parquet", target)
     return target
 
 
-def _convert(path: Path, uri: str, kind: str, sink: Any) -> None:
-    writer: pq.ParquetWriter | None = None
-    numeric: dict[str, str] = {}
-    for batch in FORMATS[kind](path, uri):
-        if writer is None:
-            writer = pq.ParquetWriter(
-                sink, batch.schema, compression="lz4", use_dictionary=False, write_statistics=False
-            )
-            if kind == "csv":
-                numeric = {name: _INTEGER for name in batch.schema.names if name not in SCHEMA.names}
-        writer.write_batch(batch, row_group_size=_GROUP_ROWS)
-        for name in list(numeric):
-            while name in numeric and not pc.all(pc.match_substring_regex(batch[name], numeric[name])).as_py():
-                if numeric[name] == _INTEGER:
-                    numeric[name] = _NUMBER
-                else:
-                    del numeric[name]
-    if writer is None:
-        raise InputError(f"manifest {uri}: it has no rows")
-    writer.add_key_value_metadata({_NUMERIC.decode(): json.dumps(sorted(numeric))})
-    writer.close()
+def _is_small(found: Found) -> bool:
+    """Whether converting is quick and its result fits in memory."""
+    if found.kind == "videos":
+        return not storage.is_remote(found.root)
+    expanded = sum(file.size * (8 if file.uri.endswith(COMPRESSED) else 1) for file in found.files)
+    return expanded <= _SMALL
 
 
-def _resolved(batch: pa.RecordBatch, parent: str) -> pa.RecordBatch:
-    """With absolute uris."""
-    uris = batch["uri"]
-    relative = pc.invert(pc.or_(pc.starts_with(uris, "/"), pc.match_substring(uris, "://")))
-    if not relative.true_count:
-        return batch
-    absolute = pc.if_else(relative, pc.binary_join_element_wise(parent, uris, "/"), uris)
-    return batch.set_column(batch.schema.get_field_index("uri"), "uri", absolute)
+def _taken(group: pa.Table, places: pa.Array) -> pa.Table:
+    """Some rows, at ascending places. Arrow cannot take views, but it can slice them."""
+    try:
+        return group.take(places)
+    except pa.ArrowNotImplementedError:
+        runs = np.split(places.to_numpy(), np.flatnonzero(np.diff(places.to_numpy()) != 1) + 1)
+        return pa.concat_tables([group.slice(run[0], len(run)) for run in runs])
 
 
 def _presented(rows: pa.Table, parent: str, numeric: list[str]) -> pa.Table:
     """Rows of the file -> rows with the columns of `ROWS`."""
-    batches = [_resolved(cast_columns(batch, SCHEMA, 0, Faults()), parent) for batch in rows.to_batches()]
+    batches = [resolved(cast_columns(batch, SCHEMA, 0, Faults()), parent) for batch in rows.to_batches()]
     table = pa.Table.from_batches(batches) if batches else ROWS.empty_table()
     others = [name for name in table.column_names if name not in SCHEMA.names]
-    extra = [_extra(row, numeric) for row in table.select(others).to_pylist()] if others else [None] * len(table)
+    extra = [_extra(row, numeric) for row in _objects(table.select(others))] if others else [None] * len(table)
     return table.select(SCHEMA.names).append_column(ROWS.field("extra"), pa.array(extra, pa.string()))
+
+
+def _objects(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows; a map is an object, or a list of pairs where it has a key twice."""
+    try:
+        return list(table.to_pylist(maps_as_pydicts="strict"))
+    except KeyError:
+        return list(table.to_pylist())
 
 
 def _extra(row: dict[str, Any], numeric: list[str]) -> str | None:
@@ -324,40 +390,4 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    return str(value) if isinstance(value, decimal.Decimal | datetime.timedelta) else value
-
-
-def manifest_from_folder(directory: str | Path) -> pa.Table:
-    """A manifest of all videos under a local directory, sorted by path.
-
-    The clip id is made of the relative path; the caption is the text file beside the video (``a.mp4``, ``a.txt``), or
-    else the words of its file name. Broken videos stay in: they end in the quarantine ledger.
-    """
-    root = Path(storage.absolute(str(directory)))
-    if not root.is_dir():
-        raise InputError(f"{directory}: no such directory")
-    videos = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower().lstrip(".") in EXTENSIONS and path.is_file() and not path.name.startswith(".")
-    )
-    if not videos:
-        raise InputError(f"{directory}: no videos there (looked for {', '.join(sorted(EXTENSIONS))})")
-    rows, taken = [], set()
-    for path in videos:
-        relative = path.relative_to(root)
-        clip_id = re.sub(r"[^\w-]+", "-", str(relative.with_suffix(""))).strip("-") or "clip"
-        if clip_id in taken:
-            clip_id = re.sub(r"[^\w-]+", "-", str(relative)).strip("-")
-        while clip_id in taken:
-            clip_id += "-again"
-        taken.add(clip_id)
-        rows.append({"clip_id": clip_id, "uri": str(path), "caption": _caption(path), "start": None, "end": None})
-    return pa.Table.from_pylist(rows, SCHEMA)
-
-
-def _caption(video: Path) -> str:
-    sidecar = video.with_suffix(".txt")
-    if sidecar.is_file():
-        return " ".join(sidecar.read_text(encoding="utf-8", errors="replace").split())
-    return " ".join(re.sub(r"[\W_]+", " ", video.stem).split())
+    return value if isinstance(value, str | int | None) else str(value)

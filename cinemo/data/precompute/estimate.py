@@ -21,6 +21,7 @@ import torch
 from cinemo import s3, storage
 from cinemo.config import DataConfig, Recipe
 from cinemo.data.dataset.identity import encoder_dtype
+from cinemo.data.manifest.columns import Columns
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.data.precompute import stages
 from cinemo.data.precompute.journal import SEGMENT
@@ -41,7 +42,13 @@ Range = dict[str, float]
 
 
 def plan_only(
-    recipe: Recipe, manifest: str, output: str, limit: int | None = None, prices: Prices | None = None
+    recipe: Recipe,
+    manifest: str,
+    output: str,
+    limit: int | None = None,
+    prices: Prices | None = None,
+    columns: Columns | None = None,
+    names_as_captions: bool = False,
 ) -> dict[str, Any]:
     """Measure a seeded sample of clips, write the estimate to ``<output>/plan.json`` and return it.
 
@@ -51,7 +58,10 @@ def plan_only(
     Raises:
         InputError: bad manifest, or an output that cannot be written.
     """
-    plan = make_plan(read_manifest(manifest, limit), recipe)
+    rows = read_manifest(manifest, limit, columns, recipe.data.seed, names_as_captions)
+    for note in rows.notes:
+        print(f"manifest: {note}", flush=True)
+    plan = make_plan(rows, recipe)
     output = storage.absolute(output)
     storage.check_writable(output)
     clips = len(plan.clips)

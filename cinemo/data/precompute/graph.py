@@ -21,6 +21,7 @@ from cinemo.config import DataConfig, EncodersConfig, Recipe
 from cinemo.data.dataset import fields
 from cinemo.data.dataset.identity import encoder_dtype
 from cinemo.data.dataset.sidecars import FieldStore
+from cinemo.data.manifest.columns import Columns
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.data.precompute import cluster, stages
 from cinemo.data.precompute.dataset import Dataset
@@ -47,11 +48,13 @@ def run(
     limit: int | None = None,
     retry_quarantine: str | None = None,
     listener: Callable[[Figures], None] | None = None,
+    columns: Columns | None = None,
+    names_as_captions: bool = False,
 ) -> dict[str, Any]:
     """Make a dataset, or finish one that was begun. A finished one is left as it is, byte for byte.
 
     Args:
-        manifest: see `cinemo.data.manifest.manifest.read_manifest`.
+        manifest, columns, names_as_captions: see `cinemo.data.manifest.manifest.read_manifest`.
         output: directory of the dataset, local or s3://.
         limit: use the first clips of the manifest only.
         retry_quarantine: try refused clips of a finished dataset again: those of one reason, or all with ``""``. Those
@@ -68,7 +71,10 @@ def run(
         RunError: more clips were refused than ``data.max_quarantine_share`` allows.
     """
     started = time.perf_counter()
-    plan = make_plan(read_manifest(manifest, limit), recipe)
+    clips = read_manifest(manifest, limit, columns, recipe.data.seed, names_as_captions)
+    for note in clips.notes:
+        print(f"manifest: {note}", flush=True)
+    plan = make_plan(clips, recipe)
     dataset = Dataset.open(storage.absolute(output), recipe, plan)
     extras = [FieldStore.open(dataset.uri, field, *fields.identity(field, recipe)) for field in recipe.data.fields]
     totals: Counter[str] = Counter()
