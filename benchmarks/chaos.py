@@ -222,7 +222,8 @@ def main() -> None:
 
         def command(output: Path | str) -> list[str]:
             words = [
-                "--recipe", directory / "recipe.json", "--manifest", directory / "clips", "--output", output
+                "--recipe", directory / "recipe.json", "--manifest", directory / "clips", "--output", output,
+                "--file-names-as-captions",
             ]  # fmt: skip
             return [sys.executable, str(ROOT / "pipelines/precompute.py"), *map(str, words)]
 

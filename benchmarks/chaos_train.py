@@ -84,7 +84,7 @@ def main() -> None:
         data = directory / "dataset"
         subprocess.run(
             [sys.executable, ROOT / "pipelines/precompute.py", "--recipe", recipes[2], "--manifest",
-             directory / "clips", "--output", data],
+             directory / "clips", "--output", data, "--file-names-as-captions"],
             check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )  # fmt: skip

@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument(
         "--manifest",
-        help="clips: a .parquet, .csv, .tsv, .jsonl or .json file, WebDataset .tar, a glob or a directory of such files, "
+        help="clips: a .parquet, .csv, .tsv, .jsonl or .json file, WebDataset .tar, a glob or a directory of such, "
         "or a folder of videos with captions beside them",
     )
     parser.add_argument(

@@ -72,8 +72,10 @@ def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("clips")
     for number in range(9):
         write_video(directory / f"film {number}.mp4", film(str(number), 20 + number), 25)
-    (directory / "film 2.txt").write_text("a caption\nfrom a sidecar\n")
     (directory / "film 1b.mp4").write_bytes(b"no video at all " * 50)
     (directory / "film 3b.mp4").write_bytes(b"")
     write_video(directory / "film 5b.mp4", film("short", 3), 25)
+    for video in directory.glob("*.mp4"):
+        video.with_suffix(".txt").write_text(f"{video.stem}\n")
+    (directory / "film 2.txt").write_text("a caption\nfrom a sidecar\n")
     return directory

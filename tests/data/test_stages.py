@@ -26,7 +26,7 @@ from cinemo.types import Clip, keyed_generator
 
 
 def planned(folder: Path, recipe: Recipe) -> Plan:
-    return make_plan(read_manifest(str(folder)), recipe)
+    return make_plan(read_manifest(str(folder), names_as_captions=True), recipe)
 
 
 def encoder(recipe: Recipe) -> stages.Encoder:

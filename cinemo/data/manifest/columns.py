@@ -107,11 +107,23 @@ class Mapped:
                 parts[target] = (_path(there, names, f"{target}={template}", uri),)
         for name in each:
             if name not in names:
-                raise InputError(absent(uri, f"each={name}: column {name} is not there", names))
+                raise InputError(_unknown(name, names, f"each={name}", uri))
         missing = [target for target in REQUIRED if target not in parts]
-        if missing:
+        if missing and not columns.templates:
             raise InputError(absent(uri, f"column {', '.join(missing)} is missing", names))
+        if missing:
+            ways = [f"{name}=COLUMN" for name in missing] + ["caption= for empty ones"] * ("caption" in missing)
+            raise InputError(
+                f"manifest {uri}: --columns: nothing says what is the {', '.join(missing)}; it has {', '.join(names)}; "
+                f"add {', '.join(ways)}"
+            )
         return cls(parts, each, file)
+
+    @property
+    def needed(self) -> set[str]:
+        """The columns that every file must have."""
+        paths = [part for target in REQUIRED for part in self.parts[target] if isinstance(part, Path)]
+        return {*self.each, *(path.column for path in paths)} - {*_COUNTERS}
 
     @property
     def used(self) -> list[str]:
@@ -185,8 +197,12 @@ class _Where:
 def _path(name: str, names: Sequence[str], said: str, uri: str) -> Path:
     found = _found(name, names)
     if found is None:
-        raise InputError(absent(uri, f"--columns {said}: column {name} is not there", names))
+        raise InputError(_unknown(name, names, said, uri))
     return found
+
+
+def _unknown(name: str, names: Sequence[str], said: str, uri: str) -> str:
+    return f"manifest {uri}: --columns {said}: there is no column {name}; it has {', '.join(names) or 'none'}"
 
 
 def _found(name: str, names: Sequence[str]) -> Path | None:
@@ -204,12 +220,17 @@ def _found(name: str, names: Sequence[str]) -> Path | None:
 
 def absent(uri: str, fault: str, names: Sequence[str]) -> str:
     """The sentence for columns that are not there, with the presets that would fit."""
-    fitting = [preset for preset, templates in PRESETS.items() if _fits(templates, names)]
-    advice = f"; the columns are those of {fitting[0]}: try --columns {fitting[0]}" if fitting else ""
+    preset = fitting(names)
+    advice = f"; the columns are those of {preset}: try --columns {preset}" if preset else ""
     return (
         f"manifest {uri}: {fault}; it has {', '.join(names) or 'none'}, "
         f"expected {', '.join(REQUIRED)} and optionally start, end (--columns NAME=COLUMN maps others){advice}"
     )
+
+
+def fitting(names: Sequence[str]) -> str | None:
+    """The preset for a table with such columns, if there is one."""
+    return next((preset for preset, templates in PRESETS.items() if _fits(templates, names)), None)
 
 
 def _fits(templates: Mapping[str, str], names: Sequence[str]) -> bool:

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from cinemo.data.manifest.captions import CAPTION_KEYS, is_texts
 from cinemo.data.manifest.checks import Faults, refuse
-from cinemo.data.manifest.columns import Columns, Mapped
+from cinemo.data.manifest.columns import Columns, Mapped, absent, fitting
 from cinemo.data.manifest.embedded import embedded_batches, holds_videos, video_column
 from cinemo.data.manifest.files import File
 from cinemo.data.manifest.folders import NAMED
@@ -26,7 +26,7 @@ from cinemo.data.manifest.formats import (
     open_parquet,
 )
 from cinemo.data.manifest.json_lines import JSON_COLUMN, Layout
-from cinemo.data.manifest.presets import TARGETS
+from cinemo.data.manifest.presets import REQUIRED, TARGETS
 from cinemo.data.manifest.ranges import open_ranges
 from cinemo.data.manifest.tars import tar_batches
 from cinemo.types import InputError
@@ -131,6 +131,9 @@ def _clips(file: File, schema: pa.Schema, reading: Reading) -> Iterator[pa.Recor
 def _rows(file: File, schema: pa.Schema, reading: Reading, mapped: Mapped | None) -> Iterator[pa.RecordBatch]:
     if file.kind == "json":
         layout = Layout((), (), tuple(mapped.used)) if mapped else Layout(seed=reading.seed)
+        missing = [name for name in layout.texts if name not in schema.names]
+        if missing and schema.names and (fitting(schema.names) or missing == list(REQUIRED)):
+            raise InputError(absent(file.uri, f"column {', '.join(missing)} is missing", schema.names))
         yield from json_batches(file.local(), file.uri, layout)
         return
     if file.kind == "csv":
@@ -140,6 +143,9 @@ def _rows(file: File, schema: pa.Schema, reading: Reading, mapped: Mapped | None
     else:
         batches = open_parquet(file.local()).iter_batches(BATCH_ROWS)
     for batch in batches:
+        missing = sorted(mapped.needed.difference(batch.schema.names)) if mapped else []
+        if missing:
+            raise InputError(absent(file.uri, f"column {', '.join(missing)} is missing", batch.schema.names))
         same = batch.schema.names == schema.names and batch.schema.types == schema.types
         yield batch if same else _filled(batch, schema)
 

@@ -54,6 +54,7 @@ MANIFEST = Layout()
 _KINDS = {str: pa.string(), bool: pa.bool_(), int: pa.int64(), float: pa.float64()}
 _BLOCK_BYTES = 1 << 24
 _ARRAY_ROWS = 1 << 14
+_LONGEST = 1 << 26  # characters of an entry of an array
 _BETWEEN = re.compile(r"[\s,]*")
 _LOOKED_AT = 64  # rows of a block that tell the types of its extra keys
 _WHOLE = float(1 << 53)  # up to here every integer is a float64
@@ -89,7 +90,10 @@ def jsonl_batches(file: BinaryIO, uri: str, layout: Layout = MANIFEST) -> Iterat
 def array_batches(file: BinaryIO, uri: str, layout: Layout = MANIFEST) -> Iterator[pa.RecordBatch]:
     """`jsonl_batches` for one JSON array of objects, read piece by piece."""
     text, decoder, rows = io.TextIOWrapper(file, encoding="utf-8-sig"), json.JSONDecoder(), 0
-    rest, place, more = text.read(_BLOCK_BYTES).lstrip()[1:], 0, True
+    rest, place, more = "", 0, True
+    while not rest:
+        rest = text.read(_BLOCK_BYTES).lstrip()
+    rest = rest[1:]
     found: list[Any] = []
 
     def batch() -> pa.RecordBatch:
@@ -106,7 +110,7 @@ def array_batches(file: BinaryIO, uri: str, layout: Layout = MANIFEST) -> Iterat
         except (ValueError, RecursionError) as error:
             piece = text.read(_BLOCK_BYTES)
             more = bool(piece)
-            if not more or len(rest) - place > 4 * _BLOCK_BYTES:
+            if not more or len(rest) - place > _LONGEST:
                 refuse(uri, [f"row {rows + len(found) + 1}: not JSON ({error})"])
             rest, place = rest[place:] + piece, 0
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 from typing import Any
 
@@ -29,25 +30,31 @@ def lists(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
     plain = pc.fill_null(plain, True)
     places = np.flatnonzero(~plain.to_numpy(zero_copy_only=False))
     part = _read_json(pc.replace_substring(texts.filter(plain), "'", '"')) if len(places) < len(texts) else None
-    if part is None:
-        places = np.arange(len(texts))
-    values, bad = [], []
+    if part is not None:
+        values, bad = _literals(texts, places)
+        with contextlib.suppress(pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+            others = pa.array(values, part.type)
+            order = np.argsort(np.append(np.flatnonzero(plain.to_numpy(zero_copy_only=False)), places))
+            return pa.concat_arrays([part, others]).take(pa.array(order)), bad
+    values, bad = _literals(texts, np.arange(len(texts)))
+    try:
+        column = pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):  # lists of values of several types
+        return pa.nulls(len(texts), pa.list_(pa.string())), np.arange(len(texts))
+    return (column if is_list(column.type) else column.cast(pa.list_(pa.string()))), bad
+
+
+def _literals(texts: pa.Array, places: np.ndarray) -> tuple[list[list[Any] | None], np.ndarray]:
+    """The lists at some places, one by one, and the places where there is none."""
+    values: list[list[Any] | None] = []
+    bad = []
     for place, text in zip(places.tolist(), texts.take(pa.array(places)).to_pylist(), strict=True):
         value = _literal(text)
         if text is not None and not isinstance(value, list):
             bad.append(place)
             value = None
         values.append(value)
-    try:
-        others = pa.array(values, None if part is None else part.type)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-        return pa.nulls(len(texts), pa.list_(pa.string())), places
-    if part is None:
-        return (others if is_list(others.type) else others.cast(pa.list_(pa.string()))), np.array(bad, np.int64)
-    order = np.empty(len(texts), np.int64)
-    order[np.flatnonzero(plain.to_numpy(zero_copy_only=False))] = np.arange(len(part))
-    order[places] = len(part) + np.arange(len(places))
-    return pa.concat_arrays([part, others]).take(pa.array(order)), np.array(bad, np.int64)
+    return values, np.array(bad, np.int64)
 
 
 def _read_json(texts: pa.Array) -> pa.Array | None:
