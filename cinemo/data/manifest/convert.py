@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from cinemo import storage
 from cinemo.data.manifest.captions import CAPTION_KEYS, is_texts
 from cinemo.data.manifest.checks import Faults, refuse
 from cinemo.data.manifest.columns import Columns, Mapped, absent, fitting
@@ -35,6 +38,7 @@ NUMERIC = b"cinemo.numeric"  # metadata of a file: columns of text of which ever
 _INTEGER, _NUMBER = r"^(-?(0|[1-9][0-9]{0,17}))?$", r"^(-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?)?$"
 _GROUP_ROWS = 1 << 17
 _AT_ONCE = 1 << 20
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -85,23 +89,36 @@ def convert(files: Sequence[File], reading: Reading, limit: int | None, sink: An
         InputError: no rows, columns missing, rows that cannot be read.
     """
     output = _Output(sink, files[0].kind == "csv" or (files[0].kind == "json" and reading.columns is not None))
-    unnamed: list[str] = []
     if files[0].kind == "tar":
-        for file in files:
-            for batch, names in tar_batches(file.uri, file.size, file.name, reading.seed):
-                unnamed += names[:3] if len(unnamed) < 3 else []
-                output.unnamed += len(names)
-                output.write(batch)
+        unnamed, total = list[str](), 0
+        for batch, names in _tars(files, reading.seed):
+            unnamed, total = (unnamed + names)[:3], total + len(names)
+            output.write(batch)
             if limit is not None and output.rows >= limit:
                 break
-        named = [output.unnamed, output.rows, unnamed[:3]]
-        output.close(files[0].uri, {NAMED: json.dumps(named).encode()})
+        output.close(files[0].uri, {NAMED: json.dumps([total, output.rows, unnamed]).encode()})
         return
-    schema = _common(files, reading)
-    for file in files:
-        for batch in _clips(file, schema, reading):
+    paths = [None] * len(files) if reading.videos else _fetched(files)
+    schema = _common(files, paths, reading)
+    for file, path in zip(files, paths, strict=True):
+        for batch in _clips(file, path, schema, reading):
             output.write(resolved(batch, file.parent) if len(files) > 1 else batch)
     output.close(files[0].uri, {})
+
+
+def _fetched(files: Sequence[File]) -> list[Path | None]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(File.local, files))
+
+
+def _tars(files: Sequence[File], seed: int) -> Iterator[tuple[pa.RecordBatch, list[str]]]:
+    """The clips of tars in order; of remote ones several are read at a time, since every sample is a request."""
+    at_once = _READERS if storage.is_remote(files[0].uri) else 1
+    with ThreadPoolExecutor(at_once) as pool:
+        for start in range(0, len(files), at_once):
+            some = files[start : start + at_once]
+            for batches in pool.map(lambda file: list(tar_batches(file.uri, file.size, file.name, seed)), some):
+                yield from batches
 
 
 def resolved(batch: pa.RecordBatch, parent: str) -> pa.RecordBatch:
@@ -114,13 +131,13 @@ def resolved(batch: pa.RecordBatch, parent: str) -> pa.RecordBatch:
     return batch.set_column(batch.schema.get_field_index("uri"), "uri", absolute)
 
 
-def _clips(file: File, schema: pa.Schema, reading: Reading) -> Iterator[pa.RecordBatch]:
+def _clips(file: File, path: Path | None, schema: pa.Schema, reading: Reading) -> Iterator[pa.RecordBatch]:
     """The clips of one file; ``schema`` is that of all files."""
     if reading.columns is None:
-        yield from _rows(file, schema, reading, None)
+        yield from _rows(file, path, schema, reading, None)
         return
     mapped, faults, first = Mapped.of(reading.columns, schema.names, file.uri, file.name), Faults(), 0
-    for batch in _rows(file, schema, reading, mapped):
+    for batch in _rows(file, path, schema, reading, mapped):
         clips = mapped.apply(batch, first, faults, reading.seed)
         first += len(batch)
         if not faults.count:
@@ -128,20 +145,22 @@ def _clips(file: File, schema: pa.Schema, reading: Reading) -> Iterator[pa.Recor
     refuse(file.uri, faults.shown, faults.count)
 
 
-def _rows(file: File, schema: pa.Schema, reading: Reading, mapped: Mapped | None) -> Iterator[pa.RecordBatch]:
-    if file.kind == "json":
+def _rows(
+    file: File, path: Path | None, schema: pa.Schema, reading: Reading, mapped: Mapped | None
+) -> Iterator[pa.RecordBatch]:
+    if path is None:
+        batches = embedded_batches(parquet_file(file), file.uri, str(reading.videos))
+    elif file.kind == "json":
         layout = Layout((), (), tuple(mapped.used)) if mapped else Layout(seed=reading.seed)
         missing = [name for name in layout.texts if name not in schema.names]
         if missing and schema.names and (fitting(schema.names) or missing == list(REQUIRED)):
             raise InputError(absent(file.uri, f"column {', '.join(missing)} is missing", schema.names))
-        yield from json_batches(file.local(), file.uri, layout)
+        yield from json_batches(path, file.uri, layout)
         return
-    if file.kind == "csv":
-        batches = csv_batches(file.local(), file.uri)
-    elif reading.videos is not None:
-        batches = embedded_batches(parquet_file(file), file.uri, reading.videos)
+    elif file.kind == "csv":
+        batches = csv_batches(path, file.uri)
     else:
-        batches = open_parquet(file.local()).iter_batches(BATCH_ROWS)
+        batches = open_parquet(path).iter_batches(BATCH_ROWS)
     for batch in batches:
         missing = sorted(mapped.needed.difference(batch.schema.names)) if mapped else []
         if missing:
@@ -159,10 +178,11 @@ def _filled(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(arrays, names=schema.names)
 
 
-def _common(files: Sequence[File], reading: Reading) -> pa.Schema:
+def _common(files: Sequence[File], paths: Sequence[Path | None], reading: Reading) -> pa.Schema:
     """All columns of all files."""
     if files[0].kind == "parquet":
-        schemas = [_light(parquet_file(file).schema_arrow.remove_metadata(), reading.videos) for file in files]
+        opened = (open_parquet(path) if path else parquet_file(file) for file, path in zip(files, paths, strict=True))
+        schemas = [_light(file.schema_arrow.remove_metadata(), reading.videos) for file in opened]
         try:
             return pa.unify_schemas(schemas, promote_options="permissive")
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
@@ -170,9 +190,9 @@ def _common(files: Sequence[File], reading: Reading) -> pa.Schema:
                 f"manifest {files[0].uri} and others: columns of different types ({str(error).splitlines()[0]})"
             ) from None
     names: dict[str, None] = {}
-    for file in files:
-        read = csv_names if file.kind == "csv" else json_names
-        names |= dict.fromkeys(read(file.local(), file.uri))
+    read = csv_names if files[0].kind == "csv" else json_names
+    for file, path in zip(files, paths, strict=True):
+        names |= dict.fromkeys(read(path or file.local(), file.uri))
     return pa.schema([(name, pa.string()) for name in names])
 
 
@@ -192,7 +212,7 @@ class _Output:
         self.writer: pq.ParquetWriter | None = None
         self.schema = pa.schema([])
         self.numeric: dict[str, str] = {}
-        self.rows = self.unnamed = 0
+        self.rows = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
         if self.writer is None:

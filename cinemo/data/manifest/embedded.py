@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cinemo.data.manifest.formats import BATCH_ROWS
+from cinemo.media.video import EXTENSIONS
 
 _FEW = 16  # videos in memory at a time
 
@@ -29,14 +30,18 @@ def holds_videos(kind: pa.DataType) -> bool:
 
 
 def video_column(schema: pa.Schema, wanted: str) -> str | None:
-    """The column with the videos: the one that is wanted for the uris, or the only one where that is not there."""
+    """The column with the videos: the one that is wanted for the uris; where that is not there, the one that is called
+    ``video`` or like a kind of video, or the only one of bytes.
+    """
     if wanted in schema.names:
         return wanted if holds_videos(schema.field(wanted).type) else None
     column, dot, part = wanted.rpartition(".")
     if dot and part == "bytes" and column in schema.names and holds_videos(schema.field(column).type):
         return column
     able = [field.name for field in schema if holds_videos(field.type)]
-    return able[0] if wanted == "uri" and len(able) == 1 else None
+    called = [name for name in able if name.lower() in ("video", *EXTENSIONS)]
+    choices = called or able
+    return choices[0] if wanted == "uri" and len(choices) == 1 else None
 
 
 def embedded_batches(file: pq.ParquetFile, uri: str, column: str) -> Iterator[pa.RecordBatch]:

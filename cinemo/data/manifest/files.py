@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ EXPECTED = (
     "expected a .parquet, .csv or .jsonl file (or .tsv, .ndjson, .json; text also as .gz, .zst or .bz2), a .tar, "
     "a glob of such files, or a directory of them or of videos"
 )
+
+
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,18 @@ def find(uri: str) -> Found:
         uri = storage.absolute(uri)
     braces = _braces(uri)
     if braces:
-        return _files(uri, _directory_of(uri[: uri.index("{")]), [(name, *_looked_up(name)) for name in braces])
+        with ThreadPoolExecutor(_READERS) as pool:
+            stamps = pool.map(_looked_up, braces)
+            matches = [(name, *stamp) for name, stamp in zip(braces, stamps, strict=True)]
+        return _files(uri, _directory_of(uri[: uri.index("{")]), matches)
     if not storage.is_remote(uri):
         path = storage.local_path(uri)
         if path.is_dir():
             return _directory(uri, _local_entries(path))
         if not path.exists() and glob.has_magic(uri):
-            matches = sorted(name for name in glob.glob(uri, recursive=True) if Path(name).is_file())
+            local = sorted(name for name in glob.glob(uri, recursive=True) if Path(name).is_file())
             root = _directory_of(uri[: re.search(r"[*?[]", uri).start()])  # type: ignore[union-attr]
-            return _files(uri, root, [(name, *_looked_up(name)) for name in matches])
+            return _files(uri, root, [(name, *_looked_up(name)) for name in local])
         return _one(uri, _looked_up(uri) if kind_of(uri) else (0, None))
     if "*" in uri:
         root = _directory_of(uri[: uri.index("*")])

@@ -7,11 +7,9 @@ reported with row numbers, counted from 1 without the header.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import tempfile
@@ -26,7 +24,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cinemo import cache, s3, storage
-from cinemo.data.dataset.shards import SAMPLE_FIELDS
 from cinemo.data.manifest.checks import (
     Digest,
     Faults,
@@ -41,6 +38,7 @@ from cinemo.data.manifest.checks import (
 )
 from cinemo.data.manifest.columns import Columns, absent
 from cinemo.data.manifest.convert import NUMERIC, Reading, convert, parquet_file, reading_of, resolved
+from cinemo.data.manifest.extras import json_objects, stored_name
 from cinemo.data.manifest.files import File, Found, find
 from cinemo.data.manifest.folders import NAMED, table_of_folder
 from cinemo.data.manifest.formats import BATCH_ROWS, COMPRESSED, open_parquet
@@ -284,18 +282,13 @@ def _check_columns(schema: pa.Schema, uri: str) -> None:
     missing = [name for name in REQUIRED if name not in names]
     if missing:
         raise InputError(absent(uri, f"column {', '.join(missing)} is missing", names))
-    stored = [_stored_name(name) if name not in SCHEMA.names else name for name in names]
+    stored = [stored_name(name) if name not in SCHEMA.names else name for name in names]
     twice = sorted({name for name in stored if stored.count(name) > 1})
     if twice:
         raise InputError(f"manifest {uri}: column {', '.join(twice)} appears twice; rename one")
     binary = [f.name for f in schema if f.name not in SCHEMA.names and "binary" in str(f.type)]
     if binary:
         raise InputError(f"manifest {uri}: column {', '.join(binary)} is binary, which JSON cannot hold; drop it")
-
-
-def _stored_name(name: str) -> str:
-    """The name of an extra column in a sample's JSON: its own, unless a sample has such a field itself."""
-    return f"manifest_{name}" if name in SAMPLE_FIELDS else name
 
 
 def _is_handy(path: Path) -> bool:
@@ -360,34 +353,5 @@ def _presented(rows: pa.Table, parent: str, numeric: list[str]) -> pa.Table:
     batches = [resolved(cast_columns(batch, SCHEMA, 0, Faults()), parent) for batch in rows.to_batches()]
     table = pa.Table.from_batches(batches) if batches else ROWS.empty_table()
     others = [name for name in table.column_names if name not in SCHEMA.names]
-    extra = [_extra(row, numeric) for row in _objects(table.select(others))] if others else [None] * len(table)
+    extra = json_objects(table.select(others), numeric)
     return table.select(SCHEMA.names).append_column(ROWS.field("extra"), pa.array(extra, pa.string()))
-
-
-def _objects(table: pa.Table) -> list[dict[str, Any]]:
-    """Rows; a map is an object, or a list of pairs where it has a key twice."""
-    try:
-        return list(table.to_pylist(maps_as_pydicts="strict"))
-    except KeyError:
-        return list(table.to_pylist())
-
-
-def _extra(row: dict[str, Any], numeric: list[str]) -> str | None:
-    loose = json.loads(row.pop(JSON_COLUMN, None) or "{}")
-    for name in numeric:
-        row[name] = json.loads(row[name]) if row[name] else None
-    named = {_stored_name(name): _plain(value) for name, value in (row | loose).items()}
-    return json.dumps(named, sort_keys=True, ensure_ascii=False) if named else None
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold: dates and decimals as text, what is no number as null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    return value if isinstance(value, str | int | None) else str(value)

@@ -89,5 +89,8 @@ def _members(uri: str, size: int) -> Iterator[tuple[tarfile.TarInfo, bytes | Non
                     wanted = member.name.endswith((".json", ".txt"))
                     stream = tar.extractfile(member) if wanted else None
                     yield member, stream.read() if stream else None
+            file.seek(tar.offset)
+            if any(file.read(tarfile.BLOCKSIZE)):  # where tarfile meets what is no header, it takes it for the end
+                raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except tarfile.TarError as error:
         raise InputError(f"manifest {uri}: no uncompressed tar, or cut off ({error})") from None
