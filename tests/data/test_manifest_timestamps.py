@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cinemo.data.manifest.manifest import read_manifest
@@ -32,6 +32,7 @@ def spellings(ms: int) -> list[str]:
     ]  # fmt: skip
 
 
+@settings(max_examples=40)
 @given(st.lists(MS, min_size=1, max_size=5))
 def test_all_spellings_are_one_time(times: list[int]) -> None:
     for written in zip(*map(spellings, times), strict=True):
