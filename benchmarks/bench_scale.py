@@ -29,8 +29,8 @@ from cinemo.data.manifest.checks import text_bytes
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.journal import SEGMENT
-from cinemo.data.precompute.lock import hold
 from cinemo.data.precompute.plan import Plan, make_plan
+from cinemo.lock import hold
 from cinemo.recipes.cinemo import cinemo_tiny
 
 ROOT = Path(__file__).resolve().parent.parent

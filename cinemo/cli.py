@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cinemo.config import Recipe, keys
 from cinemo.recipes import DEFAULT_RECIPE, RECIPES, load_recipe
-from cinemo.types import InputError, RunError
+from cinemo.types import InputError, RunError, local_fault
 
 if TYPE_CHECKING:
     from cinemo.methods import Method
@@ -56,6 +56,15 @@ def parser(description: str | None, recipe: str | None = DEFAULT_RECIPE) -> argp
             "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="change a recipe key"
         )
     return made
+
+
+def add_break_lock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--break-lock",
+        action="store_true",
+        help="where a job on another machine holds --output and is known to be dead: replace it at once, without "
+        "watching for a minute whether it is alive",
+    )
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -115,7 +124,8 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     except Exception as error:
         if os.environ.get("CINEMO_DEBUG"):
             raise
-        _leave(1, error)
+        fault = local_fault(error, str(error.filename)) if isinstance(error, OSError) and error.filename else None
+        _leave(2 if isinstance(fault, InputError) else 1, fault or error)
 
 
 def _leave(code: int, error: Exception) -> None:

@@ -3,12 +3,12 @@
 Credentials and endpoint come from the environment as for every AWS tool (``AWS_ACCESS_KEY_ID``,
 ``AWS_ENDPOINT_URL``, ...). What is not there is a `FileNotFoundError`, what is forbidden an `AccessDenied`. Everything
 else that goes wrong on the way to S3 (no answer, 5xx, throttling, a connection that drops) is tried again for
-``CINEMO_STORAGE_PATIENCE`` seconds (180 by default) and then a `RunError`: an outage is nobody's bad clip.
+``CINEMO_STORAGE_PATIENCE`` seconds (180 by default) and then a `RunError`: an outage is nobody's bad clip. A request
+that the server does not know (501) is final, and so is a fault of the local disk.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import os
@@ -17,20 +17,31 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from cinemo.types import InputError, RunError
+from cinemo.types import InputError, RunError, local_fault
 
 PATIENCE = "CINEMO_STORAGE_PATIENCE"
 # An object of less than two parts is one PUT, a larger one a multipart upload: a failed part alone is sent again.
 _PART_BYTES = 32 << 20
 _PARTS_AT_ONCE = 4
 # Answers that no patience mends: the wrong region, a name that cannot be.
-_HOPELESS = frozenset({"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "InvalidBucketName", "405"})
+_HOPELESS = frozenset(
+    {"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "InvalidBucketName", "405", "MethodNotAllowed"}
+    | {"InvalidRequest", "InvalidArgument", "KeyTooLongError", "EntityTooLarge", "MalformedXML"}
+)
 _CONDITION_FAILED = frozenset({"412", "PreconditionFailed", "ConditionalRequestConflict"})
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NOT_THERE = frozenset({"501", "NotImplemented"})
 
 
 class AccessDenied(InputError, PermissionError):
     """These credentials may not touch this object; others they may."""
+
+
+class NoBucket(InputError, FileNotFoundError):
+    """The bucket does not exist, and so nothing in it."""
+
+
+class NotSupported(InputError):
+    """This server does not have that request, or that option of one."""
 
 
 @functools.cache
@@ -76,18 +87,23 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
             raise  # a condition of `write_if`
         except FileNotFoundError as error:
             # The reply to a finished multipart upload was lost, and it was finished again: the object may be there.
+            if _code(error) == "NoSuchBucket":
+                raise NoBucket(f"{uri}: the bucket does not exist; create it or choose another one") from None
             if _code(error) != "NoSuchUpload":
                 raise
             fault: Exception = error
         except (PermissionError, faults.NoCredentialsError, faults.PartialCredentialsError) as error:
+            _raise_local(error, arguments)
             if _code(error) in ("AccessDenied", "403"):
                 raise AccessDenied(f"{uri}: access denied ({brief(error)}); check the bucket's policy") from None
             raise InputError(f"{uri}: {brief(error)}; check AWS_* in the environment") from None
         except (OSError, faults.BotoCoreError, ResponseParserError, aiohttp.ClientError, TimeoutError) as error:
             if _code(error) in _CONDITION_FAILED:
                 raise FileExistsError(f"{uri}: {brief(error)}") from None
-            if getattr(error, "errno", None) in _NO_ROOM:
-                raise RunError(f"{uri}: {brief(error)}; free some space on the local disk and run it again") from None
+            _raise_local(error, arguments)
+            if _code(error) in _NOT_THERE:
+                request = getattr(error.__cause__, "operation_name", method)
+                raise NotSupported(f"{uri}: the S3 server does not know this {request} request (501)") from None
             if _code(error) in _HOPELESS or isinstance(error, faults.ParamValidationError):
                 raise InputError(f"{uri}: {brief(error)}; check bucket, region and endpoint") from None
             fault = error
@@ -100,6 +116,16 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
         logging.getLogger(__name__).warning("%s: %s, trying again", uri, brief(fault))
         time.sleep(random.uniform(0, pause))
         pause = min(2 * pause, 15)
+
+
+def _raise_local(error: BaseException, arguments: Sequence[Any]) -> None:
+    """Raise what the local disk did, which is no outage. An answer of S3 has botocore's error as its cause."""
+    import aiohttp
+
+    if isinstance(error, OSError) and error.__cause__ is None and not isinstance(error, aiohttp.ClientError):
+        fault = local_fault(error, str(error.filename or arguments[-1]))
+        if fault:
+            raise fault from None
 
 
 def _code(error: BaseException) -> str:
@@ -132,10 +158,31 @@ def put(uri: str, pieces: Sequence[memoryview]) -> None:
     """Write an object whole: it is there with all of its content, or not at all."""
     data = _Pieces(pieces)
     body = data[:] if len(data) < 2 * _PART_BYTES else data
-    try:
-        call(uri, "pipe_file", uri, body, chunksize=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
-    except FileNotFoundError as error:
-        raise InputError(f"{uri}: {brief(error)}; create the bucket or choose another one") from None
+    call(uri, "pipe_file", uri, body, chunksize=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+
+
+def put_if(uri: str, data: bytes, **condition: str) -> str:
+    """Write a small object with one PUT, and a condition on it; returns its ETag.
+
+    Raises:
+        FileExistsError: ``IfNoneMatch="*"``, and there is one; ``IfMatch=ETAG``, and it has another one.
+        FileNotFoundError: ``IfMatch``, and there is none.
+        NotSupported: the server knows no such condition.
+    """
+    bucket, key = split(uri)
+    return str(call(uri, "call_s3", "put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
+
+
+def etag(uri: str) -> str:
+    """The ETag of an object. Raises `FileNotFoundError`."""
+    bucket, key = split(uri)
+    return str(call(uri, "call_s3", "head_object", Bucket=bucket, Key=key)["ETag"])
+
+
+def split(uri: str) -> tuple[str, str]:
+    """Bucket and key."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
 
 
 def put_requests(size: int) -> int:

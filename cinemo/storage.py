@@ -9,21 +9,25 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cinemo import s3
-from cinemo.types import InputError, RunError
+from cinemo.types import InputError, RunError, local_fault
 
 Buffer = bytes | bytearray | memoryview
 _WRITEV_BUFFERS = 1024  # IOV_MAX
+_REMOVERS = 16
 
 
 def is_remote(uri: str) -> bool:
@@ -42,7 +46,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    return bool(s3.call(uri, "exists", uri)) if is_remote(uri) else local_path(uri).exists()
+    return bool(s3.call(uri, "exists", uri)) if is_remote(uri) else os.path.exists(local_path(uri))
 
 
 def size(uri: str) -> int:
@@ -73,19 +77,29 @@ def write_bytes(uri: str, data: Buffer | Sequence[Buffer]) -> None:
         s3.put(uri, pieces)
         return
     path = local_path(uri)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    try:
+    with _local_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         try:
-            _write_pieces(descriptor, pieces)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            try:
+                _write_pieces(descriptor, pieces)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _local_faults(path: Path) -> Iterator[None]:
+    """Around what writes to a local disk: its faults in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise local_fault(error, str(error.filename or path)) or error from None
 
 
 def _write_pieces(descriptor: int, pieces: Sequence[memoryview]) -> None:
@@ -108,7 +122,7 @@ def abort_uploads(uri: str) -> int:
     """
     if not is_remote(uri):
         return 0
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    bucket, key = s3.split(uri)
     prefix = key.rstrip("/") + "/" if key else ""
     count = 0
     while True:
@@ -150,8 +164,14 @@ def names(uri: str) -> list[str]:
 def remove(uri: str) -> None:
     """Remove a file or a whole directory; one that is not there is no error."""
     if is_remote(uri):
-        if exists(uri):
-            s3.call(uri, "rm", uri, recursive=True)
+        # One by one: the request that deletes many wants a checksum which some servers do not know.
+        remove_file(uri)
+        bucket, key = s3.split(uri)
+        while page := s3.call(uri, "call_s3", "list_objects_v2", Bucket=bucket, Prefix=f"{key.rstrip('/')}/"):
+            with ThreadPoolExecutor(_REMOVERS) as pool:
+                list(pool.map(remove_file, [f"s3://{bucket}/{entry['Key']}" for entry in page.get("Contents") or []]))
+            if not page.get("IsTruncated"):
+                return
         return
     path = local_path(uri)
     if path.is_dir():
@@ -168,13 +188,23 @@ def remove_file(uri: str) -> None:
         local_path(uri).unlink(missing_ok=True)
 
 
+@contextmanager
+def tidying(what: str) -> Iterator[None]:
+    """Around the removal of what nobody needs any more: the work is done, so a fault of it is only a warning."""
+    try:
+        yield
+    except Exception as error:
+        logging.getLogger(__name__).warning("%s: could not be removed, which harms nothing: %s", what, s3.brief(error))
+
+
 def sweep(uri: str, *directories: str) -> None:
-    """Remove what killed processes were still writing under ``uri`` and some directories in it."""
-    abort_uploads(uri)
-    for directory in () if is_remote(uri) else (uri, *(join(uri, name) for name in directories)):
-        for name in names(directory):
-            if name.startswith(".") and name.endswith(".partial"):
-                remove(join(directory, name))
+    """Remove what killed processes were still writing under ``uri`` and some directories in it, if that can be."""
+    with tidying(f"{uri}: what killed jobs may have left of unfinished writes"):
+        abort_uploads(uri)
+        for directory in () if is_remote(uri) else (uri, *(join(uri, name) for name in directories)):
+            for name in names(directory):
+                if name.startswith(".") and name.endswith(".partial"):
+                    remove(join(directory, name))
 
 
 def read_version(uri: str) -> tuple[bytes, str]:
@@ -183,16 +213,17 @@ def read_version(uri: str) -> tuple[bytes, str]:
         data = read_bytes(uri)
         return data, hashlib.sha256(data).hexdigest()
     while True:
-        before = s3.call(uri, "info", uri)["ETag"]
+        before = s3.etag(uri)
         data = read_bytes(uri)
-        if s3.call(uri, "info", uri)["ETag"] == before:
-            return data, str(before)
+        if s3.etag(uri) == before:
+            return data, before
 
 
 def write_if(uri: str, data: bytes, version: str | None) -> str | None:
     """Write a small file only if it still has ``version`` (None: does not exist). Of several writers one succeeds.
 
-    Local: guarded by a lock on the directory, which holds among the processes of one machine. S3: a conditional PUT.
+    Local: guarded by a lock on the directory, which holds among the processes of one machine. S3: a conditional PUT,
+    which not every server knows (`has_conditions`).
 
     Returns:
         The new version, or None where somebody else was first.
@@ -203,15 +234,53 @@ def write_if(uri: str, data: bytes, version: str | None) -> str | None:
                 return None
             write_bytes(uri, data)
             return _version(uri)
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
-    with contextlib.suppress(FileExistsError, FileNotFoundError):  # maybe only the reply was lost, and it was ourselves
-        s3.call(uri, "call_s3", "put_object", Bucket=bucket, Key=key, Body=data, **condition)
     try:
-        there, now = read_version(uri)
-    except FileNotFoundError:
+        return s3.put_if(uri, data, **({"IfNoneMatch": "*"} if version is None else {"IfMatch": version}))
+    except s3.NoBucket:
+        raise
+    except (FileExistsError, FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):  # maybe only the reply was lost, and it was ourselves
+            there, now = read_version(uri)
+            return now if there == data else None
         return None
-    return now if there == data else None
+
+
+def write_and_look(uri: str, data: bytes, version: str | None, wait: float) -> str | None:
+    """`write_if` for S3 servers without conditional PUTs: the last of several writers succeeds, if none of them takes
+    longer than ``wait`` seconds from looking at the old version to having written.
+    """
+    if _version(uri) != version:
+        return None
+    s3.put_if(uri, data)
+    time.sleep(wait)
+    with contextlib.suppress(FileNotFoundError):
+        there, now = read_version(uri)
+        return now if there == data else None
+    return None
+
+
+def has_conditions(uri: str) -> bool:
+    """Whether `write_if` can be believed under the directory ``uri``: tried with an object there, removed again."""
+    if not is_remote(uri):
+        return True
+    probe = join(uri, f".cinemo-probe-{uuid.uuid4().hex}")
+
+    def refused(data: bytes, **condition: str) -> bool:
+        try:
+            s3.put_if(probe, data, **condition)
+        except FileExistsError:
+            return True
+        return False
+
+    try:
+        refused(b"1", IfNoneMatch="*")
+        right, wrong = s3.etag(probe), f'"{"0" * 32}"'
+        return refused(b"2", IfNoneMatch="*") and refused(b"3", IfMatch=wrong) and not refused(b"4", IfMatch=right)
+    except s3.NotSupported:
+        return False
+    finally:
+        with tidying(probe):
+            remove_file(probe)
 
 
 def remove_if(uri: str, version: str) -> None:
@@ -227,7 +296,7 @@ def remove_if(uri: str, version: str) -> None:
 
 def _version(uri: str) -> str | None:
     try:
-        return read_version(uri)[1]
+        return s3.etag(uri) if is_remote(uri) else read_version(uri)[1]
     except FileNotFoundError:
         return None
 
@@ -235,8 +304,9 @@ def _version(uri: str) -> str | None:
 @contextmanager
 def locked_directory(path: Path) -> Iterator[None]:
     """Hold a local directory, which is created, against the other processes of this machine."""
-    path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY)
+    with _local_faults(path):
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems know no such lock
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -7,6 +7,7 @@ Shape legend, used as suffixes of tensor names everywhere:
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,32 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that could not be finished for a reason worth one line (not a bug): too many failed clips, lost storage."""
+
+
+class NoRoom(RunError, OSError):
+    """A local disk is full."""
+
+
+class BadPlace(InputError, OSError):
+    """A local path that cannot be written: its name is too long, it is forbidden, or a file is in its way."""
+
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_BAD_PLACE = frozenset(
+    {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP}
+)
+
+
+def local_fault(error: OSError, place: str) -> NoRoom | BadPlace | None:
+    """What a person can mend about a fault of a local disk, in one line; None where it is another kind of fault."""
+    fault: NoRoom | BadPlace | None = None
+    if error.errno in _NO_ROOM:
+        fault = NoRoom(f"{place}: {error.strerror}; free some space there and run the same command again")
+    elif error.errno in _BAD_PLACE:
+        fault = BadPlace(f"{place}: cannot write there ({error.strerror}); choose another place")
+    if fault:
+        fault.errno = error.errno
+    return fault
 
 
 class ClipError(Exception):

@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="REASON",
         help="try refused clips of a finished dataset again: those refused for REASON, or all",
     )
+    cli.add_break_lock(parser)
     parser.add_argument("--verify", action="store_true", help="only check a finished dataset (needs no --manifest)")
     parser.add_argument("--sample", type=int, default=8, metavar="N", help="samples that --verify encodes again")
     arguments = parser.parse_args(argv)
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tracker,
             columns,
             arguments.file_names_as_captions,
+            arguments.break_lock,
         )
         page = write_report(summary)
         if tracker:

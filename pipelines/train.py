@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="auto: continue what --output holds, or start; never: insist on an empty --output; URI: start a new run "
         "from a checkpoint",
     )
+    cli.add_break_lock(parser)
     parser.add_argument(
         "--verify-resume",
         action="store_true",
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     from cinemo.training.run import worker  # late: --help and bad flags need neither torch nor Ray
 
-    summary = worker.run(recipe, arguments.data, arguments.output, arguments.resume)
+    summary = worker.run(recipe, arguments.data, arguments.output, arguments.resume, arguments.break_lock)
     print(
         f"{summary.steps} steps, loss {summary.first_loss:.4f} -> {summary.last_loss:.4f}, "
         f"{summary.samples_per_second:.1f} samples/s; checkpoint: {summary.checkpoint}"

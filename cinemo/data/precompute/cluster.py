@@ -193,8 +193,9 @@ def results(graph: Any) -> Iterator[dict[str, Any]]:
 
 def _cause(error: Exception) -> Exception:
     """What a worker raised for a person to read; else the error as it is. Ray keeps it as text only."""
-    found = re.findall(r"^cinemo\.\w+\.(RunError|InputError|AccessDenied): (.+)$", str(error), re.MULTILINE)
+    names = "RunError|NoRoom|InputError|AccessDenied|BadPlace|NoBucket|NotSupported"
+    found = re.findall(rf"^cinemo\.\w+\.({names}): (.+)$", str(error), re.MULTILINE)
     if not found:
         return error
     kind, message = found[-1]
-    return RunError(message) if kind == "RunError" else InputError(message)
+    return (RunError if kind in ("RunError", "NoRoom") else InputError)(message)

@@ -211,7 +211,8 @@ class Dataset:
         if not storage.exists(place) or storage.read_bytes(place) != table:
             storage.write_bytes(place, table)
         self._store({**summary, "latent_statistics": self._latent_statistics(summary), "complete": True})
-        self.journal.remove()
+        with storage.tidying(f"{self.uri}: the journal of a finished dataset"):
+            self.journal.remove()
         storage.sweep(self.uri, "shards", "quarantine")
 
     def _latent_statistics(self, summary: dict[str, Any]) -> dict[str, Any] | None:

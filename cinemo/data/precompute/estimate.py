@@ -25,9 +25,9 @@ from cinemo.data.manifest.columns import Columns
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.data.precompute import stages
 from cinemo.data.precompute.journal import SEGMENT
-from cinemo.data.precompute.lock import HEARTBEAT_SECONDS
 from cinemo.data.precompute.plan import Plan, PlannedRows, make_plan
 from cinemo.data.precompute.prices import Prices, money
+from cinemo.lock import HEARTBEAT_SECONDS
 from cinemo.types import keyed_seed
 
 SAMPLE_CLIPS = 32
@@ -205,7 +205,7 @@ class Known:
             tar = s3.put_requests(int(figures.get("bytes", 0) / shards))
             beats = figures["hours_here"] * 3600 / HEARTBEAT_SECONDS
             puts += shards * (tar + 1 + with_ledger) + math.ceil(shards / SEGMENT) + 3 + beats
-            gets += shards * 2 * (1 - with_ledger) + 3 * beats + 10
+            gets += shards * 2 * (1 - with_ledger) + 10
         return gets, puts
 
     def bottleneck(self, figures: Mapping[str, float], spent: Mapping[str, float]) -> str:

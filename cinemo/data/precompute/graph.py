@@ -25,9 +25,9 @@ from cinemo.data.manifest.columns import Columns
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.data.precompute import cluster, stages
 from cinemo.data.precompute.dataset import Dataset
-from cinemo.data.precompute.lock import hold
 from cinemo.data.precompute.plan import PlannedRows, make_plan
 from cinemo.data.precompute.progress import Figures, describe
+from cinemo.lock import hold
 from cinemo.methods import method_class
 from cinemo.types import InputError, RunError
 
@@ -50,6 +50,7 @@ def run(
     listener: Callable[[Figures], None] | None = None,
     columns: Columns | None = None,
     names_as_captions: bool = False,
+    break_lock: bool = False,
 ) -> dict[str, Any]:
     """Make a dataset, or finish one that was begun. A finished one is left as it is, byte for byte.
 
@@ -60,6 +61,7 @@ def run(
         retry_quarantine: try refused clips of a finished dataset again: those of one reason, or all with ``""``. Those
             that succeed are appended as new shards.
         listener: told every few seconds how the run is doing.
+        break_lock: see `cinemo.lock.hold`.
 
     Returns:
         A summary: clips, samples, quarantined, reasons, shards, bytes of the dataset; and of this run ``done`` (clips),
@@ -79,7 +81,7 @@ def run(
     extras = [FieldStore.open(dataset.uri, field, *fields.identity(field, recipe)) for field in recipe.data.fields]
     totals: Counter[str] = Counter()
     capacity: dict[str, float] = {}
-    with hold(dataset.uri) as lock:
+    with hold(dataset.uri, break_lock) as lock:
         dataset.load()
         rows, retried = _rows_to_do(dataset, retry_quarantine)
         if len(rows):

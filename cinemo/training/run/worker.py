@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.statistics import with_statistics
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.precompute.cluster import connect
+from cinemo.lock import Lock, hold
 from cinemo.methods import check_trainable, image_encoder_place, method_class
 from cinemo.networks.frozen import check_image_encoder
 from cinemo.recipes import parse_recipe
@@ -65,7 +67,7 @@ _FIXED = (
 )
 
 
-def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSummary:
+def run(recipe: Recipe, data: str, output: str, resume: str = "auto", break_lock: bool = False) -> TrainSummary:
     """Train ``recipe`` on a dataset of latents and return how it ended.
 
     Args:
@@ -73,9 +75,10 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
         output: run directory (local or s3://): ``train.json``, ``loss.csv``, ``samples/``, ``train/checkpoint_*``.
         resume: ``auto`` continues what ``output`` holds, or starts; ``never`` insists on an empty output; a URI (a
             checkpoint or another run's output) starts from that checkpoint, its step included.
+        break_lock: see `cinemo.lock.hold`.
 
     Raises:
-        InputError: dataset, checkpoint, recipe and machine do not fit together.
+        InputError: dataset, checkpoint, recipe and machine do not fit together, or another training holds ``output``.
         RunError: training failed for good.
     """
     data, output = storage.absolute(data), storage.absolute(output)
@@ -92,7 +95,18 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     if start and summary and start.step >= recipe.train.max_steps and start.uri.startswith(output):
         print(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
         return summary
-    storage.check_writable(output)
+    with hold(output, break_lock) as lock:
+        return _train(recipe, index, digest, output, resume, base_note, lock)
+
+
+def _train(
+    recipe: Recipe, index: DatasetIndex, digest: str, output: str, resume: str, base_note: str | None, lock: Lock
+) -> TrainSummary:
+    """The training itself, in an output that nobody else writes."""
+    data = index.uri
+    if resume == "auto":  # what a killed job left half written
+        checkpoints.prune(output, recipe.train.keep_checkpoints)
+    start = _starting_point(recipe, digest, output, resume)
     note = LatentLoader.of(index, recipe.train, fields=method_class(recipe).stored_fields(recipe)).note
     if note:
         print(f"{data}: {note}")
@@ -132,10 +146,11 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
         ),
     )
     try:
-        with _following(mailbox, progress):
+        with _following(mailbox, progress, lock):
             trainer.fit()
         _raise_fault(mailbox)
     except SystemExit:  # what Ray Train makes of an interrupt
+        lock.check()
         progress.fail("KILLED")
         raise KeyboardInterrupt from None
     except Exception as error:
@@ -151,14 +166,16 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto") -> TrainSu
     except BaseException:
         progress.fail()
         raise
-    checkpoints.prune(output, train_settings.keep_checkpoints)
+    lock.check()
+    with storage.tidying(f"{output}: checkpoints before the last {train_settings.keep_checkpoints}"):
+        checkpoints.prune(output, train_settings.keep_checkpoints)
     latest = checkpoints.latest(output)
     assert latest is not None
     return progress.finish(latest.uri)
 
 
 def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> CheckpointCard | None:
-    """The checkpoint to take up, or None for a start from nothing. Sweeps what a killed job left half written."""
+    """The checkpoint to take up, or None for a start from nothing."""
     holds = read_run(output) is not None or checkpoints.stored(output)
     if resume != "auto" and holds:
         raise InputError(
@@ -166,11 +183,7 @@ def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> Ch
         )
     if resume == "never":
         return None
-    if resume == "auto":
-        checkpoints.prune(output, recipe.train.keep_checkpoints)
-        card = checkpoints.latest(output)
-    else:
-        card = checkpoints.find(resume)
+    card = checkpoints.latest(output) if resume == "auto" else checkpoints.find(resume)
     if card is None:
         return None
     if card.dataset != digest:
@@ -235,8 +248,11 @@ def _raise_fault(mailbox: Any) -> None:
 
 
 @contextmanager
-def _following(mailbox: Any, progress: Progress) -> Iterator[None]:
-    """Hand the mailbox's events to ``progress`` from a thread, until the block ends and none are left."""
+def _following(mailbox: Any, progress: Progress, lock: Lock) -> Iterator[None]:
+    """Hand the mailbox's events to ``progress`` from a thread, until the block ends and none are left.
+
+    Once the lock is lost, nothing more is written, and the block is interrupted as a person would do it.
+    """
     over = threading.Event()
 
     def follow() -> None:
@@ -244,6 +260,9 @@ def _following(mailbox: Any, progress: Progress) -> Iterator[None]:
         ending = False
         while not ending:
             ending = over.wait(0.3)
+            if lock.lost:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
             for event in ray.get(mailbox.take.remote()):
                 progress.handle(pickle.loads(event))
 

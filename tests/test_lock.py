@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from cinemo import storage
-from cinemo.data.precompute import lock
-from cinemo.data.precompute.lock import NAME, hold
+from cinemo import lock, storage
+from cinemo.lock import NAME, hold
 from cinemo.types import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,9 +68,7 @@ def test_it_is_released_when_the_work_fails(output: str) -> None:
 
 
 def test_a_killed_process_of_this_machine_is_followed_at_once(tmp_path: Path) -> None:
-    program = (
-        f"import time\nfrom cinemo.data.precompute.lock import hold\nwith hold({str(tmp_path)!r}):\n    time.sleep(100)"
-    )
+    program = f"import time\nfrom cinemo.lock import hold\nwith hold({str(tmp_path)!r}):\n    time.sleep(100)"
     process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         while not (tmp_path / NAME).exists():

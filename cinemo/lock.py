@@ -2,6 +2,9 @@
 
 Nobody's clock is compared with another's: a holder on another machine counts as dead once its heartbeat has not changed
 for `STALE_SECONDS` of watching; one on this machine at once when its process is gone.
+
+Some S3 servers know no conditional PUTs; `storage.has_conditions` tries that when the lock is taken. There the lock is
+weaker: what was written is looked at again after `SETTLE_SECONDS`, and the last writer holds the output.
 """
 
 from __future__ import annotations
@@ -23,14 +26,17 @@ from cinemo.types import InputError, RunError
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
+SETTLE_SECONDS = 3.0
 NAME = ".lock.json"
+_RACES = 20
 
 
 class Lock:
     """A held lock. `check` it between steps: whoever lost it must not go on."""
 
-    def __init__(self, output: str, facts: dict[str, Any], version: str) -> None:
+    def __init__(self, output: str, facts: dict[str, Any], version: str, weak: bool = False) -> None:
         self.output, self.uri, self.facts, self.version = output, storage.join(output, NAME), facts, version
+        self.weak = weak
         self.lost: str | None = None
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
@@ -48,13 +54,14 @@ class Lock:
         self._released.set()
         self._thread.join()
         if not self.lost:
-            storage.remove_if(self.uri, self.version)
+            with storage.tidying(self.uri):
+                storage.remove_if(self.uri, self.version)
 
     def _beat(self) -> None:
         silent_since = time.monotonic()
         while not self._released.wait(HEARTBEAT_SECONDS):
             try:
-                version = storage.write_if(self.uri, _content(self.facts), self.version)
+                version = _write(self.uri, self.facts, self.version, self.weak)
             except Exception as error:
                 # Storage that fails for a moment costs nothing; in the end another job may have taken over.
                 if time.monotonic() - silent_since > STALE_SECONDS:
@@ -68,21 +75,31 @@ class Lock:
 
 
 @contextlib.contextmanager
-def hold(output: str) -> Iterator[Lock]:
+def hold(output: str, break_lock: bool = False) -> Iterator[Lock]:
     """Hold the lock of an output for the length of a ``with`` block.
 
+    Args:
+        break_lock: do not watch whether a holder on another machine is alive: replace it at once, and say whom.
+
     Raises:
-        InputError: another job is at work on it.
+        InputError: another job is at work on it, or nothing can be written there.
     """
-    lock = _acquire(output)
+    lock = _acquire(output, break_lock)
     try:
         yield lock
     finally:
         lock.release()
 
 
-def _acquire(output: str) -> Lock:
+def _acquire(output: str, break_lock: bool) -> Lock:
     uri = storage.join(output, NAME)
+    weak = not storage.has_conditions(output)
+    if weak:
+        print(
+            f"{output}: the S3 server knows no conditional PUT, so its lock is a weaker one: do not start two jobs on "
+            f"it within {SETTLE_SECONDS:g} s of each other",
+            flush=True,
+        )
     facts = {
         "token": uuid.uuid4().hex,
         "host": socket.gethostname(),
@@ -91,14 +108,19 @@ def _acquire(output: str) -> Lock:
         "process_started": _started(os.getpid()),
         "since": _now(),
     }
-    watched, since = "", time.monotonic()
-    while True:
+    watched, since, races = "", time.monotonic(), 0
+    while races < _RACES:
         holder, version = _read(uri)
-        if holder is None or _is_dead(holder) or (version == watched and time.monotonic() - since > STALE_SECONDS):
-            taken = storage.write_if(uri, _content(facts), version)
+        broken = break_lock and holder is not None and not _is_here(holder)
+        silent = version == watched and time.monotonic() - since > STALE_SECONDS
+        if holder is None or _is_dead(holder) or broken or silent:
+            if broken:
+                print(f"{output}: --break-lock takes it from {_describe(holder)}", flush=True)
+                break_lock = False  # not from whoever comes first now
+            taken = _write(uri, facts, version, weak, SETTLE_SECONDS)
             if taken is not None:
-                return Lock(output, facts, taken)
-            watched = ""
+                return Lock(output, facts, taken, weak)
+            watched, races = "", races + 1
             continue
         if _is_here(holder) or (watched and version != watched):
             raise InputError(
@@ -108,9 +130,18 @@ def _acquire(output: str) -> Lock:
         if not watched:
             watched, since = str(version), time.monotonic()
             print(
-                f"{output}: locked by a job elsewhere ({_describe(holder)}); watching whether it is alive", flush=True
+                f"{output}: locked by a job elsewhere ({_describe(holder)}); watching for {STALE_SECONDS:g} s whether "
+                "it is alive (--break-lock does not wait)",
+                flush=True,
             )
         time.sleep(HEARTBEAT_SECONDS / 5)
+    raise RunError(f"{output}: its lock could not be taken in {_RACES} attempts; look at {uri}, and who writes it")
+
+
+def _write(uri: str, facts: dict[str, Any], version: str | None, weak: bool, wait: float = 0) -> str | None:
+    """A heartbeat; the new version, or None where somebody else wrote meanwhile. ``wait``: see `write_and_look`."""
+    content = _content(facts)
+    return storage.write_and_look(uri, content, version, wait) if weak else storage.write_if(uri, content, version)
 
 
 def _content(facts: dict[str, Any]) -> bytes:
