@@ -20,6 +20,9 @@ from typing import Any
 from cinemo.types import InputError, RunError, local_fault
 
 PATIENCE = "CINEMO_STORAGE_PATIENCE"
+# Otherwise SDKs send a checksum behind the body (aws-chunked). Servers that do not know it refuse the request, or store
+# the checksum with the content. Every process that has a client of pyarrow's needs this.
+ENVIRONMENT = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
 # An object of less than two parts is one PUT, a larger one a multipart upload: a failed part alone is sent again.
 _PART_BYTES = 32 << 20
 _PARTS_AT_ONCE = 4
@@ -55,6 +58,7 @@ def client() -> Any:
             "retries": {"total_max_attempts": 5, "mode": "standard"},
             "connect_timeout": 5,
             "read_timeout": 60,
+            "request_checksum_calculation": "when_required",  # as `ENVIRONMENT`
         },
         use_listings_cache=False,
         default_cache_type="none",

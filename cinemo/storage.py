@@ -6,6 +6,7 @@ What S3 answers, and how long it is tried again, is `cinemo.s3`'s.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -58,9 +59,14 @@ def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     if is_remote(uri):
         end = None if length is None else start + length
         return bytes(s3.call(uri, "cat_file", uri, start=start or None, end=end))
-    with local_path(uri).open("rb") as file:
-        file.seek(start)
-        return file.read(-1 if length is None else length)
+    try:
+        with local_path(uri).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if length is None else length)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):  # there can be no such file
+            raise FileNotFoundError(errno.ENOENT, error.strerror, uri) from None
+        raise
 
 
 def write_bytes(uri: str, data: Buffer | Sequence[Buffer]) -> None:

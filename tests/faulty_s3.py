@@ -13,14 +13,29 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from cinemo.types import keyed_seed
 
 FAULTS = ("500", "503", "slow", "drop", "lose_reply", "cut_reply")
 _ERROR = '<?xml version="1.0" encoding="UTF-8"?><Error><Code>{}</Code><Message>injected</Message></Error>'
-_CODES = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied"}
+_CODES = {"500": "InternalError", "501": "NotImplemented", "503": "SlowDown", "403": "AccessDenied"}
+_CONDITIONS = {"if-match", "if-none-match"}
 _HOP_HEADERS = {"connection", "transfer-encoding", "keep-alive", "content-length"}
+
+
+def operation(method: str, path: str, query: str) -> str:
+    """The name that S3 gives to a request."""
+    options = set(parse_qs(query, keep_blank_values=True))
+    if "/" not in path.strip("/"):
+        if method == "GET":
+            return "ListMultipartUploads" if "uploads" in options else "ListObjectsV2"
+        return {"POST": "DeleteObjects", "HEAD": "HeadBucket", "PUT": "CreateBucket"}.get(method, method)
+    if "uploadId" in options:
+        return {"PUT": "UploadPart", "POST": "CompleteMultipartUpload", "DELETE": "AbortMultipartUpload"}[method]
+    if method == "POST":
+        return "CreateMultipartUpload"
+    return f"{method.capitalize()}Object"
 
 
 class FaultyS3(ThreadingHTTPServer):
@@ -42,6 +57,7 @@ class FaultyS3(ThreadingHTTPServer):
         delay: float = 0.3,
         bytes_per_second: float = 0,
         only: str = "",
+        conditions: str = "",
     ) -> None:
         """What requests meet from now on.
 
@@ -51,13 +67,15 @@ class FaultyS3(ThreadingHTTPServer):
             delay: seconds of a ``slow`` answer.
             bytes_per_second: speed at which request bodies are taken in, all connections together; 0 = no limit.
             only: faults meet requests whose path contains this.
+            conditions: what becomes of a conditional PUT: ``ignored``, ``501``, or as the server behind does it.
         """
         assert set(rates or {}) <= {*FAULTS, *_CODES}, rates
         with self.lock:
             self.seed, self.rates, self.delay, self.only = seed, dict(rates or {}), delay, only
-            self.bytes_per_second = bytes_per_second
+            self.bytes_per_second, self.conditions = bytes_per_second, conditions
             self.seen: Counter[str] = Counter()
             self.injected: Counter[str] = Counter()
+            self.operations: Counter[str] = Counter()
 
     @property
     def endpoint(self) -> str:
@@ -89,11 +107,17 @@ class _Handler(BaseHTTPRequestHandler):
         # The upload id of a multipart upload is random: without it the path is the same in every run.
         url = urlsplit(self.path)
         parts = "&".join(part for part in url.query.split("&") if not part.startswith("uploadId"))
+        with proxy.lock:
+            proxy.operations[operation(self.command, url.path, url.query)] += 1
         fault = proxy.fault(self.command, f"{url.path}?{parts}")
         if fault == "drop":
             self._hang_up()
             return
         body = self._body()
+        if self.command == "PUT" and proxy.conditions and _CONDITIONS & {name.lower() for name in self.headers}:
+            fault = fault or ("501" if proxy.conditions == "501" else "")
+            for name in _CONDITIONS:
+                del self.headers[name]
         if fault in _CODES:
             self._answer(int(fault), {"Content-Type": "application/xml"}, _ERROR.format(_CODES[fault]).encode())
             return
@@ -119,7 +143,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        left = int(self.headers.get("Content-Length") or 0)
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            return b"".join(self._chunks())
+        return self._take(int(self.headers.get("Content-Length") or 0))
+
+    def _chunks(self) -> Iterator[bytes]:
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            yield self._take(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+
+    def _take(self, left: int) -> bytes:
         speed, pieces = self.server.bytes_per_second, []
         while left > 0:
             piece = self.rfile.read(min(left, 1 << 16))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from cinemo import storage
+from cinemo import lock, storage
 from cinemo.bundle import save_bundle
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
@@ -151,7 +151,11 @@ def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
     first = recipe.model_copy(update={"train": CinemoTrain(**(recipe.train.model_dump() | begun))})
     jobs.append(Job(first, dataset, output, tmp_path / "first.log"))
     jobs[0].wait_for(lambda: bool(checkpoints.complete(str(output))))
+    with pytest.raises(InputError, match=rf"another job is working on it \(.*process {jobs[0].process.pid}") as refused:
+        worker.run(recipe, dataset, str(output))
+    assert "\n" not in str(refused.value)
     jobs[0].kill_all()
+    assert (output / lock.NAME).exists()
     run = json.loads((output / "run.json").read_text())
     assert not (output / SUMMARY_FILE).exists()
     reached = checkpoints.latest(str(output))
@@ -167,6 +171,8 @@ def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
     assert jobs[1].process.wait(PATIENCE) == 0, jobs[1].log.read_text()
     log = jobs[1].log.read_text()
     assert f"continuing at step {reached.step}" in log
+    assert "watching" not in log, "a dead holder on this machine is followed at once"
+    assert not (output / lock.NAME).exists()
     assert log.count("continuing at step") == 2, log
 
     summary = json.loads((output / SUMMARY_FILE).read_text())
@@ -216,6 +222,22 @@ def test_an_interrupt_ends_in_130_and_the_run_goes_on_later(
     jobs[0].process.send_signal(signal.SIGINT)
     assert jobs[0].process.wait(PATIENCE) == 130, jobs[0].log.read_text()
     assert "Traceback" not in jobs[0].log.read_text()
+
+
+@pytest.mark.ray
+def test_a_training_that_lost_its_output_stops_and_writes_nothing_more(
+    small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    endless = small.model_copy(update={"train": small.train.model_copy(update={"max_steps": 100_000})})
+    output = tmp_path / "run"
+    jobs.append(Job(endless, dataset, output, tmp_path / "first.log"))
+    jobs[0].wait_for(lambda: "loss" in jobs[0].log.read_text())
+    storage.write_json(str(output / lock.NAME), {"host": "far-away", "pid": 7})
+    assert jobs[0].process.wait(PATIENCE) == 1, jobs[0].log.read_text()
+    last = jobs[0].log.read_text().splitlines()[-1]
+    assert f"{output}: this job has lost its lock (host far-away, process 7" in last
+    assert storage.read_json(str(output / lock.NAME))["host"] == "far-away"
 
 
 @pytest.fixture
@@ -374,6 +396,9 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     refused(r"train\.lora_rank 16 -> 4", changed(lora_rank=4))
     refused("checkpoint .*elsewhere: none there", output=tmp_path / "new", resume=str(tmp_path / "elsewhere"))
     refused("no dataset there", data=str(tmp_path))
+    with lock.hold(str(tmp_path / "held")):
+        refused(rf"another job is working on it \(.*process {os.getpid()}, since", output=tmp_path / "held")
+    refused(r"cannot write there \(File name too long\)", output=tmp_path / ("long" * 100))
     refused("name ends with 'to_qq'; did you mean", changed(trainable="lora", lora_layers=("to_qq",)))
     wide = small.model_copy(update={"data": small.data.model_copy(update={"size": (64, 64)})})
     refused("latents 4x4x4x4, recipe cinemo-tiny expects 4x4x8x8", wide)

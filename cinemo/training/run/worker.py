@@ -170,7 +170,8 @@ def _train(
     with storage.tidying(f"{output}: checkpoints before the last {train_settings.keep_checkpoints}"):
         checkpoints.prune(output, train_settings.keep_checkpoints)
     latest = checkpoints.latest(output)
-    assert latest is not None
+    if latest is None:
+        raise RunError(f"{output}: no checkpoint is complete there: the storage has lost files that were written to it")
     return progress.finish(latest.uri)
 
 

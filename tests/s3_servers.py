@@ -1,0 +1,147 @@
+"""S3 servers that are not Amazon's, on loopback, from package registries: OpenStack Swift (Debian), s3rver (npm).
+
+Both are unlike it where it matters: Swift answers 501 to a conditional PUT and refuses a DeleteObjects without
+Content-MD5; s3rver ignores conditions and answers 501 to ListMultipartUploads.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+_SWIFT = ("proxy", "account", "container", "object")
+_START_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Server:
+    endpoint: str
+    key: str
+    secret: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+
+@contextmanager
+def moto(directory: Path) -> Iterator[Server]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield Server(f"http://{host}:{port}", "test", "test")
+    finally:
+        server.stop()
+
+
+@contextmanager
+def s3rver(directory: Path) -> Iterator[Server]:
+    """Skips where it is absent: ``npm install --prefix .cache/s3rver s3rver``."""
+    installed = ROOT / ".cache/s3rver/node_modules/.bin/s3rver"
+    program = str(installed) if installed.exists() else shutil.which("s3rver")
+    if program is None or shutil.which("node") is None:
+        pytest.skip("no s3rver on this machine (npm install --prefix .cache/s3rver s3rver)")
+    (port,) = _free_ports(1)
+    command = [program, "-d", str(directory), "-a", "127.0.0.1", "-p", str(port), "-s", "--no-vhost-buckets"]
+    with _process(command, directory / "s3rver.log"):
+        yield _answering(Server(f"http://127.0.0.1:{port}", "S3RVER", "S3RVER"), directory)
+
+
+@contextmanager
+def swift(directory: Path) -> Iterator[Server]:
+    """All of Swift with one device in a directory. Skips where it is absent:
+    ``apt-get install swift-proxy swift-account swift-container swift-object``.
+    """
+    programs = ("swift-ring-builder", *(f"swift-{name}-server" for name in _SWIFT))
+    missing = [name for name in programs if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"no OpenStack Swift on this machine ({', '.join(missing)} missing)")
+    ports = dict(zip(_SWIFT, _free_ports(len(_SWIFT)), strict=True))
+    _configure_swift(directory, ports)
+    with ExitStack() as stack:
+        for name in _SWIFT:
+            command = [f"swift-{name}-server", str(directory / f"{name}-server.conf"), "-v"]
+            stack.enter_context(_process(command, directory / f"{name}.log", SWIFT_DIR=str(directory)))
+        yield _answering(Server(f"http://127.0.0.1:{ports['proxy']}", "test:tester", "testing"), directory)
+
+
+def _configure_swift(directory: Path, ports: dict[str, int]) -> None:
+    (directory / "devices" / "d1").mkdir(parents=True)
+    (directory / "swift.conf").write_text(
+        "[swift-hash]\nswift_hash_path_prefix = a\nswift_hash_path_suffix = b\n"
+        "[storage-policy:0]\nname = gold\ndefault = yes\n"
+    )
+    for name, port in ports.items():
+        default = f"[DEFAULT]\nbind_ip = 127.0.0.1\nbind_port = {port}\nworkers = 0\nswift_dir = {directory}\n"
+        default += f"user = {getpass.getuser()}\n"
+        if name == "proxy":
+            filters = {"catch_errors": "", "cache": "memcache", "s3api": "", "tempauth": "", "slo": "", "dlo": ""}
+            extra = {"s3api": "location = us-east-1\n", "tempauth": "user_test_tester = testing .admin\n"}
+            text = f"{default}[pipeline:main]\npipeline = {' '.join(filters)} proxy-server\n"
+            text += "[app:proxy-server]\nuse = egg:swift#proxy\naccount_autocreate = true\n"
+            for kind, egg in filters.items():
+                text += f"[filter:{kind}]\nuse = egg:swift#{egg or kind}\n{extra.get(kind, '')}"
+        else:
+            text = f"{default}devices = {directory / 'devices'}\nmount_check = false\n"
+            text += f"[pipeline:main]\npipeline = {name}-server\n[app:{name}-server]\nuse = egg:swift#{name}\n"
+            ring = ["swift-ring-builder", f"{name}.builder"]
+            for step in (("create", "4", "1", "0"), ("add", f"r1z1-127.0.0.1:{port}/d1", "1"), ("rebalance",)):
+                subprocess.run([*ring, *step], cwd=directory, check=True, capture_output=True, timeout=60)
+        (directory / f"{name}-server.conf").write_text(text)
+
+
+@contextmanager
+def _process(command: list[str], log: Path, **environment: str) -> Iterator[None]:
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env={**os.environ, **environment})
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answering(server: Server, directory: Path) -> Server:
+    """Wait until it does; Swift needs seconds."""
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        try:
+            urllib.request.urlopen(server.endpoint, timeout=5).close()
+        except urllib.error.HTTPError:
+            return server
+        except OSError:
+            if time.monotonic() > deadline:
+                logs = "".join(path.read_text(errors="replace")[-500:] for path in directory.glob("*.log"))
+                raise RuntimeError(f"{server.endpoint} does not answer: {logs}") from None
+            time.sleep(0.1)
+            continue
+        return server
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
