@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 import pytest
@@ -33,6 +34,12 @@ def test_every_ending_has_its_code_and_one_line(capsys: pytest.CaptureFixture[st
     assert (code, said.count("\n")) == (1, 1)
     assert "CINEMO_DEBUG=1" in said
     assert ending(KeyboardInterrupt(), capsys)[0] == 130
+    code, said = ending(PermissionError(errno.EACCES, "Permission denied", "/a/b"), capsys)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "/a/b: cannot write there (Permission denied); choose another place" in said
+    code, said = ending(OSError(errno.ENOSPC, "No space left on device", "/a/b"), capsys)
+    assert (code, said.count("\n")) == (1, 1)
+    assert "/a/b: No space left on device; free some space there" in said
 
 
 def test_a_traceback_is_there_when_asked_for(

@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -39,6 +41,10 @@ TRAIN = [
 pytestmark = pytest.mark.s3
 
 
+def client() -> Any:
+    return boto3.Session().client("s3")  # the default session remembers the credentials of its first client
+
+
 @pytest.fixture(
     scope="module",
     params=["moto", pytest.param("swift", marks=pytest.mark.slow), pytest.param("s3rver", marks=pytest.mark.slow)],
@@ -58,22 +64,54 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         patch.setenv("CINEMO_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv(s3.PATIENCE, "5")
         s3.client.cache_clear()
-        boto3.client("s3").create_bucket(Bucket="cinemo-test")
+        client().create_bucket(Bucket="cinemo-test")
         yield proxy
     s3.client.cache_clear()
 
 
-def command(script: str, *arguments: str, code: int = 0) -> str:
-    """Run an entry point as a user would; returns its output."""
+# Runs one command after the other in one process, each when it is told on stdin; says how each ended.
+PROGRAM = """
+import importlib, json, sys
+from cinemo import cli
+for line in sys.stdin:
+    script, *arguments = json.loads(line)
+    try:
+        cli.run(importlib.import_module(f"pipelines.{script}").main, arguments)
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    print(f"ended with {code}", flush=True)
+"""
+
+
+@contextmanager
+def commands(log: Path) -> Iterator[Callable[..., str]]:
+    """A function that runs an entry point, and returns its output."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, f"pipelines/{script}.py", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == code, (
-        f"{script} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
-    )
-    return done.stdout + done.stderr
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, text=True, stdin=-1, stdout=-1, stderr=errors
+        )
+    assert process.stdin
+    assert process.stdout
+
+    def run(script: str, *arguments: str) -> str:
+        print(json.dumps([script, *arguments]), file=process.stdin, flush=True)
+        lines = []
+        for line in process.stdout or ():
+            lines.append(line)
+            if line.startswith("ended with "):
+                break
+        assert lines[-1:] == ["ended with 0\n"], f"{script}: {''.join(lines[-30:])}\n{log.read_text()[-5000:]}"
+        return "".join(lines)
+
+    try:
+        yield run
+        process.stdin.close()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -111,7 +149,7 @@ def test_what_pyarrow_writes_is_what_is_stored(root: str, monkeypatch: pytest.Mo
 
 
 def test_sweeping_up_never_fails(root: str, caplog: pytest.LogCaptureFixture) -> None:
-    boto3.client("s3").create_multipart_upload(Bucket="cinemo-test", Key=f"{root.removeprefix(BUCKET + '/')}/x")
+    client().create_multipart_upload(Bucket="cinemo-test", Key=f"{root.removeprefix(BUCKET + '/')}/x")
     begun = time.monotonic()
     storage.sweep(root)
     assert time.monotonic() - begun < 5, "what the server does not know is not tried again"
@@ -178,20 +216,21 @@ def test_precompute_verify_and_train_send_what_is_documented(
     weak = not storage.has_conditions(root)
     made = ["--manifest", f"{root}/clips.jsonl", "--output", f"{root}/data", *SMALL]
     outputs = []
-    for name, arguments in (
-        ("precompute.py", made),
-        ("precompute.py", made),
-        ("precompute.py --verify", ["--output", f"{root}/data", *SMALL]),
-        ("train.py", ["--data", f"{root}/data", "--output", f"{root}/run", *SMALL, *TRAIN]),
-    ):
-        server.meet()
-        begun = time.monotonic()
-        script, *flags = name.split()
-        outputs.append(command(script.removesuffix(".py"), *flags, *arguments))
-        seconds, requests = time.monotonic() - begun, server.operations
-        counts = ", ".join(f"{count} {kind}" for kind, count in sorted(requests.items()))
-        say(f"{name}: {seconds:.1f} s, {requests.total()} requests: {counts}")
-        assert set(requests) <= documented()[name], name
+    with commands(tmp_path / "stderr.log") as command:
+        for name, arguments in (
+            ("precompute.py", made),
+            ("precompute.py", made),
+            ("precompute.py --verify", ["--output", f"{root}/data", *SMALL]),
+            ("train.py", ["--data", f"{root}/data", "--output", f"{root}/run", *SMALL, *TRAIN]),
+        ):
+            server.meet()
+            begun = time.monotonic()
+            script, *flags = name.split()
+            outputs.append(command(script.removesuffix(".py"), *flags, *arguments))
+            seconds, requests = time.monotonic() - begun, server.operations
+            counts = ", ".join(f"{count} {kind}" for kind, count in sorted(requests.items()))
+            say(f"{name}: {seconds:.1f} s, {requests.total()} requests: {counts}")
+            assert set(requests) <= documented()[name], name
     precompute, again, verified, trained = outputs
     assert "10 samples in 3 shards" in precompute
     assert "nothing was left to do" in again

@@ -172,3 +172,37 @@ def test_a_clip_that_is_denied_is_the_clips_fault(s3_faults: FaultyS3) -> None:
     with pytest.raises(ClipError) as refused:
         decode_clip(Clip("x", "s3://cinemo-test/x.mp4", ""), DataConfig())
     assert (refused.value.stage, refused.value.reason) == ("open", "denied")
+
+
+@pytest.mark.s3
+def test_what_the_server_does_not_know_is_final(s3_faults: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(s3.PATIENCE, "1000")
+    s3_faults.meet({"501": 1.0})
+    with pytest.raises(s3.NotSupported, match=r"s3://cinemo-test/x: .*does not know this PutObject request \(501\)"):
+        storage.write_bytes("s3://cinemo-test/x", b"x")
+    assert sum(s3_faults.seen.values()) == 1
+
+
+@pytest.mark.s3
+def test_a_fault_of_the_local_disk_is_no_outage(
+    s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(s3.PATIENCE, "1000")
+    storage.write_bytes("s3://cinemo-test/local/x", b"x")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / ("long" * 100), tmp_path / "file" / "x"):
+        with pytest.raises(InputError, match="cannot write there"):
+            storage.fetch("s3://cinemo-test/local/x", path)
+    if Path("/dev/full").exists():
+        with pytest.raises(RunError, match=r"No space left on device; free some space there"):
+            storage.fetch("s3://cinemo-test/local/x", Path("/dev/full"))
+
+
+def test_local_writes_fail_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("long" * 100, "file/x"):
+        with pytest.raises(InputError, match=r"cannot write there \((File name too long|.*exists|Not a directory)\)"):
+            storage.write_bytes(str(tmp_path / name), b"")
+        assert not storage.exists(str(tmp_path / name))
+        with pytest.raises(FileNotFoundError):
+            storage.read_bytes(str(tmp_path / name))
