@@ -164,7 +164,7 @@ def names(uri: str) -> list[str]:
             return []
         return sorted({entry.rstrip("/").rsplit("/", 1)[-1] for entry in found})
     path = local_path(uri)
-    return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    return sorted(entry.name for entry in path.iterdir()) if os.path.isdir(path) else []
 
 
 def remove(uri: str) -> None:

@@ -204,5 +204,6 @@ def test_local_writes_fail_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"cannot write there \((File name too long|.*exists|Not a directory)\)"):
             storage.write_bytes(str(tmp_path / name), b"")
         assert not storage.exists(str(tmp_path / name))
+        assert storage.names(str(tmp_path / name)) == []
         with pytest.raises(FileNotFoundError):
             storage.read_bytes(str(tmp_path / name))
