@@ -63,7 +63,10 @@ class Lock:
             try:
                 version = _write(self.uri, self.facts, self.version, self.weak)
             except Exception as error:
-                # Storage that fails for a moment costs nothing; in the end another job may have taken over.
+                # Storage that fails for a moment, or is full, costs nothing; of an outage nobody knows who took over.
+                with contextlib.suppress(Exception):
+                    if storage.version_of(self.uri) == self.version:
+                        silent_since = time.monotonic()
                 if time.monotonic() - silent_since > STALE_SECONDS:
                     self.lost = f"no heartbeat could be written for {STALE_SECONDS:g} s: {error}"
                     return

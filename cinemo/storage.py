@@ -236,10 +236,10 @@ def write_if(uri: str, data: bytes, version: str | None) -> str | None:
     """
     if not is_remote(uri):
         with locked_directory(local_path(uri).parent):
-            if _version(uri) != version:
+            if version_of(uri) != version:
                 return None
             write_bytes(uri, data)
-            return _version(uri)
+            return version_of(uri)
     try:
         return s3.put_if(uri, data, **({"IfNoneMatch": "*"} if version is None else {"IfMatch": version}))
     except s3.NoBucket:
@@ -255,7 +255,7 @@ def write_and_look(uri: str, data: bytes, version: str | None, wait: float) -> s
     """`write_if` for S3 servers without conditional PUTs: the last of several writers succeeds, if none of them takes
     longer than ``wait`` seconds from looking at the old version to having written.
     """
-    if _version(uri) != version:
+    if version_of(uri) != version:
         return None
     s3.put_if(uri, data)
     time.sleep(wait)
@@ -280,6 +280,9 @@ def has_conditions(uri: str) -> bool:
 
     try:
         refused(b"1", IfNoneMatch="*")
+    except s3.NotSupported:
+        return False
+    try:
         right, wrong = s3.etag(probe), f'"{"0" * 32}"'
         return refused(b"2", IfNoneMatch="*") and refused(b"3", IfMatch=wrong) and not refused(b"4", IfMatch=right)
     except s3.NotSupported:
@@ -292,15 +295,16 @@ def has_conditions(uri: str) -> bool:
 def remove_if(uri: str, version: str) -> None:
     """Remove a small file if it still has ``version``."""
     if is_remote(uri):
-        if _version(uri) == version:
+        if version_of(uri) == version:
             remove_file(uri)
         return
     with locked_directory(local_path(uri).parent):
-        if _version(uri) == version:
+        if version_of(uri) == version:
             remove_file(uri)
 
 
-def _version(uri: str) -> str | None:
+def version_of(uri: str) -> str | None:
+    """The version of a small file, as `read_version` gives it; None where there is none."""
     try:
         return s3.etag(uri) if is_remote(uri) else read_version(uri)[1]
     except FileNotFoundError:

@@ -212,6 +212,27 @@ def test_break_lock_does_not_break_what_is_alive_here(output: str) -> None:
 
 
 @pytest.mark.s3
+def test_what_can_be_read_but_not_written_for_a_while_is_still_held(
+    s3_faults: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.5)
+    output = f"s3://cinemo-test/{tmp_path.name}"
+    with hold(output) as held:
+        s3_faults.meet(conditions="501")
+        before = content(output)
+        time.sleep(2)
+        held.check()
+        assert content(output) == before
+        s3_faults.meet()
+        deadline = time.monotonic() + 20
+        while content(output) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert storage.names(output) == []
+
+
+@pytest.mark.s3
 def test_a_fault_of_the_release_does_not_fail_a_finished_run(
     s3_faults: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

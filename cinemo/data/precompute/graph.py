@@ -27,7 +27,7 @@ from cinemo.data.precompute import cluster, stages
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.plan import PlannedRows, make_plan
 from cinemo.data.precompute.progress import Figures, describe
-from cinemo.lock import hold
+from cinemo.lock import Lock, hold
 from cinemo.methods import method_class
 from cinemo.types import InputError, RunError
 
@@ -102,7 +102,7 @@ def run(
         lock.check()
         dataset.finish(summary)
         seconds = time.perf_counter() - started
-        made = add_fields(dataset, extras)
+        made = add_fields(dataset, extras, lock)
     return {
         **summary,
         "fields": made,
@@ -232,7 +232,7 @@ class _Committer:
         return stages.commit(encoded, **self.settings)
 
 
-def add_fields(dataset: Dataset, stores: Sequence[FieldStore]) -> dict[str, dict[str, Any]]:
+def add_fields(dataset: Dataset, stores: Sequence[FieldStore], lock: Lock) -> dict[str, dict[str, Any]]:
     """Write the sidecars that are missing beside committed shards, which stay as they are.
 
     Returns:
@@ -250,6 +250,7 @@ def add_fields(dataset: Dataset, stores: Sequence[FieldStore]) -> dict[str, dict
     done, started, stage_seconds = 0, time.perf_counter(), {"decode": 0.0, "encode": 0.0}
     printed = started
     for shard in _execute_fields(sorted(todo.items()), dataset, stores) if todo else ():
+        lock.check()
         done += shard["samples"]
         for stage in stage_seconds:
             stage_seconds[stage] += shard[f"{stage}_seconds"]
