@@ -86,6 +86,10 @@ def swift(directory: Path) -> Iterator[Server]:
     missing = [name for name in (f"swift-{name}-server" for name in _SWIFT) if shutil.which(name) is None]
     if missing:
         pytest.skip(f"no OpenStack Swift on this machine ({', '.join(missing)} missing)")
+    try:
+        os.setxattr(directory, "user.test", b"")
+    except OSError as error:
+        pytest.skip(f"no OpenStack Swift here: it needs extended attributes, and {directory} has none ({error})")
     ports = dict(zip(_SWIFT, _free_ports(len(_SWIFT)), strict=True))
     _configure_swift(directory, ports)
     with ExitStack() as stack:
