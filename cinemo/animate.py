@@ -23,6 +23,7 @@ from cinemo import storage
 from cinemo.bundle import ModelBundle
 from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
+from cinemo.media.sources import fetched
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import long, method_class, run
 from cinemo.methods.controls import check_text
@@ -219,15 +220,13 @@ def load_source(uri: str, recipe: Recipe, interval: int = 1) -> np.ndarray:
         raise InputError(f"source interval is {interval}, expected at least 1")
     indices = range(0, recipe.data.frames * interval, interval)
     try:
-        with storage.local_copy(uri) as path:
+        with fetched(uri) as path:
             frames = probe(path).frames
             if frames <= indices[-1]:
                 raise InputError(
                     f"source {uri}: {frames} frames, recipe {recipe.name} needs {indices[-1] + 1} (interval {interval})"
                 )
             return read_frames(path, indices)
-    except FileNotFoundError:
-        raise InputError(f"source {uri}: no such file") from None
     except ClipError as error:
         raise InputError(f"source {uri}: {error}") from None
 

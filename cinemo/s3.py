@@ -26,11 +26,13 @@ ENVIRONMENT = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
 # An object of less than two parts is one PUT, a larger one a multipart upload: a failed part alone is sent again.
 _PART_BYTES = 32 << 20
 _PARTS_AT_ONCE = 4
-# Answers that no patience mends: the wrong region, a name that cannot be.
+# Answers that no patience mends: the wrong region, a request that cannot be.
 _HOPELESS = frozenset(
-    {"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "InvalidBucketName", "405", "MethodNotAllowed"}
-    | {"InvalidRequest", "InvalidArgument", "KeyTooLongError", "EntityTooLarge", "MalformedXML"}
+    {"301", "PermanentRedirect", "AuthorizationHeaderMalformed", "405", "MethodNotAllowed"}
+    | {"InvalidRequest", "InvalidArgument", "EntityTooLarge", "MalformedXML"}
 )
+_BAD_NAME = frozenset({"InvalidBucketName", "InvalidURI", "KeyTooLongError"})
+_PAST_END = frozenset({"416", "InvalidRange"})
 _CONDITION_FAILED = frozenset({"412", "PreconditionFailed", "ConditionalRequestConflict"})
 _NOT_THERE = frozenset({"501", "NotImplemented"})
 
@@ -47,13 +49,26 @@ class NotSupported(InputError):
     """This server does not have that request, or that option of one."""
 
 
+class BadName(InputError):
+    """No object can have this name."""
+
+
+class PastEnd(InputError):
+    """The object ends before the range of bytes that was asked for."""
+
+
 @functools.cache
 def client() -> Any:
     import s3fs
 
+    class AnyKey(s3fs.S3FileSystem):  # type: ignore[misc]
+        def split_path(self, path: str) -> tuple[str, str, None]:
+            """Bucket and key. s3fs would read a key's ``?versionId=`` as something else."""
+            return *self._find_bucket_key(path.removeprefix("s3://").lstrip("/")), None
+
     # botocore tries a request again (standard mode: backs off with jitter, and less when everything fails). What it
     # does not see, above all a body that breaks off, `call` does: retries of s3fs between the two would multiply.
-    made = s3fs.S3FileSystem(
+    made = AnyKey(
         config_kwargs={
             "retries": {"total_max_attempts": 5, "mode": "standard"},
             "connect_timeout": 5,
@@ -108,7 +123,11 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
             if _code(error) in _NOT_THERE:
                 request = getattr(error.__cause__, "operation_name", method)
                 raise NotSupported(f"{uri}: the S3 server does not know this {request} request (501)") from None
-            if _code(error) in _HOPELESS or isinstance(error, faults.ParamValidationError):
+            if _code(error) in _BAD_NAME or isinstance(error, faults.ParamValidationError):
+                raise BadName(f"{uri}: {brief(error)}; expected s3://bucket/key") from None
+            if _code(error) in _PAST_END:
+                raise PastEnd(f"{uri}: {brief(error)}") from None
+            if _code(error) in _HOPELESS:
                 raise InputError(f"{uri}: {brief(error)}; check bucket, region and endpoint") from None
             fault = error
         waited = time.monotonic() - begun

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -23,16 +24,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cinemo import s3
+from cinemo import clouds, s3
 from cinemo.types import InputError, RunError, local_fault
 
 Buffer = bytes | bytearray | memoryview
 _WRITEV_BUFFERS = 1024  # IOV_MAX
 _REMOVERS = 16
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def is_remote(uri: str) -> bool:
-    return "://" in uri and not uri.startswith("file://")
+    return _SCHEME.match(uri) is not None and not uri.startswith("file://")
 
 
 def local_path(uri: str) -> Path:
@@ -51,14 +53,30 @@ def exists(uri: str) -> bool:
 
 
 def size(uri: str) -> int:
-    return int(s3.call(uri, "info", uri)["size"]) if is_remote(uri) else local_path(uri).stat().st_size
+    return int(_call(uri, "info")["size"]) if is_remote(uri) else local_path(uri).stat().st_size
+
+
+def version(uri: str) -> str:
+    """What is another string once the file has other content, as far as its size, ETag or times tell."""
+    if is_remote(uri):
+        info = _call(uri, "info")
+        return json.dumps([info["size"], *(str(info.get(name)) for name in ("ETag", "etag", "LastModified", "mtime"))])
+    status = local_path(uri).stat()
+    return json.dumps([status.st_size, status.st_mtime_ns, status.st_ino])
+
+
+def _call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
+    """A method of a remote filesystem that reads."""
+    if uri.partition("://")[0] in clouds.PACKAGES:
+        return clouds.call(uri, method, *arguments, **options)
+    return s3.call(uri, method, uri, *arguments, **options)
 
 
 def read_bytes(uri: str, start: int = 0, length: int | None = None) -> bytes:
     """The content of a file, or ``length`` bytes of it from ``start``. Raises `FileNotFoundError`."""
     if is_remote(uri):
         end = None if length is None else start + length
-        return bytes(s3.call(uri, "cat_file", uri, start=start or None, end=end))
+        return bytes(_call(uri, "cat_file", start=start or None, end=end))
     try:
         with local_path(uri).open("rb") as file:
             file.seek(start)
@@ -365,24 +383,11 @@ def ages(uri: str) -> dict[str, float]:
 
 
 def fetch(uri: str, path: Path) -> None:
-    """Write the content of a file on s3:// to a local path. Raises `FileNotFoundError`."""
-    s3.call(uri, "get_file", uri, str(path))
+    """Write the content of a remote file to a local path, with one request where it has less than 50 MB.
 
-
-@contextmanager
-def local_copy(uri: str) -> Iterator[Path]:
-    """A local file with the content of ``uri`` for the length of a ``with`` block (a video that is read once).
-
-    The whole object, in one request where it has less than 50 MB: a clip's index, keyframes and 16 frames lie spread
-    over most of a short file, and every range would be a round trip of its own.
+    Raises `FileNotFoundError`.
     """
-    if not is_remote(uri):
-        yield local_path(uri)
-        return
-    with tempfile.TemporaryDirectory(prefix="cinemo-") as scratch:
-        path = Path(scratch) / (uri.rstrip("/").rsplit("/", 1)[-1] or "object")
-        fetch(uri, path)
-        yield path
+    _call(uri, "get_file", str(path))
 
 
 def absolute(uri: str) -> str:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of its own layer or of one before it.
 LAYERS = [
     ["types"],
-    ["config", "s3", "storage", "lock", "cache", "tracking"],
+    ["config", "s3", "clouds", "web", "storage", "lock", "cache", "tracking"],
     ["diffusion", "media"],
     ["networks"],
     ["methods"],
@@ -43,7 +43,7 @@ ONLY_IN = {
     "deepspeed": ["training.run.engine"],
     "mlflow": ["tracking"],
     "s3fs": ["s3"],
-    "fsspec": ["s3"],
+    "fsspec": ["s3", "clouds"],
     "boto3": ["s3"],
     "decord": ["media.video"],
     "torchvision": ["networks.raft"],

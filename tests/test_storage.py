@@ -16,6 +16,7 @@ from faulty_s3 import FAULTS, FaultyS3
 
 from cinemo import s3, storage
 from cinemo.config import DataConfig
+from cinemo.media.sources import fetched
 from cinemo.media.video import decode_clip
 from cinemo.types import Clip, ClipError, InputError, RunError
 
@@ -110,7 +111,7 @@ def test_faults_on_the_way_lose_nothing(s3_faults: FaultyS3, monkeypatch: pytest
         uri = storage.join(root, "small", f"{number}.json")
         storage.write_json(uri, number)
         assert storage.read_json(uri) == number
-        with storage.local_copy(uri) as path:
+        with fetched(uri) as path:
             assert path.read_bytes() == f"{number}\n".encode()
     for number in range(3):
         storage.write_bytes(storage.join(root, f"{number}.bin"), [large[:7], large[7 + number :]])

@@ -21,6 +21,7 @@ from cinemo.evaluation.dataset_flow import flow_section
 from cinemo.evaluation.figures import contact_sheet, count_bars, duration_bars, motion_histogram, score_histogram
 from cinemo.evaluation.page import chart, code, pair, picture, section, table, tiles, write_page
 from cinemo.media.motion import UNIFORM_EDGES, motion_bucket
+from cinemo.media.sources import fetched
 from cinemo.media.video import read_frames
 from cinemo.types import ClipError, InputError, RunError
 
@@ -194,7 +195,7 @@ def _source_frames(row: Mapping[str, Any], dataset: DatasetIndex) -> np.ndarray:
     indices = [int(row["start_frame"] + step * row["frame_interval"]) for step in steps]
     larger = max(1, -(-160 // min(height, width)))
     data = DataConfig.model_validate(dataset.info["recipe"]["data"]) if "recipe" in dataset.info else DataConfig()
-    with storage.local_copy(row["uri"]) as path:
+    with fetched(row["uri"]) as path:
         return read_frames(path, indices, (larger * height, larger * width), data.decoder)
 
 

@@ -36,6 +36,7 @@ from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
 from cinemo.evaluation.stages import Stages, running
 from cinemo.media.motion import motion_bucket
 from cinemo.media.saving import save_animation
+from cinemo.media.sources import fetched
 from cinemo.media.synthetic import CLIP_FRAMES, render_clips, render_scene
 from cinemo.media.video import read_frames
 from cinemo.methods import at_motion, build_method, method_class
@@ -246,7 +247,7 @@ def _pictures(directory: Path, table: Any, size: tuple[int, int]) -> list[_Pictu
         spread = dict.fromkeys([*first_choice, *range(len(rows))])
         for row in (rows[place] for place in spread):
             try:
-                with storage.local_copy(row["uri"]) as path:
+                with fetched(row["uri"]) as path:
                     frame = read_frames(path, [0], (2 * size[0], 2 * size[1]))[0]
             except ClipError:
                 continue

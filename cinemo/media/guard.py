@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,26 +28,30 @@ import cv2
 import numpy as np
 
 from cinemo.config import DataConfig
-from cinemo.media.video import decode_views
+from cinemo.media.video import decode_windows
 from cinemo.types import Clip, ClipError, Frames
 
-Decode = Callable[[Path, Clip, DataConfig, np.ndarray], list[Frames]]
+Views = list[Frames] | ClipError
+Decode = Callable[[Path, Sequence[Clip], DataConfig, np.ndarray], list[Views]]
 
 _START_SECONDS = 300.0
 # A child killed from outside (a machine short of memory, an operator) is no verdict on the clip, up to a point.
 _ATTEMPTS = 4
+_WINDOWS, _WINDOWS_BYTES = 16, 64 << 20  # clips of one file that are decoded at once, and pixels of theirs
 _PR_SET_PDEATHSIG = 1
 
 
 class Guard:
-    """Calls ``decode`` (a function of a module) in a child process, one clip at a time.
+    """Calls ``decode`` (a function of a module) in a child process, for one clip at a time or for several of one file.
 
     A crash or a hang is believed only of a fresh child: one that decoded other clips before gets a second chance, so
     that no clip is refused for what an earlier one broke.
     """
 
-    def __init__(self, data: DataConfig, decode: Decode = decode_views) -> None:
+    def __init__(self, data: DataConfig, decode: Decode = decode_windows) -> None:
         self.data, self.decode = data, decode
+        pixels = data.views * data.frames * data.size[0] * data.size[1] * 3
+        self.at_once = max(1, min(_WINDOWS, _WINDOWS_BYTES // pixels))
         self.lock = threading.Lock()
         self.child: _Child | None = None
 
@@ -60,25 +64,64 @@ class Guard:
         """
         with self.lock:
             for attempt in range(_ATTEMPTS):
-                if self.child is None or self.child.process.poll() is not None:
-                    self.child = _Child(self.data, self.decode)
-                fresh, self.child.used = not self.child.used, True
-                begun = time.monotonic()
+                fresh, begun = self._start(), time.monotonic()
                 try:
-                    return self.child.ask(path, clip)
-                except ClipError:
-                    raise
-                except BaseException as error:
-                    # Whatever it is, an answer that still came would be taken for that of the next clip.
-                    self.child.end()
-                    self.child = None
-                    if not isinstance(error, _Broken):
-                        raise
+                    [views] = self._ask(path, [clip])
+                except _Broken as error:
                     if fresh and (error.reason or attempt == _ATTEMPTS - 1):
                         size = path.stat().st_size if path.is_file() else 0
                         detail = f"{error} after {time.monotonic() - begun:.0f} s ({size} bytes)"
                         raise ClipError("decode", error.reason or "decoder_crash", detail) from None
+                else:
+                    if isinstance(views, ClipError):
+                        raise views
+                    return views
         raise AssertionError("unreachable: every attempt but the first has a fresh child")
+
+    def windows(self, path: Path, clips: Sequence[Clip]) -> Iterator[Views]:
+        """The views of clips in one local file, or why one of them is refused, exactly as one call for each would give
+        them; in one pass over the file unless something goes wrong in it. Pixels are overwritten by the next step.
+        """
+        for start in range(0, len(clips), self.at_once):
+            together = clips[start : start + self.at_once]
+            answer = self._in_one_pass(path, together) if len(together) > 1 else None
+            if answer is not None:
+                yield from answer
+                continue
+            for clip in together:
+                try:
+                    views: Views = self(path, clip)
+                except ClipError as error:
+                    views = error
+                yield views
+
+    def _in_one_pass(self, path: Path, clips: Sequence[Clip]) -> list[Views] | None:
+        """None where it failed, which is not held against any clip."""
+        with self.lock:
+            self._start()
+            try:
+                return self._ask(path, clips)
+            except (_Broken, ClipError):
+                return None
+
+    def _start(self) -> bool:
+        """Have a child; whether it is one that decoded nothing yet."""
+        if self.child is None or self.child.process.poll() is not None:
+            self.child = _Child(self.data, self.decode, self.at_once)
+        fresh, self.child.used = not self.child.used, True
+        return fresh
+
+    def _ask(self, path: Path, clips: Sequence[Clip]) -> list[Views]:
+        assert self.child is not None
+        try:
+            return self.child.ask(path, clips)
+        except ClipError:
+            raise
+        except BaseException:
+            # Whatever it is, an answer that still came would be taken for that of the next clip.
+            self.child.end()
+            self.child = None
+            raise
 
 
 class _Broken(Exception):
@@ -90,14 +133,14 @@ class _Broken(Exception):
 
 
 class _Child:
-    def __init__(self, data: DataConfig, decode: Decode) -> None:
+    def __init__(self, data: DataConfig, decode: Decode, at_once: int) -> None:
         self.timeout, self.used = data.clip_timeout, False
-        shape = (data.views, data.frames, *data.size, 3)
+        shape = (at_once, data.views, data.frames, *data.size, 3)
         memory = os.memfd_create("cinemo-frames")
         ours, theirs = socket.socketpair()
         try:
             os.ftruncate(memory, int(np.prod(shape)))
-            self.frames_VFHWC = _mapped(memory, shape)
+            self.frames_NVFHWC = _mapped(memory, shape)
             command = "import sys; from cinemo.media.guard import serve; serve(*map(int, sys.argv[1:]))"
             self.process = subprocess.Popen(
                 [sys.executable, "-c", command, *map(str, (theirs.fileno(), memory, os.getpid()))],
@@ -116,10 +159,10 @@ class _Child:
             self.end()
             raise RuntimeError(f"the decoding process did not start (exit status {self.process.returncode})")
 
-    def ask(self, path: Path, clip: Clip) -> list[Frames]:
+    def ask(self, path: Path, clips: Sequence[Clip]) -> list[Views]:
         """The answer; raises `ClipError`, or `_Broken`."""
         try:
-            self.connection.send((path, clip))
+            self.connection.send((path, clips))
         except OSError:
             raise _Broken("", "ended while it waited") from None
         if not self.connection.poll(self.timeout):
@@ -133,7 +176,12 @@ class _Child:
             status = self.process.wait()
             ending = signal.Signals(-status).name if status < 0 else f"exit status {status}"
             raise _Broken("" if status == -signal.SIGKILL else "decoder_crash", ending)
-        return [Frames(frames_FHWC, *view) for frames_FHWC, view in zip(self.frames_VFHWC, answer, strict=True)]
+        return [
+            views
+            if isinstance(views, ClipError)
+            else [Frames(*each) for each in zip(frames_VFHWC, *views, strict=True)]
+            for frames_VFHWC, views in zip(self.frames_NVFHWC, answer, strict=False)
+        ]
 
     def _receive(self) -> object:
         try:
@@ -166,17 +214,21 @@ def serve(channel: int, memory: int, parent: int) -> None:
     data, decode, shape = connection.recv()
     limit = int(data.clip_memory * (1 << 30))
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    frames_VFHWC = _mapped(memory, shape)
+    frames_NVFHWC = _mapped(memory, shape)
     answer: object = True
     while True:
         connection.send(answer)
         try:
-            path, clip = connection.recv()
+            path, clips = connection.recv()
         except EOFError:
             return
         try:
-            views = decode(path, clip, data, frames_VFHWC)
-            answer = [(view.fps, view.frame_interval, view.start_frame) for view in views]
+            answer = [
+                views
+                if isinstance(views, ClipError)
+                else [[getattr(view, name) for view in views] for name in ("fps", "frame_interval", "start_frame")]
+                for views in decode(path, clips, data, frames_NVFHWC)
+            ]
         except ClipError as error:
             answer = error
         except MemoryError as error:

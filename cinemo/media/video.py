@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import av
+import av.logging
 import cv2
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from cinemo import s3, storage
 from cinemo.config import DataConfig
+from cinemo.media.sources import fetched
 from cinemo.media.timeline import (
     MAX_PIXELS,
     Timeline,
@@ -120,22 +121,45 @@ def decode_clip(clip: Clip, data: DataConfig) -> list[Frames]:
 
 def decode_views(path: Path, clip: Clip, data: DataConfig, out_VFHWC: np.ndarray | None = None) -> list[Frames]:
     """`decode_clip` of a local file, into ``out_VFHWC`` where it is given (uint8, ``V`` views)."""
-    if out_VFHWC is None:
-        out_VFHWC = np.empty((data.views, data.frames, *data.size, 3), np.uint8)
+    [views] = decode_windows(path, [clip], data, None if out_VFHWC is None else out_VFHWC[None])
+    if isinstance(views, ClipError):
+        raise views
+    return views
+
+
+def decode_windows(
+    path: Path, clips: Sequence[Clip], data: DataConfig, out_NVFHWC: np.ndarray | None = None
+) -> list[list[Frames] | ClipError]:
+    """`decode_views` of several clips of one file, in one pass; or why a clip cannot be used, whatever the others are.
+
+    Raises:
+        ClipError: none of them can be used, or not in one pass.
+    """
+    several = len(clips) > 1
+    if several and data.decoder == "decord":
+        raise ClipError("decode", "not_in_one_pass", "decord decodes one clip at a time")
+    if out_NVFHWC is None:
+        out_NVFHWC = np.empty((len(clips), data.views, data.frames, *data.size, 3), np.uint8)
+    windows: list[list[tuple[int, int]] | ClipError] = []
+    places: dict[int, list[np.ndarray]] = {}
     with open_video(path, header_only=True) as (container, stream):
         timeline = read_timeline(container, stream, path)
-        first, last = _usable(clip, timeline, stream)
-        views = [draw_view(last - first, data, clip.clip_id, view) for view in range(data.views)]
-        views = [(interval, first + start) for interval, start in views]
-        places: dict[int, list[np.ndarray]] = {}
-        for frames_FHWC, (interval, start) in zip(out_VFHWC, views, strict=True):
-            for k, frame_HWC in enumerate(frames_FHWC):
-                places.setdefault(start + k * interval, []).append(frame_HWC)
+        for clip, out_VFHWC in zip(clips, out_NVFHWC, strict=False):
+            first, last = _usable(clip, timeline, stream)
+            try:
+                views = [draw_view(last - first, data, clip.clip_id, view) for view in range(data.views)]
+            except ClipError as error:
+                windows.append(error)
+                continue
+            windows.append([(interval, first + start) for interval, start in views])
+            for frames_FHWC, (interval, start) in zip(out_VFHWC, views, strict=True):
+                for k, frame_HWC in enumerate(frames_FHWC):
+                    places.setdefault(first + start + k * interval, []).append(frame_HWC)
         if data.decoder == "decord":
-            for index, frame_HWC in _decord(path, sorted(places), data.size).items():
+            for index, frame_HWC in _decord(path, sorted(places), data.size).items() if places else ():
                 for place_HWC in places[index]:
                     place_HWC[:] = frame_HWC
-        else:
+        elif places:
             fit = _fitter(stream, data.size)
 
             def keep(index: int, frame: Any) -> None:
@@ -144,12 +168,29 @@ def decode_views(path: Path, clip: Clip, data: DataConfig, out_VFHWC: np.ndarray
                 for other_HWC in others:
                     other_HWC[:] = place_HWC
 
-            _decode(container, stream, timeline, path, places.keys(), keep)
-        fps = frame_rate(stream)
+            with _undamaged() if several else nullcontext():
+                _decode(container, stream, timeline, path, places.keys(), keep, settle=not several)
+        fps = frame_rate(stream) if places else 0.0
     return [
-        Frames(frames_FHWC, fps, interval, start)
-        for frames_FHWC, (interval, start) in zip(out_VFHWC, views, strict=True)
+        views
+        if isinstance(views, ClipError)
+        else [Frames(frames, fps, interval, start) for frames, (interval, start) in zip(out_VFHWC, views, strict=True)]
+        for views, out_VFHWC in zip(windows, out_NVFHWC, strict=False)
     ]
+
+
+@contextmanager
+def _undamaged() -> Iterator[None]:
+    """Raise a `ClipError` where a decoder complains: how it hides damage depends on what it decoded before."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as complaints:
+            yield
+    finally:
+        av.logging.set_level(level)
+    if complaints:
+        raise ClipError("decode", "not_in_one_pass", complaints[0][2].strip())
 
 
 def read_frames(
@@ -184,22 +225,6 @@ def read_frames(
     return np.stack([frames[index] for index in wanted])
 
 
-@contextmanager
-def fetched(uri: str) -> Iterator[Path]:
-    """A local file for a clip's uri; nothing there is the clip's fault, not the job's."""
-    try:
-        with storage.local_copy(uri) as path:
-            try:
-                yield path
-            except ClipError as error:
-                # Equal runs write equal ledgers: a fetched copy has another name every time.
-                raise ClipError(error.stage, error.reason, error.detail.replace(str(path), uri)) from error
-    except FileNotFoundError:
-        raise ClipError("open", "missing", f"{uri}: no such file") from None
-    except s3.AccessDenied as error:
-        raise ClipError("open", "denied", str(error)) from None
-
-
 def _usable(clip: Clip, timeline: Timeline, stream: Any) -> tuple[int, int]:
     """The half-open range of frame numbers between a clip's ``start`` and ``end`` seconds."""
     if timeline.exact:
@@ -220,8 +245,12 @@ def _decode(
     path: str | Path,
     indices: Collection[int],
     keep: Callable[[int, Any], None],
+    settle: bool = True,
 ) -> None:
-    """Hand every wanted frame to ``keep``, by seeking where timestamps allow it; a linear decode settles the rest."""
+    """Hand every wanted frame to ``keep``, by seeking where timestamps allow it; a linear decode settles the rest.
+
+    ``settle``: whether it may; else a rest is a `ClipError`.
+    """
     left = set(indices)
     if timeline.exact:
         number = {timeline.pts[index]: index for index in indices}
@@ -232,6 +261,8 @@ def _decode(
                     left.discard(number[frame.pts])
         except av.FFmpegError:
             left = set(indices)
+        if left and not settle:
+            raise ClipError("decode", "not_in_one_pass", f"{len(left)} of {len(indices)} frames need another pass")
     if left:
         for index, frame in _decode_linear(timeline, path, left):
             keep(index, frame)

@@ -31,6 +31,7 @@ from cinemo.data.dataset.identity import RESIZE, digest, encoder_dtype
 from cinemo.data.dataset.shards import Members
 from cinemo.data.precompute.stages import use_one_thread
 from cinemo.media import flow, stills
+from cinemo.media.sources import Sources, fetched
 from cinemo.media.video import read_frames
 from cinemo.methods import method_class
 from cinemo.networks import raft
@@ -144,7 +145,9 @@ def read(todo: pa.Table, dataset: str, recipe: Recipe) -> pa.Table:
     return pa.Table.from_pylist(rows, MADE)
 
 
-def decode_again(views: Sequence[Mapping[str, Any]], data: DataConfig, frames: int) -> list[np.ndarray]:
+def decode_again(
+    views: Sequence[Mapping[str, Any]], data: DataConfig, frames: int, sources: Sources | None = None
+) -> list[np.ndarray]:
     """The first ``frames`` frames (uint8 ``FHWC``) of stored views of one clip, by what their metadata say.
 
     Raises:
@@ -152,11 +155,8 @@ def decode_again(views: Sequence[Mapping[str, Any]], data: DataConfig, frames: i
     """
     uri = views[0]["uri"]
     indices = [view["start_frame"] + k * view["frame_interval"] for view in views for k in range(frames)]
-    try:
-        with storage.local_copy(uri) as path:
-            frames_NHWC = read_frames(path, indices, data.size, data.decoder)
-    except FileNotFoundError:
-        raise ClipError("open", "missing", f"{uri}: no such file") from None
+    with sources.file(uri) if sources else fetched(uri) as path:
+        frames_NHWC = read_frames(path, indices, data.size, data.decoder)
     return list(frames_NHWC.reshape(len(views), frames, *frames_NHWC.shape[1:]))
 
 
@@ -269,23 +269,24 @@ def _pictures(
     frames = 1 if _EVERY_FRAME.isdisjoint(fields) else data.frames
     later = {*fields} & {*made_later}
     shown = data.frames if later & _EVERY_FRAME else "image_tokens" in later  # how many an encoder will see
-    for _, group in itertools.groupby(samples, key=lambda sample: sample["clip_id"]):
-        views = list(group)
-        try:
-            decoded: list[np.ndarray | None] = [*decode_again(views, data, frames)]
-            fault = None
-        except ClipError as error:
-            decoded, fault = [None] * len(views), error.reason
-        for frames_FHWC in decoded:
-            made = dict.fromkeys(columns, None) | {"faults": fault}
-            if frames_FHWC is not None:
-                made["pixels"] = frames_FHWC[:shown].tobytes() if shown else None
-                made["first_frame"] = stills.jpeg(frames_FHWC[0]) if "first_frame" in fields else None
-                made["frames"] = stills.jpeg_strip(frames_FHWC) if "frames" in fields else None
-                if "flow" in fields and "flow" not in later:
-                    made["flow"] = sidecars.array_bytes(flow.dense_flow(frames_FHWC, cells))
-            for name, value in made.items():
-                columns[name].append(value)
+    with Sources() as sources:
+        for _, group in itertools.groupby(samples, key=lambda sample: sample["clip_id"]):
+            views = list(group)
+            try:
+                decoded: list[np.ndarray | None] = [*decode_again(views, data, frames, sources)]
+                fault = None
+            except ClipError as error:
+                decoded, fault = [None] * len(views), error.reason
+            for frames_FHWC in decoded:
+                made = dict.fromkeys(columns, None) | {"faults": fault}
+                if frames_FHWC is not None:
+                    made["pixels"] = frames_FHWC[:shown].tobytes() if shown else None
+                    made["first_frame"] = stills.jpeg(frames_FHWC[0]) if "first_frame" in fields else None
+                    made["frames"] = stills.jpeg_strip(frames_FHWC) if "frames" in fields else None
+                    if "flow" in fields and "flow" not in later:
+                        made["flow"] = sidecars.array_bytes(flow.dense_flow(frames_FHWC, cells))
+                for name, value in made.items():
+                    columns[name].append(value)
     return columns
 
 

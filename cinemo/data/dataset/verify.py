@@ -28,6 +28,7 @@ from cinemo.data.dataset.identity import differences, encoder_dtype, fingerprint
 from cinemo.data.dataset.shards import DatasetIndex, Members, shard_name
 from cinemo.data.precompute import stages
 from cinemo.media.motion import mean_adjacent_ssim
+from cinemo.media.sources import NOT_THERE
 from cinemo.types import ClipError, InputError, LatentSample, RunError, keyed_seed
 
 CANARY_SAMPLES = 8
@@ -174,7 +175,7 @@ def canary(index: DatasetIndex, recipe: Recipe, samples: int, seed: int) -> Cana
             frames_FHWC = decode_again([asdict(sample)], data, data.frames)[0]
             latents_FCHW = encoder.encode(frames_FHWC, sample.clip_id, sample.view)
         except ClipError as error:
-            if error.reason == "missing":
+            if error.reason in NOT_THERE:
                 result.skipped += 1
             else:
                 result.faults.append(f"sample {sample.key}: its source has changed ({error})")

@@ -5,6 +5,7 @@ Vectorised over Arrow buffers: tens of millions of rows go through in a minute, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cinemo.data.manifest.timestamps import seconds
+from cinemo.media.sources import refused_scheme
 from cinemo.types import InputError
 
 _SHOWN = 8
@@ -113,7 +115,7 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def check_rows(batch: pa.RecordBatch, first: int, faults: Faults) -> None:
-    """Note missing ids, uris and captions, and ranges of time that are none."""
+    """Note missing ids, uris and captions, uris of no source, and ranges of time that are none."""
 
     def note(bad: pa.Array, fault: str) -> None:
         if bad.true_count:
@@ -125,6 +127,7 @@ def check_rows(batch: pa.RecordBatch, first: int, faults: Faults) -> None:
             text = pc.fill_null(batch[name], "")
             bad = pc.or_(pc.equal(pc.binary_length(text), 0), pc.utf8_is_space(text))
         note(bad, f"{name} is missing")
+    _check_schemes(batch["uri"], first, faults)
     start, end = pc.fill_null(batch["start"], 0.0), pc.fill_null(batch["end"], np.inf)
     unreal = pc.or_(pc.is_nan(start), pc.or_(pc.is_nan(end), pc.is_inf(start)))
     negative = pc.or_(pc.less(start, 0.0), pc.less(end, 0.0))
@@ -138,6 +141,18 @@ def empty_captions(captions: pa.Array) -> int:
     short = captions.filter(pc.less_equal(pc.binary_length(captions), 4))
     nothing = pc.is_in(pc.utf8_trim_whitespace(short), pa.array(["", "nan", "NaN", "None", "null", "NULL", "<NA>"]))
     return int(nothing.true_count)
+
+
+def _check_schemes(uris: pa.Array, first: int, faults: Faults) -> None:
+    """Note uris that begin with a scheme of which no clip can be read."""
+    usual = functools.reduce(pc.or_, (pc.starts_with(uris, start) for start in ("/", "s3://", "https://")))
+    rows = pc.indices_nonzero(pc.and_not(pc.match_substring(uris, "://"), usual))
+    if len(rows):
+        schemes = pc.extract_regex(uris.take(rows), r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://").field("scheme")
+        for scheme in pc.unique(schemes).drop_null().to_pylist():
+            if why := refused_scheme(scheme):
+                places = rows.filter(pc.fill_null(pc.equal(schemes, scheme), False))
+                faults.add(first + places.to_numpy(), f"uri begins with {scheme}://, {why}")
 
 
 def _uncastable(column: pa.Array, kind: pa.DataType) -> np.ndarray:

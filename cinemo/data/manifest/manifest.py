@@ -58,7 +58,7 @@ SCHEMA = pa.schema(
 # What `Manifest.read` gives: all other columns as one JSON object a row, null where there are none.
 ROWS = SCHEMA.append(pa.field("extra", pa.string()))
 _SMALL = 64 << 20  # bytes of a file whose converted rows may stay in memory, and which is checked each time
-_CHECK = 2  # counted up where a check refuses other rows, or the digest is another
+_CHECK = 3  # counted up where a check refuses other rows, or the digest is another
 _GROUP_BYTES = 512 << 20
 
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data import DataContext
 
-from cinemo import s3
+from cinemo import s3, web
 from cinemo.config import Recipe
 from cinemo.data.precompute.progress import Figures, Meter, Progress
 from cinemo.types import InputError, RunError
@@ -62,8 +62,8 @@ def connect(cpus: int = 1) -> None:
     for name, value in _WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        patience = {s3.PATIENCE: os.environ[s3.PATIENCE]} if s3.PATIENCE in os.environ else {}
-        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | patience})
+        passed = {name: os.environ[name] for name in (s3.PATIENCE, *web.SETTINGS) if name in os.environ}
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | passed})
         return
     memory = _OBJECT_STORE_LIMIT
     if _SHARED_MEMORY.is_dir():

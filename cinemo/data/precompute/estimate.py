@@ -159,7 +159,7 @@ class Known:
             self.given_speed = clips_per_accelerator_second
         self.remote_output = storage.is_remote(output)
         first = plan.clips.read(0, 1)["uri"][0].as_py()
-        self.remote_clips = storage.is_remote(first)
+        self.remote_clips = first.startswith("s3://")
 
     def figures(self, sample: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """All figures that follow from some measured clips; those that need what is unknown are missing."""

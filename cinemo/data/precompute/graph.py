@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cinemo import storage
 from cinemo.config import DataConfig, EncodersConfig, Recipe
@@ -148,11 +150,10 @@ def _execute(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
 
-    size = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * data.frames * data.size[0] * data.size[1] * 3)))
-    size = min(size, math.ceil(len(rows) / (4 * resources.decoders)))
-    blocks = [rows.slice(start, count).combine_chunks() for start, count in _pieces(len(rows), data, size)]
+    most = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * data.frames * data.size[0] * data.size[1] * 3)))
+    size = min(most, math.ceil(len(rows) / (4 * resources.decoders)))
     graph = (
-        ray.data.from_arrow(blocks)
+        ray.data.from_arrow(list(_blocks(rows, data.clips_per_shard, size, most)))
         .map_batches(
             _decode_and_score,
             fn_kwargs={"data": data, "meter": meter},
@@ -192,13 +193,21 @@ def _execute(
     yield from cluster.results(graph)
 
 
-def _pieces(clips: int, data: DataConfig, size: int) -> Iterator[tuple[int, int]]:
-    """``(first, count)`` of blocks of about ``size`` rows that do not cross shards, which come one after the other."""
-    shard = data.clips_per_shard
+def _blocks(rows: PlannedRows, shard: int, size: int, most: int) -> Iterator[pa.Table]:
+    """Blocks of about ``size`` rows that cross no boundary between shards, which have ``shard`` rows each.
+
+    Clips of one source, one after another, stay together as far as ``most`` rows go: a block is fetched and decoded by
+    one process.
+    """
     piece = math.ceil(shard / math.ceil(shard / size))
-    for start in range(0, clips, shard):
-        end = min(start + shard, clips)
-        yield from ((first, min(piece, end - first)) for first in range(start, end, piece))
+    for start in range(0, len(rows), shard):
+        table = rows.slice(start, shard).combine_chunks()
+        ends = pc.run_end_encode(table["uri"].combine_chunks()).run_ends.to_numpy()
+        begin = 0
+        while begin < len(table):
+            end = min(int(ends[np.searchsorted(ends, min(begin + piece, len(table)))]), begin + most)
+            yield table.take(pa.array(range(begin, end)))
+            begin = end
 
 
 def _decode_and_score(clips: pa.Table, data: DataConfig, meter: Any) -> pa.Table:

@@ -7,6 +7,7 @@ A row is one view of one clip. A clip that cannot be used keeps its rows, with t
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import time
 from collections import Counter
@@ -20,9 +21,10 @@ import torch
 
 from cinemo.config import DataConfig
 from cinemo.data.dataset import shards
-from cinemo.media.guard import Decode, Guard
+from cinemo.media.guard import Decode, Guard, Views
 from cinemo.media.motion import mean_adjacent_ssim
-from cinemo.media.video import decode_views, fetched
+from cinemo.media.sources import Sources, naming_source
+from cinemo.media.video import decode_windows
 from cinemo.networks.frozen import Vae
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.types import Clip, ClipError, LatentSample, Refusal, keyed_generator
@@ -68,36 +70,49 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def decode(clips: pa.Table, data: DataConfig, decode: Decode = decode_views) -> pa.Table:
-    """Planned clips -> ``data.views`` rows each, with frames (uint8 ``FHWC``), decoded in a process beside this one."""
+def decode(clips: pa.Table, data: DataConfig, decode: Decode = decode_windows) -> pa.Table:
+    """Planned clips -> ``data.views`` rows each, with frames (uint8 ``FHWC``), decoded in a process beside this one.
+
+    Clips of one source, one after another, are fetched once and decoded in one pass.
+    """
     use_one_thread()
     guard = _guard(data, decode)
     rows: list[Row] = []
     frames_NFHWC = np.empty((clips.num_rows * data.views, data.frames, *data.size, 3), np.uint8)
     count = 0
-    for planned in clips.to_pylist():
-        started = time.perf_counter()
-        clip = Clip(**{name: planned[name] for name in ("clip_id", "uri", "caption", "start", "end")})
-        views: list[Row] = []
-        try:
-            # Fetched here, so that the time limit is the decoder's and not the storage's.
-            with fetched(clip.uri) as path:
-                for view in guard(path, clip):
+    with Sources() as sources:
+        for uri, group in itertools.groupby(clips.to_pylist(), key=lambda planned: planned["uri"]):
+            started = time.perf_counter()
+            same = list(group)
+            names = ("clip_id", "uri", "caption", "start", "end")
+            windows = [Clip(**{name: planned[name] for name in names}) for planned in same]
+            for planned, found in zip(same, _windows(sources, guard, uri, windows), strict=True):
+                views = [_fault(found)] * data.views if isinstance(found, ClipError) else []
+                for view in found if isinstance(found, list) else ():
                     frames_NFHWC[count] = view.frames_FHWC
                     count += 1
                     views.append({name: getattr(view, name) for name in ("fps", "frame_interval", "start_frame")})
-        except ClipError as error:
-            views = [_fault(error)] * data.views
-        seconds = (time.perf_counter() - started) / data.views
-        rows += [
-            {**planned, **view, "view": number, "decode_seconds": seconds, "score_seconds": 0.0, "encode_seconds": 0.0}
-            for number, view in enumerate(views)
-        ]
+                seconds = {"score_seconds": 0.0, "encode_seconds": 0.0}
+                rows += [{**planned, **view, "view": number, **seconds} for number, view in enumerate(views)]
+            spent = (time.perf_counter() - started) / (len(same) * data.views)
+            for row in rows[-len(same) * data.views :]:
+                row["decode_seconds"] = spent
     valid = np.array([row.get("reason") is None for row in rows], bool)
     offsets = np.append(0, np.cumsum(valid * frames_NFHWC[:1].nbytes)).astype(np.int64)
     buffers = [pa.array(valid).buffers()[1], pa.py_buffer(offsets), pa.py_buffer(frames_NFHWC[:count])]
     frames = pa.Array.from_buffers(pa.large_binary(), len(rows), buffers)  # without a copy
     return pa.Table.from_pylist(rows, pa.schema(_ROW)).append_column(DECODED.field("frames"), frames)
+
+
+def _windows(sources: Sources, guard: Guard, uri: str, clips: list[Clip]) -> Iterator[Views]:
+    """The views of some clips of one source, or why each is refused."""
+    try:
+        # Fetched here, so that the time limit is the decoder's and not the storage's.
+        with sources.file(uri) as path:
+            for views in guard.windows(path, clips):
+                yield naming_source(views, path, uri) if isinstance(views, ClipError) else views
+    except ClipError as error:
+        yield from [error] * len(clips)
 
 
 @functools.lru_cache(maxsize=1)
