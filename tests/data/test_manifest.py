@@ -112,6 +112,47 @@ def test_many_faults_are_counted(tmp_path: Path) -> None:
         read_manifest(str(write(tmp_path / "m.parquet", rows)))
 
 
+@pytest.mark.parametrize(
+    ("uri", "fault"),
+    [
+        ("ftp://host/b.mp4", "ftp://, expected a local path, s3://, https://, gs:// or az://"),
+        ("S3://bucket/b.mp4", "S3://, expected s3://"),
+        ("http://host/b.mp4", r"http://, expected https:// \(CINEMO_HTTP=1 allows http\)"),
+        ("hdfs://host/b.tar::m::0+5", "hdfs://, expected a local path, s3://, https://, gs:// or az://"),
+        ("gs://bucket/b.mp4", "gs://, needs `pip install gcsfs`"),
+        ("abfs://container/b.mp4", "abfs://, needs `pip install adlfs`"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_schemes_of_no_source_are_refused_with_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, uri: str, fault: str
+) -> None:
+    monkeypatch.delenv("CINEMO_HTTP", raising=False)
+    monkeypatch.setattr("cinemo.clouds.is_installed", lambda scheme: False)
+    rows = [{"clip_id": str(k), "uri": f"https://host/{k}.mp4", "caption": "x"} for k in range(6)]
+    rows[2]["uri"] = rows[4]["uri"] = uri
+    path = write(tmp_path / f"m.{kind}", rows)
+    with pytest.raises(InputError, match=f"row 3: uri begins with {fault}; row 5: uri begins with {fault}$"):
+        read_manifest(str(path))
+    if uri.startswith(("gs", "abfs", "http:")):
+        monkeypatch.setattr("cinemo.clouds.is_installed", lambda scheme: True)
+        monkeypatch.setenv("CINEMO_HTTP", "1")
+        assert len(read_manifest(str(path))) == 6
+
+
+def test_what_only_looks_like_a_scheme_is_a_path(tmp_path: Path) -> None:
+    uris = [
+        "file:///a.mp4",
+        "/a://b.mp4",
+        "s3://b/x://y.mp4",
+        "https://h/r?to=ftp://x",
+        "/t.tar::ftp://m::0+5",
+        "a:b.mp4",
+    ]
+    rows = [{"clip_id": str(k), "uri": uri, "caption": "x"} for k, uri in enumerate(uris)]
+    assert len(read_manifest(str(write(tmp_path / "m.jsonl", rows)))) == len(uris)
+
+
 def test_missing_file_and_bad_limit(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_manifest(str(tmp_path / "m.csv"))
