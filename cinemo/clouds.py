@@ -15,7 +15,7 @@ import random
 import time
 from typing import Any
 
-from cinemo.s3 import PATIENCE, AccessDenied, brief
+from cinemo.s3 import PATIENCE, AccessDenied, PastEnd, brief
 from cinemo.types import InputError, RunError
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
@@ -33,6 +33,7 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
 
     Raises:
         FileNotFoundError: there is no such object.
+        PastEnd: the range of bytes lies behind the object's end.
         AccessDenied: these credentials may not read it.
         InputError: no credentials, or the scheme's package is not installed.
         RunError: the storage fails for ``CINEMO_STORAGE_PATIENCE`` seconds, or the local disk is full.
@@ -49,6 +50,8 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
             status = _status(error)
             if status == 404:
                 raise FileNotFoundError(f"{uri}: {brief(error)}") from None
+            if status == 416:
+                raise PastEnd(f"{uri}: {brief(error)}") from None
             if isinstance(error, PermissionError) or status == 403 or str(error).startswith("Forbidden"):
                 raise AccessDenied(f"{uri}: access denied ({brief(error)}); check who may read it") from None
             if status == 401 or "Credentials" in type(error).__name__:

@@ -197,9 +197,9 @@ class Known:
         return figures
 
     def _requests(self, share: float, figures: Mapping[str, float]) -> tuple[float, float]:
-        """S3 requests: clip (HEAD and GET); tar, record and ledger of a shard; journal, index, lock."""
+        """S3 requests: clip (a GET, also where some share it); tar, record and ledger of a shard; journal, index, lock."""
         clips, shards = len(self.plan.clips), self.plan.shards
-        gets, puts = (2.0 * clips if self.remote_clips else 0.0), 0.0
+        gets, puts = (1.0 * clips if self.remote_clips else 0.0), 0.0
         if self.remote_output:
             with_ledger = 1 - (1 - share) ** self.plan.clips_per_shard
             tar = s3.put_requests(int(figures.get("bytes", 0) / shards))
