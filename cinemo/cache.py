@@ -18,6 +18,8 @@ from pathlib import Path
 from cinemo import storage
 from cinemo.types import InputError, RunError
 
+_LONGEST_NAME = 200  # bytes of a local file's; keys may be longer
+
 
 class Damaged(RunError):
     """A file of a dataset is missing, or its bytes are not those that were written."""
@@ -44,7 +46,10 @@ def localize(uri: str) -> Path:
     if not listing:
         raise InputError(f"{uri}: nothing there (bucket, key or credentials wrong?)")
     stamp = json.dumps([(key, *listing[key]) for key in sorted(listing)])
-    target = cache_directory() / hashlib.sha256((uri + stamp).encode()).hexdigest()[:32] / root.rsplit("/", 1)[-1]
+    name = root.rsplit("/", 1)[-1]
+    if len(name.encode()) > _LONGEST_NAME:
+        name = "object" + os.path.splitext(name)[1][:16]
+    target = cache_directory() / hashlib.sha256((uri + stamp).encode()).hexdigest()[:32] / name
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

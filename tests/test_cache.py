@@ -224,3 +224,14 @@ def test_several_processes_share_it(files: Files) -> None:
     assert 2 * SIZE <= most <= files.limit
     files.map(0)
     assert files.taken() <= files.limit
+
+
+@pytest.mark.s3
+def test_a_key_may_be_longer_than_a_files_name(
+    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CINEMO_CACHE", str(tmp_path))
+    uri = f"s3://cinemo-test/{'x' * 300}.csv"
+    storage.write_bytes(uri, b"clip_id")
+    assert localize(uri).read_bytes() == b"clip_id"
+    assert localize(uri).suffix == ".csv"

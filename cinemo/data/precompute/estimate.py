@@ -197,7 +197,7 @@ class Known:
         return figures
 
     def _requests(self, share: float, figures: Mapping[str, float]) -> tuple[float, float]:
-        """S3 requests: clip (a GET, also where some share it); tar, record and ledger of a shard; journal, index, lock."""
+        """S3 requests: clip (some may share one); tar, record and ledger of a shard; journal, index, lock."""
         clips, shards = len(self.plan.clips), self.plan.shards
         gets, puts = (1.0 * clips if self.remote_clips else 0.0), 0.0
         if self.remote_output:
