@@ -229,20 +229,27 @@ def test_a_full_disk_is_not_the_hosts_fault(site: Site) -> None:
     assert len(site.asked) == 2
 
 
-def fetch_some(url: str, directory: str) -> None:
+def fetch_some(url: str, directory: str, ready: Any) -> None:
+    ready.wait()
     for number in range(4):
         web.fetch(url, Path(directory) / f"{multiprocessing.current_process().pid}-{number}")
 
 
 def test_few_at_a_time_from_one_host(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = threading.Event()
+
     def slow(handler: BaseHTTPRequestHandler) -> None:
-        time.sleep(0.03)
+        if site.at_once > 1:
+            two.set()
+        two.wait(60)
+        time.sleep(0.03)  # for a third one to come
         handler.send_response(200)
         handler.end_headers()
 
     monkeypatch.setenv(web.PER_HOST, "2")
     url, spawn = site.url("v.mp4", slow), multiprocessing.get_context("spawn")
-    workers = [spawn.Process(target=fetch_some, args=(url, str(tmp_path))) for _ in range(3)]
+    ready = spawn.Barrier(3)
+    workers = [spawn.Process(target=fetch_some, args=(url, str(tmp_path), ready)) for _ in range(3)]
     for worker in workers:
         worker.start()
     for worker in workers:
