@@ -119,6 +119,8 @@ class Sources:
             self._make_room()
             path = self._new_path(inside.name if inside else uri)
             if inside and inside.column:
+                if container.startswith(_WEB):
+                    raise ClipError("open", "invalid_uri", f"{uri}: rows of Parquet need a disk or s3://")
                 version = self._versions.get(container) or self._versions.setdefault(
                     container, storage.version(container)
                 )

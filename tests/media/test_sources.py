@@ -295,3 +295,7 @@ def test_a_copy_changes_nothing(tmp_path: Path, s3_endpoint: str, videos: list[b
     frames = [decode_clip(Clip("same", uri, ""), DATA)[0].frames_FHWC for uri in uris]
     for other in frames[1:]:
         np.testing.assert_array_equal(other, frames[0])
+
+
+def test_rows_of_parquet_behind_https_are_the_clips_fault() -> None:
+    assert refusal("https://host/x.parquet::video::3") == ("open", "invalid_uri")
