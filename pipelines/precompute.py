@@ -47,11 +47,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="try refused clips of a finished dataset again: those refused for REASON, or all",
     )
     cli.add_break_lock(parser)
+    parser.add_argument(
+        "--append",
+        nargs="?",
+        const="skip",
+        choices=("skip", "refuse"),
+        help="extend a finished dataset by the clips of --manifest that it does not have, as new shards behind the old "
+        "ones; those that it has are left out (skip, which --append alone means) or refused; changed rows are refused",
+    )
     parser.add_argument("--verify", action="store_true", help="only check a finished dataset (needs no --manifest)")
     parser.add_argument("--sample", type=int, default=8, metavar="N", help="samples that --verify encodes again")
     arguments = parser.parse_args(argv)
     if arguments.prices and not arguments.plan:
         parser.error("--prices only works with --plan")
+    if arguments.append and arguments.retry_quarantine is not None:
+        parser.error("--append and --retry-quarantine: give one of them")
     recipe = cli.recipe_of(arguments)
     if arguments.verify:
         from cinemo.data.dataset.verify import sentences, verify
@@ -77,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prices,
             columns,
             arguments.file_names_as_captions,
+            arguments.append,
         )
         print(*plan_lines(plan, arguments.output), sep="\n")
         return
@@ -94,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             columns,
             arguments.file_names_as_captions,
             arguments.break_lock,
+            arguments.append,
         )
         page = write_report(summary)
         if tracker:

@@ -94,7 +94,7 @@ def equal_population_edges(histogram: np.ndarray, buckets: int = MOTION_BUCKETS)
 
 def _totals(dataset: DatasetIndex, run: Mapping[str, Any] | None) -> list[str]:
     info = dataset.info
-    clips = info["plan"]["clips"] if "plan" in info else info["samples"] + info["quarantined"]
+    clips = info.get("clips", info["samples"] + info["quarantined"])
     size = sum(dataset.table["bytes"].to_pylist())
     shown = {
         "clips": f"{clips:,}",

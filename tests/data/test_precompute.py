@@ -51,7 +51,8 @@ def dataset(
 def test_layout_and_totals(dataset: Path, clips_folder: Path) -> None:
     shards = [f"shards/shard-{k:06d}.{kind}" for k in range(3) for kind in ("json", "tar")]
     ledgers = [f"quarantine/shard-{k:06d}.jsonl" for k in range(3)]
-    assert sorted(digests(dataset)) == sorted([*shards, *ledgers, "dataset.json", "index.parquet"])
+    columns = [f"columns/shard-{k:06d}.parquet" for k in range(3)]
+    assert sorted(digests(dataset)) == sorted([*shards, *ledgers, *columns, "dataset.json", "index.parquet"])
     info = json.loads((dataset / "dataset.json").read_text())
     assert (info["samples"], info["quarantined"], info["complete"]) == (9, 3, True)
     assert (info["size"], info["frames"], info["latent_shape"]) == ([32, 48], 6, [6, 4, 4, 6])

@@ -96,7 +96,7 @@ def encode_tar(samples: Sequence[LatentSample]) -> tuple[list[bytes | memoryview
         array = np.ascontiguousarray(sample.latents_FCHW)
         if array.dtype != np.float16 or list(array.shape) != shape:
             raise ValueError(f"{sample.key}: latents are {array.dtype} {array.shape}, expected float16 and one shape")
-        text = json.dumps(_metadata(sample), sort_keys=True, ensure_ascii=False).encode()
+        text = json.dumps(sample_metadata(sample), sort_keys=True, ensure_ascii=False).encode()
         size = len(array_header) + array.nbytes
         before = padding + _tar_header(f"{sample.key}.json", len(text))
         head = (
@@ -124,7 +124,8 @@ def _tar_header(name: str, size: int) -> bytes:
     )
 
 
-def _metadata(sample: LatentSample) -> dict[str, Any]:
+def sample_metadata(sample: LatentSample) -> dict[str, Any]:
+    """What ``KEY.json`` says."""
     return {**sample.extra, **{name: getattr(sample, name) for name in SAMPLE_FIELDS}}
 
 

@@ -22,7 +22,7 @@ import torch
 
 from cinemo import storage
 from cinemo.config import Recipe
-from cinemo.data.dataset import shards, sidecars
+from cinemo.data.dataset import columns, shards, sidecars
 from cinemo.data.dataset.fields import decode_again, identity
 from cinemo.data.dataset.identity import differences, encoder_dtype, fingerprint
 from cinemo.data.dataset.shards import DatasetIndex, Members, shard_name
@@ -97,6 +97,8 @@ def verify(uri: str, recipe: Recipe, samples: int = CANARY_SAMPLES) -> dict[str,
     if samples < 0:
         raise InputError(f"--sample is {samples}, expected 0 or more")
     index = DatasetIndex.load(storage.absolute(uri))
+    if "appending" in index.info:
+        raise InputError(f"{uri}: an append is not finished; run the command that began it again, then verify")
     fields = _fields(index)
     started = printed = time.perf_counter()
     checked: list[_Checked] = []
@@ -243,7 +245,7 @@ def _check_shard(checked: _Checked, index: DatasetIndex, number: int, fields: Ma
     checked.keys = np.array([_hashed(key) for key in keys], np.uint64)
     checked.refused = Counter(refusal.reason for refusal in shards.read_ledger(index.uri, number))
     if tar is not None:
-        _check_samples(checked, name, record, tar)
+        _check_samples(checked, index.uri, name, record, tar)
     for extra, info in fields.items():
         name = f"fields/{extra}/{shard_name(number)}"
         beside, tar = _read(checked, index.uri, name, _SIDECAR)
@@ -286,22 +288,26 @@ def _read(checked: _Checked, dataset: str, name: str, entries: set[str]) -> tupl
     return record, None
 
 
-def _check_samples(checked: _Checked, name: str, record: Mapping[str, Any], tar: bytes) -> None:
+def _check_samples(checked: _Checked, dataset: str, name: str, record: Mapping[str, Any], tar: bytes) -> None:
     """Every sample lies where the record says, and their scores add up to what it says."""
     members = Members(**record["members"])
     found, size = _members(tar), 2 * int(np.prod(members.array_shape))
-    scores = []
+    samples = []
     for place, key in enumerate(members.keys):
         array = found.get(f"{key}.latents.npy", (0, 0))
         text = members.json_offset[place], members.json_size[place]
         if found.get(f"{key}.json") != text or sum(array) != members.array_offset[place] + size:
             checked.faults.append(f"{name}.tar: sample {key} is not where the record says")
             return
-        scores.append(shards.read_sample(memoryview(tar), members, place).ssim)
+        samples.append(shards.read_sample(memoryview(tar), members, place))
     if len(found) != 2 * len(members.keys) or record["samples"] != len(members.keys):
         checked.faults.append(f"{name}.tar: has {len(found)} members, its record says {2 * record['samples']}")
-    if shards.ssim_statistics(scores) != record["ssim"]:
+    if shards.ssim_statistics([sample.ssim for sample in samples]) != record["ssim"]:
         checked.faults.append(f"{name}.tar: the ssim of its samples does not add up to that of its record")
+    if not columns.compared(dataset, record["shard"], [shards.sample_metadata(sample) for sample in samples]):
+        checked.faults.append(
+            f"columns/{shard_name(record['shard'])}.parquet: says otherwise than the shard; remove it"
+        )
 
 
 def _members(tar: bytes) -> dict[str, tuple[int, int]]:
@@ -318,9 +324,11 @@ def _strays(index: DatasetIndex, fields: Mapping[str, Any]) -> list[str]:
     names = [shard_name(number) for number in index.shards]
     pairs = {f"{name}.{kind}" for name in names for kind in ("tar", "json")}
     expected = {
-        "": ROOT_FILES | {"shards", "quarantine", "fields"},
+        "": ROOT_FILES | {"shards", "quarantine", "fields", columns.DIRECTORY, "parts"},
         "shards": pairs,
         "quarantine": {f"{name}.jsonl" for name in names},
+        columns.DIRECTORY: {f"{name}.parquet" for name in names},
+        "parts": {f"part-{part:06d}.parquet" for part in range(1, 1 + len(index.info.get("appended", ())))},
         "fields": {*fields, *(f"{name}.json" for name in fields)},
         **{f"fields/{name}": pairs for name in fields},
     }

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -24,6 +24,7 @@ from cinemo.data.dataset import shards
 from cinemo.data.dataset.identity import differences, fingerprint
 from cinemo.data.dataset.statistics import latent_statistics
 from cinemo.data.precompute.journal import Journal, probe
+from cinemo.data.precompute.parts import APPEND, Part, new_rows, read_rows, stored_parts, write_rows
 from cinemo.data.precompute.plan import Plan, PlannedRows
 from cinemo.types import InputError, Refusal
 
@@ -38,7 +39,11 @@ _LIGHT = ("shard", "samples", "quarantined", "recovered", "bytes", "sha256", "re
 @dataclass
 class Dataset:
     """The state of one output. ``records`` says the most important of each commit record (`_LIGHT`), by shard; those
-    past the plan's come from retries.
+    that are in no part come from retries.
+
+    ``plan``: the part that the given manifest belongs to; the only one of which shards can be made.
+    ``parts``: all of them. The last one is ``pending`` while an append is not finished.
+    ``append``: what to do about clips that are there already, where the manifest is still to be appended.
     """
 
     uri: str
@@ -46,42 +51,81 @@ class Dataset:
     plan: Plan
     fingerprint: str
     covers: dict[str, Any]
-    identity: dict[str, Any]
+    parts: list[Part]
     stored: dict[str, Any] | None
     journal: Journal
+    pending: bool = False
+    append: str | None = None
+    prefix: Callable[[int], str] | None = None
     records: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, uri: str, recipe: Recipe, plan: Plan) -> Dataset:
+    def open(
+        cls,
+        uri: str,
+        recipe: Recipe,
+        plan: Plan,
+        append: str | None = None,
+        prefix: Callable[[int], str] | None = None,
+    ) -> Dataset:
         """Look at an output without changing it; `load` then finds what it holds.
 
+        Args:
+            plan: of the whole manifest that was given.
+            append: extend a finished dataset by the manifest's new clips; those that are there already are left out
+                (``skip``) or refused (``refuse``).
+            prefix: digest of the first rows of the manifest, by their number; saves reading the ids of all clips.
+
         Raises:
-            InputError: it cannot be written, or belongs to another recipe or manifest.
+            InputError: it cannot be written, or belongs to another recipe or manifest, or cannot be extended.
         """
         digest, covers = fingerprint(recipe)
-        identity = plan.identity()
         place = storage.join(uri, "dataset.json")
-        stored = None
-        if storage.exists(place):
-            try:
-                stored = storage.read_json(place)
-                different = differences(stored["computed_from"], covers) + differences(stored["plan"], identity)
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{place}: not a dataset.json written by this program; choose another --output"
-                ) from None
-            if different:
-                raise InputError(f"{uri}: holds another dataset: {'; '.join(different)}; choose another --output")
-        else:
+        if append is not None and append not in APPEND:
+            raise InputError(f"--append {append}: expected {' or '.join(APPEND)}")
+        if not storage.exists(place):
             storage.check_writable(uri)
-        journal = Journal(uri, f"{digest} {json.dumps(identity, sort_keys=True)}")
-        return cls(uri, recipe, plan, digest, covers, identity, stored, journal)
+            parts, journal = [Part.of(plan)], _journal(uri, digest, plan)
+            return cls(uri, recipe, plan, digest, covers, parts, None, journal)
+        try:
+            stored = storage.read_json(place)
+            different = differences(stored["computed_from"], covers)
+            parts = stored_parts(stored)
+            pending, complete = "appending" in stored, bool(stored["complete"])
+            there = {name: stored["plan"][name] for name in ("clips", "clips_per_shard", "manifest")}
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{place}: not a dataset.json written by this program; choose another --output") from None
+        whole = Part.of(plan)
+        number = next((number for number, part in enumerate(parts) if part.lists_same_as(whole)), None)
+        here = {name: plan.identity()[name] for name in there}
+        if number is not None or append:
+            here |= {name: there[name] for name in ("clips", "manifest")}
+        if different or here != there:
+            different += differences(there, here)
+            extend = ", or --append the manifest's new clips" if here["manifest"] != there["manifest"] else ""
+            raise InputError(f"{uri}: holds another dataset: {'; '.join(different)}; choose another --output{extend}")
+        if number is not None:
+            plan = _plan_of_part(uri, plan, parts, number)
+        elif pending or not complete:
+            began = f"an append of {parts[-1].clips} clips of another manifest" if pending else "the dataset"
+            raise InputError(f"{uri}: {began} is not finished; run the command that began it again, then append")
+        append = append if number is None else None
+        journal = _journal(uri, digest, plan)
+        return cls(uri, recipe, plan, digest, covers, parts, stored, journal, pending, append, prefix)
 
     def load(self) -> None:
-        """Find the shards that are committed: from the index or the journal, and after them record by record.
+        """Find the shards that are committed, from the index or the journal, and after them record by record; and the
+        clips of an append, which is begun with that.
 
         Nothing is listed on s3://. A local directory is: that is cheap, and sees whatever was removed by hand.
+
+        Raises:
+            InputError: another job has changed the dataset since it was opened, shards are missing that another
+                manifest is needed for, or a manifest cannot be appended (`cinemo.data.precompute.parts.new_rows`).
         """
+        place = storage.join(self.uri, "dataset.json")
+        if (storage.read_json(place) if storage.exists(place) else None) != self.stored:
+            raise InputError(f"{self.uri}: another job has just changed the dataset; run the command again")
         for row in self._known().select(_LIGHT).to_pylist():
             self._note(row)
         remote = storage.is_remote(self.uri)
@@ -93,22 +137,48 @@ class Dataset:
         numbers = self._unknown() if remote else iter(sorted(there - self.records.keys()))
         for row in probe(numbers, self._row, _WINDOW):
             self.committed(row)
+        if self.append:
+            self._extend()
+        gone = [number for part in self.parts for number in part.numbers if number not in self.records]
+        foreign = sorted(set(gone) - set(self.plan.numbers))
+        if foreign:
+            raise InputError(
+                f"{self.uri}: {len(foreign)} shards are missing that the given manifest has no clips of (the first is "
+                f"{shards.shard_name(foreign[0])}); give the manifest that they were made from"
+            )
+
+    def _extend(self) -> None:
+        """Plan a new part of the clips that are not there yet, behind all shards that are."""
+        digests = {number: record["sha256"] for number, record in sorted(self.records.items())}
+        chosen = new_rows(self.uri, digests, self.parts, self.plan.clips, self.prefix, self.append or "skip")
+        last = self.parts[-1]
+        first_clip, first_shard = last.first_clip + last.clips, max([*self.records, *last.numbers]) + 1
+        self.plan = replace(self.plan, chosen=chosen, first_clip=first_clip, first_shard=first_shard)
+        if len(chosen):
+            self.parts.append(Part.of(self.plan))
+            self.pending = True
+            tables = self.journal
+            self.journal = _journal(self.uri, self.fingerprint, self.plan)
+            self.journal.adopt(tables.table())
 
     def _known(self) -> pa.Table:
         """Index rows of shards that need no reading."""
         if self.stored is None:
             self.journal.remove()  # of a dataset that somebody removed
-        elif self.stored.get("complete"):
-            try:
-                table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, "index.parquet"))))
-            except (FileNotFoundError, pa.ArrowInvalid):
-                return shards.INDEX_SCHEMA.empty_table()
+            return shards.INDEX_SCHEMA.empty_table()
+        if not self.stored.get("complete"):
+            return self.journal.read()
+        tables = [shards.INDEX_SCHEMA.empty_table()]
+        try:
+            table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, "index.parquet"))))
             if table.schema.equals(shards.INDEX_SCHEMA):
                 self.journal.adopt(table)
-                return table
-        else:
-            return self.journal.read()
-        return shards.INDEX_SCHEMA.empty_table()
+                tables.append(table)
+        except (FileNotFoundError, pa.ArrowInvalid):
+            pass
+        if self.pending and not set(self.plan.numbers) & set(tables[-1]["shard"].to_pylist()):
+            tables.append(self.journal.read())
+        return pa.concat_tables(tables)
 
     def _listed(self) -> set[int]:
         """Shards with tar and record in a local directory."""
@@ -130,9 +200,9 @@ class Dataset:
     def _unknown(self) -> Iterator[int]:
         """Shards that may have a record: of the plan, and past it only once the plan is done."""
         known = set(self.records)
-        yield from (number for number in range(self.plan.shards) if number not in known)
-        if self.stored and self.stored.get("complete"):
-            yield from (number for number in count(self.plan.shards) if number not in known)
+        yield from (number for part in self.parts for number in part.numbers if number not in known)
+        if self.stored and self.stored.get("complete") and not self.pending:
+            yield from (number for number in count(self.parts[-1].numbers.stop) if number not in known)
 
     def _row(self, number: int) -> dict[str, Any] | None:
         try:
@@ -145,14 +215,14 @@ class Dataset:
 
     def committed(self, row: Mapping[str, Any]) -> None:
         """Take note of a shard that now exists (a `shards.index_row`)."""
-        self.journal.add(row, self.plan.shards)
+        self.journal.add(row)
         self._note(row)
 
     def _note(self, row: Mapping[str, Any]) -> None:
         self.records[row["shard"]] = {**{name: row[name] for name in _LIGHT}, "reasons": json.loads(row["reasons"])}
 
     def missing_shards(self) -> list[int]:
-        return [shard for shard in range(self.plan.shards) if shard not in self.records]
+        return [shard for shard in self.plan.numbers if shard not in self.records]
 
     def retryable(self, reason: str) -> dict[str, tuple[int, str]]:
         """Clips still refused for ``reason`` (any reason for ``""``): clip id -> (shard, reason).
@@ -160,11 +230,15 @@ class Dataset:
         Raises:
             InputError: none was refused for that reason.
         """
-        refused = {refusal.clip_id: (shard, refusal.reason) for shard, refusal in self._refusals()}
+        numbers = [number for number in self.plan.numbers if self.records[number]["quarantined"]]
+        refused = {refusal.clip_id: (shard, refusal.reason) for shard, refusal in self._refusals(numbers)}
         found = {clip_id: value for clip_id, value in refused.items() if reason in ("", value[1])}
         if reason and not found:
             known = ", ".join(sorted({why for _, why in refused.values()})) or "none"
-            raise InputError(f"--retry-quarantine {reason}: no clip was refused for that; reasons found: {known}")
+            whose = " of this manifest" if len(self.parts) > 1 else ""
+            raise InputError(
+                f"--retry-quarantine {reason}: no clip{whose} was refused for that; reasons found: {known}"
+            )
         return found
 
     def rows_to_retry(self, refused: dict[str, tuple[int, str]]) -> PlannedRows:
@@ -172,15 +246,26 @@ class Dataset:
         parts = [np.empty(0, np.int64)]
         for shard in sorted({shard for shard, _ in refused.values()}):
             positions = self.plan.positions([shard])
-            parts.append(positions[[clip_id in refused for clip_id in self.plan.clips.ids(positions)]])
+            ids = self.plan.clips.ids(self.plan.manifest_rows(positions))
+            parts.append(positions[[clip_id in refused for clip_id in ids]])
         positions = np.concatenate(parts)
         first = max(self.records, default=-1) + 1
         return PlannedRows(self.plan, positions, first + np.arange(len(positions)) // self.plan.clips_per_shard)
 
     def begin(self) -> None:
-        """Say that the dataset is not complete. A finished one that only gains shards stays complete."""
-        if self.missing_shards() or self.stored is None:
-            self._store({"complete": False})
+        """Say that the dataset is not complete. A finished one that only gains shards stays complete, and readers see
+        it as it was.
+        """
+        if self.pending:
+            if self.stored and "appending" not in self.stored:
+                write_rows(
+                    self.uri, len(self.parts) - 1, self.plan.manifest_rows(self.plan.positions(self.plan.numbers))
+                )
+                self.stored = {**self.stored, "appending": self.parts[-1].to_json()}
+                storage.write_json(storage.join(self.uri, "dataset.json"), self.stored)
+        elif self.missing_shards() or self.stored is None:
+            measured = (self.stored or {}).get("latent_statistics")
+            self._store({"complete": False, **({"latent_statistics": measured} if measured else {})})
 
     def summarize(self) -> dict[str, Any]:
         """Totals over all committed shards, those of this run included."""
@@ -190,7 +275,7 @@ class Dataset:
             reasons.update(record["reasons"])
         shapes = {tuple(record["latent_shape"]) for record in records if record["samples"]}
         return {
-            "clips": self.identity["clips"],
+            "clips": sum(part.clips for part in self.parts),
             "samples": sum(record["samples"] for record in records),
             "quarantined": reasons.total(),
             "reasons": {reason: number for reason, number in sorted(reasons.items()) if number},
@@ -210,25 +295,29 @@ class Dataset:
         place = storage.join(self.uri, "index.parquet")
         if not storage.exists(place) or storage.read_bytes(place) != table:
             storage.write_bytes(place, table)
-        self._store({**summary, "latent_statistics": self._latent_statistics(summary), "complete": True})
+        self.pending = False
+        self._store({**summary, "latent_statistics": self._latent_statistics(), "complete": True})
         with storage.tidying(f"{self.uri}: the journal of a finished dataset"):
             self.journal.remove()
-        storage.sweep(self.uri, "shards", "quarantine")
+        storage.sweep(self.uri, "shards", "quarantine", "columns", "parts")
 
-    def _latent_statistics(self, summary: dict[str, Any]) -> dict[str, Any] | None:
-        """Of the shards as they are; not measured again where none came."""
-        if self.stored and self.stored.get("shards") == summary["shards"] and self.stored.get("latent_statistics"):
+    def _latent_statistics(self) -> dict[str, Any] | None:
+        """Of the first part, and measured once: a training normalises by them, and goes on where a dataset grew."""
+        if self.stored and self.stored.get("latent_statistics"):
             return dict(self.stored["latent_statistics"])
         sizes = {number: record["samples"] for number, record in self.records.items() if record["samples"]}
-        return latent_statistics(self.uri, sizes) if sizes else None
+        first = {number: samples for number, samples in sizes.items() if number in self.parts[0].numbers}
+        return latent_statistics(self.uri, first or sizes) if sizes else None
 
     def _store(self, values: dict[str, Any]) -> None:
         data = self.recipe.data
+        appended = self.parts[1 : len(self.parts) - self.pending]
         content = {
             "schema": shards.SCHEMA_VERSION,
             "fingerprint": self.fingerprint,
             "computed_from": self.covers,
-            "plan": self.identity,
+            "plan": self._first,
+            **({"appended": [part.to_json() for part in appended]} if appended else {}),
             "recipe": self.recipe.model_dump(mode="json"),
             "size": list(data.size),
             "frames": data.frames,
@@ -240,6 +329,11 @@ class Dataset:
         if content != self.stored:
             storage.write_json(storage.join(self.uri, "dataset.json"), content)
             self.stored = content
+
+    @property
+    def _first(self) -> dict[str, Any]:
+        """The ``plan`` of ``dataset.json``."""
+        return dict(self.stored["plan"]) if self.stored else self.plan.identity()
 
     def _recovered(self) -> dict[str, dict[str, Any]]:
         """What retries have recovered: clip id -> the shard that refused it, and why."""
@@ -262,3 +356,14 @@ class Dataset:
                 for refusal in ledger
                 if refusal.clip_id not in recovered
             ]
+
+
+def _journal(uri: str, fingerprint: str, plan: Plan) -> Journal:
+    return Journal(uri, f"{fingerprint} {json.dumps(plan.identity(), sort_keys=True)}", plan.numbers)
+
+
+def _plan_of_part(uri: str, whole: Plan, parts: list[Part], number: int) -> Plan:
+    """The plan of a part, from that of the manifest that lists it."""
+    part = parts[number]
+    chosen = read_rows(uri, number) if number else None
+    return replace(whole, chosen=chosen, first_clip=part.first_clip, first_shard=part.first_shard)

@@ -22,13 +22,14 @@ from cinemo import s3, storage
 from cinemo.config import DataConfig, Recipe
 from cinemo.data.dataset.identity import encoder_dtype
 from cinemo.data.manifest.columns import Columns
-from cinemo.data.manifest.manifest import read_manifest
+from cinemo.data.manifest.manifest import Manifest, read_manifest
 from cinemo.data.precompute import stages
+from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.journal import SEGMENT
 from cinemo.data.precompute.plan import Plan, PlannedRows, make_plan
 from cinemo.data.precompute.prices import Prices, money
 from cinemo.lock import HEARTBEAT_SECONDS
-from cinemo.types import keyed_seed
+from cinemo.types import InputError, keyed_seed
 
 SAMPLE_CLIPS = 32
 SAMPLE_SECONDS = 120.0  # slow clips: no more of them after so long, but at least `_LEAST`
@@ -49,6 +50,7 @@ def plan_only(
     prices: Prices | None = None,
     columns: Columns | None = None,
     names_as_captions: bool = False,
+    append: str | None = None,
 ) -> dict[str, Any]:
     """Measure a seeded sample of clips, write the estimate to ``<output>/plan.json`` and return it.
 
@@ -56,17 +58,26 @@ def plan_only(
     speed of ``prices`` is taken, or else what depends on it is left out.
 
     Raises:
-        InputError: bad manifest, or an output that cannot be written.
+        InputError: bad manifest, an output that cannot be written, or nothing to append.
     """
-    rows = read_manifest(manifest, limit, columns, recipe.data.seed, names_as_captions)
-    for note in rows.notes:
+    def prefix(rows: int | None) -> Manifest:
+        return read_manifest(manifest, rows, columns, recipe.data.seed, names_as_captions)
+
+    listed = prefix(limit)
+    for note in listed.notes:
         print(f"manifest: {note}", flush=True)
-    plan = make_plan(rows, recipe)
+    plan = make_plan(listed, recipe)
     output = storage.absolute(output)
     storage.check_writable(output)
-    clips = len(plan.clips)
+    if append:
+        dataset = Dataset.open(output, recipe, plan, append, lambda rows: prefix(rows).digest)
+        dataset.load()
+        plan = dataset.plan
+        if not len(plan):
+            raise InputError(f"{output}: has all clips of {manifest} already; there is nothing to append")
+    clips = len(plan)
     rng = np.random.default_rng(keyed_seed(recipe.data.seed, "estimate"))
-    positions = np.sort(rng.choice(clips, min(SAMPLE_CLIPS, clips), replace=False))
+    positions = np.sort(plan.first_clip + rng.choice(clips, min(SAMPLE_CLIPS, clips), replace=False))
     given = prices.clips_per_accelerator_second if prices else None
     sample, memory = _measure(recipe, plan, rng.permutation(positions))
 
@@ -121,7 +132,7 @@ def _measure(recipe: Recipe, plan: Plan, positions: np.ndarray) -> tuple[list[di
         if number >= _LEAST and time.perf_counter() - begun > SAMPLE_SECONDS:
             break
         place = np.array([position])
-        table = stages.score(stages.decode(PlannedRows(plan, place, place // plan.clips_per_shard).slice(), data), data)
+        table = stages.score(stages.decode(PlannedRows(plan, place, plan.shards_of(place)).slice(), data), data)
         if encoder is None:
             decoding_memory = _peak_memory()
         if encoder is None and (not data.encode_gpus or torch.cuda.is_available()):
@@ -163,7 +174,7 @@ class Known:
 
     def figures(self, sample: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         """All figures that follow from some measured clips; those that need what is unknown are missing."""
-        clips, data = len(self.plan.clips), self.data
+        clips, data = len(self.plan), self.data
         decoding = float(np.mean([clip["decode"] + clip["score"] for clip in sample]))
         encoding: float | None = float(np.mean([clip["encode"] for clip in sample]))
         if self.on_accelerator and not torch.cuda.is_available():
@@ -197,14 +208,14 @@ class Known:
         return figures
 
     def _requests(self, share: float, figures: Mapping[str, float]) -> tuple[float, float]:
-        """S3 requests: clip (some may share one); tar, record and ledger of a shard; journal, index, lock."""
-        clips, shards = len(self.plan.clips), self.plan.shards
+        """S3 requests: clip (some may share one); tar, columns, record and ledger of a shard; journal, index, lock."""
+        clips, shards = len(self.plan), self.plan.shards
         gets, puts = (1.0 * clips if self.remote_clips else 0.0), 0.0
         if self.remote_output:
             with_ledger = 1 - (1 - share) ** self.plan.clips_per_shard
             tar = s3.put_requests(int(figures.get("bytes", 0) / shards))
             beats = figures["hours_here"] * 3600 / HEARTBEAT_SECONDS
-            puts += shards * (tar + 1 + with_ledger) + math.ceil(shards / SEGMENT) + 3 + beats
+            puts += shards * (tar + 2 + with_ledger) + math.ceil(shards / SEGMENT) + 3 + beats
             gets += shards * 2 * (1 - with_ledger) + 10
         return gets, puts
 

@@ -24,7 +24,7 @@ from cinemo.data.dataset import fields
 from cinemo.data.dataset.identity import encoder_dtype
 from cinemo.data.dataset.sidecars import FieldStore
 from cinemo.data.manifest.columns import Columns
-from cinemo.data.manifest.manifest import read_manifest
+from cinemo.data.manifest.manifest import Manifest, read_manifest
 from cinemo.data.precompute import cluster, stages
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.plan import PlannedRows, make_plan
@@ -53,6 +53,7 @@ def run(
     columns: Columns | None = None,
     names_as_captions: bool = False,
     break_lock: bool = False,
+    append: str | None = None,
 ) -> dict[str, Any]:
     """Make a dataset, or finish one that was begun. A finished one is left as it is, byte for byte.
 
@@ -62,6 +63,8 @@ def run(
         limit: use the first clips of the manifest only.
         retry_quarantine: try refused clips of a finished dataset again: those of one reason, or all with ``""``. Those
             that succeed are appended as new shards.
+        append: extend a finished dataset by the manifest's clips that it does not have; those that it has are left out
+            (``skip``) or refused (``refuse``).
         listener: told every few seconds how the run is doing.
         break_lock: see `cinemo.lock.hold`.
 
@@ -71,15 +74,19 @@ def run(
         processes each of these stages had).
 
     Raises:
-        InputError: bad manifest; an output that belongs to another recipe or manifest; nothing to retry.
+        InputError: bad manifest; an output that belongs to another recipe or manifest; nothing to retry; a row that
+            changed a clip of the dataset.
         RunError: more clips were refused than ``data.max_quarantine_share`` allows.
     """
     started = time.perf_counter()
-    clips = read_manifest(manifest, limit, columns, recipe.data.seed, names_as_captions)
+    def prefix(rows: int | None) -> Manifest:
+        return read_manifest(manifest, rows, columns, recipe.data.seed, names_as_captions)
+
+    clips = prefix(limit)
     for note in clips.notes:
         print(f"manifest: {note}", flush=True)
     plan = make_plan(clips, recipe)
-    dataset = Dataset.open(storage.absolute(output), recipe, plan)
+    dataset = Dataset.open(storage.absolute(output), recipe, plan, append, lambda rows: prefix(rows).digest)
     extras = [FieldStore.open(dataset.uri, field, *fields.identity(field, recipe)) for field in recipe.data.fields]
     totals: Counter[str] = Counter()
     capacity: dict[str, float] = {}
@@ -98,9 +105,9 @@ def run(
                         progress.add(shard)
                         totals.update({name: shard[name] for name in ("clips", *_SECONDS)})
                         if retried is None:
-                            _check_share(progress.refused, dataset)
+                            _check_share(progress.refused, len(dataset.plan), dataset)
         summary = dataset.summarize()
-        _check_share(summary["reasons"], dataset)
+        _check_share(summary["reasons"], summary["clips"], dataset)
         lock.check()
         dataset.finish(summary)
         seconds = time.perf_counter() - started
@@ -332,8 +339,8 @@ def _absolute(encoders: EncodersConfig) -> EncodersConfig:
     return encoders.model_copy(update=places)
 
 
-def _check_share(reasons: Mapping[str, int], dataset: Dataset) -> None:
-    refused, clips = sum(reasons.values()), len(dataset.plan.clips)
+def _check_share(reasons: Mapping[str, int], clips: int, dataset: Dataset) -> None:
+    refused = sum(reasons.values())
     allowed = dataset.recipe.data.max_quarantine_share
     if refused > allowed * clips:
         raise RunError(

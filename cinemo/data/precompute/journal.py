@@ -30,35 +30,37 @@ class Journal:
     """Index rows of committed shards: those of whole segments as Arrow tables, newer ones as dictionaries.
 
     Args:
-        stamp: what the dataset is made from; segments of another stamp are not read.
+        stamp: what the shards are made from; segments of another stamp are not read.
+        planned: the shards that segments are written of, from the first one on.
     """
 
-    def __init__(self, dataset: str, stamp: str) -> None:
-        self.dataset, self.stamp = dataset, stamp
-        self.written = 0  # segments on storage, counted from the first shard on
+    def __init__(self, dataset: str, stamp: str, planned: range) -> None:
+        self.dataset, self.stamp, self.planned = dataset, stamp, planned
+        self.written = 0  # segments on storage
         self._tables: list[pa.Table] = []
         self._rows: dict[int, dict[str, Any]] = {}
 
     def read(self) -> pa.Table:
         """Take over the segments on storage, up to the first one that is missing; returns their rows."""
-        self._tables = list(self._segments())
-        self.written = len(self._tables)
-        return pa.concat_tables([INDEX_SCHEMA.empty_table(), *self._tables])
+        segments = list(self._segments())
+        self.written = len(segments)
+        self._tables += segments
+        return pa.concat_tables([INDEX_SCHEMA.empty_table(), *segments])
 
     def adopt(self, table: pa.Table) -> None:
-        """Start from the index of a finished dataset instead."""
-        self._tables = [table]
+        """Start from the index of a finished dataset."""
+        self._tables.append(table)
 
     def drop(self, lost: set[int]) -> None:
         """Forget shards that are not there any more."""
         gone = pa.array(sorted(lost), pa.int32())
         self._tables = [table.filter(pc.invert(pc.is_in(table["shard"], gone))) for table in self._tables]
 
-    def add(self, row: Mapping[str, Any], plan_shards: int) -> None:
+    def add(self, row: Mapping[str, Any]) -> None:
         """A shard was committed, or found to be."""
         self._rows[row["shard"]] = dict(row)
-        while (self.written + 1) * SEGMENT <= plan_shards:
-            numbers = range(self.written * SEGMENT, (self.written + 1) * SEGMENT)
+        while (self.written + 1) * SEGMENT <= len(self.planned):
+            numbers = self.planned[self.written * SEGMENT : (self.written + 1) * SEGMENT]
             if not all(number in self._rows for number in numbers):
                 return
             table = pa.Table.from_pylist([self._rows.pop(number) for number in numbers], INDEX_SCHEMA)

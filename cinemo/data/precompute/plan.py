@@ -18,32 +18,55 @@ from cinemo.data.manifest.manifest import Manifest
 class Plan:
     """Clips in manifest order, cut into shards of ``clips_per_shard``; the last one may be smaller.
 
-    A clip's position is its row in the manifest, and ``position // clips_per_shard`` its shard.
+    A clip's position counts through the whole dataset: in its first part it is the row in the manifest. A part that was
+    appended takes the ``chosen`` rows (ascending; None: all) of its own manifest, and begins at ``first_clip`` and
+    ``first_shard``.
     """
 
     clips: Manifest
     clips_per_shard: int
     views: int
+    chosen: np.ndarray | None = None
+    first_clip: int = 0
+    first_shard: int = 0
+
+    def __len__(self) -> int:
+        return len(self.clips) if self.chosen is None else len(self.chosen)
 
     @property
     def shards(self) -> int:
-        return math.ceil(len(self.clips) / self.clips_per_shard)
+        return math.ceil(len(self) / self.clips_per_shard)
+
+    @property
+    def numbers(self) -> range:
+        """The planned shards."""
+        return range(self.first_shard, self.first_shard + self.shards)
 
     def positions(self, shards: Sequence[int] | np.ndarray) -> np.ndarray:
         """Of all clips of some shards, in order."""
         slots = np.arange(self.clips_per_shard)
-        positions = (np.asarray(shards, np.int64)[:, None] * self.clips_per_shard + slots).ravel()
-        return positions[positions < len(self.clips)]
+        starts = (np.asarray(shards, np.int64)[:, None] - self.first_shard) * self.clips_per_shard
+        places = (starts + slots).ravel()
+        return self.first_clip + places[places < len(self)]
 
     def rows(self, shards: Sequence[int] | np.ndarray) -> PlannedRows:
         """The clips of some shards, in order."""
         positions = self.positions(shards)
-        return PlannedRows(self, positions, (positions // self.clips_per_shard).astype(np.int32))
+        return PlannedRows(self, positions, self.shards_of(positions))
+
+    def shards_of(self, positions: np.ndarray) -> np.ndarray:
+        """The shard of each position."""
+        return (self.first_shard + (positions - self.first_clip) // self.clips_per_shard).astype(np.int32)
+
+    def manifest_rows(self, positions: np.ndarray) -> np.ndarray:
+        """The row of the manifest at each position."""
+        places = positions - self.first_clip
+        return places if self.chosen is None else self.chosen[places]
 
     def identity(self) -> dict[str, Any]:
         """What must agree for two runs to continue each other: every clip, its place, and the shape of the shards."""
         return {
-            "clips": len(self.clips),
+            "clips": len(self),
             "clips_per_shard": self.clips_per_shard,
             "shards": self.shards,
             "manifest": self.clips.digest,
@@ -75,7 +98,7 @@ class PlannedRows:
         stop = len(self) if count is None else start + count
         positions, shards = self.positions[start:stop], self.shards[start:stop]
         sizes = np.searchsorted(self.shards, shards, "right") - np.searchsorted(self.shards, shards, "left")
-        rows = self.plan.clips.take(positions)
+        rows = self.plan.clips.take(self.plan.manifest_rows(positions))
         rows = rows.add_column(0, "shard", pa.array(shards, pa.int32()))
         rows = rows.add_column(1, "shard_clips", pa.array(sizes, pa.int32()))
         return rows.add_column(2, "position", pa.array(positions, pa.int64()))

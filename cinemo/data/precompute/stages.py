@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from cinemo.config import DataConfig
-from cinemo.data.dataset import shards
+from cinemo.data.dataset import columns, shards
 from cinemo.media.guard import Decode, Guard, Views
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.sources import Sources, naming_source
@@ -198,6 +198,16 @@ def commit(
             refused.setdefault(row["clip_id"], fault)
     samples = [_sample(row) for row in rows if row["clip_id"] not in refused]
     record = None
+    if samples or retried is None:
+        clips = {row["clip_id"]: row for row in rows}
+        ranges = {clip_id: {name: row[name] for name in ("start", "end")} for clip_id, row in clips.items()}
+        named = [{name: clips[clip_id][name] for name in ("clip_id", "uri", "caption")} for clip_id in refused]
+        columns.write(
+            dataset,
+            shard,
+            [{**shards.sample_metadata(sample), **ranges[sample.clip_id]} for sample in samples],
+            [{**clip, **ranges[clip["clip_id"]]} for clip in named] if retried is None else [],
+        )
     if retried is None:
         record = shards.commit(dataset, shard, samples, list(refused.values()), fingerprint)
     elif samples:
