@@ -206,6 +206,11 @@ class TrainConfig(Part):
     held_out_shards: int = Field(
         0, ge=0, description="shards at the end of the index, used for the validation loss alone"
     )
+    grow: bool = Field(
+        True,
+        description="use what the dataset gains while it is trained on (precompute.py --append), from the next epoch "
+        "on; false: what the run began with",
+    )
     validate_every: int = Field(1000, ge=0, description="steps between validation losses; 0: only at the end")
     canary: int = Field(2, ge=0, description="samples made again and compared before step 0, where their sources exist")
     log_every: int = Field(10, ge=1)

@@ -29,7 +29,7 @@ def epochs(order: SampleOrder, number: int = EPOCHS) -> list[list[tuple[int, int
     """(shard, sample) of the first epochs, each in the order in which a global batch after the other brings it."""
     found: list[list[tuple[int, int]]] = [[] for _ in range(number)]
     # A lane is at most one sample behind its share.
-    for step in range((number * order.samples + order.lanes) // order.global_batch + 1):
+    for step in range((order._before(number) + order.lanes) // order.global_batch + 1):
         for place in order.batch(step):
             if place.epoch < number:
                 found[place.epoch].append((place.shard, place.index))
@@ -178,3 +178,31 @@ def test_bad_geometry() -> None:
         order([0, 0], 1, 1)
     with pytest.raises(InputError, match=r"shard 1 of the index has 9 samples, expected a multiple of .* 2 views"):
         SampleOrder(np.array([8, 9]), global_batch=4, lanes=4, seed=0, views=2)
+
+
+growths = st.lists(st.tuples(st.integers(1, 3), st.lists(st.integers(0, 9), min_size=1, max_size=6)), max_size=3)
+
+
+@given(sizes, growths, lanes, st.integers(1, 4), st.integers(0, 99))
+def test_a_dataset_that_grows_is_used_whole_from_an_epoch_on(
+    samples: list[int], growths: list[tuple[int, list[int]]], lanes: int, per_lane: int, seed: int
+) -> None:
+    made, stages, epoch = order(samples, lanes, per_lane, seed), [(0, samples)], 0
+    for later, more in growths:
+        before, epoch = made, epoch + later
+        stages.append((epoch, [*stages[-1][1], *more]))
+        made = made.grown(epoch, np.array(stages[-1][1]))
+        step = 0
+        while before.first_untouched_epoch(step + 1) <= epoch:
+            assert made.batch(step) == before.batch(step)
+            step += 1
+        assert not step or all(place.epoch < epoch for place in made.batch(step - 1))
+    for number, seen in enumerate(epochs(made, epoch + 2)):
+        sizes_then = [sizes for first, sizes in stages if first <= number][-1]
+        assert sorted(seen) == [(shard, index) for shard, size in enumerate(sizes_then) for index in range(size)]
+
+
+def test_a_growth_before_the_one_before_began_takes_its_place() -> None:
+    once = order([3], 2, 2).grown(2, np.array([3, 4]))
+    again, direct = once.grown(2, np.array([3, 4, 5])), order([3], 2, 2).grown(2, np.array([3, 4, 5]))
+    assert [again.batch(step) for step in range(12)] == [direct.batch(step) for step in range(12)]

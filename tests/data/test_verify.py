@@ -71,6 +71,7 @@ def change_ssim(dataset: Path, shard: int) -> None:
     other = ssim[:3] + str((int(ssim[3]) + 1) % 10) + ssim[4:]
     content = content.replace(text.encode(), text.replace(f'"ssim": {ssim}', f'"ssim": {other}').encode())
     tar.write_bytes(content)
+    (dataset / f"columns/shard-{shard:06d}.parquet").unlink()
     fix_up(dataset, shard)
 
 
@@ -104,6 +105,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "ssim of a tar, sha fixed up": (
         lambda d: change_ssim(d, 0),
         r"1 fault: shards/shard-000000\.tar: the ssim of its samples does not add up to that of its record",
+    ),
+    "columns of another shard": (
+        lambda d: shutil.copy(d / "columns/shard-000001.parquet", d / "columns/shard-000000.parquet"),
+        r"1 fault: columns/shard-000000\.parquet: says otherwise than the shard; remove it",
     ),
     "lost record": (
         lambda d: (d / "shards/shard-000001.json").unlink(),

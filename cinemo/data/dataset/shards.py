@@ -14,7 +14,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -287,6 +287,10 @@ class DatasetIndex:
         if not info["samples"]:
             raise InputError(f"{uri}: the dataset has no samples: all {info['quarantined']} clips were refused")
         return cls(uri, info, table)
+
+    def first(self, shards: int) -> DatasetIndex:
+        """The dataset as it was when it had so many shards: whatever is added goes behind them."""
+        return replace(self, table=self.table.slice(0, shards))
 
     @property
     def shards(self) -> list[int]:

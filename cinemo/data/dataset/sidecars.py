@@ -90,8 +90,11 @@ class FieldStore:
         return [n for n in numbers if not {f"{shard_name(n)}.json", f"{shard_name(n)}.tar"} <= names]
 
     def begin(self) -> None:
-        """Say that the field is not complete, before the first shard of it is written."""
-        self._store({"complete": False})
+        """Say that the field is not complete, before the first shard of it is written. One that was complete stays so
+        for the shards that it covers.
+        """
+        if not (self.stored and self.stored["complete"]):
+            self._store({"complete": False})
 
     def finish(self, shards: Iterable[int]) -> dict[str, Any]:
         """Write ``fields/FIELD.json`` from the records of all sidecars; returns it."""
@@ -142,7 +145,7 @@ def require(index: DatasetIndex, field: str) -> None:
         info = storage.read_json(info_uri(index.uri, field))
     except FileNotFoundError:
         raise InputError(f"{index.uri}: has no field {field}; {advice}") from None
-    if not info["complete"] or info["shards"] != len(index.shards):
+    if not info["complete"] or info["shards"] < len(index.shards):
         covered = f"it covers {info['shards']} of {len(index.shards)} shards"
         raise InputError(f"{index.uri}: field {field} is not complete, {covered}; {advice}")
 

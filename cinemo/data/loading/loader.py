@@ -11,6 +11,7 @@ import numpy as np
 
 from cinemo.cache import Damaged, FileCache
 from cinemo.config import TrainConfig
+from cinemo.data.dataset import sidecars
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.order import SampleOrder
 from cinemo.data.loading.reader import ShardReader
@@ -81,7 +82,8 @@ class LatentLoader:
         cache_gb: float = 20.0,
     ) -> None:
         self.index, self.rank, self.world = index, rank, world
-        sizes = index.samples_of_shards[: first_held_out(index, held_out_shards)]
+        self._held_out = range(first_held_out(index, held_out_shards), len(index.shards))
+        sizes = index.samples_of_shards[: self._held_out.start]
         self.order = SampleOrder(sizes, global_batch=global_batch, lanes=lanes, seed=seed, views=index.views)
         self.note: str | None = None  # worth telling whoever watches the run
         if self.order.samples < global_batch:
@@ -111,16 +113,32 @@ class LatentLoader:
         """What damaged shards have cost so far in the batches that were made."""
         return self._samples.skipped
 
+    def grow(self, index: DatasetIndex, epoch: int) -> None:
+        """From the beginning of ``epoch`` on, of which no batch was made yet, use a dataset that has become longer.
+
+        What was held out stays so. Another thread may be making batches.
+
+        Raises:
+            InputError: a field was not made for the new shards.
+        """
+        for field in self._reader.fields:
+            sidecars.require(index, field)
+        sizes = index.samples_of_shards.copy()
+        sizes[self._held_out.start : self._held_out.stop] = 0
+        self._reader.extend(index)
+        self.index, self.order = index, self.order.grown(epoch, sizes)
+
     def batches(self, start_step: int = 0) -> Iterator[StepBatch]:
         """Batches from global step ``start_step`` on, without end; epochs follow each other."""
         return map(self.batch, count(start_step))
 
     def batch(self, step: int) -> StepBatch:
-        places = self.order.batch(step, self.rank, self.world)
-        following = (self.order.next_shard(step, lane) for lane in self._lanes)
+        order = self.order
+        places = order.batch(step, self.rank, self.world)
+        following = (order.next_shard(step, lane) for lane in self._lanes)
         self._reader.want([*(place.shard for place in places), *following])
         samples, weights = self._samples.read([(place.shard, place.index) for place in places])
-        return StepBatch(step, self.order.epoch(step), samples, weights, [place.epoch for place in places])
+        return StepBatch(step, order.epoch(step), samples, weights, [place.epoch for place in places])
 
     def sample(self, position: int, index: int) -> LatentSample:
         """Sample ``index`` of the shard at ``position`` in the dataset's index."""

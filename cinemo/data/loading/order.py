@@ -12,6 +12,9 @@ up to ``N`` (Hermite's identity), and over the epochs no lane gets ahead of anot
 dropped or repeated to make ends meet. A batch may therefore hold the end of one epoch and the beginning of the next,
 and, where a global batch is larger than an epoch, a sample of each.
 
+A dataset that grew is taken up at the beginning of an epoch (`SampleOrder.grown`): ``e N`` is then the sum of the
+epochs before, whatever their sizes, and what was read until then stays as it was.
+
 A clip that was precomputed with ``views`` views is seen once an epoch, with one of them. They take turns, beginning
 with one drawn for the clip: any ``views`` epochs in a row see each view of each clip once.
 """
@@ -19,6 +22,7 @@ with one drawn for the clip: any ``views`` epochs in a row see each view of each
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +39,19 @@ class Place:
     epoch: int
 
 
+@dataclass(frozen=True)
+class _Generation:
+    """Clips in each shard as epochs from ``epoch`` on see them; ``before``: samples of all epochs before."""
+
+    epoch: int
+    before: int
+    sizes: np.ndarray
+
+    @functools.cached_property
+    def samples(self) -> int:
+        return int(self.sizes.sum())
+
+
 class SampleOrder:
     """Where the samples of a step lie.
 
@@ -44,7 +61,7 @@ class SampleOrder:
         lanes: reading lanes; a multiple of the number of ranks.
         views: samples of each clip, of which an epoch sees one.
 
-    ``samples``: how many an epoch sees.
+    ``samples``: how many an epoch sees (of a dataset that grew: from the last time on).
 
     Raises:
         InputError: no samples, a batch that lanes do not divide, or a shard whose samples are no multiple of ``views``.
@@ -53,23 +70,41 @@ class SampleOrder:
     def __init__(
         self, samples_of_shards: np.ndarray, *, global_batch: int, lanes: int, seed: int, views: int = 1
     ) -> None:
-        counts = np.asarray(samples_of_shards, np.int64)
-        uneven = np.flatnonzero(counts % views)
-        if len(uneven):
-            raise InputError(
-                f"shard {uneven[0]} of the index has {counts[uneven[0]]} samples, expected a multiple of the dataset's "
-                f"{views} views of a clip; precompute it again"
-            )
-        self.sizes = counts // views
-        self.samples = int(self.sizes.sum())
-        if not self.samples:
-            raise InputError("the dataset has no samples to train on")
         if global_batch % lanes:
             raise InputError(f"global_batch is {global_batch}, expected a multiple of lanes ({lanes})")
         self.global_batch, self.lanes, self.seed, self.views = global_batch, lanes, seed, views
         self.per_lane = global_batch // lanes
+        self._use([_Generation(0, 0, self._clips(samples_of_shards))])
+
+    def grown(self, epoch: int, samples_of_shards: np.ndarray) -> SampleOrder:
+        """The same order up to ``epoch``, from which on the shards are those given: the old ones and more behind them.
+
+        Args:
+            epoch: not before that of the last growth, whose place this one takes where they are the same.
+        """
+        kept = [generation for generation in self._generations if generation.epoch < epoch]
+        made = SampleOrder.__new__(SampleOrder)
+        made.__dict__.update(self.__dict__)
+        made._use([*kept, _Generation(epoch, self._before(epoch), self._clips(samples_of_shards))])
+        return made
+
+    def _clips(self, samples_of_shards: np.ndarray) -> np.ndarray:
+        counts = np.asarray(samples_of_shards, np.int64)
+        uneven = np.flatnonzero(counts % self.views)
+        if len(uneven):
+            raise InputError(
+                f"shard {uneven[0]} of the index has {counts[uneven[0]]} samples, expected a multiple of the dataset's "
+                f"{self.views} views of a clip; precompute it again"
+            )
+        if not counts.any():
+            raise InputError("the dataset has no samples to train on")
+        return counts // self.views
+
+    def _use(self, generations: list[_Generation]) -> None:
+        self._generations = generations
+        self.samples = generations[-1].samples
         self._shards = functools.lru_cache(2)(self._permute_shards)
-        self._inside = functools.lru_cache(4 * lanes)(self._permute_clips)
+        self._inside = functools.lru_cache(4 * self.lanes)(self._permute_clips)
         self._starts = functools.lru_cache(4)(self._slice)
 
     @property
@@ -78,7 +113,25 @@ class SampleOrder:
 
     def epoch(self, step: int) -> int:
         """The epoch in which global step ``step`` begins: how often its predecessors saw everything."""
-        return step * self.global_batch // self.samples
+        return self._epoch_at(step * self.global_batch)
+
+    def first_untouched_epoch(self, step: int) -> int:
+        """The first epoch of which no step before ``step`` has a sample."""
+        last = step * self.per_lane - 1
+        return 1 + max(self._locate(lane, last)[0] for lane in range(self.lanes)) if step else 0
+
+    def _generation(self, epoch: int) -> _Generation:
+        return self._generations[bisect_right(self._generations, epoch, key=lambda one: one.epoch) - 1]
+
+    def _before(self, epoch: int) -> int:
+        """Samples of all epochs before ``epoch``."""
+        generation = self._generation(epoch)
+        return generation.before + (epoch - generation.epoch) * generation.samples
+
+    def _epoch_at(self, sample: int) -> int:
+        """The last epoch before which there are at most so many samples."""
+        generation = self._generations[bisect_right(self._generations, sample, key=lambda one: one.before) - 1]
+        return generation.epoch + (sample - generation.before) // generation.samples
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes that a rank owns."""
@@ -115,9 +168,8 @@ class SampleOrder:
 
     def _locate(self, lane: int, position: int) -> tuple[int, int, int]:
         """A position of a lane's stream: its epoch, its place in that epoch's S, and samples left of the slice."""
-        samples, lanes = self.samples, self.lanes
-        epoch = (lanes * (position + 1) - 1 - lane) // samples  # the last one that begins at or before the position
-        begin, end = ((number * samples + lane) // lanes for number in (epoch, epoch + 1))
+        epoch = self._epoch_at(self.lanes * (position + 1) - 1 - lane)  # the last one that begins there or before
+        begin, end = ((self._before(number) + lane) // self.lanes for number in (epoch, epoch + 1))
         return epoch, self._starts(epoch)[lane] + position - begin, end - position
 
     def _slice(self, epoch: int) -> list[int]:
@@ -125,7 +177,7 @@ class SampleOrder:
         starts, place = [], 0
         for lane in range(self.lanes):
             starts.append(place)
-            begin, end = ((number * self.samples + lane) // self.lanes for number in (epoch, epoch + 1))
+            begin, end = ((self._before(number) + lane) // self.lanes for number in (epoch, epoch + 1))
             place += end - begin
         return starts
 
@@ -136,19 +188,20 @@ class SampleOrder:
             slot = int(np.searchsorted(ends, places[0], side="right"))
             shard, end = int(shards[slot]), int(ends[slot])
             some = places[: end - int(places[0])]
-            inside = self._inside(epoch, shard)[some - (end - int(self.sizes[shard]))]
+            inside = self._inside(epoch, shard)[some - (end - int(self._generation(epoch).sizes[shard]))]
             found += [Place(shard, index, epoch) for index in inside.tolist()]
             places = places[len(some) :]
         return found
 
     def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards in an epoch's order, and where each ends in S."""
-        shards = np.argsort(self._bits(len(self.sizes), "shards", epoch), kind="stable")
-        return shards, np.cumsum(self.sizes[shards])
+        sizes = self._generation(epoch).sizes
+        shards = np.argsort(self._bits(len(sizes), "shards", epoch), kind="stable")
+        return shards, np.cumsum(sizes[shards])
 
     def _permute_clips(self, epoch: int, shard: int) -> np.ndarray:
         """The samples of a shard that an epoch sees, in its order."""
-        count = int(self.sizes[shard])
+        count = int(self._generation(epoch).sizes[shard])
         clips = np.argsort(self._bits(count, "samples", epoch, shard), kind="stable")
         if self.views == 1:
             return clips

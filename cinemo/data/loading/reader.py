@@ -51,15 +51,20 @@ class ShardReader:
     def __init__(self, index: DatasetIndex, fields: Sequence[str], cache: FileCache, keep: int) -> None:
         for field in fields:
             sidecars.require(index, field)
-        self.index, self.fields, self.cache = index, tuple(fields), cache
+        self.fields, self.cache = tuple(fields), cache
         self.damaged: dict[int, str] = {}
-        self._numbers, self._digests = index.shards, index.table["sha256"].to_pylist()
-        self._sizes = index.table["bytes"].to_pylist()
+        self.extend(index)
         self._keep = keep
         self._open: OrderedDict[int, Future[OpenShard]] = OrderedDict()
         self._checked: set[int] = set()
         # Threads of their own and no pool: Python waits for a pool's threads at its end, and S3 may be out.
         self._turn = threading.Semaphore(_AT_ONCE)
+
+    def extend(self, index: DatasetIndex) -> None:
+        """Read from the same dataset with more shards behind those that it had."""
+        self._numbers, self._digests = index.shards, index.table["sha256"].to_pylist()
+        self._sizes = index.table["bytes"].to_pylist()
+        self.index = index
 
     def want(self, positions: Iterable[int]) -> None:
         """Open shards in the background, the first ones first, and let go of what was not wanted for long."""

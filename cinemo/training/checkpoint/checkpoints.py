@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +29,25 @@ RUN = "train"  # Ray Train's run name: its directory under the output
 RECORD = "checkpoint.json"
 _NAME = re.compile(r"checkpoint_[\d_.-]+")
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
+Generations = Sequence[tuple[int, int]]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
 class CheckpointCard:
-    """What can be said of a complete checkpoint without loading it. ``recipe``: its JSON, not yet validated."""
+    """What can be said of a complete checkpoint without loading it.
+
+    ``dataset``: digest of what it was trained on. ``generations``: of a dataset that grew meanwhile, from which epoch
+    on how many shards were used (older checkpoints do not say: all that ``dataset`` means).
+    ``recipe``: its JSON, not yet validated.
+    """
 
     uri: str
     step: int
     world: int
     dataset: str
     recipe: Mapping[str, Any]
+    generations: Generations = ()
 
 
 def sizes(directory: Path) -> dict[str, int]:
@@ -48,11 +55,19 @@ def sizes(directory: Path) -> dict[str, int]:
     return {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def describe(directory: Path, recipe: Recipe, step: int, world: int, dataset: str, files: dict[str, int]) -> None:
+def describe(
+    directory: Path,
+    recipe: Recipe,
+    step: int,
+    world: int,
+    dataset: str,
+    files: dict[str, int],
+    generations: Generations = (),
+) -> None:
     """Add ``checkpoint.json`` and ``recipe.json`` to rank 0's share; ``files`` are those of all ranks."""
     (directory / "recipe.json").write_text(recipe.to_json())
     files = files | {"recipe.json": len(recipe.to_json().encode())}
-    record = {"step": step, "world": world, "dataset": dataset, "files": files}
+    record = {"step": step, "world": world, "dataset": dataset, "generations": generations, "files": files}
     storage.write_json(str(directory / RECORD), record)
 
 
@@ -81,7 +96,8 @@ def read(uri: str) -> CheckpointCard | None:
         if any(storage.size(storage.join(uri, name)) != size for name, size in record["files"].items()):
             return None
         recipe = storage.read_json(storage.join(uri, "recipe.json"))
-        return CheckpointCard(uri, record["step"], record["world"], record["dataset"], recipe)
+        generations = [(epoch, shards) for epoch, shards in record.get("generations", ())]
+        return CheckpointCard(uri, record["step"], record["world"], record["dataset"], recipe, generations)
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
 

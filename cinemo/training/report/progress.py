@@ -56,7 +56,16 @@ class Sheet:
     motion: Mapping[str, float]
 
 
-Event = Report | Resumed | Saved | Sheet
+@dataclass(frozen=True)
+class Grown:
+    """The dataset has become longer: a line about it; its digest and profile where it is used from now on."""
+
+    text: str
+    fingerprint: str | None = None
+    profile: Mapping[str, Any] | None = None
+
+
+Event = Report | Resumed | Saved | Sheet | Grown
 
 
 @dataclass(frozen=True)
@@ -159,6 +168,11 @@ class Progress:
             self._tracked(lambda run: run.log_all((row.step, row.metrics()) for row in event.history))
         elif isinstance(event, Saved):
             self._write_csv()
+        elif isinstance(event, Grown):
+            self._say(event.text)
+            if event.fingerprint:
+                grown = event.fingerprint, event.profile or {}
+                self._tracked(lambda run: run.dataset(self._dataset, *grown))
         else:
             self._watch(event)
             for uri in event.uris:

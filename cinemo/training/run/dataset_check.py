@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 from cinemo.config import Recipe
 from cinemo.data.dataset.identity import differences, fingerprint
@@ -63,5 +64,19 @@ def check_canary(index: DatasetIndex, recipe: Recipe) -> str:
 
 def dataset_digest(index: DatasetIndex) -> str:
     """Identifies the content of a dataset: its fingerprint and every shard's sha256."""
-    parts = [index.info["fingerprint"], *index.table["sha256"].to_pylist()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    *_, digest = _digests(index)
+    return digest
+
+
+def shards_of(index: DatasetIndex, digest: str) -> int | None:
+    """How many shards a dataset had when it was ``digest``; None where it never was. It may have grown since."""
+    return next((shards for shards, found in enumerate(_digests(index)) if found == digest), None)
+
+
+def _digests(index: DatasetIndex) -> Iterator[str]:
+    """Of a dataset's first 0, 1, ... shards."""
+    total = hashlib.sha256(index.info["fingerprint"].encode())
+    yield total.hexdigest()[:16]
+    for sha256 in index.table["sha256"].to_pylist():
+        total.update(b"\n" + sha256.encode())
+        yield total.hexdigest()[:16]

@@ -24,6 +24,8 @@ from cinemo.training.run.batch import FrozenStates, HostBatch, host_batch, on_de
 from cinemo.training.run.engine import Engine
 from cinemo.types import RunError
 
+DEPTH = 2
+AHEAD = DEPTH + 1  # batches that may have been made beyond those that were trained on
 T = TypeVar("T")
 Weighted = tuple[HostBatch, Tensor]  # a micro batch and the weights of its samples (B,)
 
@@ -100,7 +102,7 @@ def _due(done: int, every: int, last: int) -> bool:
     return done == last or (every > 0 and done % every == 0)
 
 
-def prefetch(items: Iterator[T], depth: int = 2) -> Generator[T, None, None]:
+def prefetch(items: Iterator[T], depth: int = DEPTH) -> Generator[T, None, None]:
     """The same items in the same order, made by a thread up to ``depth`` ahead; its exceptions are raised here."""
     ready: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()

@@ -71,6 +71,7 @@ def verify_resume(recipe: Recipe, data: str, output: str, script: str) -> list[s
     steps = max(_LEAST_STEPS, min(recipe.train.max_steps, epoch + 1))
     every = steps // _CHECKPOINTS
     settings = [f"train.max_steps={steps}", f"train.checkpoint_every={every}", "train.log_every=1"]
+    settings += ["train.grow=false"]  # both trainings see the same dataset, whatever happens to it meanwhile
     recipe = override(recipe, [*settings, "train.sample_count=1", "train.sample_every=0", "train.validate_every=0"])
     fewer = _fewer(recipe)
     lives = [Life(recipe.train.workers, 2 * every), Life(fewer, 4 * every), Life(recipe.train.workers, None)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from ray.train.torch import get_device
 from cinemo import cache
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
-from cinemo.data.loading.loader import HeldOut, LatentLoader, StepBatch
+from cinemo.data.loading.loader import HeldOut, StepBatch
 from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.frozen import Vae
 from cinemo.networks.memory import keep_freed_memory
@@ -34,7 +34,8 @@ from cinemo.training.run.base_weights import base_networks
 from cinemo.training.run.batch import FrozenStates
 from cinemo.training.run.dataset_check import dataset_digest
 from cinemo.training.run.engine import Engine
-from cinemo.training.run.loop import train
+from cinemo.training.run.growth import GrowingData, generations_of
+from cinemo.training.run.loop import AHEAD, train
 from cinemo.types import InputError, RunError, keyed_seed
 
 
@@ -45,20 +46,19 @@ def work(config: dict[str, Any]) -> None:
         return  # the attempt before this one met what no restart can mend
     try:
         recipe = parse_recipe(config["recipe"], "recipe")
-        _train(recipe, config["data"], config["output"], config["start"], config["flops"], mailbox)
+        _train(recipe, config, mailbox)
     except (InputError, RunError) as error:
         ray.get(mailbox.post_fault.remote(type(error).__name__, str(error)))
         raise
 
 
-def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int, mailbox: Any) -> None:
+def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
+    data, output = config["data"], config["output"]
     torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
     assert isinstance(device, torch.device)
-    index = DatasetIndex.load(data)
-    digest = dataset_digest(index)
     # Every rank must begin with the same weights: ZeRO-3 keeps of each rank only its share.
     torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
     method = build_method(recipe, base_networks(recipe))
@@ -72,18 +72,27 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
     frozen = FrozenStates.of(recipe, device, engine.dtype)
 
     step, history = 0, []
-    with _checkpoint_directory(start) as directory:
+    index, generations = DatasetIndex.load(data), [(0, config["shards"])]
+    with _checkpoint_directory(config["start"]) as directory:
         if directory is not None:
             state = engine.load(directory)
-            if state["dataset"] != digest:
-                raise InputError(f"dataset {data}: changed while training ({state['dataset']} -> {digest})")
+            generations = generations_of(index, state)
             step, history = state["step"], [Report.of_kept(row) for row in state["history"]]
+    first = index.first(generations[0][1])
 
     def post(event: Event) -> None:
         if rank == 0:
             mailbox.post.remote(pickle.dumps(event))
 
-    loader = LatentLoader.of(index, recipe.train, rank, world, method.stored_fields(recipe))
+    stored = method.stored_fields(recipe)
+    data_used = GrowingData(index, generations, recipe.train, rank, world, stored)
+    loader = data_used.loader
+
+    def follow(done: int, ahead: int) -> None:
+        """Use what the dataset has gained: the same shards on all ranks, from the same epoch on."""
+        news = engine.gather(data_used.look() if rank == 0 else None)[0]
+        if news is not None:
+            post(data_used.follow(news, loader.order.first_untouched_epoch(done + ahead)))
 
     def on_report(report: Report) -> None:
         if recipe.train.on_damaged == "skip":
@@ -105,7 +114,10 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
         parts = engine.gather(own)
         if rank == 0:
             sample_log.write(output, {step: [key for part in parts for key in part[step]] for step in own})
-        place = {"step": done, "epoch": loader.order.epoch(done), "dataset": digest}
+        if recipe.train.grow:
+            follow(done, AHEAD)
+        digest, generations = dataset_digest(loader.index), data_used.generations
+        place = {"step": done, "epoch": loader.order.epoch(done), "dataset": digest, "generations": generations}
         state = {**place, "history": [row.kept() for row in history]}
         with tempfile.TemporaryDirectory(prefix="cinemo-checkpoint-") as scratch:
             share = Path(scratch)
@@ -113,7 +125,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
                 engine.save(share, state)
             files = {name: size for part in engine.gather(checkpoints.sizes(share)) for name, size in part.items()}
             if rank == 0:
-                checkpoints.describe(share, recipe, done, world, digest, files)
+                checkpoints.describe(share, recipe, done, world, digest, files, generations)
             with checkpoints.saving(done, sum(files.values()), output):
                 # Returns when the files are uploaded.
                 ray.train.report(
@@ -121,8 +133,7 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
                 )
         post(Saved(done))
 
-    stored = method.stored_fields(recipe)
-    samples = first_samples(index, recipe.train.sample_count, recipe.train.held_out_shards, stored)
+    samples = first_samples(first, recipe.train.sample_count, recipe.train.held_out_shards, stored)
 
     def on_sheet(done: int) -> None:
         if rank == 0 or engine.sharded:
@@ -133,12 +144,14 @@ def _train(recipe: Recipe, data: str, output: str, start: str | None, flops: int
             post(write_samples(output, recipe, done, vae, samples, animated))
 
     post(Resumed(step, tuple(history)))
+    if step and recipe.train.grow:
+        follow(step, 0)
     if not step and recipe.train.init is not None and recipe.train.sample_every:
         engine.method.eval()
         on_sheet(0)  # what fine-tuning begins with, and how much it moves
-    held_out = HeldOut.of(index, recipe.train, stored)
+    held_out = HeldOut.of(first, recipe.train, stored)
     validate = Validation(recipe, engine, frozen, held_out) if recipe.train.held_out_shards else None
-    sample_seconds = flops / peak_flops(device, engine.dtype)
+    sample_seconds = config["flops"] / peak_flops(device, engine.dtype)
     train(
         recipe,
         engine,

@@ -44,7 +44,7 @@ from cinemo.training.report.progress import (
 )
 from cinemo.training.run import rank
 from cinemo.training.run.base_weights import check_base
-from cinemo.training.run.dataset_check import check_canary, check_dataset, dataset_digest
+from cinemo.training.run.dataset_check import check_canary, check_dataset, dataset_digest, shards_of
 from cinemo.types import InputError, RunError
 
 # A checkpoint can be continued only with these unchanged: they decide its tensors, the order of data, or every draw.
@@ -89,8 +89,8 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto", break_lock
     if "image_encoder" in method_class(recipe).needs:
         check_image_encoder(image_encoder_place(recipe))
     base_note = check_base(recipe)
+    start = _starting_point(recipe, index, output, resume)
     digest = dataset_digest(index)
-    start = _starting_point(recipe, digest, output, resume)
     summary = read_summary(output)
     if start and summary and start.step >= recipe.train.max_steps and start.uri.startswith(output):
         print(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
@@ -128,6 +128,7 @@ def _train(
             "data": data,
             "output": output,
             "start": start.uri if start else None,
+            "shards": len(index.shards),
             "flops": flops.result().training,
             "mailbox": mailbox,
         },
@@ -175,7 +176,7 @@ def _train(
     return progress.finish(latest.uri)
 
 
-def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> CheckpointCard | None:
+def _starting_point(recipe: Recipe, index: DatasetIndex, output: str, resume: str) -> CheckpointCard | None:
     """The checkpoint to take up, or None for a start from nothing."""
     holds = read_run(output) is not None or checkpoints.stored(output)
     if resume != "auto" and holds:
@@ -187,9 +188,9 @@ def _starting_point(recipe: Recipe, digest: str, output: str, resume: str) -> Ch
     card = checkpoints.latest(output) if resume == "auto" else checkpoints.find(resume)
     if card is None:
         return None
-    if card.dataset != digest:
+    if shards_of(index, card.dataset) is None:
         raise InputError(
-            f"checkpoint {card.uri}: was trained on dataset {card.dataset}, but --data is {digest}; "
+            f"checkpoint {card.uri}: was trained on dataset {card.dataset}, but --data is {dataset_digest(index)}; "
             "give the same --data, or start again with train.init and another --output"
         )
     # Parsed, so that keys that are younger than the checkpoint have their defaults.

@@ -1,0 +1,178 @@
+"""A training whose dataset grows takes the new shards from the next epoch on, whatever is killed, and says so."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training.conftest import moving_samples
+from training.test_worker import Job
+
+from cinemo import storage
+from cinemo.config import Recipe, TrainConfig
+from cinemo.data.dataset import shards, sidecars
+from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.recipes import override
+from cinemo.training.checkpoint import checkpoints
+from cinemo.training.report import sample_log
+from cinemo.training.run.dataset_check import dataset_digest, shards_of
+from cinemo.training.run.growth import GrowingData, generations_of
+from cinemo.training.run.loop import AHEAD
+from cinemo.types import InputError
+
+PER_SHARD = 4
+
+
+def grow(root: str, number: int, fingerprint: str = "f" * 64) -> DatasetIndex:
+    """Make a dataset of ``number`` shards, or a longer one of a shorter one."""
+    samples = moving_samples(PER_SHARD * number)
+    there = len(storage.names(storage.join(root, "shards"))) // 2
+    for shard in range(there, number):
+        shards.commit(root, shard, samples[PER_SHARD * shard : PER_SHARD * (shard + 1)], [], fingerprint)
+    records = [storage.read_json(shards.record_uri(root, shard)) for shard in range(number)]
+    storage.write_bytes(storage.join(root, "index.parquet"), shards.index_bytes(records))
+    place = storage.join(root, "dataset.json")
+    info = storage.read_json(place) if storage.exists(place) else {
+        "schema": shards.SCHEMA_VERSION, "complete": True, "fingerprint": fingerprint, "quarantined": 0,
+    }  # fmt: skip
+    storage.write_json(place, info | {"samples": len(samples), "shards": number})
+    return DatasetIndex.load(root)
+
+
+def settings_of(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"workers": 1, "global_batch": 4, "micro_batch": 4, "lanes": 2, **changes})
+
+
+def whole(index: DatasetIndex, generations: list[tuple[int, int]], steps: int, train: TrainConfig) -> list[list[str]]:
+    """What a training sees, from its generations alone."""
+    loader = GrowingData(index, generations, train, 0, 1, ()).loader
+    return [[sample.key for sample in loader.batch(step).samples] for step in range(steps)]
+
+
+@settings(max_examples=15)
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.integers(0, 2)), min_size=1, max_size=8))
+def test_kills_and_growth_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[int, bool, int]]
+) -> None:
+    """Each life trains some steps (a checkpoint every third), the dataset grows in the middle of it or before it."""
+    root, train, number = str(tmp_path_factory.mktemp("data")), settings_of(held_out_shards=1), 4
+    index = grow(root, number)
+    state: dict[str, Any] = {"dataset": dataset_digest(index), "step": 0, "generations": [(0, number)]}
+    log: dict[int, list[str]] = {}
+    for steps, before, more in lives:
+        if before:
+            grow(root, number := number + more)
+        index = DatasetIndex.load(root)
+        data = GrowingData(index, generations_of(index, state), train, 0, 1, ())
+        log = {step: keys for step, keys in log.items() if step < state["step"]}
+        first = step = state["step"]
+        made = count(first)
+        ready: dict[int, list[str]] = {}
+        for step in range(first, first + steps):
+            if step == first and step:
+                take_up(data, step, 0)
+            while len(ready) < AHEAD:  # made ahead, as `prefetch` does
+                batch = data.loader.batch(next(made))
+                ready[batch.step] = [sample.key for sample in batch.samples]
+            log[step] = ready.pop(step)
+            if step == first + 1 and not before:
+                grow(root, number := number + more)
+            if (step + 1) % 3 == 0:
+                take_up(data, step + 1, AHEAD)
+                digest = dataset_digest(data.loader.index)
+                state = {"dataset": digest, "step": step + 1, "generations": data.generations}
+                state = json.loads(json.dumps(state))
+    index = DatasetIndex.load(root)
+    kept = {step: keys for step, keys in log.items() if step < state["step"]}
+    expected = whole(index, generations_of(index, state), state["step"], train)
+    assert kept == dict(enumerate(expected))
+    held_out = {f"clip{PER_SHARD * 3 + k:03d}_0" for k in range(PER_SHARD)}
+    assert not held_out & {key for keys in kept.values() for key in keys}
+
+
+def take_up(data: GrowingData, done: int, ahead: int) -> None:
+    if (news := data.look()) is not None:
+        data.follow(news, data.loader.order.first_untouched_epoch(done + ahead))
+
+
+def test_an_epoch_after_growth_sees_every_sample_once(tmp_path: Path) -> None:
+    index = grow(str(tmp_path), 6)
+    batches = whole(index, [(0, 2), (1, 4), (3, 6)], 2 + 2 * 4 + 6, settings_of())
+    epochs = [batches[:2], batches[2:6], batches[6:10], batches[10:]]
+    for epoch, size in zip(epochs, (2, 4, 4, 6), strict=True):
+        seen = Counter(key for batch in epoch for key in batch)
+        assert len(seen) == PER_SHARD * size
+        assert set(seen.values()) == {1}
+
+
+def test_a_prefix_is_known_by_its_digest(tmp_path: Path) -> None:
+    digests = [dataset_digest(grow(str(tmp_path), number)) for number in (1, 2, 4)]
+    index = DatasetIndex.load(str(tmp_path))
+    assert [shards_of(index, digest) for digest in digests] == [1, 2, 4]
+    assert shards_of(index, "0" * 16) is None
+    assert generations_of(index, {"dataset": digests[1]}) == [(0, 2)]  # of an older checkpoint
+    with pytest.raises(InputError, match="changed while training"):
+        generations_of(index, {"dataset": "0" * 16})
+
+
+def test_a_field_that_the_new_shards_lack_keeps_them_out(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    index = grow(root, 2)
+    for shard, digest in enumerate(index.table["sha256"].to_pylist()):
+        sidecars.commit(root, "flow", shard, digest, {}, {"missing": 4}, "f" * 64)
+    store = sidecars.FieldStore.open(root, "flow", "f" * 64, {})
+    store.begin()
+    store.finish([0, 1])
+    data = GrowingData(index, [(0, 2)], settings_of(), 0, 1, ["flow"])
+    assert data.look() is None
+    index = grow(root, 3)
+    news = data.look()
+    assert news is not None
+    said = data.follow(news, 1).text
+    assert "has grown from 2 to 3 shards, but this training goes on without the new ones: " in said
+    assert "field flow is not complete, it covers 2 of 3 shards" in said
+    assert data.look() is None  # said once
+    store = sidecars.FieldStore.open(root, "flow", "f" * 64, {})
+    assert store.missing([0, 1, 2]) == [2]
+    store.begin()
+    GrowingData(index, [(0, 2)], settings_of(), 0, 1, ["flow"])  # a training that starts again meanwhile
+    sidecars.commit(root, "flow", 2, index.table["sha256"].to_pylist()[2], {}, {"missing": 4}, "f" * 64)
+    store.finish([0, 1, 2])
+    assert GrowingData(index, [(0, 2)], settings_of(), 0, 1, ["flow"]).look() == (3, None)
+
+
+@pytest.mark.slow
+def test_a_running_training_goes_on_with_the_longer_dataset(small: Recipe, dataset: str, tmp_path: Path) -> None:
+    """It grows while the training runs, is killed, and grows again before it is continued."""
+    root, output = str(tmp_path / "data"), tmp_path / "run"
+    storage.upload(Path(dataset), root)
+    fingerprint = storage.read_json(f"{root}/dataset.json")["fingerprint"]
+    keys = ["train.checkpoint_every=2", "train.log_every=1", "train.sample_every=0", "train.canary=0"]
+    recipe = override(small, ["train.max_steps=40", *keys])
+
+    job = Job(recipe, root, output, tmp_path / "first.log")
+    job.wait_for(lambda: (card := checkpoints.latest(str(output))) is not None and card.step >= 2)
+    grow(root, 5, fingerprint)
+    job.wait_for(lambda: (card := checkpoints.latest(str(output))) is not None and len(card.generations) == 2)
+    job.kill_all()
+    epoch = checkpoints.latest(str(output)).generations[1][0]
+    assert (
+        f"the dataset has grown from 3 to 5 shards (12 to 20 samples); they are used from epoch {epoch} on"
+        in (tmp_path / "first.log").read_text()
+    )
+
+    grow(root, 6, fingerprint)
+    job = Job(recipe, root, output, tmp_path / "second.log")
+    assert job.process.wait() == 0, job.log.read_text()
+    assert "the dataset has grown from 5 to 6 shards (20 to 24 samples)" in job.log.read_text()
+    card = checkpoints.latest(str(output))
+    assert [shards_ for _, shards_ in card.generations] == [3, 5, 6]
+    index = DatasetIndex.load(root)
+    expected = whole(index, list(card.generations), 40, recipe.train)
+    assert sample_log.read(str(output)) == dict(enumerate(expected))
