@@ -206,6 +206,9 @@ class TrainConfig(Part):
     held_out_shards: int = Field(
         0, ge=0, description="shards at the end of the index, used for the validation loss alone"
     )
+    where: str | None = Field(
+        None, description="which samples are seen, by what is stored of them, e.g. ssim < 0.98; the same as --where"
+    )
     grow: bool = Field(
         True,
         description="use what the dataset gains while it is trained on (precompute.py --append), from the next epoch "

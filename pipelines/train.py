@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 
 from cinemo import cli
 from cinemo.config import Recipe
+from cinemo.data.loading.source import Source
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--data", metavar="URI", help="dataset directory, local or s3://")
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="URI[=WEIGHT]",
+        help="dataset directory, local or s3://; repeatable: each then gets its weight's share of every batch (1 where "
+        "none is given; a URI that ends in =NUMBER itself needs a weight behind it)",
+    )
+    parser.add_argument(
+        "--stills",
+        action="append",
+        default=[],
+        metavar="URI[=WEIGHT]",
+        help="as --data, but each clip shows its first frame all the time, as a clip without motion",
+    )
+    parser.add_argument(
+        "--where",
+        metavar="EXPRESSION",
+        help="which samples are seen, by what is stored of them: \"ssim < 0.98 and 'dog' in caption\"; the same as "
+        "--set train.where=...",
+    )
     parser.add_argument("--output", metavar="URI", help="run directory, local or s3://")
     parser.add_argument("--max-steps", type=int, metavar="N", help="the same as --set train.max_steps=N")
     parser.add_argument(
@@ -50,12 +72,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in ("accelerator", "mfu", "prices"):
             if getattr(arguments, name) is not None:
                 parser.error(f"--{name} only works with --plan")
-        missing = [f"--{name}" for name in ("data", "output") if getattr(arguments, name) is None]
+        missing = ["--data"] * (not arguments.data + arguments.stills) + ["--output"] * (arguments.output is None)
         if missing:
             parser.error(f"the following arguments are required: {', '.join(missing)}")
+    if arguments.where is not None:
+        arguments.assignments.append(f"train.where={json.dumps(arguments.where)}")
     if arguments.max_steps is not None:
         arguments.assignments.append(f"train.max_steps={arguments.max_steps}")
     recipe = cli.recipe_of(arguments)
+    sources = [Source.parse(text) for text in arguments.data]
+    sources += [Source.parse(text, still=True) for text in arguments.stills]
 
     if arguments.plan:
         plan(arguments, recipe)
@@ -63,11 +89,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.verify_resume:
         from cinemo.training.run.proof import verify_resume
 
-        print(*verify_resume(recipe, arguments.data, arguments.output, __file__), sep="\n")
+        print(*verify_resume(recipe, sources, arguments.output, __file__), sep="\n")
         return
     from cinemo.training.run import worker  # late: --help and bad flags need neither torch nor Ray
 
-    summary = worker.run(recipe, arguments.data, arguments.output, arguments.resume, arguments.break_lock)
+    summary = worker.run(recipe, sources, arguments.output, arguments.resume, arguments.break_lock)
     print(
         f"{summary.steps} steps, loss {summary.first_loss:.4f} -> {summary.last_loss:.4f}, "
         f"{summary.samples_per_second:.1f} samples/s; checkpoint: {summary.checkpoint}"

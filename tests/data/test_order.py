@@ -193,7 +193,7 @@ def test_a_dataset_that_grows_is_used_whole_from_an_epoch_on(
         stages.append((epoch, [*stages[-1][1], *more]))
         made = made.grown(epoch, np.array(stages[-1][1]))
         step = 0
-        while before.first_untouched_epoch(step + 1) <= epoch:
+        while before.epoch_after([(step + 1) * per_lane] * lanes) <= epoch:
             assert made.batch(step) == before.batch(step)
             step += 1
         assert not step or all(place.epoch < epoch for place in made.batch(step - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,16 @@ from cinemo import storage
 from cinemo.config import Recipe, TrainConfig
 from cinemo.data.dataset import shards, sidecars
 from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.loading.source import Source
 from cinemo.recipes import override
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report import sample_log
 from cinemo.training.run.dataset_check import dataset_digest, shards_of
-from cinemo.training.run.growth import GrowingData, generations_of
+from cinemo.training.run.growth import TrainingData, generations_of
 from cinemo.training.run.loop import AHEAD
 from cinemo.types import InputError
 
-PER_SHARD = 4
+PER_SHARD, STEPS = 4, 200
 
 
 def grow(root: str, number: int, fingerprint: str = "f" * 64) -> DatasetIndex:
@@ -51,8 +53,14 @@ def settings_of(**changes: Any) -> TrainConfig:
 
 def whole(index: DatasetIndex, generations: list[tuple[int, int]], steps: int, train: TrainConfig) -> list[list[str]]:
     """What a training sees, from its generations alone."""
-    loader = GrowingData(index, generations, train, 0, 1, ()).loader
+    loader = data_of(index, generations, train).loader
     return [[sample.key for sample in loader.batch(step).samples] for step in range(steps)]
+
+
+def data_of(
+    index: DatasetIndex, generations: list[tuple[int, int]], train: TrainConfig, fields: Sequence[str] = ()
+) -> TrainingData:
+    return TrainingData([Source(index.uri)], [index], [generations], train, fields=fields)
 
 
 @settings(max_examples=15)
@@ -63,20 +71,20 @@ def test_kills_and_growth_in_any_order(
     """Each life trains some steps (a checkpoint every third), the dataset grows in the middle of it or before it."""
     root, train, number = str(tmp_path_factory.mktemp("data")), settings_of(held_out_shards=1), 4
     index = grow(root, number)
-    state: dict[str, Any] = {"dataset": dataset_digest(index), "step": 0, "generations": [(0, number)]}
+    state: dict[str, Any] = {"step": 0, **data_of(index, [(0, number)], train).identity}
     log: dict[int, list[str]] = {}
     for steps, before, more in lives:
         if before:
             grow(root, number := number + more)
         index = DatasetIndex.load(root)
-        data = GrowingData(index, generations_of(index, state), train, 0, 1, ())
+        data = data_of(index, generations_of([index], [Source(root)], state)[0], train)
         log = {step: keys for step, keys in log.items() if step < state["step"]}
         first = step = state["step"]
         made = count(first)
         ready: dict[int, list[str]] = {}
         for step in range(first, first + steps):
             if step == first and step:
-                take_up(data, step, 0)
+                data.follow(step, 0)
             while len(ready) < AHEAD:  # made ahead, as `prefetch` does
                 batch = data.loader.batch(next(made))
                 ready[batch.step] = [sample.key for sample in batch.samples]
@@ -84,21 +92,14 @@ def test_kills_and_growth_in_any_order(
             if step == first + 1 and not before:
                 grow(root, number := number + more)
             if (step + 1) % 3 == 0:
-                take_up(data, step + 1, AHEAD)
-                digest = dataset_digest(data.loader.index)
-                state = {"dataset": digest, "step": step + 1, "generations": data.generations}
-                state = json.loads(json.dumps(state))
+                data.follow(step + 1, AHEAD)
+                state = json.loads(json.dumps({"step": step + 1, **data.identity}))
     index = DatasetIndex.load(root)
     kept = {step: keys for step, keys in log.items() if step < state["step"]}
-    expected = whole(index, generations_of(index, state), state["step"], train)
+    expected = whole(index, generations_of([index], [Source(root)], state)[0], state["step"], train)
     assert kept == dict(enumerate(expected))
     held_out = {f"clip{PER_SHARD * 3 + k:03d}_0" for k in range(PER_SHARD)}
     assert not held_out & {key for keys in kept.values() for key in keys}
-
-
-def take_up(data: GrowingData, done: int, ahead: int) -> None:
-    if (news := data.look()) is not None:
-        data.follow(news, data.loader.order.first_untouched_epoch(done + ahead))
 
 
 def test_an_epoch_after_growth_sees_every_sample_once(tmp_path: Path) -> None:
@@ -116,9 +117,10 @@ def test_a_prefix_is_known_by_its_digest(tmp_path: Path) -> None:
     index = DatasetIndex.load(str(tmp_path))
     assert [shards_of(index, digest) for digest in digests] == [1, 2, 4]
     assert shards_of(index, "0" * 16) is None
-    assert generations_of(index, {"dataset": digests[1]}) == [(0, 2)]  # of an older checkpoint
-    with pytest.raises(InputError, match="changed while training"):
-        generations_of(index, {"dataset": "0" * 16})
+    source = Source(str(tmp_path))
+    assert generations_of([index], [source], {"dataset": digests[1]}) == [[(0, 2)]]  # of an older checkpoint
+    with pytest.raises(InputError, match="was trained on dataset 0000000000000000, but --data is"):
+        generations_of([index], [source], {"dataset": "0" * 16})
 
 
 def test_a_field_that_the_new_shards_lack_keeps_them_out(tmp_path: Path) -> None:
@@ -129,22 +131,27 @@ def test_a_field_that_the_new_shards_lack_keeps_them_out(tmp_path: Path) -> None
     store = sidecars.FieldStore.open(root, "flow", "f" * 64, {})
     store.begin()
     store.finish([0, 1])
-    data = GrowingData(index, [(0, 2)], settings_of(), 0, 1, ["flow"])
-    assert data.look() is None
+    data = data_of(index, [(0, 2)], settings_of(), ["flow"])
+    assert data.follow(1, 0) == []
     index = grow(root, 3)
-    news = data.look()
-    assert news is not None
-    said = data.follow(news, 1).text
+    (said,) = (news.text for news in data.follow(1, 0))
     assert "has grown from 2 to 3 shards, but this training goes on without the new ones: " in said
     assert "field flow is not complete, it covers 2 of 3 shards" in said
-    assert data.look() is None  # said once
+    assert data.follow(1, 0) == []  # said once
+    assert data.generations == [[(0, 2)]]
     store = sidecars.FieldStore.open(root, "flow", "f" * 64, {})
     assert store.missing([0, 1, 2]) == [2]
     store.begin()
-    GrowingData(index, [(0, 2)], settings_of(), 0, 1, ["flow"])  # a training that starts again meanwhile
+    data = data_of(index, [(0, 2)], settings_of(), ["flow"])  # a training that starts again meanwhile
     sidecars.commit(root, "flow", 2, index.table["sha256"].to_pylist()[2], {}, {"missing": 4}, "f" * 64)
     store.finish([0, 1, 2])
-    assert GrowingData(index, [(0, 2)], settings_of(), 0, 1, ["flow"]).look() == (3, None)
+    data.follow(1, 0)
+    assert data.generations == [[(0, 2), (1, 3)]]
+
+
+def generations(card: checkpoints.CheckpointCard | None) -> list[tuple[int, int]]:
+    assert card is not None
+    return [(epoch, number) for epoch, number in card.sources[0]["generations"]]
 
 
 @pytest.mark.slow
@@ -154,14 +161,15 @@ def test_a_running_training_goes_on_with_the_longer_dataset(small: Recipe, datas
     storage.upload(Path(dataset), root)
     fingerprint = storage.read_json(f"{root}/dataset.json")["fingerprint"]
     keys = ["train.checkpoint_every=2", "train.log_every=1", "train.sample_every=0", "train.canary=0"]
-    recipe = override(small, ["train.max_steps=40", *keys])
+    recipe = override(small, [f"train.max_steps={STEPS}", *keys])
 
     job = Job(recipe, root, output, tmp_path / "first.log")
     job.wait_for(lambda: (card := checkpoints.latest(str(output))) is not None and card.step >= 2)
     grow(root, 5, fingerprint)
-    job.wait_for(lambda: (card := checkpoints.latest(str(output))) is not None and len(card.generations) == 2)
+    job.wait_for(lambda: "the dataset has grown" in job.log.read_text())
+    job.wait_for(lambda: len(generations(checkpoints.latest(str(output)))) == 2)
     job.kill_all()
-    epoch = checkpoints.latest(str(output)).generations[1][0]
+    epoch = generations(checkpoints.latest(str(output)))[1][0]
     assert (
         f"the dataset has grown from 3 to 5 shards (12 to 20 samples); they are used from epoch {epoch} on"
         in (tmp_path / "first.log").read_text()
@@ -172,7 +180,7 @@ def test_a_running_training_goes_on_with_the_longer_dataset(small: Recipe, datas
     assert job.process.wait() == 0, job.log.read_text()
     assert "the dataset has grown from 5 to 6 shards (20 to 24 samples)" in job.log.read_text()
     card = checkpoints.latest(str(output))
-    assert [shards_ for _, shards_ in card.generations] == [3, 5, 6]
+    assert [number for _, number in generations(card)] == [3, 5, 6]
     index = DatasetIndex.load(root)
-    expected = whole(index, list(card.generations), 40, recipe.train)
+    expected = whole(index, generations(card), STEPS, recipe.train)
     assert sample_log.read(str(output)) == dict(enumerate(expected))

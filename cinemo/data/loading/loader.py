@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import numpy as np
@@ -13,8 +13,9 @@ from cinemo.cache import Damaged, FileCache
 from cinemo.config import TrainConfig
 from cinemo.data.dataset import sidecars
 from cinemo.data.dataset.shards import DatasetIndex
-from cinemo.data.loading.order import SampleOrder
+from cinemo.data.loading.order import Place, SampleOrder
 from cinemo.data.loading.reader import ShardReader
+from cinemo.media.stills import frame_of, jpeg_strip
 from cinemo.types import InputError, LatentSample, RunError
 
 
@@ -55,6 +56,8 @@ class LatentLoader:
     Args:
         fields: what samples carry beside their latents (`cinemo.data.dataset.fields`); read from the sidecars.
         held_out_shards: the last shards of the index, which are not read (see `HeldOut`).
+        kept: whether each sample of the index is seen (`cinemo.data.dataset.filters.select`); None: all are.
+        still: show of each clip its first frame alone, as a clip without motion (`as_still`).
         on_damaged: with ``skip`` a shard that is missing or damaged costs its samples; the place of everything else
             stays as it is.
         cache_gb: disk that copies of shards on s3:// may take on this node.
@@ -80,11 +83,14 @@ class LatentLoader:
         held_out_shards: int = 0,
         on_damaged: str = "stop",
         cache_gb: float = 20.0,
+        kept: np.ndarray | None = None,
+        still: bool = False,
     ) -> None:
-        self.index, self.rank, self.world = index, rank, world
+        self.index, self.rank, self.world, self._still = index, rank, world, still
         self._held_out = range(first_held_out(index, held_out_shards), len(index.shards))
         sizes = index.samples_of_shards[: self._held_out.start]
-        self.order = SampleOrder(sizes, global_batch=global_batch, lanes=lanes, seed=seed, views=index.views)
+        kept = None if kept is None else kept[: sizes.sum()]
+        self.order = SampleOrder(sizes, global_batch=global_batch, lanes=lanes, seed=seed, views=index.views, kept=kept)
         self.note: str | None = None  # worth telling whoever watches the run
         if self.order.samples < global_batch:
             self.note = (
@@ -96,7 +102,14 @@ class LatentLoader:
 
     @classmethod
     def of(
-        cls, index: DatasetIndex, train: TrainConfig, rank: int = 0, world: int = 1, fields: Sequence[str] = ()
+        cls,
+        index: DatasetIndex,
+        train: TrainConfig,
+        rank: int = 0,
+        world: int = 1,
+        fields: Sequence[str] = (),
+        kept: np.ndarray | None = None,
+        still: bool = False,
     ) -> LatentLoader:
         """The loader that a recipe asks for."""
         return cls(
@@ -104,6 +117,8 @@ class LatentLoader:
             rank=rank,
             world=world,
             fields=fields,
+            kept=kept,
+            still=still,
             **{name: getattr(train, name) for name in ("global_batch", "lanes", "seed")},
             **{name: getattr(train, name) for name in ("held_out_shards", "on_damaged", "cache_gb")},
         )
@@ -113,10 +128,10 @@ class LatentLoader:
         """What damaged shards have cost so far in the batches that were made."""
         return self._samples.skipped
 
-    def grow(self, index: DatasetIndex, epoch: int) -> None:
+    def grow(self, index: DatasetIndex, epoch: int, kept: np.ndarray | None = None) -> None:
         """From the beginning of ``epoch`` on, of which no batch was made yet, use a dataset that has become longer.
 
-        What was held out stays so. Another thread may be making batches.
+        What was held out stays so. Another thread may be making batches. ``kept``: as for a new loader.
 
         Raises:
             InputError: a field was not made for the new shards.
@@ -124,9 +139,13 @@ class LatentLoader:
         for field in self._reader.fields:
             sidecars.require(index, field)
         sizes = index.samples_of_shards.copy()
-        sizes[self._held_out.start : self._held_out.stop] = 0
+        held_out = slice(self._held_out.start, self._held_out.stop)
+        if kept is None:
+            sizes[held_out] = 0
+        else:
+            kept = kept & ~np.repeat(np.isin(np.arange(len(sizes)), self._held_out), sizes)
         self._reader.extend(index)
-        self.index, self.order = index, self.order.grown(epoch, sizes)
+        self.index, self.order = index, self.order.grown(epoch, sizes, kept)
 
     def batches(self, start_step: int = 0) -> Iterator[StepBatch]:
         """Batches from global step ``start_step`` on, without end; epochs follow each other."""
@@ -135,10 +154,14 @@ class LatentLoader:
     def batch(self, step: int) -> StepBatch:
         order = self.order
         places = order.batch(step, self.rank, self.world)
-        following = (order.next_shard(step, lane) for lane in self._lanes)
+        samples, weights = self.read(places, [order.next_shard(step, lane) for lane in self._lanes])
+        return StepBatch(step, order.epoch(step), samples, weights, [place.epoch for place in places])
+
+    def read(self, places: Sequence[Place], following: Sequence[int]) -> tuple[list[LatentSample], list[float] | None]:
+        """The samples at some places, with weights as `StepBatch` has them; ``following`` shards are opened ahead."""
         self._reader.want([*(place.shard for place in places), *following])
         samples, weights = self._samples.read([(place.shard, place.index) for place in places])
-        return StepBatch(step, order.epoch(step), samples, weights, [place.epoch for place in places])
+        return [as_still(sample) for sample in samples] if self._still else samples, weights
 
     def sample(self, position: int, index: int) -> LatentSample:
         """Sample ``index`` of the shard at ``position`` in the dataset's index."""
@@ -196,6 +219,23 @@ class HeldOut:
             yield StepBatch(step, 0, found, weights)
 
 
+def as_still(sample: LatentSample) -> LatentSample:
+    """A clip that shows a sample's first frame all the time, with the score of what does not move."""
+
+    def repeated(array: np.ndarray) -> np.ndarray:
+        return np.repeat(array[:1], len(array), 0)
+
+    fields = dict(sample.fields)
+    if "flow" in fields:
+        fields["flow"] = np.zeros_like(fields["flow"])
+    if "frame_tokens" in fields:
+        fields["frame_tokens"] = repeated(fields["frame_tokens"])
+    if "frames" in fields:
+        count = len(sample.latents_FCHW)
+        fields["frames"] = jpeg_strip(np.stack([frame_of(fields["frames"], count)] * count))
+    return replace(sample, latents_FCHW=repeated(sample.latents_FCHW), ssim=1.0, fields=fields)
+
+
 def first_held_out(index: DatasetIndex, held_out_shards: int) -> int:
     """The position in the index of the first shard that training does not see.
 
@@ -233,7 +273,7 @@ class _Samples:
         found = [self._one(*place) if place else None for place in places]
         there = [sample for sample in found if sample is not None]
         if len(there) == len(found):
-            self._any = there[-1]
+            self._any = there[-1] if there else self._any
             return there, None
         if there:
             self._any = there[-1]

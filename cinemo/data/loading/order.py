@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +42,15 @@ class Place:
 
 @dataclass(frozen=True)
 class _Generation:
-    """Clips in each shard as epochs from ``epoch`` on see them; ``before``: samples of all epochs before."""
+    """Clips in each shard as epochs from ``epoch`` on see them; ``before``: samples of all epochs before.
+
+    ``kept``: of each shard's samples, clip by clip, those that a filter lets pass; None: all.
+    """
 
     epoch: int
     before: int
     sizes: np.ndarray
+    kept: list[np.ndarray] | None
 
     @functools.cached_property
     def samples(self) -> int:
@@ -60,6 +65,7 @@ class SampleOrder:
         global_batch: samples of one optimizer step over all ranks; a multiple of ``lanes``.
         lanes: reading lanes; a multiple of the number of ranks.
         views: samples of each clip, of which an epoch sees one.
+        kept: whether each sample is seen at all, in the order of shards; None: all are.
 
     ``samples``: how many an epoch sees (of a dataset that grew: from the last time on).
 
@@ -68,27 +74,37 @@ class SampleOrder:
     """
 
     def __init__(
-        self, samples_of_shards: np.ndarray, *, global_batch: int, lanes: int, seed: int, views: int = 1
+        self,
+        samples_of_shards: np.ndarray,
+        *,
+        global_batch: int,
+        lanes: int,
+        seed: int,
+        views: int = 1,
+        kept: np.ndarray | None = None,
     ) -> None:
         if global_batch % lanes:
             raise InputError(f"global_batch is {global_batch}, expected a multiple of lanes ({lanes})")
         self.global_batch, self.lanes, self.seed, self.views = global_batch, lanes, seed, views
         self.per_lane = global_batch // lanes
-        self._use([_Generation(0, 0, self._clips(samples_of_shards))])
+        self._use([_Generation(0, 0, *self._clips(samples_of_shards, kept))])
 
-    def grown(self, epoch: int, samples_of_shards: np.ndarray) -> SampleOrder:
+    def grown(self, epoch: int, samples_of_shards: np.ndarray, kept: np.ndarray | None = None) -> SampleOrder:
         """The same order up to ``epoch``, from which on the shards are those given: the old ones and more behind them.
 
         Args:
             epoch: not before that of the last growth, whose place this one takes where they are the same.
         """
-        kept = [generation for generation in self._generations if generation.epoch < epoch]
+        earlier = [generation for generation in self._generations if generation.epoch < epoch]
         made = SampleOrder.__new__(SampleOrder)
         made.__dict__.update(self.__dict__)
-        made._use([*kept, _Generation(epoch, self._before(epoch), self._clips(samples_of_shards))])
+        made._use([*earlier, _Generation(epoch, self._before(epoch), *self._clips(samples_of_shards, kept))])
         return made
 
-    def _clips(self, samples_of_shards: np.ndarray) -> np.ndarray:
+    def _clips(
+        self, samples_of_shards: np.ndarray, kept: np.ndarray | None
+    ) -> tuple[np.ndarray, list[np.ndarray] | None]:
+        """How many clips of each shard are seen, and which of its samples."""
         counts = np.asarray(samples_of_shards, np.int64)
         uneven = np.flatnonzero(counts % self.views)
         if len(uneven):
@@ -96,9 +112,14 @@ class SampleOrder:
                 f"shard {uneven[0]} of the index has {counts[uneven[0]]} samples, expected a multiple of the dataset's "
                 f"{self.views} views of a clip; precompute it again"
             )
-        if not counts.any():
+        parts = None
+        sizes = counts // self.views
+        if kept is not None:
+            parts = [part.reshape(-1, self.views) for part in np.split(kept, np.cumsum(counts)[:-1])]
+            sizes = np.array([part.any(1).sum() for part in parts], np.int64)
+        if not sizes.any():
             raise InputError("the dataset has no samples to train on")
-        return counts // self.views
+        return sizes, parts
 
     def _use(self, generations: list[_Generation]) -> None:
         self._generations = generations
@@ -113,12 +134,15 @@ class SampleOrder:
 
     def epoch(self, step: int) -> int:
         """The epoch in which global step ``step`` begins: how often its predecessors saw everything."""
-        return self._epoch_at(step * self.global_batch)
+        return self.epoch_at(step * self.global_batch)
 
-    def first_untouched_epoch(self, step: int) -> int:
-        """The first epoch of which no step before ``step`` has a sample."""
-        last = step * self.per_lane - 1
-        return 1 + max(self._locate(lane, last)[0] for lane in range(self.lanes)) if step else 0
+    def epoch_after(self, read: Sequence[int]) -> int:
+        """The first epoch of which nothing is read where each lane has read so many samples."""
+        return max((1 + self._locate(lane, count - 1)[0] for lane, count in enumerate(read) if count), default=0)
+
+    def epoch_before(self, read: Sequence[int]) -> int:
+        """How many epochs are read to their end where each lane has read so many samples."""
+        return min(self._locate(lane, count)[0] for lane, count in enumerate(read))
 
     def _generation(self, epoch: int) -> _Generation:
         return self._generations[bisect_right(self._generations, epoch, key=lambda one: one.epoch) - 1]
@@ -128,7 +152,7 @@ class SampleOrder:
         generation = self._generation(epoch)
         return generation.before + (epoch - generation.epoch) * generation.samples
 
-    def _epoch_at(self, sample: int) -> int:
+    def epoch_at(self, sample: int) -> int:
         """The last epoch before which there are at most so many samples."""
         generation = self._generations[bisect_right(self._generations, sample, key=lambda one: one.before) - 1]
         return generation.epoch + (sample - generation.before) // generation.samples
@@ -144,12 +168,15 @@ class SampleOrder:
         return [
             place
             for lane in self.lanes_of(rank, world)
-            for place in self._read(lane, step * self.per_lane, self.per_lane)
+            for place in self.read(lane, step * self.per_lane, self.per_lane)
         ]
 
     def next_shard(self, step: int, lane: int) -> int:
         """The shard that a lane reads after the one in which its samples of global step ``step`` end."""
-        position = (step + 1) * self.per_lane - 1
+        return self.shard_after(lane, (step + 1) * self.per_lane - 1)
+
+    def shard_after(self, lane: int, position: int) -> int:
+        """The shard that a lane reads after the one that holds a position of its stream."""
         epoch, place, left = self._locate(lane, position)
         _, ends = self._shards(epoch)
         left = min(left, int(ends[np.searchsorted(ends, place, side="right")]) - place)
@@ -157,7 +184,8 @@ class SampleOrder:
         shards, ends = self._shards(epoch)
         return int(shards[np.searchsorted(ends, place, side="right")])
 
-    def _read(self, lane: int, position: int, count: int) -> list[Place]:
+    def read(self, lane: int, position: int, count: int) -> list[Place]:
+        """``count`` samples of a lane's stream, from a position on."""
         found: list[Place] = []
         while count:
             epoch, place, left = self._locate(lane, position)
@@ -168,7 +196,7 @@ class SampleOrder:
 
     def _locate(self, lane: int, position: int) -> tuple[int, int, int]:
         """A position of a lane's stream: its epoch, its place in that epoch's S, and samples left of the slice."""
-        epoch = self._epoch_at(self.lanes * (position + 1) - 1 - lane)  # the last one that begins there or before
+        epoch = self.epoch_at(self.lanes * (position + 1) - 1 - lane)  # the last one that begins there or before
         begin, end = ((self._before(number) + lane) // self.lanes for number in (epoch, epoch + 1))
         return epoch, self._starts(epoch)[lane] + position - begin, end - position
 
@@ -201,12 +229,19 @@ class SampleOrder:
 
     def _permute_clips(self, epoch: int, shard: int) -> np.ndarray:
         """The samples of a shard that an epoch sees, in its order."""
-        count = int(self._generation(epoch).sizes[shard])
-        clips = np.argsort(self._bits(count, "samples", epoch, shard), kind="stable")
+        generation = self._generation(epoch)
+        clips = np.argsort(self._bits(int(generation.sizes[shard]), "samples", epoch, shard), kind="stable")
+        kept = None if generation.kept is None else generation.kept[shard]
+        if kept is not None:
+            clips = np.flatnonzero(kept.any(1))[clips]
         if self.views == 1:
             return clips
-        first = (self._bits(count, "view", shard) % np.uint64(self.views)).astype(np.int64)
-        return clips * self.views + (first[clips] + epoch) % self.views
+        count = len(clips) if kept is None else len(kept)
+        first = (self._bits(count, "view", shard) % np.uint64(self.views)).astype(np.int64)[clips] + epoch
+        if kept is None:
+            return clips * self.views + first % self.views
+        passing = np.argsort(~kept[clips], 1, kind="stable")  # of each clip, the views that are seen come first
+        return np.asarray(clips * self.views + passing[np.arange(len(clips)), first % kept[clips].sum(1)])
 
     def _bits(self, count: int, *key: str | int) -> np.ndarray:
         """Raw bits stay the same across numpy versions: that is promised of them, not of ``permutation()``."""

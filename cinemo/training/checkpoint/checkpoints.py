@@ -29,7 +29,6 @@ RUN = "train"  # Ray Train's run name: its directory under the output
 RECORD = "checkpoint.json"
 _NAME = re.compile(r"checkpoint_[\d_.-]+")
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
-Generations = Sequence[tuple[int, int]]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -37,8 +36,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class CheckpointCard:
     """What can be said of a complete checkpoint without loading it.
 
-    ``dataset``: digest of what it was trained on. ``generations``: of a dataset that grew meanwhile, from which epoch
-    on how many shards were used (older checkpoints do not say: all that ``dataset`` means).
+    ``dataset``: digest of what it was trained on. ``sources``: by dataset its share, and from which epoch on how many
+    shards were used where it grew (older checkpoints do not say: one dataset, all that ``dataset`` means).
     ``recipe``: its JSON, not yet validated.
     """
 
@@ -47,7 +46,7 @@ class CheckpointCard:
     world: int
     dataset: str
     recipe: Mapping[str, Any]
-    generations: Generations = ()
+    sources: Sequence[Mapping[str, Any]] = ()
 
 
 def sizes(directory: Path) -> dict[str, int]:
@@ -62,12 +61,12 @@ def describe(
     world: int,
     dataset: str,
     files: dict[str, int],
-    generations: Generations = (),
+    sources: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Add ``checkpoint.json`` and ``recipe.json`` to rank 0's share; ``files`` are those of all ranks."""
     (directory / "recipe.json").write_text(recipe.to_json())
     files = files | {"recipe.json": len(recipe.to_json().encode())}
-    record = {"step": step, "world": world, "dataset": dataset, "generations": generations, "files": files}
+    record = {"step": step, "world": world, "dataset": dataset, "sources": list(sources), "files": files}
     storage.write_json(str(directory / RECORD), record)
 
 
@@ -96,8 +95,8 @@ def read(uri: str) -> CheckpointCard | None:
         if any(storage.size(storage.join(uri, name)) != size for name, size in record["files"].items()):
             return None
         recipe = storage.read_json(storage.join(uri, "recipe.json"))
-        generations = [(epoch, shards) for epoch, shards in record.get("generations", ())]
-        return CheckpointCard(uri, record["step"], record["world"], record["dataset"], recipe, generations)
+        sources = record.get("sources", ())
+        return CheckpointCard(uri, record["step"], record["world"], record["dataset"], recipe, sources)
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
 

@@ -1,77 +1,159 @@
-"""A training whose dataset grows: the shards that were added are used from the beginning of the next epoch on.
+"""What a training reads: one dataset or several in shares, all of it or what a filter leaves, and longer ones as they
+grow: the shards that were added are used from the beginning of the next epoch on.
 
 Which shards which epochs use is decided with a checkpoint, by one rank for all, and stored in it, so that the order of
-samples follows from the checkpoint and the index, whenever the dataset grew and whatever was killed since.
+samples follows from the checkpoint and the indexes, whenever a dataset grew and whatever was killed since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from cinemo import storage
 from cinemo.config import TrainConfig
 from cinemo.data.dataset import sidecars
+from cinemo.data.dataset.filters import select
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import LatentLoader
+from cinemo.data.loading.mix import MixedLoader
+from cinemo.data.loading.source import Source
 from cinemo.training.report.progress import Grown, dataset_profile
 from cinemo.training.run.dataset_check import dataset_digest, shards_of
 from cinemo.types import InputError, RunError
 
 Generations = list[tuple[int, int]]  # from which epoch on how many shards are used
+News = list[tuple[int, int, str | None]]  # number of the source, its shards now, and what keeps them from being used
 
 
-def generations_of(index: DatasetIndex, state: Mapping[str, Any]) -> Generations:
-    """What a checkpoint's state says of the shards that it was trained on.
-
-    Raises:
-        InputError: the dataset is not the one of the checkpoint, even without what was added since.
-    """
-    shards = shards_of(index, state["dataset"])
-    if shards is None:
-        raise InputError(f"dataset {index.uri}: changed while training ({state['dataset']} -> {dataset_digest(index)})")
-    return [(epoch, count) for epoch, count in state.get("generations", ())] or [(0, shards)]
+def digest_of(indexes: Sequence[DatasetIndex]) -> str:
+    """Identifies the content of all datasets of a training, in their order."""
+    return "+".join(map(dataset_digest, indexes))
 
 
-class GrowingData:
-    """The loader of one rank, and the shards that it uses from which epoch on.
+def generations_of(
+    indexes: Sequence[DatasetIndex], sources: Sequence[Source], made: Mapping[str, Any]
+) -> list[Generations]:
+    """By source, what a checkpoint says of the shards that it was trained on.
 
     Args:
-        index: the dataset with at least the shards that ``generations`` name.
+        made: ``dataset`` and ``sources`` of the checkpoint; older ones have only the former.
+
+    Raises:
+        InputError: it was trained on other datasets, even without what was added since, or in other shares.
+    """
+    digests = made["dataset"].split("+")
+    shards = [shards_of(index, digest) for index, digest in zip(indexes, digests, strict=False)]
+    if len(digests) != len(indexes) or None in shards:
+        raise InputError(f"was trained on dataset {made['dataset']}, but --data is {digest_of(indexes)}")
+    stored = made.get("sources") or [describe(Source(""), [(0, shards[0] or 0)])]
+    for source, there in zip(sources, stored, strict=True):
+        here = describe(source, [])
+        changed = [f"{name} {there[name]} -> {here[name]}" for name in ("weight", "still") if there[name] != here[name]]
+        if changed and (len(sources) > 1 or source.still != there["still"]):
+            raise InputError(f"was trained with another {' and '.join(changed)} of {source.uri}")
+    return [[(epoch, count) for epoch, count in there["generations"]] for there in stored]
+
+
+def describe(source: Source, generations: Generations) -> dict[str, Any]:
+    """What a checkpoint remembers of a source."""
+    return {"weight": str(source.weight), "still": source.still, "generations": [list(one) for one in generations]}
+
+
+class TrainingData:
+    """The loader of one rank, and which shards of which source it uses from which epoch on.
+
+    Args:
+        indexes: the datasets with at least the shards that ``generations`` name.
+        once: calls a function on one rank, and returns on every rank what it returned.
+
+    Raises:
+        InputError: a filter that cannot be computed or leaves nothing, or what a loader refuses.
     """
 
     def __init__(
         self,
-        index: DatasetIndex,
-        generations: Generations,
+        sources: Sequence[Source],
+        indexes: Sequence[DatasetIndex],
+        generations: Sequence[Generations],
         train: TrainConfig,
-        rank: int,
-        world: int,
-        fields: Sequence[str],
+        rank: int = 0,
+        world: int = 1,
+        fields: Sequence[str] = (),
+        once: Callable[[Callable[[], Any]], Any] = lambda call: call(),
     ) -> None:
-        self.generations, self._fields, self._refused = list(generations[:1]), fields, 0
-        self.loader = LatentLoader.of(index.first(generations[0][1]), train, rank, world, fields)
-        for epoch, shards in generations[1:]:
-            self._use(index.first(shards), epoch)
+        self._sources, self._train, self._fields, self._once = sources, train, fields, once
+        self._refused = [0] * len(sources)
+        self.generations = [list(one[:1]) for one in generations]
+        loaders = []
+        for source, index, ((_, shards), *_) in zip(sources, indexes, generations, strict=True):
+            first = index.first(shards)
+            loaders.append(LatentLoader.of(first, train, rank, world, fields, self._kept(first), source.still))
+        self.loader = MixedLoader(loaders, [source.weight for source in sources])
+        for number, (index, later) in enumerate(zip(indexes, generations, strict=True)):
+            for epoch, shards in later[1:]:
+                self._use(number, index.first(shards), epoch)
 
-    def look(self) -> tuple[int, str | None] | None:
-        """How many shards the dataset has by now, and what keeps them from being used; None where there is no news.
+    @property
+    def indexes(self) -> list[DatasetIndex]:
+        return [loader.index for loader in self.loader.loaders]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of its data."""
+        made = [describe(*one) for one in zip(self._sources, self.generations, strict=True)]
+        return {"dataset": digest_of(self.indexes), "sources": made}
+
+    def lines(self) -> Iterator[str]:
+        """What is worth saying about the data before the training."""
+        loaders, where = self.loader.loaders, self._train.where
+        for source, loader in zip(self._sources, loaders, strict=True):
+            held_out = min(self._train.held_out_shards, len(loader.index.shards))
+            everything = (
+                int(loader.index.samples_of_shards[: len(loader.index.shards) - held_out].sum()) // loader.order.views
+            )
+            if len(loaders) > 1 or source.still:
+                share = float(source.weight / sum(one.weight for one in self._sources))
+                yield f"{share:.1%} of samples: {source.uri}{' as stills' if source.still else ''}"
+            if where:
+                yield f"{source.uri}: {loader.order.samples} of {everything} clips are seen, where {where}"
+            if loader.note and len(loaders) == 1:
+                yield f"{source.uri}: {loader.note}"
+
+    def follow(self, step: int, ahead: int) -> list[Grown]:
+        """Take up what the datasets have gained, from the next epoch on of which nothing was read; the same on all
+        ranks. Returns what to say about it.
+
+        Args:
+            ahead: batches that may have been made beyond ``step``.
+        """
+        return [self._take_up(step + ahead, *one) for one in self._once(self._look)]
+
+    def _look(self) -> News:
+        return [
+            (number, *found) for number in range(len(self._sources)) if (found := self._look_at(number)) is not None
+        ]
+
+    def _look_at(self, number: int) -> tuple[int, str | None] | None:
+        """How many shards a dataset has by now, and what keeps them from being used; None where there is no news.
 
         Storage that does not answer is no news either: the next checkpoint looks again.
         """
-        uri = self.loader.index.uri
-        known = max(len(self.loader.index.shards), self._refused)
+        before = self.indexes[number]
+        known = max(len(before.shards), self._refused[number])
         try:
-            if storage.read_json(storage.join(uri, "dataset.json")).get("shards", 0) <= known:
+            if storage.read_json(storage.join(before.uri, "dataset.json")).get("shards", 0) <= known:
                 return None
-            index = DatasetIndex.load(uri)
+            index = DatasetIndex.load(before.uri)
+            shards = len(index.shards)
+            if shards <= known:
+                return None
+            if shards_of(index, dataset_digest(before)) is None:
+                return shards, "its shards are others than before"
         except (InputError, RunError, OSError, ValueError):
             return None
-        shards = len(index.shards)
-        if shards <= known:
-            return None
-        if shards_of(index, dataset_digest(self.loader.index)) is None:
-            return shards, "its shards are others than before"
         try:
             for field in self._fields:
                 sidecars.require(index, field)
@@ -79,22 +161,30 @@ class GrowingData:
             return shards, str(error)
         return shards, None
 
-    def follow(self, news: tuple[int, str | None], epoch: int) -> Grown:
-        """Take up what another rank has found, from ``epoch`` on; returns what to say about it."""
-        shards, fault = news
-        before = self.loader.index
+    def _take_up(self, step: int, number: int, shards: int, fault: str | None) -> Grown:
+        before = self.indexes[number]
         text = f"{before.uri}: the dataset has grown from {len(before.shards)} to {shards} shards"
         if fault is not None:
-            self._refused = shards
+            self._refused[number] = shards
             return Grown(f"{text}, but this training goes on without the new ones: {fault}")
         index = DatasetIndex.load(before.uri).first(shards)
         samples = [int(one.samples_of_shards.sum()) for one in (before, index)]
-        epoch = max(epoch, self.generations[-1][0])
-        self._use(index, epoch)
+        unread = self.loader.loaders[number].order.epoch_after(self.loader.read_before(step, number))
+        epoch = max(unread, self.generations[number][-1][0])
+        self._use(number, index, epoch)
         text = f"{text} ({samples[0]} to {samples[1]} samples); they are used from epoch {epoch} on"
-        return Grown(text, dataset_digest(index), dataset_profile(index))
+        return Grown(text, digest_of(self.indexes), dataset_profile(index))
 
-    def _use(self, index: DatasetIndex, epoch: int) -> None:
-        self.loader.grow(index, epoch)
-        self.generations = [one for one in self.generations if one[0] < epoch]
-        self.generations.append((epoch, len(index.shards)))
+    def _use(self, number: int, index: DatasetIndex, epoch: int) -> None:
+        self.loader.loaders[number].grow(index, epoch, self._kept(index))
+        earlier = [one for one in self.generations[number] if one[0] < epoch]
+        self.generations[number] = [*earlier, (epoch, len(index.shards))]
+
+    def _kept(self, index: DatasetIndex) -> np.ndarray | None:
+        where = self._train.where
+        return None if where is None else self._once(lambda: select(index, where))
+
+
+def opened(sources: Sequence[Source]) -> list[DatasetIndex]:
+    """The datasets of a training as they are now."""
+    return [DatasetIndex.load(storage.absolute(source.uri)) for source in sources]

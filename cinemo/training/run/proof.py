@@ -14,20 +14,20 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data.dataset import shards
-from cinemo.data.dataset.shards import DatasetIndex
-from cinemo.data.loading.loader import LatentLoader
+from cinemo.data.loading.mix import MixedLoader
+from cinemo.data.loading.source import Source
 from cinemo.recipes import override
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report import sample_log
+from cinemo.training.run.growth import TrainingData, opened
 from cinemo.types import InputError, RunError
 
 STRAIGHT, INTERRUPTED = "straight", "interrupted"
@@ -47,7 +47,7 @@ class Life:
     killed_after: int | None
 
 
-def verify_resume(recipe: Recipe, data: str, output: str, script: str) -> list[str]:
+def verify_resume(recipe: Recipe, data: Sequence[Source], output: str, script: str) -> list[str]:
     """Run both trainings under ``output`` and return the lines of the proof; also written to ``proof.json``.
 
     Args:
@@ -64,10 +64,11 @@ def verify_resume(recipe: Recipe, data: str, output: str, script: str) -> list[s
         raise InputError(f"--output {output}: expected a local directory for --verify-resume")
     if storage.names(output):
         raise InputError(f"--output {output}: is not empty; choose another one for --verify-resume")
-    data, root = storage.absolute(data), storage.absolute(output)
-    index = DatasetIndex.load(data)
-    order = LatentLoader.of(index, recipe.train).order
-    epoch = -(-order.samples // recipe.train.global_batch)
+    data, root = [replace(one, uri=storage.absolute(one.uri)) for one in data], storage.absolute(output)
+    indexes = opened(data)
+    loader = TrainingData(data, indexes, [[(0, len(index.shards))] for index in indexes], recipe.train).loader
+    samples = sum(one.order.samples for one in loader.loaders)
+    epoch = -(-samples // recipe.train.global_batch)
     steps = max(_LEAST_STEPS, min(recipe.train.max_steps, epoch + 1))
     every = steps // _CHECKPOINTS
     settings = [f"train.max_steps={steps}", f"train.checkpoint_every={every}", "train.log_every=1"]
@@ -81,17 +82,17 @@ def verify_resume(recipe: Recipe, data: str, output: str, script: str) -> list[s
     there, here = (sample_log.read(storage.join(root, name)) for name in (STRAIGHT, INTERRUPTED))
     faults = [
         *_differences(there, here, steps),
-        *_against_index(index, order, here, steps),
+        *_against_index(loader, here, steps),
     ]
     seen = sum(len(keys) for keys in here.values())
-    of_epoch = min(order.samples, seen)
+    of_epoch = min(samples, seen)
     loss = _loss_difference(root)
     lines = [
         f"straight:     {recipe.train.workers} workers, {steps} steps",
         "interrupted:  " + ", ".join(_say(life) for life in lives),
         f"sample ids:   {sum(map(len, there.values()))} and {seen}, in order "
         + ("equal" if there == here else "DIFFERENT"),
-        f"first epoch:  {of_epoch} of {order.samples} samples, " + ("NOT " if faults else "") + "each exactly once",
+        f"first epoch:  {of_epoch} of {samples} samples, " + ("NOT " if faults else "") + "each exactly once",
         f"loss:         the two curves differ by at most {loss:.1e} of their value",
     ]
     storage.write_json(
@@ -123,11 +124,12 @@ def _say(life: Life) -> str:
     return many + (f", killed after step {life.killed_after}" if life.killed_after else " to the end")
 
 
-def _train(recipe: Recipe, data: str, output: str, script: str, lives: Sequence[Life]) -> None:
+def _train(recipe: Recipe, data: Sequence[Source], output: str, script: str, lives: Sequence[Life]) -> None:
     name = output.rsplit("/", 1)[-1]
     for life in lives:
         storage.write_bytes(f"{output}.json", override(recipe, [f"train.workers={life.workers}"]).to_json().encode())
-        command = [sys.executable, script, "--recipe", f"{output}.json", "--data", data, "--output", output]
+        flags = [word for source in data for word in source.flags]
+        command = [sys.executable, script, "--recipe", f"{output}.json", *flags, "--output", output]
         print(f"{name}: {_say(life)}", flush=True)
         with Path(f"{output}.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -181,20 +183,28 @@ def _differences(there: dict[int, list[str]], here: dict[int, list[str]], steps:
             yield f"step {step}: {STRAIGHT} saw {there[step][:3]}..., {INTERRUPTED} {here[step][:3]}..."
 
 
-def _against_index(index: DatasetIndex, order: Any, log: dict[int, list[str]], steps: int) -> Iterator[str]:
-    """What was seen against what the index says was to be seen, and the first epoch against all there is."""
-    keys = [storage.read_json(shards.record_uri(index.uri, shard))["members"]["keys"] for shard in index.shards]
-    seen: Counter[tuple[int, int]] = Counter()
+def _against_index(loader: MixedLoader, log: dict[int, list[str]], steps: int) -> Iterator[str]:
+    """What was seen against what the indexes say was to be seen, and the first epoch of each against all there is."""
+    keys = [
+        [storage.read_json(shards.record_uri(one.index.uri, shard))["members"]["keys"] for shard in one.index.shards]
+        for one in loader.loaders
+    ]
+    seen: Counter[tuple[int, int, int]] = Counter()
     for step in range(steps):
-        places = order.batch(step)
-        if [keys[place.shard][place.index] for place in places] != log.get(step):
+        mixed = loader.places(step)
+        expected = [loader.key(one.source, keys[one.source][one.place.shard][one.place.index]) for one in mixed]
+        if expected != log.get(step):
             yield f"step {step}: the samples are not those of the canonical order"
-        seen.update((place.shard, place.index // order.views) for place in places if place.epoch == 0)
+        views = [one.order.views for one in loader.loaders]
+        places = [(one.source, one.place.shard, one.place.index // views[one.source], one.place.epoch) for one in mixed]
+        seen.update((source, shard, clip) for source, shard, clip, epoch in places if not epoch)
     again = [place for place, count in seen.items() if count > 1]
     if again:
         yield f"{len(again)} samples were seen more than once in the first epoch"
-    if steps * order.global_batch > order.samples and len(seen) != order.samples:
-        yield f"the first epoch saw {len(seen)} of {order.samples} samples"
+    for source, one in enumerate(loader.loaders):
+        found = sum(place[0] == source for place in seen)
+        if one.order.epoch_before(loader.read_before(steps, source)) and found != one.order.samples:
+            yield f"the first epoch saw {found} of {one.order.samples} samples of {one.index.uri}"
 
 
 def _loss_difference(root: str) -> float:

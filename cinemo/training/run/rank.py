@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from ray.train.torch import get_device
 
 from cinemo import cache
 from cinemo.config import Recipe
-from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import HeldOut, StepBatch
 from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.frozen import Vae
@@ -32,9 +31,8 @@ from cinemo.training.report.sheets import first_samples, sheet_latents, write_sa
 from cinemo.training.report.validation import Validation
 from cinemo.training.run.base_weights import base_networks
 from cinemo.training.run.batch import FrozenStates
-from cinemo.training.run.dataset_check import dataset_digest
 from cinemo.training.run.engine import Engine
-from cinemo.training.run.growth import GrowingData, generations_of
+from cinemo.training.run.growth import Generations, TrainingData, generations_of, opened
 from cinemo.training.run.loop import AHEAD, train
 from cinemo.types import InputError, RunError, keyed_seed
 
@@ -53,7 +51,7 @@ def work(config: dict[str, Any]) -> None:
 
 
 def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
-    data, output = config["data"], config["output"]
+    sources, output = config["sources"], config["output"]
     torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -72,27 +70,30 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     frozen = FrozenStates.of(recipe, device, engine.dtype)
 
     step, history = 0, []
-    index, generations = DatasetIndex.load(data), [(0, config["shards"])]
+    indexes = opened(sources)
+    generations: list[Generations] = [[(0, shards)] for shards in config["shards"]]
     with _checkpoint_directory(config["start"]) as directory:
         if directory is not None:
             state = engine.load(directory)
-            generations = generations_of(index, state)
+            generations = generations_of(indexes, sources, state)
             step, history = state["step"], [Report.of_kept(row) for row in state["history"]]
-    first = index.first(generations[0][1])
+    begun = [index.first(one[0][1]) for index, one in zip(indexes, generations, strict=True)]
 
     def post(event: Event) -> None:
         if rank == 0:
             mailbox.post.remote(pickle.dumps(event))
 
     stored = method.stored_fields(recipe)
-    data_used = GrowingData(index, generations, recipe.train, rank, world, stored)
-    loader = data_used.loader
+
+    def once(call: Callable[[], Any]) -> Any:
+        return engine.gather(call() if rank == 0 else None)[0]
+
+    data = TrainingData(sources, indexes, generations, recipe.train, rank, world, stored, once)
+    loader = data.loader
 
     def follow(done: int, ahead: int) -> None:
-        """Use what the dataset has gained: the same shards on all ranks, from the same epoch on."""
-        news = engine.gather(data_used.look() if rank == 0 else None)[0]
-        if news is not None:
-            post(data_used.follow(news, loader.order.first_untouched_epoch(done + ahead)))
+        for news in data.follow(done, ahead) if recipe.train.grow else ():
+            post(news)
 
     def on_report(report: Report) -> None:
         if recipe.train.on_damaged == "skip":
@@ -114,18 +115,16 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
         parts = engine.gather(own)
         if rank == 0:
             sample_log.write(output, {step: [key for part in parts for key in part[step]] for step in own})
-        if recipe.train.grow:
-            follow(done, AHEAD)
-        digest, generations = dataset_digest(loader.index), data_used.generations
-        place = {"step": done, "epoch": loader.order.epoch(done), "dataset": digest, "generations": generations}
-        state = {**place, "history": [row.kept() for row in history]}
+        follow(done, AHEAD)
+        identity = data.identity
+        state = {"step": done, "epoch": loader.epoch(done), **identity, "history": [row.kept() for row in history]}
         with tempfile.TemporaryDirectory(prefix="cinemo-checkpoint-") as scratch:
             share = Path(scratch)
             with checkpoints.saving(done, engine.share_bytes, scratch):
                 engine.save(share, state)
             files = {name: size for part in engine.gather(checkpoints.sizes(share)) for name, size in part.items()}
             if rank == 0:
-                checkpoints.describe(share, recipe, done, world, digest, files, generations)
+                checkpoints.describe(share, recipe, done, world, identity["dataset"], files, identity["sources"])
             with checkpoints.saving(done, sum(files.values()), output):
                 # Returns when the files are uploaded.
                 ray.train.report(
@@ -133,7 +132,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
                 )
         post(Saved(done))
 
-    samples = first_samples(first, recipe.train.sample_count, recipe.train.held_out_shards, stored)
+    samples = first_samples(begun[0], recipe.train.sample_count, recipe.train.held_out_shards, stored)
 
     def on_sheet(done: int) -> None:
         if rank == 0 or engine.sharded:
@@ -144,12 +143,12 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
             post(write_samples(output, recipe, done, vae, samples, animated))
 
     post(Resumed(step, tuple(history)))
-    if step and recipe.train.grow:
+    if step:
         follow(step, 0)
     if not step and recipe.train.init is not None and recipe.train.sample_every:
         engine.method.eval()
         on_sheet(0)  # what fine-tuning begins with, and how much it moves
-    held_out = HeldOut.of(first, recipe.train, stored)
+    held_out = HeldOut.of(begun[0], recipe.train, stored)
     validate = Validation(recipe, engine, frozen, held_out) if recipe.train.held_out_shards else None
     sample_seconds = config["flops"] / peak_flops(device, engine.dtype)
     train(

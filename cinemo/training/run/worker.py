@@ -12,9 +12,10 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -25,7 +26,7 @@ from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.statistics import with_statistics
-from cinemo.data.loading.loader import LatentLoader
+from cinemo.data.loading.source import Source
 from cinemo.data.precompute.cluster import connect
 from cinemo.lock import Lock, hold
 from cinemo.methods import check_trainable, image_encoder_place, method_class
@@ -44,7 +45,8 @@ from cinemo.training.report.progress import (
 )
 from cinemo.training.run import rank
 from cinemo.training.run.base_weights import check_base
-from cinemo.training.run.dataset_check import check_canary, check_dataset, dataset_digest, shards_of
+from cinemo.training.run.dataset_check import check_canary, check_dataset
+from cinemo.training.run.growth import TrainingData, digest_of, generations_of, opened
 from cinemo.types import InputError, RunError
 
 # A checkpoint can be continued only with these unchanged: they decide its tensors, the order of data, or every draw.
@@ -62,16 +64,19 @@ _FIXED = (
         "data.size",
         "data.bucket_edges",
     ),
-    *("train.precision", "train.global_batch", "train.lanes", "train.seed"),
+    *("train.precision", "train.global_batch", "train.lanes", "train.seed", "train.where"),
     *("train.trainable", "train.lora_rank", "train.lora_alpha", "train.lora_layers"),
 )
 
 
-def run(recipe: Recipe, data: str, output: str, resume: str = "auto", break_lock: bool = False) -> TrainSummary:
-    """Train ``recipe`` on a dataset of latents and return how it ended.
+def run(
+    recipe: Recipe, data: str | Sequence[Source], output: str, resume: str = "auto", break_lock: bool = False
+) -> TrainSummary:
+    """Train ``recipe`` on datasets of latents and return how it ended.
 
     Args:
-        data: dataset directory written by precompute (local or s3://).
+        data: dataset directory written by precompute (local or s3://), or several with their shares. Sample sheets,
+            validation and statistics (``encoders.normalize``) are those of the first.
         output: run directory (local or s3://): ``train.json``, ``loss.csv``, ``samples/``, ``train/checkpoint_*``.
         resume: ``auto`` continues what ``output`` holds, or starts; ``never`` insists on an empty output; a URI (a
             checkpoint or another run's output) starts from that checkpoint, its step included.
@@ -81,43 +86,53 @@ def run(recipe: Recipe, data: str, output: str, resume: str = "auto", break_lock
         InputError: dataset, checkpoint, recipe and machine do not fit together, or another training holds ``output``.
         RunError: training failed for good.
     """
-    data, output = storage.absolute(data), storage.absolute(output)
-    index = DatasetIndex.load(data)
-    check_dataset(index, recipe)
-    recipe = with_statistics(recipe, index)
+    sources = [Source(data)] if isinstance(data, str) else list(data)
+    sources = [replace(source, uri=storage.absolute(source.uri)) for source in sources]
+    output = storage.absolute(output)
+    indexes = opened(sources)
+    for index in indexes:
+        check_dataset(index, recipe)
+    recipe = with_statistics(recipe, indexes[0])
     check_trainable(recipe, method_class(recipe))
     if "image_encoder" in method_class(recipe).needs:
         check_image_encoder(image_encoder_place(recipe))
     base_note = check_base(recipe)
-    start = _starting_point(recipe, index, output, resume)
-    digest = dataset_digest(index)
+    start = _starting_point(recipe, sources, indexes, output, resume)
     summary = read_summary(output)
     if start and summary and start.step >= recipe.train.max_steps and start.uri.startswith(output):
         print(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
         return summary
+    shards = [[(0, len(index.shards))] for index in indexes]
+    fields = method_class(recipe).stored_fields(recipe)
+    for line in TrainingData(sources, indexes, shards, recipe.train, fields=fields).lines():
+        print(line)
     with hold(output, break_lock) as lock:
-        return _train(recipe, index, digest, output, resume, base_note, lock)
+        return _train(recipe, sources, indexes, output, resume, base_note, lock)
 
 
 def _train(
-    recipe: Recipe, index: DatasetIndex, digest: str, output: str, resume: str, base_note: str | None, lock: Lock
+    recipe: Recipe,
+    sources: Sequence[Source],
+    indexes: Sequence[DatasetIndex],
+    output: str,
+    resume: str,
+    base_note: str | None,
+    lock: Lock,
 ) -> TrainSummary:
     """The training itself, in an output that nobody else writes."""
-    data = index.uri
     if resume == "auto":  # what a killed job left half written
         checkpoints.prune(output, recipe.train.keep_checkpoints)
-    start = _starting_point(recipe, digest, output, resume)
-    note = LatentLoader.of(index, recipe.train, fields=method_class(recipe).stored_fields(recipe)).note
-    if note:
-        print(f"{data}: {note}")
+    start = _starting_point(recipe, sources, indexes, output, resume)
     if base_note and not start:
         print(base_note)
     with ThreadPoolExecutor(1, "flops") as pool:
         flops = pool.submit(sample_flops, recipe)
         _join_cluster(recipe)
     if recipe.train.canary and not start:
-        print(_canary(index, recipe), flush=True)
-    progress = Progress(recipe, output, data, digest, profile=dataset_profile(index))
+        for index in indexes:
+            print(_canary(index, recipe), flush=True)
+    name = sources[0].uri if len(sources) == 1 and not sources[0].still else " + ".join(map(str, sources))
+    progress = Progress(recipe, output, name, digest_of(indexes), profile=dataset_profile(indexes[0]))
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
@@ -125,10 +140,10 @@ def _train(
         rank.work,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
-            "data": data,
+            "sources": sources,
             "output": output,
             "start": start.uri if start else None,
-            "shards": len(index.shards),
+            "shards": [len(index.shards) for index in indexes],
             "flops": flops.result().training,
             "mailbox": mailbox,
         },
@@ -176,7 +191,9 @@ def _train(
     return progress.finish(latest.uri)
 
 
-def _starting_point(recipe: Recipe, index: DatasetIndex, output: str, resume: str) -> CheckpointCard | None:
+def _starting_point(
+    recipe: Recipe, sources: Sequence[Source], indexes: Sequence[DatasetIndex], output: str, resume: str
+) -> CheckpointCard | None:
     """The checkpoint to take up, or None for a start from nothing."""
     holds = read_run(output) is not None or checkpoints.stored(output)
     if resume != "auto" and holds:
@@ -188,11 +205,12 @@ def _starting_point(recipe: Recipe, index: DatasetIndex, output: str, resume: st
     card = checkpoints.latest(output) if resume == "auto" else checkpoints.find(resume)
     if card is None:
         return None
-    if shards_of(index, card.dataset) is None:
+    try:
+        generations_of(indexes, sources, {"dataset": card.dataset, "sources": card.sources})
+    except InputError as error:
         raise InputError(
-            f"checkpoint {card.uri}: was trained on dataset {card.dataset}, but --data is {dataset_digest(index)}; "
-            "give the same --data, or start again with train.init and another --output"
-        )
+            f"checkpoint {card.uri}: {error}; give the same --data, or start again with train.init and another --output"
+        ) from None
     # Parsed, so that keys that are younger than the checkpoint have their defaults.
     old = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}").model_dump(mode="json")
     new = recipe.model_dump(mode="json")
