@@ -223,7 +223,7 @@ def as_still(sample: LatentSample) -> LatentSample:
     """A clip that shows a sample's first frame all the time, with the score of what does not move."""
 
     def repeated(array: np.ndarray) -> np.ndarray:
-        return np.repeat(array[:1], len(array), 0)
+        return np.broadcast_to(array[0], array.shape)  # without a copy
 
     fields = dict(sample.fields)
     if "flow" in fields:

@@ -25,15 +25,14 @@ class Shares:
     """
 
     def __init__(self, weights: Sequence[Fraction], lanes: int) -> None:
-        self._lanes = lanes
-        self._of_rest = [weight / sum(weights[place:]) for place, weight in enumerate(weights[:-1])]
+        shares = [weight / sum(weights[place:]) for place, weight in enumerate(weights[:-1])]
+        self._of_rest = [(share.numerator * lanes, share.denominator, share.denominator * lanes) for share in shares]
 
     def counts(self, lane: int, position: int) -> list[int]:
         """How many of a lane's samples before a position belong to each source."""
         taken, left = [], position
-        for share in self._of_rest:
-            wide = share.denominator * self._lanes
-            taken.append((left * share.numerator * self._lanes + lane * share.denominator) // wide)
+        for share, offset, whole in self._of_rest:  # floor(left * share + lane / lanes), in whole numbers
+            taken.append((left * share + lane * offset) // whole)
             left -= taken[-1]
         return [*taken, left]
 
@@ -88,7 +87,7 @@ class MixedLoader:
                 for order, first, last in zip(orders, counts[0], counts[-1], strict=True)
             ]
             for before, after in pairwise(counts):
-                source = next(k for k, (a, b) in enumerate(zip(before, after, strict=True)) if a != b)
+                source = next(k for k, taken in enumerate(before) if after[k] != taken)
                 found.append(MixedPlace(source, next(streams[source])))
         return found
 
