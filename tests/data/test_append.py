@@ -23,9 +23,9 @@ from cinemo.data.dataset.verify import verify
 from cinemo.data.manifest.manifest import SCHEMA, Manifest, manifest_of
 from cinemo.data.precompute import journal, stages
 from cinemo.data.precompute.dataset import Dataset
-from cinemo.data.precompute.lock import hold
 from cinemo.data.precompute.parts import APPEND
 from cinemo.data.precompute.plan import Plan
+from cinemo.lock import hold
 from cinemo.types import InputError
 
 CLIPS_PER_SHARD = 3

@@ -60,6 +60,7 @@ def plan_only(
     Raises:
         InputError: bad manifest, an output that cannot be written, or nothing to append.
     """
+
     def prefix(rows: int | None) -> Manifest:
         return read_manifest(manifest, rows, columns, recipe.data.seed, names_as_captions)
 

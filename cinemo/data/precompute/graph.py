@@ -79,6 +79,7 @@ def run(
         RunError: more clips were refused than ``data.max_quarantine_share`` allows.
     """
     started = time.perf_counter()
+
     def prefix(rows: int | None) -> Manifest:
         return read_manifest(manifest, rows, columns, recipe.data.seed, names_as_captions)
 
