@@ -302,6 +302,10 @@ class SampleConfig(Part):
         return self
 
 
+# Keys that came later: a recipe's file leaves them out where nobody changed them, so that bundles keep their digests.
+_LATER = {"sample": ("long",), "encoders": ("flow",), "train": ("grow", "where")}
+
+
 class Recipe(Part):
     """A complete run. Built by a function in `cinemo.recipes`, changed with ``--set dotted.key=value``.
 
@@ -325,10 +329,12 @@ class Recipe(Part):
         return min(self.data.size) < 128
 
     def to_json(self) -> str:
-        # What nobody changed is left out of sections that came later: recipes and bundles keep their digests.
-        later = {"sample": {"long"}} if self.sample.long == LongConfig() else {}
-        later |= {"encoders": {"flow"}} if self.encoders.flow is None else {}
-        return json.dumps(self.model_dump(mode="json", exclude=later), indent=2, sort_keys=True) + "\n"
+        exclude = {
+            section: {name for name in names if getattr(part, name) == type(part).model_fields[name].default}
+            for section, names in _LATER.items()
+            for part in [getattr(self, section)]
+        }
+        return json.dumps(self.model_dump(mode="json", exclude=exclude), indent=2, sort_keys=True) + "\n"
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:

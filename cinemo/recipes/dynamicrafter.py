@@ -67,7 +67,8 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
       train.gradient_checkpointing, train.zero_stage, train.offload, train.lanes, train.on_damaged, train.cache_gb,
       train.max_failures, train.image_tokens, ``compile``. train.seed, data.seed. train.log_every,
       train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,
-      train.validate_every, train.canary. data.fields: stored frames, of which image tokens are made in training.
+      train.validate_every, train.grow, train.where, train.canary.
+      data.fields: stored frames, of which image tokens are made in training.
       data.clips_per_shard, data.decoder, data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource,
       data.max_quarantine_share, data.encode_batch, data.encode_actors, data.encode_gpus.
     - Not used here. train.context_init: stage 2's. train.prompt_dropout, train.lora_rank, train.lora_alpha,
