@@ -23,6 +23,7 @@ from faulty_s3 import FAULTS, FaultyS3
 from cinemo import cli, s3, storage
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex, read_ledger
+from cinemo.data.dataset.verify import verify
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.precompute import cluster
 from cinemo.data.precompute.graph import run
@@ -233,6 +234,32 @@ def test_mended_clips_are_appended(clips_folder: Path, small_recipe: Recipe, dat
     assert len({sample.key for sample in loader.batch(0).samples}) == 10
     assert run(small_recipe, str(clips_folder), str(output))["done"] == 0
     assert digests(output) == now
+
+
+@pytest.mark.ray
+def test_a_longer_manifest_is_appended(
+    clips_folder: Path, small_recipe: Recipe, ray_session: None, tmp_path: Path
+) -> None:
+    """`test_append.py` has the kills."""
+    paths, output = sorted(clips_folder.glob("film ?*.mp4")), str(tmp_path / "out")
+
+    def manifest(count: int) -> str:
+        rows = [{"clip_id": path.stem.replace(" ", "-"), "uri": str(path), "caption": ""} for path in paths[:count]]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(tmp_path / "m.jsonl")
+
+    run(small_recipe, manifest(5), output)
+    before = digests(tmp_path / "out")
+    with pytest.raises(InputError, match="--append the manifest's new clips"):
+        run(small_recipe, manifest(12), output)
+    summary = run(small_recipe, manifest(12), output, append="skip")
+    assert (summary["clips"], summary["samples"], summary["quarantined"], summary["done"]) == (12, 9, 3, 7)
+    now = digests(tmp_path / "out")
+    assert {name for name in before if now[name] != before[name]} == {"dataset.json", "index.parquet"}
+    assert DatasetIndex.load(output).shards == [0, 1, 2, 3]
+    assert run(small_recipe, manifest(12), output)["done"] == 0
+    assert verify(output, small_recipe, 3)["canary"]["equal"] == 3
+    assert digests(tmp_path / "out") == now
 
 
 @pytest.mark.ray

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
+from fractions import Fraction
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training.conftest import moving_samples
-from training.test_worker import Job
+from training.test_worker import ROOT, Job
 
 from cinemo import storage
 from cinemo.config import Recipe, TrainConfig
@@ -26,6 +28,7 @@ from cinemo.training.report import sample_log
 from cinemo.training.run.dataset_check import dataset_digest, shards_of
 from cinemo.training.run.growth import TrainingData, generations_of
 from cinemo.training.run.loop import AHEAD
+from cinemo.training.run.proof import verify_resume
 from cinemo.types import InputError
 
 PER_SHARD, STEPS = 4, 200
@@ -147,6 +150,50 @@ def test_a_field_that_the_new_shards_lack_keeps_them_out(tmp_path: Path) -> None
     store.finish([0, 1, 2])
     data.follow(1, 0)
     assert data.generations == [[(0, 2), (1, 3)]]
+
+
+def test_shares_are_part_of_what_is_continued(tmp_path: Path) -> None:
+    indexes = [grow(str(tmp_path / name), number, name * 64) for name, number in (("a", 3), ("b", 2))]
+    sources = [Source.parse(f"{indexes[0].uri}=0.7"), Source.parse(f"{indexes[1].uri}=0.3", still=True)]
+    data = TrainingData(sources, indexes, [[(0, 3)], [(0, 2)]], settings_of(where="ssim < 0.8"))
+    assert list(data.lines()) == [
+        f"70.0% of samples: {indexes[0].uri}",
+        f"{indexes[0].uri}: 9 of 12 clips are seen, where ssim < 0.8",
+        f"30.0% of samples: {indexes[1].uri} as stills",
+        f"{indexes[1].uri}: 6 of 8 clips are seen, where ssim < 0.8",
+    ]
+    made = json.loads(json.dumps(data.identity))
+    grow(indexes[1].uri, 4, "b" * 64)
+    longer = [DatasetIndex.load(index.uri) for index in indexes]
+    assert generations_of(longer, sources, made) == [[(0, 3)], [(0, 2)]]
+    (said,) = (news.text for news in data.follow(2, AHEAD))
+    assert said.startswith(f"{indexes[1].uri}: the dataset has grown from 2 to 4 shards (8 to 16 samples)")
+    assert generations_of(longer, sources, data.identity) == data.generations
+    for others, message in [
+        ([replace(sources[0], weight=Fraction(1)), sources[1]], r"another weight 7/10 -> 1 of "),
+        ([sources[0], replace(sources[1], still=False)], r"another still True -> False of "),
+    ]:
+        with pytest.raises(InputError, match=message):
+            generations_of(longer, others, made)
+    for order in (longer[::-1], longer[:1]):
+        with pytest.raises(InputError, match=r"was trained on dataset \w+\+\w+, but --data is"):
+            generations_of(order, sources[: len(order)], made)
+
+
+@pytest.mark.slow
+def test_a_filtered_mix_is_proved(small: Recipe, dataset: str, tmp_path: Path) -> None:
+    """Killed twice and resized: the same samples in the same order, those of the canonical order."""
+    root = str(tmp_path / "longer")
+    storage.upload(Path(dataset), root)
+    grow(root, 5, storage.read_json(f"{root}/dataset.json")["fingerprint"])
+    recipe = override(small, ["train.workers=2", "train.micro_batch=1", "train.canary=0", "train.where=ssim < 0.8"])
+    sources = [Source.parse(f"{dataset}=0.7"), Source.parse(f"{root}=0.3", still=True)]
+    lines = verify_resume(recipe, sources, str(tmp_path / "proof"), str(ROOT / "pipelines/train.py"))
+    assert any(line == "first epoch:  24 of 24 samples, each exactly once" for line in lines), lines
+    assert {key[:2] for keys in sample_log.read(str(tmp_path / "proof/straight")).values() for key in keys} == {
+        "0/",
+        "1/",
+    }
 
 
 def generations(card: checkpoints.CheckpointCard | None) -> list[tuple[int, int]]:
