@@ -31,7 +31,7 @@ from cinemo.training.run.loop import AHEAD
 from cinemo.training.run.proof import verify_resume
 from cinemo.types import InputError
 
-PER_SHARD, STEPS = 4, 200
+PER_SHARD, STEPS = 4, 120
 
 
 def grow(root: str, number: int, fingerprint: str = "f" * 64) -> DatasetIndex:
@@ -207,14 +207,19 @@ def test_a_running_training_goes_on_with_the_longer_dataset(small: Recipe, datas
     root, output = str(tmp_path / "data"), tmp_path / "run"
     storage.upload(Path(dataset), root)
     fingerprint = storage.read_json(f"{root}/dataset.json")["fingerprint"]
-    keys = ["train.checkpoint_every=2", "train.log_every=1", "train.sample_every=0", "train.canary=0"]
+    keys = ["train.checkpoint_every=4", "train.log_every=1", "train.sample_every=0", "train.canary=0"]
     recipe = override(small, [f"train.max_steps={STEPS}", *keys])
 
     job = Job(recipe, root, output, tmp_path / "first.log")
-    job.wait_for(lambda: (card := checkpoints.latest(str(output))) is not None and card.step >= 2)
+    job.wait_for(lambda: (card := checkpoints.latest(str(output))) is not None and card.step >= 4)
     grow(root, 5, fingerprint)
     job.wait_for(lambda: "the dataset has grown" in job.log.read_text())
-    job.wait_for(lambda: len(generations(checkpoints.latest(str(output)))) == 2)
+
+    def has_begun() -> bool:
+        card = checkpoints.latest(str(output))
+        return len(generations(card)) == 2 and card is not None and 4 * card.step > 12 * generations(card)[1][0]
+
+    job.wait_for(has_begun)  # the epoch with the new shards
     job.kill_all()
     epoch = generations(checkpoints.latest(str(output)))[1][0]
     assert (
