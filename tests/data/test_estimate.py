@@ -86,8 +86,8 @@ def test_an_accelerator_is_given_or_unknown(plan: Plan, small_recipe: Recipe, mo
 def test_requests_to_s3_are_counted(plan: Plan, small_recipe: Recipe) -> None:
     known = Known(small_recipe, plan, "s3://bucket/out", None)
     figures = known.figures([CLIP, CLIP])
-    # Three tars and records; journal, index, dataset.json twice; a heartbeat every ten seconds.
-    assert figures["put_requests"] == pytest.approx(3 * 2 + 4, abs=3)
+    # Three tars, columns and records; journal, index, dataset.json twice; a heartbeat every ten seconds.
+    assert figures["put_requests"] == pytest.approx(3 * 3 + 4, abs=3)
     large = known.figures([{**CLIP, "bytes": 50 << 20}])["put_requests"]
     assert large == pytest.approx(figures["put_requests"] + 3 * 8, abs=1)  # four clips a shard, in parts of 32 MiB
     assert known.figures([REFUSED, CLIP])["put_requests"] > figures["put_requests"] + 2  # ledgers
