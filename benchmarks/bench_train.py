@@ -28,6 +28,7 @@ from bench import fill, table
 from bench_precompute import in_turns
 
 from cinemo import s3, storage
+from cinemo.accelerators import peak_flops
 from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
@@ -36,7 +37,7 @@ from cinemo.data.loading.reader import ShardReader
 from cinemo.methods import build_method
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.recipes import load_recipe, override
-from cinemo.training.plan.cost import peak_flops, sample_flops
+from cinemo.training.plan.cost import sample_flops
 from cinemo.training.run.batch import FrozenStates, host_batch, latent_shape
 from cinemo.training.run.engine import Engine
 from cinemo.training.run.loop import Report, train
