@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cinemo import storage
-from cinemo.config import Recipe
+from cinemo.config import MACHINES, Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.identity import differences, fingerprint
 from cinemo.data.dataset.statistics import latent_statistics
@@ -229,7 +229,7 @@ class Dataset:
             "fingerprint": self.fingerprint,
             "computed_from": self.covers,
             "plan": self.identity,
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": self.recipe.model_dump(mode="json", exclude={"data": set(MACHINES)}),
             "size": list(data.size),
             "frames": data.frames,
             "bucket_edges": list(data.bucket_edges),
