@@ -61,7 +61,7 @@ def test_layout_and_records(with_fields: Path) -> None:
             shard = json.loads((with_fields / f"shards/shard-{k:06d}.json").read_text())
             tar = (with_fields / f"fields/{name}/shard-{k:06d}.tar").read_bytes()
             assert (record["bytes"], record["sha256"]) == (len(tar), hashlib.sha256(tar).hexdigest())
-            assert (record["shard_sha256"], record["fingerprint"]) == (shard["sha256"], info["fingerprint"])
+            assert (record["shard_checksum"], record["fingerprint"]) == (shard["checksum"], info["fingerprint"])
             assert record["members"]["keys"] == shard["members"]["keys"]
 
 
@@ -208,7 +208,7 @@ def test_the_loader_refuses_what_is_absent_or_damaged(with_fields: Path, tmp_pat
     content = bytearray(tar.read_bytes())
     content[700] ^= 1
     tar.write_bytes(content)
-    with pytest.raises(RunError, match=r"flow/shard-000000\.tar: sha256 is .* its record says .* remove"):
+    with pytest.raises(RunError, match=r"flow/shard-000000\.tar: has blake3 .* its record says .* remove"):
         samples_of(copy, ("flow",))
     tar.unlink()
     with pytest.raises(RunError, match=r"flow/shard-000000\.tar: the sidecar or its record cannot be read"):

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cinemo import storage
+from cinemo import checksums, storage
 from cinemo.config import MACHINES, Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.identity import differences, fingerprint
@@ -32,7 +31,7 @@ _READERS = 16
 _LOOKED_AT = 2000
 # Shards without a record after which no more are looked for. Fewer are in flight; one that is missed is made again.
 _WINDOW = 128
-_LIGHT = ("shard", "samples", "quarantined", "recovered", "bytes", "sha256", "reasons", "latent_shape")
+_LIGHT = ("shard", "samples", "quarantined", "recovered", "bytes", "checksum", "reasons", "latent_shape")
 
 
 @dataclass
@@ -94,13 +93,18 @@ class Dataset:
         for row in probe(numbers, self._row, _WINDOW):
             self.committed(row)
 
+    @property
+    def checksum(self) -> str:
+        """The algorithm of its checksums: that which it was begun with, so that its bytes do not depend on when."""
+        return checksums.DEFAULT if self.stored is None else str(self.stored.get("checksum", checksums.SHA256))
+
     def _known(self) -> pa.Table:
         """Index rows of shards that need no reading."""
         if self.stored is None:
             self.journal.remove()  # of a dataset that somebody removed
         elif self.stored.get("complete"):
             try:
-                table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, "index.parquet"))))
+                table = shards.index_table(storage.read_bytes(storage.join(self.uri, "index.parquet")))
             except (FileNotFoundError, pa.ArrowInvalid):
                 return shards.INDEX_SCHEMA.empty_table()
             if table.schema.equals(shards.INDEX_SCHEMA):
@@ -235,6 +239,7 @@ class Dataset:
             "bucket_edges": list(data.bucket_edges),
             "samples": 0,
             "quarantined": 0,
+            **({} if self.checksum == checksums.SHA256 else {"checksum": self.checksum}),
             **values,
         }
         if content != self.stored:

@@ -183,6 +183,7 @@ def _execute(
             "dataset": dataset.uri,
             "fingerprint": dataset.fingerprint,
             "views": data.views,
+            "checksum": dataset.checksum,
             "retried": retried,
         },
         batch_format="pyarrow",

@@ -62,6 +62,6 @@ def check_canary(index: DatasetIndex, recipe: Recipe) -> str:
 
 
 def dataset_digest(index: DatasetIndex) -> str:
-    """Identifies the content of a dataset: its fingerprint and every shard's sha256."""
-    parts = [index.info["fingerprint"], *index.table["sha256"].to_pylist()]
+    """Identifies the content of a dataset: its fingerprint and every shard's checksum."""
+    parts = [index.info["fingerprint"], *index.table["checksum"].to_pylist()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
