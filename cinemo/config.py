@@ -58,6 +58,11 @@ class DataConfig(Part):
         900.0, ge=0, description="seconds that a cluster has to add the accelerators or cores that are missing"
     )
 
+    @property
+    def together(self) -> bool:
+        """Whether one process decodes, scores and encodes a clip: all of it is work for the same cores."""
+        return not (self.encode_gpus or self.encode_actors or self.decode_resource)
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         low, high = self.frame_interval

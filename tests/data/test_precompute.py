@@ -114,6 +114,19 @@ def test_new_bucket_edges_need_no_new_shards(
 
 
 @pytest.mark.ray
+def test_one_process_for_all_stages_makes_the_same_bytes(
+    dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = override(small_recipe, ["data.encode_actors=0"])
+    assert recipe.data.together
+    assert not small_recipe.data.together
+    summary = run(recipe, str(clips_folder), str(tmp_path / "out"))
+    assert summary["stage_seconds"]["encode"] > 0
+    now, before = digests(tmp_path / "out"), digests(dataset)
+    assert {name for name in before if now.get(name) != before[name]} == {"dataset.json"}  # it holds the recipe
+
+
+@pytest.mark.ray
 def test_lost_records_and_half_written_shards_are_made_again(
     dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -277,7 +290,7 @@ def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     nodes = {"CPU": 192.0, "GPU": 8.0, "decode": 128.0}
     separate = found(nodes, "data.encode_gpus=1", "data.decode_resource=decode", "data.decode_cpus=2")
-    assert (separate.decoders, separate.encoders, separate.together) == (64, 8, False)
+    assert (separate.decoders, separate.encoders) == (64, 8)
     assert separate.decode["resources"] == {"decode": 2.0}
     assert (separate.encode["num_cpus"], separate.encode["num_gpus"]) == (1.0, 1.0)
     assert found(nodes, "data.encode_gpus=0.5").encoders == 16
@@ -293,9 +306,9 @@ def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
     monkeypatch.delenv("RAY_ADDRESS")
 
     laptop = found({"CPU": 2.0})
-    assert (laptop.together, laptop.decoders, laptop.capacity) == (True, 2, {"decode": 2, "encode": 2})
+    assert (laptop.decoders, laptop.capacity) == (2, {"decode": 2, "encode": 2})
     apart = found({"CPU": 2.0}, "data.encode_actors=2")
-    assert not apart.together
+    assert apart.encode["compute"].max_size == 2
     assert 2 * apart.decode["num_cpus"] + apart.encode["num_cpus"] <= 2, "an encoder must fit beside them"
     with pytest.raises(InputError, match=r"of which the cluster has 0 decode; --set data.decode_resource=null"):
         found({"CPU": 2.0}, "data.decode_resource=decode")

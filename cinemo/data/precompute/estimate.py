@@ -159,7 +159,7 @@ def _measure(
         sample.append({**clip, "refused": bool(reasons), "reason": reasons[0] if reasons else None, "bytes": size})
     cores = os.cpu_count() or 1
     encoding_memory = _peak_memory() * encoders(data, cores) if encoder else 0
-    processes = float(cores * decoding_memory + encoding_memory)
+    processes = float(encoding_memory if data.together else cores * decoding_memory + encoding_memory)
     shard = 2 * plan.clips_per_shard * max((clip["bytes"] or 0 for clip in sample), default=0)
     full = processes + OBJECT_STORE_BYTES + shard
     return sample, {"value": full, "low": processes, "high": full}

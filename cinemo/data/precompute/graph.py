@@ -161,7 +161,7 @@ def _execute(
         "meter": meter,
     }
     graph = ray.data.from_arrow(list(_blocks(rows, data.clips_per_shard, size, most)))
-    if found.together:
+    if data.together:
         graph = graph.map_batches(_whole, fn_kwargs=encoder, batch_format="pyarrow", batch_size=None, **found.decode)
     else:
         graph = graph.map_batches(

@@ -28,14 +28,12 @@ _SAY_SECONDS = 30.0
 class Pools:
     """Processes at a time on the nodes of this moment, and what Ray reserves for each of them.
 
-    ``together``: one process decodes, scores and encodes a clip, as all of it is work for the same cores; then
-    ``encode`` is not used. ``decode`` and ``encode`` are options of Ray Data's ``map_batches``.
+    ``decode`` and ``encode`` are options of Ray Data's ``map_batches``; with ``data.together`` the latter is not used.
     """
 
     decoders: int
     encoders: int
     commits: int
-    together: bool
     decode: dict[str, Any]
     encode: dict[str, Any]
 
@@ -77,12 +75,10 @@ def pools(recipe: Recipe) -> Pools:
         "compute": ActorPoolStrategy(min_size=least, max_size=most),
         **({"num_gpus": data.encode_gpus} if data.encode_gpus else {}),
     }
-    together = not (data.encode_gpus or data.encode_actors or special)
     return Pools(
         decoders=decoders,
-        encoders=decoders if together else encoders,
+        encoders=decoders if data.together else encoders,
         commits=max(LEAST_COMMITS, cpus // _CPUS_PER_COMMIT),
-        together=together,
         decode=decode,
         encode=encode,
     )
