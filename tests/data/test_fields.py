@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -18,6 +17,7 @@ from data.small_data import digests, film, stamps
 from PIL import Image
 
 from cinemo import storage
+from cinemo.checksums import checksum
 from cinemo.config import Recipe
 from cinemo.data.dataset import fields, sidecars
 from cinemo.data.dataset.shards import DatasetIndex
@@ -60,7 +60,7 @@ def test_layout_and_records(with_fields: Path) -> None:
             record = json.loads((with_fields / f"fields/{name}/shard-{k:06d}.json").read_text())
             shard = json.loads((with_fields / f"shards/shard-{k:06d}.json").read_text())
             tar = (with_fields / f"fields/{name}/shard-{k:06d}.tar").read_bytes()
-            assert (record["bytes"], record["sha256"]) == (len(tar), hashlib.sha256(tar).hexdigest())
+            assert (record["bytes"], record["checksum"]) == (len(tar), checksum([tar]))
             assert (record["shard_checksum"], record["fingerprint"]) == (shard["checksum"], info["fingerprint"])
             assert record["members"]["keys"] == shard["members"]["keys"]
 
