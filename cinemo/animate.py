@@ -24,6 +24,7 @@ from cinemo.bundle import ModelBundle
 from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.media.sources import fetched
+from cinemo.media.stills import rgb
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import long, method_class, run
 from cinemo.methods.controls import check_text
@@ -150,7 +151,7 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     recipe, settings = bundle.recipe, request.settings(bundle.recipe, bundle.motion.calibration)
     if request.size is not None:
         recipe = bundle.method.sized(recipe, request.size)
-    image = request.image.convert("RGB") if isinstance(request.image, Image.Image) else request.image
+    image = rgb(request.image) if isinstance(request.image, Image.Image) else request.image
     inputs = {name: np.ascontiguousarray(pixels) for name, pixels in {"image": image, **request.inputs}.items()}
     sampling, calls = long.prepare(bundle.method, recipe, bundle.encoders, inputs, settings)
     known = {
@@ -178,7 +179,8 @@ def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.n
         max_pixels: refused above, before anything is decoded.
 
     Raises:
-        InputError: missing, not a picture, truncated, too large or too long and thin.
+        InputError: missing, not a picture, truncated, too large, too long and thin, or of levels without a known range
+            (32-bit integers, floats).
     """
     name = "image" if isinstance(source, bytes) else f"image {source}"
     try:
@@ -205,9 +207,11 @@ def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> np.n
             f"and at most {_MAX_ASPECT}:1; crop it"
         )
     try:
-        return np.asarray(_rgb(ImageOps.exif_transpose(image)))
+        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{name}: is damaged ({error})") from None
+    return rgb(image, name)
 
 
 def load_source(uri: str, recipe: Recipe, interval: int = 1) -> np.ndarray:
@@ -229,13 +233,3 @@ def load_source(uri: str, recipe: Recipe, interval: int = 1) -> np.ndarray:
             return read_frames(path, indices)
     except ClipError as error:
         raise InputError(f"source {uri}: {error}") from None
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        levels = np.asarray(image, dtype=np.int64)
-        return Image.fromarray((levels >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

@@ -33,7 +33,8 @@ from cinemo.media.motion import MORE_MOTION, STILLER, MotionScale
 from cinemo.methods import Encoders, Method, build_method, image_encoder_place, method_class
 from cinemo.networks.frozen import ImageEncoder, Statistics, TextEncoder, Vae, normalised
 from cinemo.networks.memory import keep_freed_memory
-from cinemo.networks.weights import convert_pickled, resolve, save_network
+from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles
+from cinemo.networks.weights import gather, resolve, save_network
 from cinemo.recipes import parse_recipe
 from cinemo.types import InputError
 
@@ -98,7 +99,7 @@ def save_bundle(
         scale: of the network's motion ids, see `MotionScale`.
 
     Raises:
-        InputError: ``directory`` holds something else than a bundle, or an encoder's weights cannot be read.
+        InputError: ``directory`` holds something else than a bundle, or an encoder cannot be loaded.
     """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -115,14 +116,14 @@ def save_bundle(
             save_network(network, staged / name)
             index[name] = [type(network).__module__, type(network).__name__]
         places: dict[str, Any] = {"flow": None}  # for precompute alone
-        for field, (folder, library) in _ENCODERS.items():
+        for field, (folder, library, usual) in _ENCODERS.items():
             location = getattr(recipe.encoders, field)
             if location is None or (field == "image_encoder" and field not in method_class(recipe).needs):
                 continue
-            _copy_component(location, staged / folder)
+            _copy_component(location, staged / folder, field)
             if field.startswith("vae") and recipe.encoders.statistics:
                 _normalise(staged / folder / "config.json", recipe.encoders.statistics)
-            index[folder] = [library, _class_name(staged / folder, field)]
+            index[folder] = [library, _class_name(staged / folder, usual)]
             places[field] = folder
         _write_json(staged / "scheduler" / "scheduler_config.json", _scheduler_config(recipe.diffusion, recipe.sample))
         index["scheduler"] = ["diffusers", "DDIMScheduler"]
@@ -131,6 +132,10 @@ def save_bundle(
         places |= {"normalize": False, "latents_mean": None, "latents_std": None}
         inside = recipe.model_copy(update={"encoders": recipe.encoders.model_copy(update=places)})
         (staged / "recipe.json").write_text(inside.to_json())
+        try:
+            _load_encoders(inside, staged, torch.device("cpu"), torch.bfloat16)
+        except InputError as error:
+            raise InputError(f"the encoders make no bundle: {str(error).replace(f'{staged}/', '')}") from error
         _write_json(staged / "motion.json", _motion_json(recipe.data, scale))
         files = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(staged)}
         digest = _digest(files)
@@ -244,45 +249,53 @@ def load_bundle(
         keep_freed_memory()
     root = _localize(location)
     card = _read_card(root, location, full)
-    places = card.recipe.encoders
     kind = method_class(card.recipe)
     networks = {part: kind.load_network(card.recipe, part, str(root / part), dtype) for part in kind.parts}
     method = build_method(card.recipe, networks).to(device).eval().requires_grad_(False)
     if card.recipe.compile:
         method.compile_networks()
-    vae = Vae(str(root / places.vae), device, dtype)
-    decoder = Vae(str(root / places.vae_decoder), device, dtype) if places.vae_decoder else vae
-    layers = kind.text_layers(card.recipe)
-    text = TextEncoder(str(root / places.text_encoder), str(root / places.tokenizer), device, dtype, layers)
-    image = None
-    if "image_encoder" in kind.needs:
-        image = ImageEncoder(str(root / image_encoder_place(card.recipe)), device, dtype)
+    vae, decoder, text, image = _load_encoders(card.recipe, root, device, dtype)
     return ModelBundle(card.recipe, method, vae, decoder, text, card.motion, card.digest, str(location), image)
 
 
-# Pickled weights of older folders -> what a bundle keeps them as.
-_CONVERTED = {
-    "diffusion_pytorch_model.bin": "diffusion_pytorch_model.safetensors",
-    "pytorch_model.bin": "model.safetensors",
-}
-# Field of `EncodersConfig` -> (folder inside the bundle, library that model_index.json names).
+# Field of `EncodersConfig` -> (folder inside the bundle, library and class that model_index.json names; the class where
+# the component's own files do not say it).
 _ENCODERS = {
-    "vae": ("vae", "diffusers"),
-    "vae_decoder": ("vae_temporal_decoder", "diffusers"),
-    "text_encoder": ("text_encoder", "transformers"),
-    "tokenizer": ("tokenizer", "transformers"),
-    "image_encoder": ("image_encoder", "transformers"),
+    "vae": ("vae", "diffusers", "AutoencoderKL"),
+    "vae_decoder": ("vae_temporal_decoder", "diffusers", "AutoencoderKL"),
+    "text_encoder": ("text_encoder", "transformers", "CLIPTextModel"),
+    "tokenizer": ("tokenizer", "transformers", "CLIPTokenizer"),
+    "image_encoder": ("image_encoder", "transformers", "CLIPVisionModel"),
 }
 
 
-def _copy_component(location: str, target: Path) -> None:
+def _copy_component(location: str, target: Path, field: str) -> None:
+    """Copy an encoder's folder. Weights that are not one plain safetensors file already become one."""
     source = resolve(location)
     if not source.is_dir():
         raise InputError(f"encoder {location}: is a file; expected a directory in diffusers layout")
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*_NOT_COPIED), copy_function=shutil.copyfile)
-    for pickled, converted in _CONVERTED.items():
-        if (source / pickled).is_file() and not any(target.glob("*.safetensors")):
-            convert_pickled(source / pickled, target / converted, f"encoder {location}")
+    names = DIFFUSERS if field.startswith("vae") else TRANSFORMERS
+    files = None if field == "tokenizer" else WeightFiles.find(source, f"encoder {location}", *names)
+    gathered = files is not None and files.paths != (source / names[0],)
+    ignored = (*_NOT_COPIED, "*.safetensors", "*.index*.json") if gathered else _NOT_COPIED
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*ignored), copy_function=shutil.copyfile)
+    if files and gathered:
+        gather(files, target / names[0], f"encoder {location}")
+
+
+def _load_encoders(
+    recipe: Recipe, root: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Vae, Vae, TextEncoder, ImageEncoder | None]:
+    """Autoencoder, decoder, text and image encoder of a bundle's recipe."""
+    kind, places = method_class(recipe), recipe.encoders
+    vae = Vae(str(root / places.vae), device, dtype)
+    decoder = Vae(str(root / places.vae_decoder), device, dtype) if places.vae_decoder else vae
+    layers = kind.text_layers(recipe)
+    text = TextEncoder(str(root / places.text_encoder), str(root / places.tokenizer), device, dtype, layers)
+    image = None
+    if "image_encoder" in kind.needs:
+        image = ImageEncoder(str(root / image_encoder_place(recipe)), device, dtype)
+    return vae, decoder, text, image
 
 
 def _normalise(path: Path, statistics: Statistics) -> None:
@@ -290,12 +303,12 @@ def _normalise(path: Path, statistics: Statistics) -> None:
     _write_json(path, config | normalised(config, statistics))
 
 
-def _class_name(folder: Path, field: str) -> str:
+def _class_name(folder: Path, usual: str) -> str:
     """The class that model_index.json names for a component, as the component's own files say it."""
-    if field == "tokenizer":
-        return "CLIPTokenizer"
+    if not (folder / "config.json").is_file():
+        return usual
     config = json.loads((folder / "config.json").read_bytes())
-    return str(config.get("_class_name") or config["architectures"][0])
+    return str(config.get("_class_name") or next(iter(config.get("architectures") or ()), usual))
 
 
 def _scheduler_config(diffusion: DiffusionConfig, sample: SampleConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Local copies of what lies on s3://: whole directories by their ETags, and a dataset's files by their sha256.
+"""Local copies of what lies on s3://: whole directories by their ETags, and a dataset's files by their checksums.
 
 Everything is under ``$CINEMO_CACHE``, or ``~/.cache/cinemo``. Files of datasets, which may be larger than a disk, share
 a bounded part of it (`FileCache`) among all processes of a node; weights and manifests are kept for good (`localize`).
@@ -15,7 +15,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from cinemo import storage
+from cinemo import checksums, storage
 from cinemo.types import InputError, RunError
 
 _LONGEST_NAME = 200  # bytes of a local file's; keys may be longer
@@ -74,19 +74,19 @@ class FileCache:
         limit: bytes that copies may take on this node. The least recently used ones give way; one that some process
             has mapped stays, so that more is taken only where more is in use at once.
 
-    A copy is named by its sha256. Whoever has it mapped holds a shared lock on it, whoever fetches it an exclusive one:
-    both go with the process, however it ends.
+    A copy is named by its checksum. Whoever has it mapped holds a shared lock on it, whoever fetches it an exclusive
+    one: both go with the process, however it ends.
     """
 
     def __init__(self, limit: float, directory: Path | None = None) -> None:
         self.limit, self.directory = int(limit), directory or cache_directory() / "shards"
 
-    def map(self, uri: str, sha256: str, size: int, check: bool = True) -> memoryview:
+    def map(self, uri: str, checksum: str, size: int, check: bool = True) -> memoryview:
         """The content of a file.
 
         Args:
-            check: whether to read all of it for its sha256. What was just fetched is always checked. A damaged copy is
-                fetched again, once.
+            check: whether to read all of it for its checksum. What was just fetched is always checked. A damaged copy
+                is fetched again, once.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -94,25 +94,25 @@ class FileCache:
         """
         if not storage.is_remote(uri):
             with storage.local_path(uri).open("rb") as file:
-                return self._checked(uri, _mapped(file.fileno()), sha256 if check else None)
-        path = self.directory / sha256
+                return self._checked(uri, _mapped(file.fileno()), checksum if check else None)
+        path = self.directory / checksum
         with contextlib.suppress(FileNotFoundError, Damaged):
-            return self._copy(uri, path, sha256 if check else None)
+            return self._copy(uri, path, checksum if check else None)
         with contextlib.suppress(Damaged):
-            return self._fetch(uri, path, sha256, size)
-        return self._fetch(uri, path, sha256, size)
+            return self._fetch(uri, path, checksum, size)
+        return self._fetch(uri, path, checksum, size)
 
-    def _copy(self, uri: str, path: Path, sha256: str | None) -> memoryview:
+    def _copy(self, uri: str, path: Path, checksum: str | None) -> memoryview:
         with path.open("rb") as file:
             _lock(file.fileno(), fcntl.LOCK_SH)
             os.utime(file.fileno())
-            return self._checked(uri, _mapped(file.fileno()), sha256)
+            return self._checked(uri, _mapped(file.fileno()), checksum)
 
-    def _fetch(self, uri: str, path: Path, sha256: str, size: int) -> memoryview:
+    def _fetch(self, uri: str, path: Path, checksum: str, size: int) -> memoryview:
         descriptor, partial = self._make_room(size)
         try:
             storage.fetch(uri, partial)
-            content = self._checked(uri, _mapped(descriptor), sha256)
+            content = self._checked(uri, _mapped(descriptor), checksum)
             _lock(descriptor, fcntl.LOCK_SH)
             os.replace(partial, path)
             return content
@@ -142,9 +142,9 @@ class FileCache:
             return descriptor, Path(name)
 
     @staticmethod
-    def _checked(uri: str, content: memoryview, sha256: str | None) -> memoryview:
-        if sha256 is not None and (digest := hashlib.sha256(content).hexdigest()) != sha256:
-            raise Damaged(f"{uri}: sha256 is {digest[:12]}..., its record says {sha256[:12]}...")
+    def _checked(uri: str, content: memoryview, checksum: str | None) -> memoryview:
+        if checksum and (found := checksums.checksum([content], checksums.algorithm_of(checksum))) != checksum:
+            raise Damaged(f"{uri}: has {checksums.brief(found)}, its record says {checksums.brief(checksum)}")
         return content
 
 

@@ -17,6 +17,10 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+# Keys of `DataConfig` about the machines of a run, which leave no trace in what it makes.
+MACHINES = ("decode_tasks", "wait_for_nodes")
+
+
 class DataConfig(Part):
     """How clips become latents (Cinemo section 4.1) and how latents become shards."""
 
@@ -43,10 +47,21 @@ class DataConfig(Part):
     decode_resource: str | None = Field(
         None, description="Ray resource of the nodes that decode (one unit per core); null: wherever a core is free"
     )
+    decode_tasks: int = Field(
+        0, ge=0, description="decoding processes at most; 0: as many as the cluster has cores for, which may change"
+    )
     encode_actors: int = Field(
-        0, ge=0, description="encoder processes; 0: one per accelerator, on CPUs as many as pay off"
+        0, ge=0, description="encoder processes at most; 0: as many as the cluster has accelerators, or cores, for"
     )
     encode_gpus: float = Field(0.0, ge=0, description="share of an accelerator for each encoder process")
+    wait_for_nodes: float = Field(
+        900.0, ge=0, description="seconds that a cluster has to add the accelerators or cores that are missing"
+    )
+
+    @property
+    def together(self) -> bool:
+        """Whether one process decodes, scores and encodes a clip: all of it is work for the same cores."""
+        return not (self.encode_gpus or self.encode_actors or self.decode_resource)
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -303,7 +318,7 @@ class SampleConfig(Part):
 
 
 # Keys that came later: a recipe's file leaves them out where nobody changed them, so that bundles keep their digests.
-_LATER = {"sample": ("long",), "encoders": ("flow",), "train": ("grow", "where")}
+_LATER = {"sample": ("long",), "encoders": ("flow",), "train": ("grow", "where"), "data": MACHINES}
 
 
 class Recipe(Part):

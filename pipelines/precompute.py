@@ -38,6 +38,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--prices", metavar="FILE", help=f"with --plan: JSON of prices ({', '.join(Prices.model_fields)})"
     )
+    parser.add_argument(
+        "--on",
+        nargs="+",
+        metavar="NODESxCORES[+COUNTxACCELERATOR]",
+        help="with --plan: the nodes to plan for, such as 10x32+1xL40S-48GB, or 4x64 2x32+8xH100-80GB of two kinds",
+    )
+    parser.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="with --plan: share of an accelerator's peak that encoding reaches"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="use the first N clips only")
     parser.add_argument(
         "--retry-quarantine",
@@ -58,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--verify", action="store_true", help="only check a finished dataset (needs no --manifest)")
     parser.add_argument("--sample", type=int, default=8, metavar="N", help="samples that --verify encodes again")
     arguments = parser.parse_args(argv)
-    if arguments.prices and not arguments.plan:
-        parser.error("--prices only works with --plan")
+    for name in ("prices", "on", "mfu"):
+        if getattr(arguments, name) is not None and not arguments.plan:
+            parser.error(f"--{name} only works with --plan")
     if arguments.append and arguments.retry_quarantine is not None:
         parser.error("--append and --retry-quarantine: give one of them")
     recipe = cli.recipe_of(arguments)
@@ -77,8 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if arguments.plan:
         from cinemo.data.precompute.estimate import plan_only
+        from cinemo.data.precompute.nodes import parse_machines
 
         prices = read_prices(arguments.prices) if arguments.prices else None
+        machines = parse_machines(arguments.on) if arguments.on else None
         plan = plan_only(
             recipe,
             arguments.manifest,
@@ -88,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             columns,
             arguments.file_names_as_captions,
             arguments.append,
+            machines,
+            arguments.mfu,
         )
         print(*plan_lines(plan, arguments.output), sep="\n")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,42 @@ def test_sixteen_bit_grey_keeps_its_range() -> None:
     levels = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
     loaded = load_image(encoded(Image.fromarray(levels)))
     np.testing.assert_array_equal(loaded[..., 0], levels >> 8)
+
+
+def tiff(levels: np.ndarray, **tags: Any) -> bytes:
+    return encoded(Image.fromarray(levels), "TIFF", **tags)
+
+
+def test_twelve_bit_grey_keeps_its_range() -> None:
+    """Pillow reads a 12-bit TIFF as 16-bit levels up to 4095; here two of them are packed into three bytes."""
+    levels = np.linspace(0, 4095, 16 * 16).astype(np.uint16).reshape(16, 16)
+    pairs = levels.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=-1)
+    entries = [(256, 16), (257, 16), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 16), (279, packed.size)]
+    start = 8 + packed.size
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in entries)
+    content = struct.pack("<2sHI", b"II", 42, start) + packed.astype(np.uint8).tobytes() + directory + bytes(4)
+    np.testing.assert_array_equal(load_image(content)[..., 0], levels >> 4)
+
+
+def test_levels_without_a_known_range_are_refused() -> None:
+    """Pillow would clip them, so that 0..1 becomes black and 0..65535 white."""
+    ramp = np.linspace(0, 1, 16 * 16).reshape(16, 16)
+    for levels, kind in ((ramp.astype(np.float32), "floating-point"), ((255 * ramp).astype(np.int32), "32-bit")):
+        for shown in (lambda x: load_image(tiff(x)), lambda x: prepare_image(Image.fromarray(x), (8, 8))):
+            with pytest.raises(
+                InputError, match=f"^image: its levels are {kind}.*; save it with 8 or 16 bits"
+            ) as error:
+                shown(levels)
+            assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="whose white is 0"):
+        load_image(tiff((65535 * ramp).astype(np.uint16), tiffinfo={262: 0}))
+
+
+def test_sixteen_bit_tiffs_of_either_byte_order_keep_their_range() -> None:
+    levels = np.linspace(0, 65535, 16 * 16).astype(np.uint16).reshape(16, 16)
+    for stored in (levels, levels.astype(">u2")):
+        np.testing.assert_array_equal(load_image(tiff(stored))[..., 1], levels >> 8)
 
 
 def test_bad_images_are_named(tmp_path: Path) -> None:

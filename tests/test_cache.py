@@ -103,7 +103,7 @@ def test_a_local_file_is_mapped_where_it_lies(tmp_path: Path) -> None:
     copies = FileCache(1e9, tmp_path / "copies")
     assert copies.map(str(path), right, 3) == b"abc"
     assert copies.map(str(path), wrong, 3, check=False) == b"abc"
-    with pytest.raises(Damaged, match=r"file: sha256 is ba7816bf8f01\.\.\., its record says"):
+    with pytest.raises(Damaged, match=r"file: has sha256 ba7816bf8f01\.\.\., its record says"):
         copies.map(str(path), wrong, 3)
     path.write_bytes(b"")
     with pytest.raises(Damaged):
@@ -165,7 +165,7 @@ def test_a_damaged_copy_is_fetched_again(files: Files) -> None:
 @pytest.mark.s3
 def test_a_damaged_object_is_tried_twice_and_leaves_nothing(files: Files) -> None:
     storage.write_bytes(f"{files.root}/0", content(1))
-    with pytest.raises(Damaged, match=r"/0: sha256 is"):
+    with pytest.raises(Damaged, match=r"/0: has sha256"):
         files.map(0)
     assert files.fetched == ["0", "0"]
     assert not list(files.directory.iterdir())

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of its own layer or of one before it.
 LAYERS = [
     ["types"],
-    ["config", "s3", "clouds", "web", "storage", "lock", "cache", "tracking"],
+    ["accelerators", "checksums", "config", "s3", "clouds", "web", "storage", "lock", "cache", "tracking"],
     ["diffusion", "media"],
     ["networks"],
     ["methods"],
@@ -49,7 +49,13 @@ ONLY_IN = {
     "torchvision": ["networks.raft"],
     "av": ["media.timeline", "media.video", "media.mp4"],
     "webdataset": ["data.dataset.shards", "data.loading.loader"],
-    "diffusers": ["diffusion.multistep", "networks.frozen", "networks.weights", "training.checkpoint.export"],
+    "diffusers": [
+        "diffusion.multistep",
+        "networks.frozen",
+        "networks.vae_cost",
+        "networks.weights",
+        "training.checkpoint.export",
+    ],
     "transformers": ["evaluation.extractors", "networks.frozen", "networks.weights", "training.checkpoint.export"],
     "fastapi": ["serving.http", "serving.page", "serving.app"],
     "sqlalchemy": ["serving.store"],

@@ -128,7 +128,9 @@ def hang_up(handler: BaseHTTPRequestHandler) -> None:
 
 
 @pytest.mark.parametrize(
-    "fault", [cut, hang_up, (503, {}, b""), (429, {"Retry-After": "0"}, b""), (500, {}, b"")], ids=str
+    "fault",
+    [cut, hang_up, (503, {}, b""), (429, {"Retry-After": "0"}, b""), (500, {}, b"")],
+    ids=["cut", "hang up", "503", "429", "500"],
 )
 def test_what_may_pass_is_tried_again(site: Site, fault: Answer) -> None:
     assert content(site.url("v.mp4", fault, fault, OK)) == CONTENT

@@ -127,8 +127,8 @@ class Clip(FeatureExtractor):
             self.network: Any = CLIPModel.from_pretrained(path).to(device).eval()
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(path)
             self.processor: Any = CLIPImageProcessor.from_pretrained(path)
-        except (OSError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0][:160]
+        except Exception as error:  # safetensors' and torch's own among them
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:160]
             raise InputError(f"--extractor clip={location}: {reason}; expected {self.expects}") from None
         super().__init__(location, device)
         vision = self.network.config.vision_config

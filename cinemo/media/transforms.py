@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from cinemo.media.stills import rgb
 from cinemo.types import InputError
 
 
@@ -55,7 +56,7 @@ def prepare_image(image_HWC: np.ndarray | Image.Image, size: tuple[int, int]) ->
         image_CHW, float32, -1..1: bilinear without antialiasing, cut out of the centre.
     """
     if isinstance(image_HWC, Image.Image):
-        image_HWC = np.asarray(image_HWC.convert("RGB"))
+        image_HWC = rgb(image_HWC)
     if image_HWC.ndim != 3 or image_HWC.shape[2] != 3 or image_HWC.dtype != np.uint8:
         raise InputError(f"image is {image_HWC.dtype} {image_HWC.shape}, expected uint8 (height, width, 3) RGB")
     geometry = cover_crop_geometry(image_HWC.shape[0], image_HWC.shape[1], size)

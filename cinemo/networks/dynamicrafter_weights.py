@@ -27,7 +27,7 @@ from cinemo.networks.dynamicrafter_unet import (
     is_temporal,
 )
 from cinemo.networks.resampler import Resampler, ResamplerConfig
-from cinemo.networks.weights import compare, read_tensors, resolve, weights_file
+from cinemo.networks.weights import compare, find_weights, read_tensors, resolve, weight_files
 from cinemo.types import InputError
 
 UNET, IMAGE_PROJ = "model.diffusion_model.", "image_proj_model."
@@ -111,13 +111,12 @@ def load_resampler(config: ResamplerConfig, location: str, dtype: torch.dtype | 
 
 def has_resampler(location: str) -> bool:
     """Whether weights at ``location`` have the query transformer too; a text-to-video model has none."""
-    try:
-        path = weights_file(location, "image_proj")
-    except InputError:
+    files = find_weights(location, "image_proj")
+    if files is None:
         return False
     if resolve(location).is_dir():
-        return path.parent.name == "image_proj"
-    names = read_tensors(path, location, None, _TABLES)
+        return files.paths[0].parent.name == "image_proj"
+    names = read_tensors(files, location, None, _TABLES)
     return any(name.removeprefix(_DEEPSPEED).startswith(IMAGE_PROJ) for name in names)
 
 
@@ -186,7 +185,7 @@ def _renamed(name: str, old: str, new: str) -> str:
 
 def _read(location: str, folder: str, prefix: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """One network's tensors by its own names: those under ``prefix``, or all where neither network has one."""
-    state = read_tensors(weights_file(location, folder), location, dtype, _TABLES)
+    state = read_tensors(weight_files(location, folder), location, dtype, _TABLES)
     state = {name.removeprefix(_DEEPSPEED): value for name, value in state.items()}
     if any(name.startswith((UNET, IMAGE_PROJ)) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -16,8 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cinemo.config import Part
-from cinemo.networks.weights import load_network, read_tensors, weights_file
-from cinemo.types import InputError
+from cinemo.networks.weights import find_weights, load_network, read_tensors
 
 L1_WEIGHT = 100.0  # beside the critic's opinion, as pix2pix has it
 _FIELD, _PICTURE = 2, 3  # channels
@@ -132,7 +131,5 @@ def load_refiner(
 
 
 def _has_refiner(location: str) -> bool:
-    try:
-        return "exit.weight" in read_tensors(weights_file(location, "refiner"), location)
-    except InputError:
-        return False
+    files = find_weights(location, "refiner")
+    return files is not None and "exit.weight" in read_tensors(files, location)

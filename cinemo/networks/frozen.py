@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -14,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles, check_file
 from cinemo.networks.weights import read_config, resolve
 from cinemo.types import InputError
 
-_VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-_CLIP_FILES = ("model.safetensors", "pytorch_model.bin")
 # Of Stable Diffusion's autoencoder, whose own config.json is older than the entry.
 _SCALING_FACTOR = 0.18215
 # What a library notes about itself in a config.json; nothing is computed from it.
@@ -43,7 +43,7 @@ class Vae:
         statistics: (mean, deviation) of each channel of its scaled latents, to normalise them by.
 
     Raises:
-        InputError: something is missing in the directory, or the class is another one.
+        InputError: something is missing or damaged in the directory, or the class is another one.
     """
 
     def __init__(
@@ -54,13 +54,14 @@ class Vae:
         statistics: Statistics | None = None,
     ) -> None:
         import diffusers
+        from diffusers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         directory, name = check_vae(location)
         self.temporal = name == "AutoencoderKLTemporalDecoder"
         # Said in so many words, because the default warns about a library that is not needed.
-        self.network: Any = getattr(diffusers, name).from_pretrained(
-            directory, torch_dtype=dtype, low_cpu_mem_usage=False
-        )
+        options = {"torch_dtype": dtype, "low_cpu_mem_usage": False}
+        self.network: Any = _load(getattr(diffusers, name), directory, location, DIFFUSERS, **options)
         self.network.to(device).eval().requires_grad_(False)
         config = self.network.config
         if statistics:
@@ -168,7 +169,7 @@ def check_vae(location: str) -> tuple[Path, str]:
     name = read_config(directory, location).get("_class_name")
     if name not in ("AutoencoderKL", "AutoencoderKLTemporalDecoder"):
         raise InputError(f"{location}: config.json is for {name}, expected AutoencoderKL[TemporalDecoder]")
-    _require_one(directory, location, *_VAE_FILES)
+    _weights(directory, location, DIFFUSERS)
     return directory, name
 
 
@@ -179,7 +180,7 @@ def vae_scaling(location: str) -> tuple[float, float]:
 
 
 def network_digest(location: str) -> str:
-    """sha256 (hex) over what decides a frozen network's output: its weights file and its configuration.
+    """sha256 (hex) over what decides a frozen network's output: its weights (file or shards) and its configuration.
 
     Left out are files that are not read (a README, the same weights in another format) and the names and versions that
     libraries note in ``config.json``.
@@ -189,11 +190,11 @@ def network_digest(location: str) -> str:
     """
     directory = _directory(location)
     config = {name: value for name, value in read_config(directory, location).items() if name not in _NOTES}
-    names = (*_VAE_FILES, *_CLIP_FILES)
-    _require_one(directory, location, *names)
-    weights = next(path for name in names if (path := directory / name).is_file())
-    with weights.open("rb") as stream:
-        content = hashlib.file_digest(stream, "sha256").hexdigest()
+    contents = []
+    for path in _weights(directory, location, (*DIFFUSERS, *TRANSFORMERS)).paths:
+        with path.open("rb") as stream:
+            contents.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    content = "\n".join(contents)
     return hashlib.sha256(f"{json.dumps(config, sort_keys=True)}\n{content}".encode()).hexdigest()
 
 
@@ -207,7 +208,7 @@ class TextEncoder:
             make, and some folders hold no more than these.
 
     Raises:
-        InputError: something is missing in the directories, or the model has fewer layers.
+        InputError: something is missing or damaged in the directories, or the model has fewer layers.
     """
 
     def __init__(
@@ -222,12 +223,13 @@ class TextEncoder:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        directory, words = _directory(location), _directory(tokenizer)
+        directory = _directory(location)
         config = read_config(directory, location)
-        _require_one(directory, location, *_CLIP_FILES)
-        _require_one(words, tokenizer, "tokenizer.json", "vocab.json")
-        self.tokenizer: Any = CLIPTokenizer.from_pretrained(words)
-        self.network: Any = CLIPTextModel.from_pretrained(directory, dtype=dtype)
+        _weights(directory, location, TRANSFORMERS)
+        words = check_tokenizer(tokenizer)
+        with _readable(tokenizer, "CLIPTokenizer"):
+            self.tokenizer: Any = CLIPTokenizer.from_pretrained(words)
+        self.network: Any = _load(CLIPTextModel, directory, location, TRANSFORMERS, dtype=dtype)
         if layers is not None:
             there = getattr(self.network, "text_model", self.network).encoder.layers
             if len(there) < layers:
@@ -256,7 +258,7 @@ class ImageEncoder:
         location: directory of the image model (``config.json``, weights).
 
     Raises:
-        InputError: something is missing in the directory, or it is another network.
+        InputError: something is missing or damaged in the directory, or it is another network.
     """
 
     # What decides its input; part of the fingerprint of stored image tokens.
@@ -269,7 +271,8 @@ class ImageEncoder:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.network: Any = CLIPVisionModel.from_pretrained(check_image_encoder(location), dtype=dtype)
+        directory = check_image_encoder(location)
+        self.network: Any = _load(CLIPVisionModel, directory, location, TRANSFORMERS, dtype=dtype)
         self.network.to(device).eval().requires_grad_(False)
         self.side = int(self.network.config.image_size)
 
@@ -334,7 +337,25 @@ def check_image_encoder(location: str) -> Path:
     kind = read_config(directory, location).get("model_type")
     if kind not in ("clip_vision_model", "clip"):
         raise InputError(f"{location}: config.json is of model_type {kind}, expected clip_vision_model")
-    _require_one(directory, location, *_CLIP_FILES)
+    _weights(directory, location, TRANSFORMERS)
+    return directory
+
+
+def check_tokenizer(location: str) -> Path:
+    """The local directory of a tokenizer, without loading it: ``tokenizer.json``, or ``vocab.json`` with merges.
+
+    Raises:
+        InputError: a file is missing, or is a Git LFS pointer.
+    """
+    directory = _directory(location)
+    if not (directory / "tokenizer.json").is_file():
+        if not (directory / "vocab.json").is_file():
+            raise InputError(f"{location}: tokenizer.json (or vocab.json with merges.txt) is missing there")
+        if not (directory / "merges.txt").is_file():
+            raise InputError(f"{location}: vocab.json is there, but merges.txt is missing (tokenizer.json does too)")
+    for path in directory.iterdir():
+        if path.suffix in (".json", ".txt"):
+            check_file(path, location)
     return directory
 
 
@@ -345,6 +366,30 @@ def _directory(location: str) -> Path:
     return path
 
 
-def _require_one(directory: Path, location: str, *names: str) -> None:
-    if not any((directory / name).is_file() for name in names):
+def _weights(directory: Path, location: str, names: Sequence[str]) -> WeightFiles:
+    files = WeightFiles.find(directory, location, *names)
+    if files is None:
         raise InputError(f"{location}: {' (or '.join(names)}{')' * (len(names) - 1)} is missing there")
+    files.check(location)
+    return files
+
+
+def _load(kind: Any, directory: Path, location: str, names: Sequence[str], **options: Any) -> Any:
+    """``kind.from_pretrained``, whose faults are the user's, and which would draw weights that are not there."""
+    files = _weights(directory, location, names)
+    options |= {"variant": files.variant, "use_safetensors": files.paths[0].suffix == ".safetensors"}
+    with _readable(location, kind.__name__):
+        network, report = kind.from_pretrained(directory, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise InputError(f"{location}: weights of another network, {kind.__name__} needs also {shown}")
+    return network
+
+
+@contextlib.contextmanager
+def _readable(location: str, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise InputError(f"{location}: cannot be read as {kind} ({reason[:300]})") from error

@@ -20,7 +20,7 @@ from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.blocks import TransformerBlock
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig, is_temporal
-from cinemo.networks.weights import compare, fresh_motion, read_tensors, weights_file
+from cinemo.networks.weights import compare, fresh_motion, read_tensors, weight_files
 
 
 class FieldUNetConfig(UNetConfig):
@@ -194,7 +194,7 @@ def load_field_unet(
     Raises:
         InputError: the file has missing, extra or misshapen entries, or cannot be read.
     """
-    state = read_tensors(weights_file(location), location, dtype)
+    state = read_tensors(weight_files(location), location, dtype)
     with torch.device("meta"):
         unet = FieldUNet(**config.model_dump())
     expected = unet.state_dict()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cinemo.networks.weights import compare, read_tensors, weights_file
+from cinemo.networks.weights import compare, read_tensors, weight_files
 from cinemo.types import InputError
 
 METHOD = "RAFT, torchvision's, 12 refinements, from each frame to the next, cell averages"
@@ -24,7 +24,7 @@ def check_raft(location: str, size: tuple[int, int]) -> None:
             f"data.size is {size[1]}x{size[0]}, expected sides of at least {SMALLEST} for RAFT; leave out encoders.flow"
         )
     _models()
-    weights_file(location)
+    weight_files(location).check(location)
 
 
 class Raft:
@@ -35,7 +35,7 @@ class Raft:
     """
 
     def __init__(self, location: str, device: torch.device | str = "cpu") -> None:
-        state = read_tensors(weights_file(location), location, torch.float32)
+        state = read_tensors(weight_files(location), location, torch.float32)
         first = state.get("feature_encoder.convnormrelu.0.weight", torch.empty(0))
         if len(first) not in _WIDTHS:
             raise InputError(f"{location}: is no RAFT of torchvision, expected raft_large's or raft_small's weights")

@@ -21,10 +21,11 @@ from cinemo import cache, storage
 from cinemo.networks.attention import rotary_frequencies
 from cinemo.networks.blocks import Embedding
 from cinemo.networks.lavie_unet import ONLY, LavieUNet, UNetConfig
+from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles
 from cinemo.types import InputError
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_NAMES = (WEIGHTS_NAME, "diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+WEIGHTS_NAME = DIFFUSERS[0]
+_NAMES = (*DIFFUSERS, *TRANSFORMERS)
 
 _SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
@@ -103,8 +104,7 @@ def load_unet(
     Raises:
         InputError: the file has missing, extra or misshapen entries, or cannot be read.
     """
-    path = weights_file(location)
-    state = read_tensors(path, location, dtype)
+    state = read_tensors(weight_files(location), location, dtype)
     with torch.device("meta"):
         unet = LavieUNet(**config.model_dump())
     expected = unet.state_dict()
@@ -132,7 +132,7 @@ def load_network(network: nn.Module, location: str, folder: str, dtype: torch.dt
     Raises:
         InputError: there are none, or they have missing, extra or misshapen entries.
     """
-    state = read_tensors(weights_file(location, folder), location, dtype)
+    state = read_tensors(weight_files(location, folder), location, dtype)
     compare(state, network.state_dict(), location)
     network.load_state_dict(state if dtype is None else {n: x.to(dtype) for n, x in state.items()}, assign=True)
 
@@ -151,71 +151,78 @@ def save_network(network: nn.Module, directory: Path) -> None:
     storage.write_json(str(directory / "config.json"), network.config)
 
 
-def convert_pickled(source: Path, target: Path, location: str) -> None:
-    """Write the tensors of a ``.bin`` (read without running code) as safetensors, under the same names.
+def gather(files: WeightFiles, target: Path, location: str) -> None:
+    """Write the tensors of a ``.bin`` (read without running code), of shards or of a variant as one safetensors file.
 
     Raises:
-        InputError: the file cannot be read so, or holds something else than tensors.
+        InputError: a file cannot be read so, or holds something else than tensors.
     """
     from safetensors.torch import save_file
 
-    state = read_tensors(source, location)
-    # A safetensors file holds no shared memory, and no tensor with gaps.
-    save_file(
-        {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()},
-        target,
-        {"format": "pt"},
-    )
+    state = read_tensors(files, location)
+    if any(path.suffix != ".safetensors" for path in files.paths):
+        # A safetensors file holds no shared memory, and no tensor with gaps.
+        state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    save_file(state, target, {"format": "pt"})
     os.chmod(target, 0o644)
 
 
-def weights_file(location: str, network: str = "unet") -> Path:
-    """The file of a network's weights at a location: itself, or in diffusers layout.
+def weight_files(location: str, network: str = "unet") -> WeightFiles:
+    """The files of a network's weights at a location: itself, or in diffusers layout.
 
     Args:
         network: the folder of the network in a pipeline's directory.
 
     Raises:
-        InputError: there is none.
+        InputError: there are none.
     """
+    if files := find_weights(location, network):
+        return files
+    called = "UNet" if network == "unet" else network
+    raise InputError(
+        f"{location}: no {called} weights there, expected one of {', '.join(_NAMES)}, shards with an index, "
+        f"or a folder with {network}/"
+    )
+
+
+def find_weights(location: str, network: str) -> WeightFiles | None:
+    """As `weight_files`; None where there are none."""
     path = resolve(location)
     if path.is_file():
-        return path
-    found = [folder / name for folder in (path, path / network) for name in _NAMES if (folder / name).is_file()]
-    if not found:
-        called = "UNet" if network == "unet" else network
-        raise InputError(
-            f"{location}: no {called} weights there, expected one of {', '.join(_NAMES)}, or a folder with {network}/"
-        )
-    return found[0]
+        return WeightFiles((path,))
+    return WeightFiles.find(path, location, *_NAMES) or WeightFiles.find(path / network, location, *_NAMES)
 
 
 def read_tensors(
-    path: Path, location: str, dtype: torch.dtype | None = None, tables: Sequence[str] = ("ema",)
+    files: WeightFiles, location: str, dtype: torch.dtype | None = None, tables: Sequence[str] = ("ema",)
 ) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, as views of the file where they need not be cast; no code is run.
+    """The tensors of a network by name, as views of its files where they need not be cast; no code is run.
 
     Args:
         dtype: cast those of a safetensors file to it.
-        tables: where the tensors may be, other than at the file's top level; the first one that is there counts.
+        tables: where the tensors may be, other than at a file's top level; the first one that is there counts.
 
     Raises:
-        InputError: the file cannot be read so, or holds something else.
+        InputError: a file cannot be read so, or holds something else.
     """
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = _read_safetensors(path, dtype)
-        else:
-            state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{location}: not a readable weights file ({reason})") from error
-    if isinstance(state, Mapping):
-        state = next((state[name] for name in tables if isinstance(state.get(name), Mapping)), state)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        places = " or ".join(map(repr, tables))
-        raise InputError(f"{location}: expected a table of tensors by name, at its top level or under {places}")
-    return dict(state)
+    files.check(location)
+    tensors: dict[str, Tensor] = {}
+    for path in files.paths:
+        try:
+            if path.suffix == ".safetensors":
+                state: Any = _read_safetensors(path, dtype)
+            else:
+                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"{location}: not a readable weights file ({reason})") from error
+        if isinstance(state, Mapping):
+            state = next((state[name] for name in tables if isinstance(state.get(name), Mapping)), state)
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            places = " or ".join(map(repr, tables))
+            raise InputError(f"{location}: expected a table of tensors by name, at its top level or under {places}")
+        tensors |= state
+    return tensors
 
 
 def _read_safetensors(path: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -46,7 +46,8 @@ def longer_320x512() -> LongerRecipe:
       train.sample_count, train.held_out_shards, train.validate_every, train.grow, train.where, train.canary.
       data.clips_per_shard, data.decoder,
       data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource, data.max_quarantine_share,
-      data.encode_batch, data.encode_actors, data.encode_gpus.
+      data.encode_batch, data.encode_actors, data.encode_gpus,
+      data.decode_tasks, data.wait_for_nodes.
     - Not used here. encoders.image_encoder. encoders.flow: its weights make flow RAFT's, as the paper's was.
     """
     return LongerRecipe(

@@ -158,7 +158,7 @@ def test_appends_with_kills_equal_an_undisturbed_run(appends: int, small_recipe:
     index = DatasetIndex.load(str(tmp_path / "straight"))
     listed_ids = {row["clip_id"] for listed in sequence(appends) for row in listed}
     assert index.info["clips"] == len(listed_ids) == index.info["samples"] + index.info["quarantined"]
-    tables = [columns.read(index.uri, row["shard"], row["sha256"]).clips for row in index.table.to_pylist()]
+    tables = [columns.read(index.uri, row["shard"], row["checksum"]).clips for row in index.table.to_pylist()]
     stored = [clip for table in tables for clip in table["clip_id"].to_pylist()]
     assert sorted(stored) == sorted(listed_ids)
     assert verify(index.uri, small_recipe, 0)["shards"] == len(index.shards)
@@ -287,9 +287,9 @@ def test_another_job_that_was_quicker_is_noticed(small_recipe: Recipe, tmp_path:
 def test_columns_repeat_what_a_shard_says(small_recipe: Recipe, tmp_path: Path) -> None:
     precompute(tmp_path / "out", small_recipe, rows(range(7)), None)
     index = DatasetIndex.load(str(tmp_path / "out"))
-    written = [columns.read(index.uri, row["shard"], row["sha256"]) for row in index.table.to_pylist()]
+    written = [columns.read(index.uri, row["shard"], row["checksum"]) for row in index.table.to_pylist()]
     storage.remove(str(tmp_path / "out/columns"))
-    again = [columns.read(index.uri, row["shard"], row["sha256"]) for row in index.table.to_pylist()]
+    again = [columns.read(index.uri, row["shard"], row["checksum"]) for row in index.table.to_pylist()]
     for there, here in zip(written, again, strict=True):
         assert here.samples.to_pylist() == there.samples.drop_columns(["start", "end"]).to_pylist()
     assert written[1].clips.to_pylist()[-1] == {

@@ -12,7 +12,7 @@ import pytest
 from data.small_data import make_sample
 from data.test_plan import clips
 
-from cinemo import s3, storage
+from cinemo import checksums, s3, storage
 from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.precompute import dataset as dataset_module
@@ -56,7 +56,9 @@ def commit(dataset: Dataset, numbers: Iterator[int] | range | list[int], known: 
     dataset.begin()
     for number in numbers:
         refusal = Refusal(f"clip-{2 * number + 1}", "/x.mp4", "open", "missing", "no such file")
-        record = shards.commit(dataset.uri, number, [make_sample(2 * number)], [refusal], dataset.fingerprint)
+        record = shards.commit(
+            dataset.uri, number, [make_sample(2 * number)], [refusal], dataset.fingerprint, checksum=dataset.checksum
+        )
         if known:
             dataset.committed(shards.index_row(record))
 
@@ -112,6 +114,30 @@ def test_a_large_bucket_is_not_listed(s3_endpoint: str, small_recipe: Recipe, tm
     assert opened(output, small_recipe).missing_shards() == list(range(16, SHARDS))
     assert not any(call.split()[0] in ("ls", "find", "glob", "walk") for call in asked)
     assert sum(call.endswith(" shards") for call in asked) <= 12
+
+
+def test_a_dataset_begun_with_sha256_goes_on_with_it(
+    output: str, small_recipe: Recipe, undisturbed: dict[str, bytes], monkeypatch: Any
+) -> None:
+    """Also its journal, whose segments an older program wrote: in the end nothing shows that there was a newer one."""
+    with monkeypatch.context() as older:
+        older.setattr(checksums, "DEFAULT", "sha256")
+        whole = finished(f"{output}-older", small_recipe)
+        commit(opened(output, small_recipe), range(12))
+    segment = storage.join(output, ".progress/segment-000000.parquet")
+    table = pq.read_table(io.BytesIO(storage.read_bytes(segment)))
+    names = ["sha256" if name == "checksum" else name for name in table.column_names]
+    stamp = table.schema.metadata[b"cinemo.dataset"].decode()
+    storage.write_bytes(segment, journal._encoded(table.rename_columns(names), stamp))
+    dataset = opened(output, small_recipe)
+    assert (dataset.checksum, dataset.missing_shards()) == ("sha256", list(range(12, SHARDS)))
+    assert dataset.journal.written == 2, "its segments are believed"
+    assert finished(output, small_recipe) == whole
+    assert b'"checksum"' not in whole["/dataset.json"]
+    assert b'"checksum": "blake3"' in undisturbed["/dataset.json"]
+    assert {name for name in whole if whole[name] != undisturbed[name]} == {
+        "/dataset.json", "/index.parquet", *(f"shards/shard-{number:06d}.json" for number in range(SHARDS))
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cinemo.config import Recipe
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.data.precompute import estimate
 from cinemo.data.precompute.estimate import Known, compare, plan_only
+from cinemo.data.precompute.nodes import parse_machines
 from cinemo.data.precompute.plan import Plan, make_plan
 from cinemo.data.precompute.prices import Prices, money, read_prices
 from cinemo.data.precompute.wording import plan_lines, summary_lines
+from cinemo.networks.frozen import Vae
+from cinemo.networks.vae_cost import encoding
 from cinemo.recipes import override
 from cinemo.types import InputError
 
@@ -67,11 +72,15 @@ def test_decoders_and_encoders_share_the_cores(plan: Plan, small_recipe: Recipe)
     assert "accelerator_hours" not in figures
 
 
-def test_an_accelerator_is_given_or_unknown(plan: Plan, small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_accelerator_is_given_or_assumed(plan: Plan, small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = override(small_recipe, ["data.encode_gpus=1", "data.encode_actors=2"])
-    unknown = Known(recipe, plan, "/out", None).figures([CLIP])
-    assert "accelerator_hours" not in unknown
+    assumed = Known(recipe, plan, "/out", None)
+    one, other = (assumed.figures([CLIP], share)["clips_per_second_per_accelerator"] for share in (0.1, 0.4))
+    assert one == pytest.approx(
+        0.1 * 312e12 / encoding(recipe.encoders.vae, recipe.data.size).flops / recipe.data.frames
+    )
+    assert other == pytest.approx(4 * one)
     known = Known(recipe, plan, "/out", 10.0)
     known.cores = 6
     figures = known.figures([CLIP])
@@ -81,6 +90,69 @@ def test_an_accelerator_is_given_or_unknown(plan: Plan, small_recipe: Recipe, mo
     assert known.bottleneck(figures, CLIP) == "decode"
     known.cores = 60
     assert known.bottleneck(known.figures([CLIP]), CLIP) == "encode"
+
+
+def test_stable_diffusions_encoder_is_counted_from_its_shapes() -> None:
+    """10.9 TFLOP for 16 frames of 320x512 by hand; of an autoencoder that is not here, it is assumed."""
+    made = encoding("nowhere/vae", (320, 512))
+    assert made.assumed
+    assert 16 * made.flops == pytest.approx(10.9e12, rel=0.02)
+    assert made.latents_CHW == (4, 40, 64)
+    shipped = encoding("package:tiny/vae", (64, 96))
+    assert not shipped.assumed
+    vae = Vae("package:tiny/vae")
+    with FlopCounterMode(display=False) as real:
+        latents_1CHW = vae.encode(torch.zeros(1, 3, 64, 96))
+    assert (shipped.flops, shipped.latents_CHW) == (real.get_total_flops(), tuple(latents_1CHW.shape[1:]))
+
+
+def test_a_plan_for_machines_that_are_not_here(
+    clips_folder: Path, small_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Days, money, bytes and the bottleneck follow from the nodes asked for; what is assumed is said."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = override(small_recipe, ["data.encode_gpus=0.5", "encoders.vae=nowhere/vae"])
+    machines = parse_machines(["3x16+1xL40S-48GB", "2x64"])
+    prices = Prices(core_hour=0.1, accelerator_hour=2)
+    made = plan_only(recipe, str(clips_folder), str(tmp_path), prices=prices, machines=machines)
+    figures = {name: figure["value"] for name, figure in made["figures"].items()}
+    assert made["encode_speed"] == "assumed"
+    flops, share = made["encode"]["flops_per_clip"], made["encode"]["share_of_peak"]
+    assert figures["encode_clips_per_second_there"] == pytest.approx(3 * share["value"] * 362e12 / flops)
+    assert figures["decode_clips_per_second_there"] == pytest.approx((176 - 6) * figures["clips_per_second_per_core"])
+    slower = min(figures[f"{stage}_clips_per_second_there"] for stage in ("decode", "encode"))
+    hours = 12 / slower / 3600
+    assert figures["days_there"] == pytest.approx(hours / 24)
+    assert made["costs"]["total"]["value"] == pytest.approx(hours * (176 * 0.1 + 3 * 2))
+    latents = 2 * 4 * (recipe.data.size[0] // 8) * (recipe.data.size[1] // 8) * recipe.data.frames
+    assert 9 * latents < figures["bytes"] < 9 * (latents + 3000)
+    days = made["figures"]["encode_clips_per_second_there"]
+    assert days["low"] < 0.8 * days["value"]
+    assert days["high"] > 1.2 * days["value"]
+    text = "\n".join(plan_lines(made, str(tmp_path)))
+    assert "on 3 nodes of 16 cores and 1 L40S-48GB and 2 nodes of 64 cores: " in text
+    assert "assumed: encoding takes" in text
+    assert "Stable Diffusion's, as encoders.vae is not here" in text
+    given = plan_only(recipe, str(clips_folder), str(tmp_path), machines=machines, mfu=0.5)["figures"]
+    assert given["encode_clips_per_second_there"]["value"] == pytest.approx(days["value"] * 0.5 / share["value"])
+
+
+@pytest.mark.parametrize(
+    ("text", "encode_gpus", "message"),
+    [
+        ("10", 0, "expected NODESxCORES"),
+        ("0x4", 0, "at least one node"),
+        ("1x4+1xRTX", 1, "accelerator 'RTX': unknown; expected"),
+        ("1x4+1xL4-24GB", 0, "--on has 1 accelerators, but recipe .* encodes on CPUs; --set data.encode_gpus=1"),
+        ("1x4", 1, "--on has no accelerators, but recipe .* encodes on them; --set data.encode_gpus=0"),
+    ],
+)
+def test_machines_that_cannot_be_planned_for(
+    text: str, encode_gpus: int, message: str, plan: Plan, small_recipe: Recipe
+) -> None:
+    recipe = override(small_recipe, [f"data.encode_gpus={encode_gpus}"])
+    with pytest.raises(InputError, match=message):
+        Known(recipe, plan, "/out", None, parse_machines([text]))
 
 
 def test_requests_to_s3_are_counted(plan: Plan, small_recipe: Recipe) -> None:

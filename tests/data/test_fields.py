@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -18,6 +17,7 @@ from data.small_data import digests, film, stamps
 from PIL import Image
 
 from cinemo import storage
+from cinemo.checksums import checksum
 from cinemo.config import Recipe
 from cinemo.data.dataset import fields, sidecars
 from cinemo.data.dataset.shards import DatasetIndex
@@ -60,8 +60,8 @@ def test_layout_and_records(with_fields: Path) -> None:
             record = json.loads((with_fields / f"fields/{name}/shard-{k:06d}.json").read_text())
             shard = json.loads((with_fields / f"shards/shard-{k:06d}.json").read_text())
             tar = (with_fields / f"fields/{name}/shard-{k:06d}.tar").read_bytes()
-            assert (record["bytes"], record["sha256"]) == (len(tar), hashlib.sha256(tar).hexdigest())
-            assert (record["shard_sha256"], record["fingerprint"]) == (shard["sha256"], info["fingerprint"])
+            assert (record["bytes"], record["checksum"]) == (len(tar), checksum([tar]))
+            assert (record["shard_checksum"], record["fingerprint"]) == (shard["checksum"], info["fingerprint"])
             assert record["members"]["keys"] == shard["members"]["keys"]
 
 
@@ -208,7 +208,7 @@ def test_the_loader_refuses_what_is_absent_or_damaged(with_fields: Path, tmp_pat
     content = bytearray(tar.read_bytes())
     content[700] ^= 1
     tar.write_bytes(content)
-    with pytest.raises(RunError, match=r"flow/shard-000000\.tar: sha256 is .* its record says .* remove"):
+    with pytest.raises(RunError, match=r"flow/shard-000000\.tar: has blake3 .* its record says .* remove"):
         samples_of(copy, ("flow",))
     tar.unlink()
     with pytest.raises(RunError, match=r"flow/shard-000000\.tar: the sidecar or its record cannot be read"):

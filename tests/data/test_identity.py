@@ -39,6 +39,8 @@ UNCOVERED: dict[str, Any] = {
     "data.encode_batch": 4,
     "data.encode_actors": 3,
     "data.decode_cpus": 2.0,
+    "data.decode_tasks": 7,
+    "data.wait_for_nodes": 3.0,
     "data.decode_resource": "decode",
     "data.clip_timeout": 5.0,
     "data.clip_memory": 1.0,

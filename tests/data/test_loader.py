@@ -102,7 +102,7 @@ def test_damaged_shard_is_named(tmp_path: Path) -> None:
     damage(tmp_path / "shards/shard-000000.tar")
     made = loader(index)
     for _ in range(2):
-        with pytest.raises(Damaged, match=r"shard-000000\.tar: sha256 is .* its record says .* remove .*000\.json"):
+        with pytest.raises(Damaged, match=r"shard-000000\.tar: has blake3 .* its record says .* remove .*000\.json"):
             made.batch(0)
 
 
@@ -110,7 +110,7 @@ def test_a_record_of_another_shard_is_named(tmp_path: Path) -> None:
     index = make_dataset(tmp_path, [4, 4])
     record = tmp_path / "shards/shard-000001.json"
     record.write_bytes((tmp_path / "shards/shard-000000.json").read_bytes())
-    with pytest.raises(RunError, match=r"shard-000001\.tar: its record says sha256 .* the index"):
+    with pytest.raises(RunError, match=r"shard-000001\.tar: its record says blake3 .* the index"):
         keys(loader(index), 0, 3)
 
 

@@ -25,7 +25,7 @@ from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex, read_ledger
 from cinemo.data.dataset.verify import verify
 from cinemo.data.loading.loader import LatentLoader
-from cinemo.data.precompute import cluster
+from cinemo.data.precompute import pools
 from cinemo.data.precompute.graph import run
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import override
@@ -113,6 +113,19 @@ def test_new_bucket_edges_need_no_new_shards(
     assert json.loads((copy / "dataset.json").read_text())["bucket_edges"] == edges
     changed = {name for name, digest in digests(copy).items() if digests(dataset)[name] != digest}
     assert changed == {"dataset.json"}
+
+
+@pytest.mark.ray
+def test_one_process_for_all_stages_makes_the_same_bytes(
+    dataset: Path, clips_folder: Path, small_recipe: Recipe, tmp_path: Path
+) -> None:
+    recipe = override(small_recipe, ["data.encode_actors=0"])
+    assert recipe.data.together
+    assert not small_recipe.data.together
+    summary = run(recipe, str(clips_folder), str(tmp_path / "out"))
+    assert summary["stage_seconds"]["encode"] > 0
+    now, before = digests(tmp_path / "out"), digests(dataset)
+    assert {name for name in before if now.get(name) != before[name]} == {"dataset.json"}  # it holds the recipe
 
 
 @pytest.mark.ray
@@ -295,25 +308,40 @@ def test_on_s3(dataset: Path, clips_folder: Path, small_recipe: Recipe, s3_endpo
 def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
     small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def resources(have: dict[str, float], *changes: str) -> cluster.Resources:
-        monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: have)
-        return cluster.resources(override(small_recipe, ["data.encode_actors=0", *changes]))
+    def found(have: dict[str, float], *changes: str, wait: bool = True) -> pools.Pools:
+        monkeypatch.setattr(pools.ray, "cluster_resources", lambda: have)
+        recipe = override(small_recipe, ["data.encode_actors=0", *changes])
+        if wait:
+            pools.wait_for_nodes(recipe)
+        return pools.pools(recipe)
 
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     nodes = {"CPU": 192.0, "GPU": 8.0, "decode": 128.0}
-    separate = resources(nodes, "data.encode_gpus=1", "data.decode_resource=decode", "data.decode_cpus=2")
-    assert (separate.decoders, separate.encoders, separate.least_encoders) == (64, 8, 8)
+    separate = found(nodes, "data.encode_gpus=1", "data.decode_resource=decode", "data.decode_cpus=2")
+    assert (separate.decoders, separate.encoders) == (64, 8)
     assert separate.decode["resources"] == {"decode": 2.0}
-    assert separate.encode == {"num_cpus": 1.0, "num_gpus": 1.0}
-    assert resources(nodes, "data.encode_gpus=0.5").encoders == 16
-    assert resources(nodes, "data.encode_gpus=1", "data.encode_actors=3").encoders == 3
+    assert (separate.encode["num_cpus"], separate.encode["num_gpus"]) == (1.0, 1.0)
+    assert found(nodes, "data.encode_gpus=0.5").encoders == 16
+    assert found(nodes, "data.encode_gpus=1", "data.encode_actors=3").encoders == 3
+    assert separate.decode["compute"].size is None, "Ray Data starts as many as there are cores at the time"
+    assert (separate.encode["compute"].min_size, separate.encode["compute"].max_size) == (8, 8)
+    monkeypatch.setenv("RAY_ADDRESS", "some:6379")
+    growing = found(nodes, "data.encode_gpus=1", "data.decode_tasks=40")
+    assert growing.encode["compute"].max_size == float("inf"), "accelerators may be added"
+    assert (growing.decoders, growing.decode["compute"].size) == (40, 40)
+    limited = found(nodes, "data.encode_gpus=1", "data.encode_actors=12", wait=False)
+    assert (limited.encode["compute"].min_size, limited.encode["compute"].max_size) == (8, 12)
+    monkeypatch.delenv("RAY_ADDRESS")
 
-    laptop = resources({"CPU": 2.0})
-    assert (laptop.decoders, laptop.least_encoders, laptop.encoders) == (2, 2, 2)
-    assert 2 * laptop.decode["num_cpus"] + laptop.encode["num_cpus"] <= 2, "an encoder must fit beside them"
-    with pytest.raises(InputError, match="no node of the cluster offers"):
-        resources({"CPU": 2.0}, "data.decode_resource=decode")
-    with pytest.raises(InputError, match="for 1 encoders, but the cluster has 0"):
-        resources({"CPU": 2.0}, "data.encode_gpus=1")
+    laptop = found({"CPU": 2.0})
+    assert (laptop.decoders, laptop.capacity) == (2, {"decode": 2, "encode": 2})
+    apart = found({"CPU": 2.0}, "data.encode_actors=2")
+    assert apart.encode["compute"].max_size == 2
+    assert 2 * apart.decode["num_cpus"] + apart.encode["num_cpus"] <= 2, "an encoder must fit beside them"
+    with pytest.raises(InputError, match=r"of which the cluster has 0 decode; --set data.decode_resource=null"):
+        found({"CPU": 2.0}, "data.decode_resource=decode")
+    with pytest.raises(InputError, match=r"for 1 encoder, but the cluster has 0 accelerators; --set"):
+        found({"CPU": 2.0}, "data.encode_gpus=1")
 
 
 def objects(prefix: str) -> dict[str, str]:

@@ -9,17 +9,24 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import webdataset
+from blake3 import blake3
 from data.small_data import LATENT_SHAPE, make_dataset, make_sample
 
 from cinemo import storage
+from cinemo.cache import Damaged, FileCache
+from cinemo.checksums import algorithm_of, checksum, recorded
 from cinemo.data.dataset.shards import (
     DatasetIndex,
     Members,
     commit,
     encode_tar,
     fetch_sample,
+    index_bytes,
+    index_table,
+    index_table_bytes,
     read_ledger,
     read_metadata,
     read_sample,
@@ -100,13 +107,19 @@ def test_samples_of_unequal_shape_are_a_bug() -> None:
         encode_tar(samples)
 
 
-def test_record_says_what_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["blake3", "sha256"])
+def test_record_says_what_is_there(tmp_path: Path, algorithm: str) -> None:
     refusals = [Refusal("x", "x.mp4", "open", "missing", "gone"), Refusal("y", "y.mp4", "open", "missing", "gone")]
     samples = [make_sample(k) for k in range(3)]
-    record = commit(str(tmp_path), 7, samples, refusals, "f")
+    record = commit(str(tmp_path), 7, samples, refusals, "f", checksum=algorithm)
     assert record == json.loads((tmp_path / "shards/shard-000007.json").read_bytes())
     tar = (tmp_path / "shards/shard-000007.tar").read_bytes()
-    assert (record["sha256"], record["bytes"]) == (hashlib.sha256(tar).hexdigest(), len(tar))
+    assert record["bytes"] == len(tar)
+    if algorithm == "sha256":
+        assert record["sha256"] == hashlib.sha256(tar).hexdigest()
+    else:
+        assert record["checksum"] == f"blake3:{blake3(tar).hexdigest()}"
+    assert ("sha256" in record) != ("checksum" in record)
     assert (record["samples"], record["quarantined"], record["reasons"]) == (3, 2, {"missing": 2})
     assert record["ssim"]["sum"] == pytest.approx(sum(sample.ssim for sample in samples))
     assert sum(record["ssim"]["histogram"]) == 3
@@ -134,6 +147,34 @@ def test_index_of_a_finished_dataset(tmp_path: Path) -> None:
     assert index.ssim_histogram.sum() == 7
     place = np.flatnonzero(index.ssim_histogram)[0]
     assert place == int(min(make_sample(k).ssim for k in range(7)) * 1000)
+
+
+@pytest.mark.parametrize(("algorithm", "column"), [("blake3", "checksum"), ("sha256", "sha256")])
+def test_an_index_says_which_checksums_it_has(tmp_path: Path, algorithm: str, column: str) -> None:
+    """That of sha256 is what it was before there was a choice, byte for byte."""
+    records = [commit(str(tmp_path), k, [make_sample(k)], [], "f", checksum=algorithm) for k in range(2)]
+    content = index_bytes(records)
+    table = pq.read_table(io.BytesIO(content))
+    assert table[column].to_pylist() == [record[column] for record in records]
+    assert table.column_names[5] == column
+    assert index_table(content)["checksum"].to_pylist() == [record[column] for record in records]
+    assert index_table_bytes(index_table(content)) == content
+
+
+@pytest.mark.parametrize("algorithm", ["blake3", "sha256"])
+def test_damage_is_found_by_either_checksum(tmp_path: Path, algorithm: str) -> None:
+    record = commit(str(tmp_path), 0, [make_sample(0)], [], "f", checksum=algorithm)
+    place, written = tmp_path / "shards/shard-000000.tar", recorded(record)
+    cache = FileCache(1e9)
+    assert len(cache.map(str(place), written, record["bytes"])) == record["bytes"]
+    place.write_bytes(bytes(record["bytes"]))
+    with pytest.raises(Damaged, match=rf"has {algorithm} \w+\.\.\., its record says {algorithm} "):
+        cache.map(str(place), written, record["bytes"])
+
+
+def test_an_unknown_checksum_is_named() -> None:
+    with pytest.raises(InputError, match=r"checksum algorithm 'md5': unknown here, expected blake3 or sha256"):
+        checksum([b""], algorithm_of("md5:00"))
 
 
 @pytest.mark.parametrize(

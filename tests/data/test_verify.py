@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import runpy
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from cinemo import cli, storage
+from cinemo.checksums import checksum
 from cinemo.config import Recipe
 from cinemo.data.dataset import shards, sidecars
 from cinemo.data.dataset.shards import DatasetIndex
@@ -47,11 +47,11 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def fix_up(dataset: Path, shard: int) -> None:
     """Make record, index and totals agree with an altered tar: what a careless repair does."""
     tar = dataset / f"shards/shard-{shard:06d}.tar"
-    digest = hashlib.sha256(tar.read_bytes()).hexdigest()
-    change_json(tar.with_suffix(".json"), lambda record: record.update(sha256=digest))
+    digest = checksum([tar.read_bytes()])
+    change_json(tar.with_suffix(".json"), lambda record: record.update(checksum=digest))
     for name in sidecars.EXTENSIONS:
         place = dataset / f"fields/{name}/shard-{shard:06d}.json"
-        change_json(place, lambda record: record.update(shard_sha256=digest))
+        change_json(place, lambda record: record.update(shard_checksum=digest))
     index_again(dataset)
 
 
@@ -88,11 +88,11 @@ def test_a_sound_dataset(with_fields: Path, field_recipe: Recipe) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "byte of a tar": (
         lambda d: flip(d / "shards/shard-000001.tar", 3000),
-        r"1 fault: shards/shard-000001\.tar: sha256 is \w+\.\.\., its record says",
+        r"1 fault: shards/shard-000001\.tar: has blake3 \w+\.\.\., its record says blake3",
     ),
     "byte of a sidecar": (
         lambda d: flip(d / "fields/flow/shard-000002.tar", 600),
-        r"1 fault: fields/flow/shard-000002\.tar: sha256 is",
+        r"1 fault: fields/flow/shard-000002\.tar: has blake3",
     ),
     "cut tar": (
         lambda d: (d / "shards/shard-000001.tar").write_bytes(b"x" * 512),
@@ -123,8 +123,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"1 fault: fields/flow/shard-000001\.json: is not JSON",
     ),
     "record without an entry": (
-        lambda d: change_json(d / "shards/shard-000001.json", lambda r: r.pop("sha256")),
-        r"shards/shard-000001\.json: lacks sha256",
+        lambda d: change_json(d / "shards/shard-000001.json", lambda r: r.pop("checksum")),
+        r"shards/shard-000001\.json: lacks checksum",
     ),
     "record with nonsense": (
         lambda d: change_json(d / "shards/shard-000001.json", lambda r: r["members"].pop("array_shape")),

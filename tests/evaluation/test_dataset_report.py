@@ -108,7 +108,7 @@ def test_stored_flow_is_beside_the_scores(dataset: str, tmp_path: Path) -> None:
     store = sidecars.FieldStore(dataset, "flow", "f" * 16, {"frames": 6}, None)
     store.begin()
     index = shards.DatasetIndex.load(dataset)
-    for shard, digest in zip(index.shards, index.table["sha256"].to_pylist(), strict=True):
+    for shard, digest in zip(index.shards, index.table["checksum"].to_pylist(), strict=True):
         values = {}
         for number in range(3 * shard, 3 * shard + 3):  # slower, the higher its SSIM; of one there is none
             field = np.zeros((5, 2, 4, 6), np.float16)

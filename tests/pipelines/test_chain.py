@@ -101,7 +101,7 @@ def bundle(run: Path) -> Path:
 
 
 def shard_digests(dataset: Path) -> dict[str, str]:
-    return {p.name: json.loads(p.read_text())["sha256"] for p in sorted((dataset / "shards").glob("*.json"))}
+    return {p.name: json.loads(p.read_text())["checksum"] for p in sorted((dataset / "shards").glob("*.json"))}
 
 
 def test_precompute_stores_or_quarantines_every_clip(dataset: Path) -> None:

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo import cli
+from cinemo.accelerators import accelerator
 from cinemo.config import Recipe
 from cinemo.data.precompute.prices import Prices
 from cinemo.methods import build_method
 from cinemo.recipes import load_recipe, override
 from cinemo.training.plan.activations import activation_bytes, shapes
-from cinemo.training.plan.cost import accelerator, sample_flops
+from cinemo.training.plan.cost import sample_flops
 from cinemo.training.plan.estimate import plan_training, text_encoder_values
 from cinemo.training.plan.footprint import Parameters, footprint, footprints
 from cinemo.types import InputError

@@ -45,7 +45,7 @@ def damaged(dataset: str, place: Path) -> str:
 
 def test_a_changed_shard_stops_the_run_by_its_name(recipe: Recipe, dataset: str, tmp_path: Path) -> None:
     data = damaged(dataset, tmp_path / "data")
-    with pytest.raises(RunError, match=r"shard-000001\.tar: .*sha256"):
+    with pytest.raises(RunError, match=r"shard-000001\.tar: .*blake3"):
         worker.run(recipe, data, str(tmp_path / "run"))
     done = checkpoints.latest(str(tmp_path / "run"))
     assert list(sample_log.read(str(tmp_path / "run"))) == list(range(done.step if done else 0))

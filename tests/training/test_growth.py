@@ -129,7 +129,7 @@ def test_a_prefix_is_known_by_its_digest(tmp_path: Path) -> None:
 def test_a_field_that_the_new_shards_lack_keeps_them_out(tmp_path: Path) -> None:
     root = str(tmp_path)
     index = grow(root, 2)
-    for shard, digest in enumerate(index.table["sha256"].to_pylist()):
+    for shard, digest in enumerate(index.table["checksum"].to_pylist()):
         sidecars.commit(root, "flow", shard, digest, {}, {"missing": 4}, "f" * 64)
     store = sidecars.FieldStore.open(root, "flow", "f" * 64, {})
     store.begin()
@@ -146,7 +146,7 @@ def test_a_field_that_the_new_shards_lack_keeps_them_out(tmp_path: Path) -> None
     assert store.missing([0, 1, 2]) == [2]
     store.begin()
     data = data_of(index, [(0, 2)], settings_of(), ["flow"])  # a training that starts again meanwhile
-    sidecars.commit(root, "flow", 2, index.table["sha256"].to_pylist()[2], {}, {"missing": 4}, "f" * 64)
+    sidecars.commit(root, "flow", 2, index.table["checksum"].to_pylist()[2], {}, {"missing": 4}, "f" * 64)
     store.finish([0, 1, 2])
     data.follow(1, 0)
     assert data.generations == [[(0, 2), (1, 3)]]

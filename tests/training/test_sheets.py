@@ -44,7 +44,7 @@ def test_samples_carry_what_their_method_reads(tmp_path: Path) -> None:
     index = DatasetIndex.load(root)
     store = sidecars.FieldStore(root, "flow", "f" * 16, {}, None)
     store.begin()
-    for shard, digest in zip(index.shards, index.table["sha256"].to_pylist(), strict=True):
+    for shard, digest in zip(index.shards, index.table["checksum"].to_pylist(), strict=True):
         values = {
             f"clip-{number}": sidecars.array_bytes(np.full((3, 2, 4, 4), number, np.float16))
             for number in (2 * shard, 2 * shard + 1)

@@ -53,13 +53,13 @@ def write(dataset: str, shard: int, samples: Sequence[Row], refused: Sequence[Ro
     storage.write_bytes(columns_uri(dataset, shard), _encoded(samples, refused))
 
 
-def read(dataset: str, shard: int, sha256: str) -> Columns:
+def read(dataset: str, shard: int, checksum: str) -> Columns:
     """The table of a committed shard, whose digest the index gives.
 
     Raises:
         FileNotFoundError: no such shard.
     """
-    key = f"{dataset}\n{shard}\n{sha256}"
+    key = f"{dataset}\n{shard}\n{checksum}"
     kept = cache.cache_directory() / DIRECTORY / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.parquet"
     remote = storage.is_remote(dataset)
     with contextlib.suppress(FileNotFoundError):

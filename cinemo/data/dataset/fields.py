@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from cinemo import storage
+from cinemo import checksums, storage
 from cinemo.config import DataConfig, EncodersConfig, Recipe
 from cinemo.data.dataset import shards, sidecars
 from cinemo.data.dataset.identity import RESIZE, digest, encoder_dtype
@@ -52,7 +52,7 @@ TODO = pa.schema([("shard", pa.int32()), ("fields", pa.list_(pa.string()))])
 MADE = pa.schema(
     [
         *TODO,
-        ("shard_sha256", pa.string()),
+        ("shard_checksum", pa.string()),
         ("keys", pa.list_(pa.string())),
         ("captions", pa.list_(pa.string())),
         ("faults", pa.list_(pa.string())),
@@ -134,7 +134,7 @@ def read(todo: pa.Table, dataset: str, recipe: Recipe) -> pa.Table:
         members = Members(**record["members"])
         samples = shards.read_metadata(dataset, row["shard"], members)
         row |= {
-            "shard_sha256": record["sha256"],
+            "shard_checksum": checksums.recorded(record),
             "keys": members.keys,
             "captions": [sample["caption"] for sample in samples],
         }
@@ -240,7 +240,7 @@ def commit(made: pa.Table, dataset: str, fingerprints: Mapping[str, str]) -> pa.
                     absent[(row["faults"] and row["faults"][place]) or "not_finite"] += 1
                 else:
                     values[key] = content
-            sidecars.commit(dataset, field, row["shard"], row["shard_sha256"], values, absent, fingerprints[field])
+            sidecars.commit(dataset, field, row["shard"], row["shard_checksum"], values, absent, fingerprints[field])
             missing += absent
         rows.append(
             {

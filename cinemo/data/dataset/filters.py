@@ -56,7 +56,7 @@ def select(index: DatasetIndex, where: str) -> np.ndarray:
         InputError: no such column, no expression, types that cannot be compared, or nothing passes.
     """
     expression, names = parse(where)
-    digests = index.table["sha256"].to_pylist()
+    digests = index.table["checksum"].to_pylist()
     key = hashlib.sha256("\n".join([index.uri, where, *digests]).encode()).hexdigest()[:32]
     kept = cache.cache_directory() / "filters" / f"{key}.npy"
     count = int(index.samples_of_shards.sum())
@@ -184,7 +184,7 @@ def _comparison(left: ast.AST, op: ast.cmpop, right: ast.AST, names: list[str]) 
 
 def _columns(index: DatasetIndex, names: list[str], where: str) -> pa.Table:
     """Some columns of all samples; each of a type that holds all that shards have there, null where one lacks it."""
-    shards = zip(index.shards, index.table["sha256"].to_pylist(), strict=True)
+    shards = zip(index.shards, index.table["checksum"].to_pylist(), strict=True)
     known: set[str] = set()
 
     def read(shard: tuple[int, str]) -> dict[str, pa.ChunkedArray]:

@@ -6,7 +6,6 @@ once its commit record does; the record says where every member lies, so that on
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import math
@@ -21,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cinemo import storage
+from cinemo import checksums, storage
 from cinemo.types import InputError, LatentSample, Refusal
 
 SCHEMA_VERSION = 1
@@ -42,7 +41,7 @@ INDEX_SCHEMA = pa.schema(
         ("quarantined", pa.int32()),
         ("recovered", pa.int32()),
         ("bytes", pa.int64()),
-        ("sha256", pa.string()),
+        ("checksum", pa.string()),  # in a file of sha256 alone, `sha256`
         ("ssim_sum", pa.float64()),
         ("ssim_min", pa.float64()),
         ("ssim_max", pa.float64()),
@@ -166,17 +165,16 @@ def commit(
     refusals: Sequence[Refusal],
     fingerprint: str,
     retry_of: Mapping[str, tuple[int, str]] | None = None,
+    checksum: str = checksums.DEFAULT,
 ) -> dict[str, Any]:
     """Write a shard: tar, ledger, and last the record that makes it exist. Returns the record.
 
     Args:
+        checksum: the algorithm; one for all shards of a dataset.
         retry_of: the clips of this shard that an earlier one refused: clip id -> (shard, reason).
     """
     tar, members = encode_tar(samples)
     storage.write_bytes(tar_uri(dataset, shard), tar)
-    digest = hashlib.sha256()
-    for piece in tar:
-        digest.update(piece)
     write_ledger(dataset, shard, refusals)
     record = {
         "shard": shard,
@@ -186,7 +184,7 @@ def commit(
         "reasons": dict(Counter(refusal.reason for refusal in refusals)),
         "retry_of": {clip_id: {"shard": number, "reason": why} for clip_id, (number, why) in (retry_of or {}).items()},
         "bytes": sum(map(len, tar)),
-        "sha256": digest.hexdigest(),
+        **checksums.entry(checksums.checksum(tar, checksum)),
         "ssim": ssim_statistics([sample.ssim for sample in samples]),
         "members": asdict(members),
     }
@@ -229,7 +227,8 @@ def index_row(record: Mapping[str, Any]) -> dict[str, Any]:
     reasons = Counter(record["reasons"])
     reasons.subtract(Counter(value["reason"] for value in record["retry_of"].values()))
     return {
-        **{name: record[name] for name in ("shard", "samples", "quarantined", "bytes", "sha256")},
+        **{name: record[name] for name in ("shard", "samples", "quarantined", "bytes")},
+        "checksum": checksums.recorded(record),
         "recovered": len(record["retry_of"]),
         **{f"ssim_{name}": value for name, value in record["ssim"].items()},
         "reasons": json.dumps(reasons, sort_keys=True),
@@ -246,10 +245,24 @@ def index_bytes(records: Sequence[Mapping[str, Any]]) -> bytes:
 def index_table_bytes(table: pa.Table) -> bytes:
     """``index.parquet`` of index rows in order: the same bytes however the table came together."""
     sink = io.BytesIO()
-    with pq.ParquetWriter(sink, INDEX_SCHEMA, compression="zstd") as writer:
+    schema = INDEX_SCHEMA
+    if all(checksums.algorithm_of(checksum) == checksums.SHA256 for checksum in table["checksum"][:1].to_pylist()):
+        names = [checksums.SHA256 if name == "checksum" else name for name in schema.names]
+        table, schema = (
+            table.rename_columns(names),
+            pa.schema([f.with_name(n) for f, n in zip(schema, names, strict=True)]),
+        )
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
         for start in range(0, max(1, len(table)), _GROUP):
             writer.write_table(table.slice(start, _GROUP).combine_chunks())
     return sink.getvalue()
+
+
+def index_table(content: bytes) -> pa.Table:
+    """The inverse of `index_table_bytes`; also of what holds some of its rows."""
+    table = pq.read_table(pa.BufferReader(content))
+    names = ["checksum" if name == checksums.SHA256 else name for name in table.column_names]
+    return table.rename_columns(names).replace_schema_metadata(table.schema.metadata)
 
 
 @dataclass(frozen=True)
@@ -283,7 +296,7 @@ class DatasetIndex:
             raise InputError(f"{place}: expected a dataset of schema {SCHEMA_VERSION}")
         if not info["complete"]:
             raise InputError(f"{uri}: the dataset is not complete; run the same precompute.py command to finish it")
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(uri, "index.parquet"))))
+        table = index_table(storage.read_bytes(storage.join(uri, "index.parquet")))
         if not info["samples"]:
             raise InputError(f"{uri}: the dataset has no samples: all {info['quarantined']} clips were refused")
         return cls(uri, info, table)

@@ -6,7 +6,6 @@ or removed with its directory.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cinemo import storage
+from cinemo import checksums, storage
 from cinemo.cache import Damaged, FileCache
 from cinemo.data.dataset.identity import differences
 from cinemo.data.dataset.shards import DatasetIndex, shard_name
@@ -154,7 +153,7 @@ def commit(
     dataset: str,
     field: str,
     shard: int,
-    shard_sha256: str,
+    shard_checksum: str,
     values: Mapping[str, bytes],
     missing: Mapping[str, int],
     fingerprint: str,
@@ -169,12 +168,12 @@ def commit(
     storage.write_bytes(tar_uri(dataset, field, shard), tar)
     record = {
         "shard": shard,
-        "shard_sha256": shard_sha256,
+        **checksums.entry(shard_checksum, "shard_"),
         "fingerprint": fingerprint,
         "samples": len(values),
         "missing": dict(missing),
         "bytes": len(tar),
-        "sha256": hashlib.sha256(tar).hexdigest(),
+        **checksums.entry(checksums.checksum([tar], checksums.algorithm_of(shard_checksum))),
         "members": {"keys": list(values), "offset": offsets, "size": [len(value) for value in values.values()]},
     }
     line = json.dumps(record, sort_keys=True).encode() + b"\n"
@@ -205,12 +204,12 @@ class Sidecar:
     places: dict[str, tuple[int, int]]  # key -> offset and size
 
     @classmethod
-    def open(cls, dataset: str, field: str, shard: int, shard_sha256: str, check: bool, cache: FileCache) -> Sidecar:
+    def open(cls, dataset: str, field: str, shard: int, shard_checksum: str, check: bool, cache: FileCache) -> Sidecar:
         """Map a sidecar (from s3:// through the cache) and compare it with its record.
 
         Args:
-            shard_sha256: of the shard that it must belong to.
-            check: whether to read all of it for its sha256.
+            shard_checksum: of the shard that it must belong to.
+            check: whether to read all of it for its checksum.
 
         Raises:
             Damaged: it is missing, its bytes are not those of its record, or it was made for another shard.
@@ -219,10 +218,10 @@ class Sidecar:
         again = f"run precompute.py again with --set data.fields='[\"{field}\"]'"
         try:
             record = storage.read_json(place)
-            tar = cache.map(uri, record["sha256"], record["bytes"], check)
-            if record["shard_sha256"] != shard_sha256:
-                made_for = f"its record says {record['shard_sha256'][:12]}..."
-                raise Damaged(f"{uri}: the shard is {shard_sha256[:12]}..., {made_for}")
+            tar = cache.map(uri, checksums.recorded(record), record["bytes"], check)
+            if (made_for := checksums.recorded(record, "shard_")) != shard_checksum:
+                shown = checksums.brief(shard_checksum), checksums.brief(made_for)
+                raise Damaged(f"{uri}: the shard has {shown[0]}, its record says {shown[1]}")
         except Damaged as error:
             raise Damaged(f"{error}; remove {place} and {info_uri(dataset, field)} and {again}") from None
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:

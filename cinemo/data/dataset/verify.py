@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cinemo import storage
+from cinemo import checksums, storage
 from cinemo.config import Recipe
 from cinemo.data.dataset import columns, shards, sidecars
 from cinemo.data.dataset.fields import decode_again, identity
@@ -45,11 +45,10 @@ _RECORD = {
     "reasons",
     "retry_of",
     "bytes",
-    "sha256",
     "ssim",
     "members",
 }
-_SIDECAR = {"shard", "shard_sha256", "fingerprint", "samples", "missing", "bytes", "sha256", "members"}
+_SIDECAR = {"shard", "fingerprint", "samples", "missing", "bytes", "members"}
 _THREADS = 4  # each holds one shard in memory
 _PROGRESS_SECONDS = 3.0
 _SHOWN = 3
@@ -141,7 +140,7 @@ def sentences(result: Mapping[str, Any]) -> Iterator[str]:
     beside = f" and {result['sidecars']} sidecars ({', '.join(fields)})" if fields else ""
     yield f"{result['samples']} samples in {result['shards']} shards{beside}, {megabytes:.1f} MB"
     yield (
-        f"every sha256, size, member, record and total agrees, no key appears twice, no stray files "
+        f"every checksum, size, member, record and total agrees, no key appears twice, no stray files "
         f"({megabytes / result['seconds']:.0f} MB/s)"
     )
     if again["samples"]:
@@ -253,7 +252,10 @@ def _check_shard(checked: _Checked, index: DatasetIndex, number: int, fields: Ma
             continue
         checked.beside[extra] = {key: value for key, value in beside.items() if key != "members"}
         members, extension = beside["members"], f"{extra}.{sidecars.EXTENSIONS[extra]}"
-        if (beside["fingerprint"], beside["shard_sha256"]) != (info["fingerprint"], record["sha256"]):
+        if (beside["fingerprint"], checksums.recorded(beside, "shard_")) != (
+            info["fingerprint"],
+            checksums.recorded(record),
+        ):
             checked.faults.append(f"{name}.json: was made for another shard or with another fingerprint")
         if not set(members["keys"]) <= set(keys) or beside["samples"] + sum(beside["missing"].values()) != len(keys):
             checked.faults.append(f"{name}.json: its keys are not those of the shard")
@@ -269,7 +271,10 @@ def _read(checked: _Checked, dataset: str, name: str, entries: set[str]) -> tupl
     record, tar = None, None
     try:
         record = dict(storage.read_json(f"{uri}.json"))
-        if absent := sorted(entries - record.keys()):
+        absent = sorted(entries - record.keys())
+        if not {"checksum", "sha256"} & record.keys():
+            absent.append("checksum")
+        if absent:
             checked.faults.append(f"{name}.json: lacks {', '.join(absent)}")
             return None, None
         tar = storage.read_bytes(f"{uri}.tar")
@@ -278,11 +283,12 @@ def _read(checked: _Checked, dataset: str, name: str, entries: set[str]) -> tupl
         checked.faults.append(f"{what}: {'is missing' if not storage.exists(f'{dataset}/{what}') else 'is not JSON'}")
         return record, None
     checked.bytes += len(tar)
-    digest = hashlib.sha256(tar).hexdigest()
+    written = checksums.recorded(record)
+    found = checksums.checksum([tar], checksums.algorithm_of(written))
     if len(tar) != record["bytes"]:
         checked.faults.append(f"{name}.tar: has {len(tar)} bytes, its record says {record['bytes']}")
-    elif digest != record["sha256"]:
-        checked.faults.append(f"{name}.tar: sha256 is {digest[:12]}..., its record says {record['sha256'][:12]}...")
+    elif found != written:
+        checked.faults.append(f"{name}.tar: has {checksums.brief(found)}, its record says {checksums.brief(written)}")
     else:
         return record, tar
     return record, None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
-from cinemo import storage
+from cinemo import checksums, storage
 from cinemo.cache import Damaged, FileCache
 from cinemo.data.dataset import shards, sidecars
 from cinemo.data.dataset.shards import DatasetIndex, Members
@@ -62,7 +62,7 @@ class ShardReader:
 
     def extend(self, index: DatasetIndex) -> None:
         """Read from the same dataset with more shards behind those that it had."""
-        self._numbers, self._digests = index.shards, index.table["sha256"].to_pylist()
+        self._numbers, self._digests = index.shards, index.table["checksum"].to_pylist()
         self._sizes = index.table["bytes"].to_pylist()
         self.index = index
 
@@ -112,10 +112,9 @@ class ShardReader:
         fresh = position not in self._checked
         try:
             record = storage.read_json(place)
-            if record["sha256"] != digest:
-                raise Damaged(
-                    f"{uri}: its record says sha256 {record['sha256'][:12]}..., the index says {digest[:12]}..."
-                )
+            if (written := checksums.recorded(record)) != digest:
+                shown = checksums.brief(written), checksums.brief(digest)
+                raise Damaged(f"{uri}: its record says {shown[0]}, the index says {shown[1]}")
             tar = self.cache.map(uri, digest, self._sizes[position], fresh)
             members = Members(**record["members"])
         except Damaged as error:

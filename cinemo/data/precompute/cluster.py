@@ -1,4 +1,4 @@
-"""The connection to Ray: joining a cluster or starting one, who does what on it, and what its workers report."""
+"""The connection to Ray: joining a cluster or starting one, and what its workers report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ray.data import DataContext
 
 from cinemo import s3, web
 from cinemo.config import Recipe
+from cinemo.data.precompute import pools
 from cinemo.data.precompute.progress import Figures, Meter, Progress
 from cinemo.types import InputError, RunError
 
@@ -34,15 +34,6 @@ _WORKER_ENVIRONMENT = {
 }
 _SHARED_MEMORY = Path("/dev/shm")
 _OBJECT_STORE_LIMIT = 2 << 30
-# What a decoder leaks ends with its process. And options unlike an encoder's keep Ray Data from decoding inside it.
-_DECODING = {"max_calls": 500}
-# It mostly waits for storage. And decoding reserves all cores there are: asking for any share, a commit would get none
-# before the last clip is decoded, and a killed run would have nothing to go on from.
-COMMIT_CPUS = 0.0
-# So many at a time: a slow storage must not be met with ever more processes, each holding a shard.
-_CPUS_PER_COMMIT = 8
-LEAST_COMMITS = 2
-_FEW_CPUS = 4
 _METER_SECONDS = 2.0
 
 
@@ -78,76 +69,20 @@ def connect(cpus: int = 1) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Resources:
-    """Who does what on this cluster: processes at a time, and what Ray reserves for each of them."""
-
-    decoders: int
-    encoders: int
-    least_encoders: int
-    commits: int
-    decode: dict[str, Any]
-    encode: dict[str, Any]
-
-
-def resources(recipe: Recipe) -> Resources:
-    """Decoding takes cores, of the nodes that offer ``data.decode_resource`` where it is set; encoders take theirs.
-
-    Raises:
-        InputError: the cluster cannot hold them, so that a run would wait for ever.
-    """
-    from ray.data import TaskPoolStrategy
-
-    data, have = recipe.data, ray.cluster_resources()
-    cpus, gpus, special = int(have.get("CPU", 1)), have.get("GPU", 0), data.decode_resource
-    wanted = data.encode_gpus * max(1, data.encode_actors)
-    if wanted > gpus:
-        raise InputError(
-            f"data.encode_gpus is {data.encode_gpus:g} for {max(1, data.encode_actors)} encoders, but the cluster has "
-            f"{gpus:g} accelerators; --set data.encode_gpus=0 encodes on CPUs"
-        )
-    if special and not have.get(special):
-        known = ", ".join(sorted(name for name in have if ":" not in name))
-        raise InputError(
-            f"data.decode_resource is {special!r}, which no node of the cluster offers (available: {known}); "
-            "--set data.decode_resource=null decodes wherever a core is free"
-        )
-    # On accelerators, and on few cores, all work from the beginning; on many cores Ray adds encoders while clips wait.
-    # On few it would stop and start them again and again, each time for seconds of imports.
-    most = data.encode_actors or (int(gpus / data.encode_gpus) if data.encode_gpus else cpus)
-    least = most if data.encode_gpus or data.encode_actors or cpus <= _FEW_CPUS else 1
-    # An encoder takes a core where one is left for decoding.
-    share = 1.0 if cpus >= least + 2 else 0.0
-    decoders = max(1, int((have[special] if special else cpus) / data.decode_cpus))
-    decode: dict[str, Any] = {
-        **_DECODING,
-        "num_cpus": data.decode_cpus,
-        "compute": TaskPoolStrategy(size=decoders),
-    }
-    if special:
-        decode["resources"] = {special: data.decode_cpus}
-    return Resources(
-        decoders=decoders,
-        encoders=most,
-        least_encoders=least,
-        commits=max(LEAST_COMMITS, cpus // _CPUS_PER_COMMIT),
-        decode=decode,
-        encode={"num_cpus": share, **({"num_gpus": data.encode_gpus} if data.encode_gpus else {})},
-    )
-
-
 @contextlib.contextmanager
 def watch(
     clips: int, recipe: Recipe, listener: Callable[[Figures], None] | None = None
 ) -> Iterator[tuple[Progress, Any]]:
     """The progress of a run, and the handle that its workers report to."""
     connect()
-    found = resources(recipe)
+    pools.wait_for_nodes(recipe)
+    found = pools.pools(recipe)
     meter = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(Meter).remote()
 
     def read() -> Mapping[str, Mapping[str, float]] | None:
         try:
             figures: Mapping[str, Mapping[str, float]] = ray.get(meter.read.remote(), timeout=_METER_SECONDS)
+            progress.capacity.update(pools.pools(recipe).capacity)  # nodes come and go
             return figures
         except ray.exceptions.RayError:  # being started, or its node went away
             return None
@@ -156,7 +91,7 @@ def watch(
         with Progress(
             clips,
             math.ceil(clips / recipe.data.clips_per_shard),
-            {"decode": found.decoders, "encode": found.encoders},
+            found.capacity,
             read,
             listener,
         ) as progress:

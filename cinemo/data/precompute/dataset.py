@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cinemo import storage
-from cinemo.config import Recipe
+from cinemo import checksums, storage
+from cinemo.config import MACHINES, Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.identity import differences, fingerprint
 from cinemo.data.dataset.statistics import latent_statistics
@@ -33,7 +32,7 @@ _READERS = 16
 _LOOKED_AT = 2000
 # Shards without a record after which no more are looked for. Fewer are in flight; one that is missed is made again.
 _WINDOW = 128
-_LIGHT = ("shard", "samples", "quarantined", "recovered", "bytes", "sha256", "reasons", "latent_shape")
+_LIGHT = ("shard", "samples", "quarantined", "recovered", "bytes", "checksum", "reasons", "latent_shape")
 
 
 @dataclass
@@ -149,7 +148,7 @@ class Dataset:
 
     def _extend(self) -> None:
         """Plan a new part of the clips that are not there yet, behind all shards that are."""
-        digests = {number: record["sha256"] for number, record in sorted(self.records.items())}
+        digests = {number: record["checksum"] for number, record in sorted(self.records.items())}
         chosen = new_rows(self.uri, digests, self.parts, self.plan.clips, self.prefix, self.append or "skip")
         last = self.parts[-1]
         first_clip, first_shard = last.first_clip + last.clips, max([*self.records, *last.numbers]) + 1
@@ -161,6 +160,11 @@ class Dataset:
             self.journal = _journal(self.uri, self.fingerprint, self.plan)
             self.journal.adopt(tables.table())
 
+    @property
+    def checksum(self) -> str:
+        """The algorithm of its checksums: that which it was begun with, so that its bytes do not depend on when."""
+        return checksums.DEFAULT if self.stored is None else str(self.stored.get("checksum", checksums.SHA256))
+
     def _known(self) -> pa.Table:
         """Index rows of shards that need no reading."""
         if self.stored is None:
@@ -170,7 +174,7 @@ class Dataset:
             return self.journal.read()
         tables = [shards.INDEX_SCHEMA.empty_table()]
         try:
-            table = pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(self.uri, "index.parquet"))))
+            table = shards.index_table(storage.read_bytes(storage.join(self.uri, "index.parquet")))
             if table.schema.equals(shards.INDEX_SCHEMA):
                 self.journal.adopt(table)
                 tables.append(table)
@@ -318,12 +322,13 @@ class Dataset:
             "computed_from": self.covers,
             "plan": self._first,
             **({"appended": [part.to_json() for part in appended]} if appended else {}),
-            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe": self.recipe.model_dump(mode="json", exclude={"data": set(MACHINES)}),
             "size": list(data.size),
             "frames": data.frames,
             "bucket_edges": list(data.bucket_edges),
             "samples": 0,
             "quarantined": 0,
+            **({} if self.checksum == checksums.SHA256 else {"checksum": self.checksum}),
             **values,
         }
         if content != self.stored:

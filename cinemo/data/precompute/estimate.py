@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cinemo import s3, storage
+from cinemo.accelerators import DEFAULT_ACCELERATOR, Accelerator, accelerator, peak_flops
 from cinemo.config import DataConfig, Recipe
 from cinemo.data.dataset.identity import encoder_dtype
 from cinemo.data.manifest.columns import Columns
@@ -26,9 +27,11 @@ from cinemo.data.manifest.manifest import Manifest, read_manifest
 from cinemo.data.precompute import stages
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.journal import SEGMENT
+from cinemo.data.precompute.nodes import Machines
 from cinemo.data.precompute.plan import Plan, PlannedRows, make_plan
 from cinemo.data.precompute.prices import Prices, money
 from cinemo.lock import HEARTBEAT_SECONDS
+from cinemo.networks.vae_cost import Encoding, encoding
 from cinemo.types import InputError, keyed_seed
 
 SAMPLE_CLIPS = 32
@@ -38,6 +41,9 @@ _LEAST = 4
 _RESAMPLES = 500
 _Z = 1.645  # 90%
 _STAGES = ("decode", "score", "encode")
+# Share of an accelerator's peak that encoding reaches, where it cannot be measured: low, usual, high.
+ASSUMED_SHARE = (0.2, 0.3, 0.4)
+MEASURED, GIVEN, ASSUMED = "measured here", "given", "assumed"
 
 Range = dict[str, float]
 
@@ -51,15 +57,24 @@ def plan_only(
     columns: Columns | None = None,
     names_as_captions: bool = False,
     append: str | None = None,
+    machines: Machines | None = None,
+    mfu: float | None = None,
 ) -> dict[str, Any]:
     """Measure a seeded sample of clips, write the estimate to ``<output>/plan.json`` and return it.
 
-    Seconds are wall seconds of one process. The encoder is measured only where its device is present; otherwise the
-    speed of ``prices`` is taken, or else what depends on it is left out.
+    Seconds are wall seconds of one process. The encoder is measured only where its device is present; otherwise its
+    speed is that of ``prices``, or else follows from its FLOPs and a share of an accelerator's peak.
+
+    Args:
+        machines: what the run is planned for, beside this machine; their cores are taken to be as fast as those here.
+        mfu: that share; None: assumed.
 
     Raises:
-        InputError: bad manifest, an output that cannot be written, or nothing to append.
+        InputError: bad manifest, an output that cannot be written, nothing to append, or machines that the recipe does
+            not fit.
     """
+    if mfu is not None and not 0 < mfu <= 1:
+        raise InputError(f"--mfu is {mfu:g}, expected a share of the peak above 0 and up to 1")
 
     def prefix(rows: int | None) -> Manifest:
         return read_manifest(manifest, rows, columns, recipe.data.seed, names_as_captions)
@@ -69,6 +84,8 @@ def plan_only(
         print(f"manifest: {note}", flush=True)
     plan = make_plan(listed, recipe)
     output = storage.absolute(output)
+    given = prices.clips_per_accelerator_second if prices else None
+    known = Known(recipe, plan, output, given, machines, mfu)  # before anything is written: they may not fit
     storage.check_writable(output)
     if append:
         dataset = Dataset.open(output, recipe, plan, append, lambda rows: prefix(rows).digest)
@@ -76,17 +93,18 @@ def plan_only(
         plan = dataset.plan
         if not len(plan):
             raise InputError(f"{output}: has all clips of {manifest} already; there is nothing to append")
+        known = Known(recipe, plan, output, given, machines, mfu)
     clips = len(plan)
     rng = np.random.default_rng(keyed_seed(recipe.data.seed, "estimate"))
     positions = np.sort(plan.first_clip + rng.choice(clips, min(SAMPLE_CLIPS, clips), replace=False))
-    given = prices.clips_per_accelerator_second if prices else None
-    sample, memory = _measure(recipe, plan, rng.permutation(positions))
+    sample, memory = _measure(recipe, plan, rng.permutation(positions), known.encoding)
 
-    known = Known(recipe, plan, output, given)
     figures = known.figures(sample)
     low, high = _wilson(sum(clip["refused"] for clip in sample), len(sample))
+    shares = rng.uniform(*known.share[::2], _RESAMPLES)
     again = [
-        known.figures([sample[k] for k in chosen]) for chosen in rng.integers(0, len(sample), (_RESAMPLES, len(sample)))
+        known.figures([sample[k] for k in chosen], share)
+        for chosen, share in zip(rng.integers(0, len(sample), (_RESAMPLES, len(sample))), shares, strict=True)
     ]
     ranged = {}
     for name, value in figures.items():
@@ -99,34 +117,42 @@ def plan_only(
         ranged[name]["high"] = max(ranged[name]["high"], whole * (1 - low))
     ranged["memory_per_node_bytes"] = memory
     spent = {stage: float(np.mean([clip[stage] for clip in sample])) for stage in _STAGES}
-    measured = "encode_seconds_per_clip" in figures and not known.given_speed
     estimate: dict[str, Any] = {
         "recipe": recipe.name,
         "clips": clips,
         "shards": plan.shards,
         "measured_clips": len(sample),
         "refused_in_sample": dict(Counter(clip["reason"] for clip in sample if clip["refused"])),
-        "seconds_per_clip": {**spent, "encode": spent["encode"] if measured else None},
-        "encode_speed": "measured here" if measured else "given" if known.given_speed else "unknown",
+        "seconds_per_clip": {**spent, "encode": spent["encode"] if known.source == MEASURED else None},
+        "encode_speed": known.source,
+        "encode": known.assumptions(),
         "cores_here": known.cores,
         "bottleneck": known.bottleneck(figures, spent),
-        "ranges": f"5th to 95th percentile of {_RESAMPLES} resamples of the measured clips; "
+        "machines": str(machines) if machines else None,
+        "ranges": f"5th to 95th percentile of {_RESAMPLES} resamples of the measured clips, and of the assumed share; "
         "refused clips, and with them samples and bytes: 90% Wilson interval; "
         "memory: without and with a full object store and a shard being committed",
         "figures": ranged,
     }
     if prices:
-        costs = [money(other, prices) for other in again]
+        costs = [money(known.paid(other), prices) for other in again]
         estimate["costs"] = {
-            item: _range(value, [other[item] for other in costs]) for item, value in money(figures, prices).items()
+            item: _range(value, [other[item] for other in costs])
+            for item, value in money(known.paid(figures), prices).items()
         }
         estimate["currency"] = prices.currency
     storage.write_json(storage.join(output, "plan.json"), estimate)
     return estimate
 
 
-def _measure(recipe: Recipe, plan: Plan, positions: np.ndarray) -> tuple[list[dict[str, Any]], Range]:
-    """Seconds of each stage, sample bytes and fault of some clips, one after the other; and the memory of a node."""
+def _measure(
+    recipe: Recipe, plan: Plan, positions: np.ndarray, unmeasured: Encoding | None
+) -> tuple[list[dict[str, Any]], Range]:
+    """Seconds of each stage, sample bytes and fault of some clips, one after the other; and the memory of a node.
+
+    Args:
+        unmeasured: what encoding a frame takes, where it cannot be done here.
+    """
     data = recipe.data
     encoder, sample, decoding_memory, begun = None, [], 0, time.perf_counter()
     for number, position in enumerate(positions):
@@ -136,17 +162,18 @@ def _measure(recipe: Recipe, plan: Plan, positions: np.ndarray) -> tuple[list[di
         table = stages.score(stages.decode(PlannedRows(plan, place, plan.shards_of(place)).slice(), data), data)
         if encoder is None:
             decoding_memory = _peak_memory()
-        if encoder is None and (not data.encode_gpus or torch.cuda.is_available()):
+        if encoder is None and unmeasured is None:
             encoder = stages.Encoder(data, recipe.encoders.vae, recipe.encoders.latent, encoder_dtype(recipe))
         table = encoder(table) if encoder else table
         rows = table.drop_columns(["latents" if encoder else "frames"]).to_pylist()
         reasons = [row["reason"] for row in rows if row["reason"]]
         clip = {stage: sum(row[f"{stage}_seconds"] for row in rows) for stage in _STAGES}
-        size = sum(_sample_bytes(row["shape"]) for row in rows) if encoder and not reasons else None
+        shapes = [(data.frames, *unmeasured.latents_CHW) if unmeasured else row["shape"] for row in rows]
+        size = None if reasons else sum(map(_sample_bytes, shapes))
         sample.append({**clip, "refused": bool(reasons), "reason": reasons[0] if reasons else None, "bytes": size})
     cores = os.cpu_count() or 1
     encoding_memory = _peak_memory() * encoders(data, cores) if encoder else 0
-    processes = float(cores * decoding_memory + encoding_memory)
+    processes = float(encoding_memory if data.together else cores * decoding_memory + encoding_memory)
     shard = 2 * plan.clips_per_shard * max((clip["bytes"] or 0 for clip in sample), default=0)
     full = processes + OBJECT_STORE_BYTES + shard
     return sample, {"value": full, "low": processes, "high": full}
@@ -160,32 +187,60 @@ def encoders(data: DataConfig, cores: int) -> int:
 
 
 class Known:
-    """What does not depend on the sample: the sizes of the plan, where things lie, and the machine."""
+    """What does not depend on the sample: the sizes of the plan, where things lie, and the machines.
 
-    def __init__(self, recipe: Recipe, plan: Plan, output: str, clips_per_accelerator_second: float | None) -> None:
+    ``encoding``: what a frame takes, where encoding cannot be measured here. ``source``: of the encoder's speed.
+    ``share``: of an accelerator's peak that it reaches, low, usual and high, where it is assumed.
+
+    Raises:
+        InputError: the recipe encodes on accelerators and ``machines`` have none, or the other way round.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        output: str,
+        clips_per_accelerator_second: float | None,
+        machines: Machines | None = None,
+        mfu: float | None = None,
+    ) -> None:
         self.data, self.plan, self.cores = recipe.data, plan, os.cpu_count() or 1
-        self.on_accelerator = recipe.data.encode_gpus > 0
+        self.machines, self.on_accelerator = machines, recipe.data.encode_gpus > 0
+        if machines and self.on_accelerator != bool(machines.accelerators):
+            has, needs = ("no", "on them") if self.on_accelerator else (str(machines.accelerators), "on CPUs")
+            raise InputError(
+                f"--on has {has} accelerators, but recipe {recipe.name} encodes {needs}; "
+                f"--set data.encode_gpus={0 if self.on_accelerator else 1} changes that"
+            )
         self.encoders = encoders(recipe.data, self.cores)
-        self.given_speed = None
-        if self.on_accelerator and not torch.cuda.is_available():
+        self.accelerator = machines.kinds[0] if machines and machines.kinds else accelerator(DEFAULT_ACCELERATOR)
+        self.encoding, self.source, self.given_speed, self.peak_here = None, MEASURED, None, 0.0
+        self.share = (mfu,) * 3 if mfu else ASSUMED_SHARE
+        if self.on_accelerator and torch.cuda.is_available():
+            self.peak_here = peak_flops(torch.device("cuda", 0), torch.bfloat16)
+        elif self.on_accelerator:
+            self.encoding = encoding(recipe.encoders.vae, recipe.data.size)
             self.given_speed = clips_per_accelerator_second
+            self.source = GIVEN if self.given_speed else ASSUMED
         self.remote_output = storage.is_remote(output)
         first = plan.clips.read(0, 1)["uri"][0].as_py()
         self.remote_clips = first.startswith("s3://")
 
-    def figures(self, sample: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        """All figures that follow from some measured clips; those that need what is unknown are missing."""
+    def figures(self, sample: Sequence[Mapping[str, Any]], share: float | None = None) -> dict[str, float]:
+        """All figures that follow from some measured clips, and from a share of the peak other than the usual one."""
         clips, data = len(self.plan), self.data
+        share = share or self.share[1]
         decoding = float(np.mean([clip["decode"] + clip["score"] for clip in sample]))
-        encoding: float | None = float(np.mean([clip["encode"] for clip in sample]))
-        if self.on_accelerator and not torch.cuda.is_available():
+        encoding = float(np.mean([clip["encode"] for clip in sample]))
+        if self.source != MEASURED:
             # Of one accelerator, which may be shared by several encoders.
-            encoding = 1 / self.given_speed if self.given_speed else None
-        share = float(np.mean([clip["refused"] for clip in sample]))
+            encoding = 1 / self._clips_per_second(self.accelerator, encoding, share)
+        refused = float(np.mean([clip["refused"] for clip in sample]))
         sizes = [clip["bytes"] for clip in sample if clip["bytes"]]
         figures = {
-            "quarantine_share": share,
-            "samples": clips * (1 - share) * data.views,
+            "quarantine_share": refused,
+            "samples": clips * (1 - refused) * data.views,
             "clips_per_second_per_core": 1 / decoding,
             "core_hours": clips * decoding / 3600,
         }
@@ -203,10 +258,62 @@ class Known:
                 rate = min(self.cores / (decoding + encoding), self.encoders / encoding)
         figures["clips_per_second_here"] = rate
         figures["hours_here"] = clips / rate / 3600
+        if self.machines:
+            figures |= self._there(self.machines, decoding, encoding, share)
         if sizes:
-            figures["bytes"] = clips * (1 - share) * float(np.mean(sizes))
-        figures["get_requests"], figures["put_requests"] = self._requests(share, figures)
+            figures["bytes"] = clips * (1 - refused) * float(np.mean(sizes))
+        figures["get_requests"], figures["put_requests"] = self._requests(refused, figures)
         return figures
+
+    def _clips_per_second(self, kind: Accelerator, measured: float, share: float) -> float:
+        """What one accelerator encodes, with ``measured`` seconds a clip on that of this machine."""
+        if self.given_speed:
+            return self.given_speed
+        if self.encoding is None:
+            return kind.half / self.peak_here / measured
+        return share * kind.half / self._flops
+
+    @property
+    def _flops(self) -> float:
+        return self.encoding.flops * self.data.frames * self.data.views if self.encoding else 0.0
+
+    def _there(self, machines: Machines, decoding: float, encoding: float, share: float) -> dict[str, float]:
+        """The machines' speed: an encoder beside an accelerator takes a core, where one is left for decoding."""
+        clips, cores = len(self.plan), machines.cores
+        if self.on_accelerator:
+            processes = math.ceil(machines.accelerators / self.data.encode_gpus)
+            decode = max(cores - processes, 1) / decoding
+            encode = sum(
+                nodes.count * nodes.accelerators * self._clips_per_second(nodes.kind, encoding, share)
+                for nodes in machines.nodes
+                if nodes.kind
+            )
+            rates = {"decode_clips_per_second_there": decode, "encode_clips_per_second_there": encode}
+            rate = min(decode, encode)
+        else:
+            rates, rate = {}, cores / (decoding + encoding)
+        return rates | {"clips_per_second_there": rate, "days_there": clips / rate / 86400}
+
+    def paid(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """Figures with the hours that cost money: of whole nodes, also where these wait, if ``machines`` are known."""
+        if not self.machines:
+            return dict(figures)
+        hours = figures["days_there"] * 24
+        paid = {"core_hours": self.machines.cores * hours, "accelerator_hours": self.machines.accelerators * hours}
+        return {**figures, **paid}
+
+    def assumptions(self) -> dict[str, Any] | None:
+        """What the encoder's speed was taken from; None where it was measured or given."""
+        if self.source != ASSUMED or self.encoding is None:
+            return None
+        low, usual, high = self.share
+        return {
+            "flops_per_clip": self._flops,
+            "accelerator": self.accelerator.name,
+            "peak_flops": self.accelerator.half,
+            "share_of_peak": {"value": usual, "low": low, "high": high},
+            "autoencoder": "Stable Diffusion's, as encoders.vae is not here" if self.encoding.assumed else None,
+        }
 
     def _requests(self, share: float, figures: Mapping[str, float]) -> tuple[float, float]:
         """S3 requests: clip (some may share one); tar, columns, record and ledger of a shard; journal, index, lock."""
@@ -215,21 +322,25 @@ class Known:
         if self.remote_output:
             with_ledger = 1 - (1 - share) ** self.plan.clips_per_shard
             tar = s3.put_requests(int(figures.get("bytes", 0) / shards))
-            beats = figures["hours_here"] * 3600 / HEARTBEAT_SECONDS
+            hours = figures["days_there"] * 24 if self.machines else figures["hours_here"]
+            beats = hours * 3600 / HEARTBEAT_SECONDS
             puts += shards * (tar + 2 + with_ledger) + math.ceil(shards / SEGMENT) + 3 + beats
             gets += shards * 2 * (1 - with_ledger) + 10
         return gets, puts
 
     def bottleneck(self, figures: Mapping[str, float], spent: Mapping[str, float]) -> str:
-        """The stage whose speed is that of the whole run on this machine."""
+        """The stage whose speed is that of the whole run: on the machines it is planned for, else here."""
         slow = "decode" if spent["decode"] >= spent["score"] else "score"
         encoding = figures.get("encode_seconds_per_clip")
         if encoding is None:
             return slow
-        if self.on_accelerator:
-            ready = self.data.encode_gpus * self.encoders / encoding
-            return "encode" if ready < self.cores / (spent["decode"] + spent["score"]) else slow
-        return "encode" if encoding > spent[slow] else slow
+        if not self.on_accelerator:
+            return "encode" if encoding > spent[slow] else slow
+        if self.machines:
+            ahead = figures["decode_clips_per_second_there"] > figures["encode_clips_per_second_there"]
+            return "encode" if ahead else slow
+        ready = self.data.encode_gpus * self.encoders / encoding
+        return "encode" if ready < self.cores / (spent["decode"] + spent["score"]) else slow
 
 
 def compare(plan: Mapping[str, Any], summary: Mapping[str, Any]) -> list[dict[str, Any]]:

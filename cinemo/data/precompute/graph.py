@@ -6,6 +6,7 @@ on plan and recipe alone. A run that was killed goes on with the shards that hav
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -25,7 +26,7 @@ from cinemo.data.dataset.identity import encoder_dtype
 from cinemo.data.dataset.sidecars import FieldStore
 from cinemo.data.manifest.columns import Columns
 from cinemo.data.manifest.manifest import Manifest, read_manifest
-from cinemo.data.precompute import cluster, stages
+from cinemo.data.precompute import cluster, pools, stages
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.plan import PlannedRows, make_plan
 from cinemo.data.precompute.progress import Figures, describe
@@ -152,51 +153,52 @@ def _execute(
 
     cluster.connect()
     recipe, data = dataset.recipe, dataset.recipe.data
-    resources = cluster.resources(recipe)
+    found = pools.pools(recipe)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
 
     most = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * data.frames * data.size[0] * data.size[1] * 3)))
-    size = min(most, math.ceil(len(rows) / (4 * resources.decoders)))
-    graph = (
-        ray.data.from_arrow(list(_blocks(rows, data.clips_per_shard, size, most)))
-        .map_batches(
+    size = min(most, math.ceil(len(rows) / (4 * found.decoders)))
+    encoder = {
+        "data": data,
+        "vae": _absolute(recipe.encoders).vae,
+        "latent": recipe.encoders.latent,
+        "dtype": encoder_dtype(recipe),
+        "meter": meter,
+    }
+    graph = ray.data.from_arrow(list(_blocks(rows, data.clips_per_shard, size, most)))
+    if data.together:
+        graph = graph.map_batches(_whole, fn_kwargs=encoder, batch_format="pyarrow", batch_size=None, **found.decode)
+    else:
+        graph = graph.map_batches(
             _decode_and_score,
             fn_kwargs={"data": data, "meter": meter},
             batch_format="pyarrow",
             batch_size=None,
-            **resources.decode,
-        )
-        .map_batches(
+            **found.decode,
+        ).map_batches(
             _Encoder,
-            fn_constructor_kwargs={
-                "data": data,
-                "vae": _absolute(recipe.encoders).vae,
-                "latent": recipe.encoders.latent,
-                "dtype": encoder_dtype(recipe),
-                "meter": meter,
-            },
-            compute=ActorPoolStrategy(min_size=resources.least_encoders, max_size=resources.encoders),
+            fn_constructor_kwargs=encoder,
             batch_format="pyarrow",
             batch_size=data.encode_batch,
-            **resources.encode,
+            **found.encode,
         )
-        .map_batches(
-            _Committer,
-            fn_constructor_kwargs={
-                "dataset": dataset.uri,
-                "fingerprint": dataset.fingerprint,
-                "views": data.views,
-                "retried": retried,
-            },
-            batch_format="pyarrow",
-            # Exactly one shard: blocks arrive in order, and none crosses the boundary of a shard.
-            batch_size=data.clips_per_shard * data.views,
-            num_cpus=cluster.COMMIT_CPUS,
-            compute=ActorPoolStrategy(min_size=cluster.LEAST_COMMITS, max_size=resources.commits),
-        )
+    graph = graph.map_batches(
+        _Committer,
+        fn_constructor_kwargs={
+            "dataset": dataset.uri,
+            "fingerprint": dataset.fingerprint,
+            "views": data.views,
+            "checksum": dataset.checksum,
+            "retried": retried,
+        },
+        batch_format="pyarrow",
+        # Exactly one shard: blocks arrive in order, and none crosses the boundary of a shard.
+        batch_size=data.clips_per_shard * data.views,
+        num_cpus=pools.COMMIT_CPUS,
+        compute=ActorPoolStrategy(min_size=pools.LEAST_COMMITS, max_size=found.commits),
     )
     yield from cluster.results(graph)
 
@@ -222,6 +224,19 @@ def _decode_and_score(clips: pa.Table, data: DataConfig, meter: Any) -> pa.Table
     rows = stages.score(stages.decode(clips, data), data)
     cluster.report(meter, "decode", rows, data.views, {"decode": ("decode_seconds", "score_seconds")})
     return rows
+
+
+def _whole(clips: pa.Table, data: DataConfig, vae: str, latent: str, dtype: str, meter: Any) -> pa.Table:
+    """All that takes cores, in one process: no frames are copied, and no more processes work than there are cores."""
+    rows = _encoder(data, vae, latent, dtype)(_decode_and_score(clips, data, meter))
+    cluster.report(meter, "encode", rows, data.views, {"encode": ("encode_seconds",)})
+    return rows
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(data: DataConfig, vae: str, latent: str, dtype: str) -> stages.Encoder:
+    """The one of this process."""
+    return stages.Encoder(data, vae, latent, dtype)
 
 
 class _Encoder(stages.Encoder):
@@ -291,20 +306,20 @@ def _execute_fields(
     A row is a shard, so no more of them are in memory than there are tasks and free places between the stages.
     """
     import ray.data
-    from ray.data import ActorPoolStrategy, DataContext
+    from ray.data import DataContext
 
     cluster.connect()
     recipe, data = dataset.recipe, dataset.recipe.data
-    resources = cluster.resources(recipe)
+    found = pools.pools(recipe)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     names = sorted({name for _, wanted in todo for name in wanted})
     rows = pa.Table.from_pylist([{"shard": shard, "fields": wanted} for shard, wanted in todo], fields.TODO)
-    size = max(1, min(_TASK_SHARDS, len(rows) // (4 * resources.decoders)))
+    size = max(1, min(_TASK_SHARDS, len(rows) // (4 * found.decoders)))
     blocks = [rows.slice(start, size).combine_chunks() for start in range(0, len(rows), size)]
     batches: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1}
     graph = ray.data.from_arrow(blocks).map_batches(
-        fields.read, fn_kwargs={"dataset": dataset.uri, "recipe": recipe}, **batches, **resources.decode
+        fields.read, fn_kwargs={"dataset": dataset.uri, "recipe": recipe}, **batches, **found.decode
     )
     if fields.encoded(recipe.encoders) & set(names):
         graph = graph.map_batches(
@@ -316,15 +331,14 @@ def _execute_fields(
                 "dtype": encoder_dtype(recipe),
                 "text_layers": method_class(recipe).text_layers(recipe),
             },
-            compute=ActorPoolStrategy(min_size=resources.least_encoders, max_size=resources.encoders),
             **batches,
-            **resources.encode,
+            **found.encode,
         )
     fingerprints = {store.field: store.fingerprint for store in stores}
     graph = graph.map_batches(
         fields.commit,
         fn_kwargs={"dataset": dataset.uri, "fingerprints": fingerprints},
-        num_cpus=cluster.COMMIT_CPUS,
+        num_cpus=pools.COMMIT_CPUS,
         **batches,
     )
     yield from cluster.results(graph)

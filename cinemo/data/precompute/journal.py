@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cinemo import storage
-from cinemo.data.dataset.shards import INDEX_SCHEMA
+from cinemo.data.dataset.shards import INDEX_SCHEMA, index_table
 
 SEGMENT = 1000
 DIRECTORY = ".progress"
@@ -96,7 +96,7 @@ class Journal:
 
     def _segment(self, number: int) -> pa.Table | None:
         try:
-            table = pq.read_table(pa.BufferReader(storage.read_bytes(self._uri(number))))
+            table = index_table(storage.read_bytes(self._uri(number)))
         except (FileNotFoundError, pa.ArrowInvalid):
             return None
         metadata = table.schema.metadata or {}

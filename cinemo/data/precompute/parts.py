@@ -105,7 +105,7 @@ def new_rows(
     are read, 28 bytes of memory a clip; of ids whose hashes agree, the ids themselves are compared.
 
     Args:
-        shards: sha256 of every committed shard, by number.
+        shards: checksum of every committed shard, by number.
         prefix: digest of the first rows of the manifest, by their number.
         known: what to do about clips that are there already: ``skip`` or ``refuse``.
 

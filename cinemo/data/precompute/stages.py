@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from cinemo import checksums
 from cinemo.config import DataConfig
 from cinemo.data.dataset import columns, shards
 from cinemo.media.guard import Decode, Guard, Views
@@ -174,13 +175,19 @@ class Encoder:
 
 
 def commit(
-    encoded: pa.Table, dataset: str, fingerprint: str, views: int, retried: Mapping[str, tuple[int, str]] | None = None
+    encoded: pa.Table,
+    dataset: str,
+    fingerprint: str,
+    views: int,
+    retried: Mapping[str, tuple[int, str]] | None = None,
+    checksum: str = checksums.DEFAULT,
 ) -> pa.Table:
     """All rows of one planned shard -> that shard on storage, and one row of totals.
 
     A clip with a refused view is refused as a whole.
 
     Args:
+        checksum: the dataset's algorithm.
         retried: in a retry, the clips that earlier shards refused: clip id -> (shard, reason). Those that fail again
             stay in that shard's ledger, and a shard without a success is not written.
     """
@@ -209,10 +216,10 @@ def commit(
             [{**clip, **ranges[clip["clip_id"]]} for clip in named] if retried is None else [],
         )
     if retried is None:
-        record = shards.commit(dataset, shard, samples, list(refused.values()), fingerprint)
+        record = shards.commit(dataset, shard, samples, list(refused.values()), fingerprint, checksum=checksum)
     elif samples:
         recovered = {sample.clip_id: retried[sample.clip_id] for sample in samples}
-        record = shards.commit(dataset, shard, samples, [], fingerprint, recovered)
+        record = shards.commit(dataset, shard, samples, [], fingerprint, recovered, checksum)
     totals = {
         "shard": shard,
         "clips": rows[0]["shard_clips"],

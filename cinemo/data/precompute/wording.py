@@ -24,7 +24,12 @@ _SHOWN = {
     "get_requests": ("S3 GET and HEAD requests", 1.0),
     "put_requests": ("S3 PUT requests", 1.0),
     "memory_per_node_bytes": ("memory of this node, GB", 1e9),
+    "decode_clips_per_second_there": ("decode and score, clips/s on the planned nodes", 1.0),
+    "encode_clips_per_second_there": ("encode, clips/s on the planned nodes", 1.0),
+    "clips_per_second_there": ("clips/s on the planned nodes", 1.0),
+    "days_there": ("days on the planned nodes", 1.0),
 }
+_BYTES = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6))
 
 
 def plan_lines(plan: Mapping[str, Any], output: str) -> list[str]:
@@ -32,20 +37,65 @@ def plan_lines(plan: Mapping[str, Any], output: str) -> list[str]:
     spent = ", ".join(f"{name} {value:.3f}" for name, value in plan["seconds_per_clip"].items() if value is not None)
     lines = [
         f"{plan['clips']} clips -> {plan['shards']} shards; measured on {plan['measured_clips']} clips (seconds per "
-        f"clip: {spent}; encode speed {plan['encode_speed']}); bottleneck here: {plan['bottleneck']}"
+        f"clip: {spent}; encode speed {plan['encode_speed']})",
+        *_summary(plan),
     ]
     if plan["refused_in_sample"]:
         lines.append("refused among them: " + _counts(plan["refused_in_sample"]))
     lines += _ranges({_SHOWN[name]: value for name, value in plan["figures"].items()})
-    if plan["encode_speed"] == "unknown":
-        lines.append(
-            "  encode: unknown, no accelerator here; give clips_per_accelerator_second in a --prices file instead"
-        )
     if "costs" in plan:
         lines += _ranges(
             {(f"{item.replace('_', ' ')}, {plan['currency']}", 1.0): v for item, v in plan["costs"].items()}
         )
     return [*lines, f"ranges: {plan['ranges']}", f"written to {storage.join(output, 'plan.json')}"]
+
+
+def _summary(plan: Mapping[str, Any]) -> list[str]:
+    """What to ask for and what it comes to, where machines were named; the bottleneck; and what was assumed."""
+    figures, lines = plan["figures"], []
+    if plan["machines"]:
+        days, size = figures["days_there"], figures.get("bytes")
+        parts = [_range_text(days, *((1.0, "days") if days["value"] >= 2 else (1 / 24, "hours")))]
+        if "costs" in plan:
+            parts.append(_range_text(plan["costs"]["total"], 1.0, plan["currency"]))
+        if size:
+            parts.append(_range_text(size, *_size_unit(size["value"])))
+        parts.append(
+            f"{figures['get_requests']['value']:,.0f} GET and {figures['put_requests']['value']:,.0f} PUT requests"
+        )
+        lines.append(f"on {plan['machines']}: {'; '.join(parts)}")
+        lines.append(f"bottleneck there: {plan['bottleneck']}{_balance(figures)}; cores taken to be as fast as here")
+    else:
+        lines.append(f"bottleneck here: {plan['bottleneck']}")
+    if assumed := plan["encode"]:
+        flops, peak = assumed["flops_per_clip"] / 1e12, assumed["peak_flops"] / 1e12
+        usual, low, high = (f"{100 * assumed['share_of_peak'][key]:.0f}" for key in ("value", "low", "high"))
+        network = f"; autoencoder: {assumed['autoencoder']}" if assumed["autoencoder"] else ""
+        lines.append(
+            f"assumed: encoding takes {flops:.3g} TFLOP a clip and reaches {usual}% ({low} to {high}%) of "
+            f"the {peak:.0f} TFLOP/s of {assumed['accelerator']}; --mfu or a clips_per_accelerator_second in --prices "
+            f"overrides that{network}"
+        )
+    return lines
+
+
+def _balance(figures: Mapping[str, Mapping[str, float]]) -> str:
+    """How much of the other stage's capacity waits."""
+    if "decode_clips_per_second_there" not in figures:
+        return ""
+    decode, encode = (figures[f"{stage}_clips_per_second_there"]["value"] for stage in ("decode", "encode"))
+    what = "accelerators" if decode < encode else "decoding cores"
+    return f" ({min(decode, encode) / max(decode, encode):.0%} of the {what} are busy)"
+
+
+def _size_unit(size: float) -> tuple[float, str]:
+    name, unit = next((entry for entry in _BYTES if size >= entry[1]), _BYTES[-1])
+    return unit, name
+
+
+def _range_text(figure: Mapping[str, float], unit: float, name: str) -> str:
+    value, low, high = (f"{figure[key] / unit:,.3g}" for key in ("value", "low", "high"))
+    return f"{value} {name} ({low} to {high})"
 
 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -1,11 +1,10 @@
-"""What a sample costs in floating-point operations, and how many a device can do: for plans and for the MFU.
+"""What a sample costs in floating-point operations: for plans and for the MFU.
 
 FLOPs are counted from shapes, nothing is computed.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -14,24 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cinemo.config import Recipe
 from cinemo.methods import build_method, mark_trainable
 from cinemo.training.run.batch import blank_condition, blank_example, latent_shape
-from cinemo.types import InputError, LatentBatch
-
-_PROBE_SECONDS = 0.3
-
-# Dense peak FLOP/s of tensor cores, NVIDIA's data sheets: (bfloat16, TF32, which torch's float32 convolutions use).
-# The first name that is part of the device's own counts.
-_PEAKS = {
-    "H200 NVL": (835e12, 417e12),
-    "H200": (989e12, 494e12),
-    "H100 NVL": (835e12, 417e12),
-    "H100 PCIe": (756e12, 378e12),
-    "H100": (989e12, 494e12),
-    "A100": (312e12, 156e12),
-    "L40S": (362e12, 183e12),
-    "L40": (181e12, 90e12),
-    "L4": (121e12, 60e12),
-    "A10G": (70e12, 35e12),
-}
+from cinemo.types import LatentBatch
 
 
 @dataclass(frozen=True)
@@ -69,70 +51,3 @@ def sample_flops(recipe: Recipe) -> SampleFlops:
                 torch.autograd.backward(method(batch, t_B, noise))
             training = int(counter.get_total_flops())
     return SampleFlops(forward, training, training + (forward if recipe.train.gradient_checkpointing else 0))
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that a device reaches at most: by its data sheet where it is known here, else measured (0.3 s)."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        for known, (half, full) in _PEAKS.items():
-            if known in name:
-                return half if dtype == torch.bfloat16 else full
-    return measured_flops(device, dtype)
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """What a plan needs to know of a device: bytes of memory, dense peak FLOP/s in bfloat16 and in float32 (TF32)."""
-
-    name: str
-    memory: float
-    half: float
-    full: float
-
-    def peak(self, dtype: torch.dtype) -> float:
-        return self.half if dtype == torch.bfloat16 else self.full
-
-
-# Names to plan for: memory in GB (NVIDIA's data sheets, decimal), and the entry of `_PEAKS`.
-_ACCELERATORS = {
-    "A100-40GB": (40, "A100"),
-    "A100-80GB": (80, "A100"),
-    "H100-80GB": (80, "H100"),
-    "H100-PCIe": (80, "H100 PCIe"),
-    "H100-NVL": (94, "H100 NVL"),
-    "H200-141GB": (141, "H200"),
-    "H200-NVL": (141, "H200 NVL"),
-    "L40S-48GB": (48, "L40S"),
-    "L40-48GB": (48, "L40"),
-    "L4-24GB": (24, "L4"),
-    "A10G-24GB": (24, "A10G"),
-}
-
-
-def accelerator(name: str) -> Accelerator:
-    """
-    Raises:
-        InputError: an unknown name.
-    """
-    if name not in _ACCELERATORS:
-        raise InputError(f"accelerator {name!r}: unknown; expected here or one of {', '.join(_ACCELERATORS)}")
-    memory, peaks = _ACCELERATORS[name]
-    return Accelerator(name, memory * 1e9, *_PEAKS[peaks])
-
-
-def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some large matrix products, with as many threads as torch may use."""
-    side = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.full((side, side), 0.5, dtype=dtype, device=device) for _ in range(2))
-    out, best, begun = torch.empty_like(a), float("inf"), time.perf_counter()
-    for _ in range(20):
-        started = time.perf_counter()
-        torch.mm(a, b, out=out)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        best = min(best, now - started)
-        if now - begun > _PROBE_SECONDS:
-            break
-    return 2 * side**3 / best

@@ -15,19 +15,19 @@ from typing import Any
 
 import torch
 
+from cinemo.accelerators import DEFAULT_ACCELERATOR, Accelerator, accelerator, peak_flops
 from cinemo.config import Recipe
 from cinemo.data.precompute.prices import Prices, money
 from cinemo.methods import build_method, mark_trainable, method_class
 from cinemo.networks.weights import read_config, resolve
 from cinemo.training.plan.activations import activation_bytes, precision, shapes
-from cinemo.training.plan.cost import Accelerator, SampleFlops, accelerator, peak_flops, sample_flops
+from cinemo.training.plan.cost import SampleFlops, sample_flops
 from cinemo.training.plan.footprint import Parameters, footprint, footprints
 from cinemo.training.run.batch import blank_condition, blank_example, latent_shape
 from cinemo.training.run.engine import accumulation
 from cinemo.types import InputError, LatentBatch
 
 HERE = "here"
-DEFAULT_ACCELERATOR = "A100-80GB"
 # Of the peak, without gradient checkpointing: what large diffusion networks in bfloat16 commonly reach.
 ASSUMED_MFU = 0.35
 # Bytes of an accelerator's memory that are not for tensors: CUDA's context, workspaces of cuBLAS and cuDNN, holes

@@ -63,7 +63,7 @@ def check_canary(index: DatasetIndex, recipe: Recipe) -> str:
 
 
 def dataset_digest(index: DatasetIndex) -> str:
-    """Identifies the content of a dataset: its fingerprint and every shard's sha256."""
+    """Identifies the content of a dataset: its fingerprint and every shard's checksum."""
     *_, digest = _digests(index)
     return digest
 
@@ -77,6 +77,6 @@ def _digests(index: DatasetIndex) -> Iterator[str]:
     """Of a dataset's first 0, 1, ... shards."""
     total = hashlib.sha256(index.info["fingerprint"].encode())
     yield total.hexdigest()[:16]
-    for sha256 in index.table["sha256"].to_pylist():
-        total.update(b"\n" + sha256.encode())
+    for checksum in index.table["checksum"].to_pylist():
+        total.update(b"\n" + checksum.encode())
         yield total.hexdigest()[:16]

@@ -16,6 +16,7 @@ from ray.train import Checkpoint
 from ray.train.torch import get_device
 
 from cinemo import cache
+from cinemo.accelerators import peak_flops
 from cinemo.config import Recipe
 from cinemo.data.loading.loader import HeldOut, StepBatch
 from cinemo.methods import build_method, mark_trainable
@@ -23,7 +24,6 @@ from cinemo.networks.frozen import Vae
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints
-from cinemo.training.plan.cost import peak_flops
 from cinemo.training.report import sample_log
 from cinemo.training.report.metrics import Report
 from cinemo.training.report.progress import Event, Resumed, Saved
