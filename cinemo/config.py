@@ -34,6 +34,9 @@ class DataConfig(Part):
     clip_timeout: float = Field(120.0, gt=0, description="seconds a clip may take to decode before it is refused")
     clip_memory: float = Field(4.0, gt=0, description="GiB of address space for the decoding process")
     ssim: Literal["luma", "rgb"] = Field("luma", description="metric of the motion score; rgb = kornia reference")
+    scores: bool = Field(
+        False, description="also store what spoils motion: cuts, bars, still overlays, hashes that find duplicates"
+    )
     fields: tuple[Literal["text_states", "first_frame", "frames", "image_tokens", "frame_tokens", "flow"], ...] = Field(
         (), description="what else is stored with the latents, in separate tars; may be added to a finished dataset"
     )
@@ -318,7 +321,7 @@ class SampleConfig(Part):
 
 
 # Keys that came later: a recipe's file leaves them out where nobody changed them, so that bundles keep their digests.
-_LATER = {"sample": ("long",), "encoders": ("flow",), "train": ("grow", "where"), "data": MACHINES}
+_LATER = {"sample": ("long",), "encoders": ("flow",), "train": ("grow", "where"), "data": (*MACHINES, "scores")}
 
 
 class Recipe(Part):

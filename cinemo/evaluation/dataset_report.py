@@ -18,6 +18,7 @@ from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.precompute.wording import predicted_rows
 from cinemo.evaluation.dataset_flow import flow_section
+from cinemo.evaluation.dataset_scores import scores_section
 from cinemo.evaluation.figures import contact_sheet, count_bars, duration_bars, motion_histogram, score_histogram
 from cinemo.evaluation.page import chart, code, pair, picture, section, table, tiles, write_page
 from cinemo.media.motion import UNIFORM_EDGES, motion_bucket
@@ -63,6 +64,7 @@ def write_dataset_report(uri: str, summary: Mapping[str, Any]) -> str | None:
         *_totals(dataset, run),
         *_motion(dataset),
         *flow_section(dataset),
+        *scores_section(dataset),
         *_sheets(dataset),
         *_refused(dataset, summary["reasons"]),
         *_timings(run),

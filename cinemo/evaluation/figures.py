@@ -123,6 +123,16 @@ def score_histogram(dataset: DatasetIndex, edges: dict[str, Sequence[float]]) ->
     return figure
 
 
+def value_histogram(values: Sequence[float], label: str) -> Figure:
+    """Samples by a number from 0 to 1."""
+    figure, axes = _figure(6.2, 3.0)
+    axes.hist(np.clip(values, 0, 1), bins=50, range=(0, 1), color=ACCENT, rwidth=0.9)
+    axes.set(xlabel=label, ylabel="samples", xlim=(0, 1))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False, axis="x")
+    return figure
+
+
 def speed_scatter(motion: Sequence[float], speeds: Sequence[float]) -> Figure:
     """Samples by 1 - SSIM and by the mean length of their flow (pixels a frame, shorter side 512)."""
     figure, axes = _figure(6.2, 4.0)

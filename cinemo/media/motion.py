@@ -52,7 +52,12 @@ class MotionScale:
 
 
 def mean_adjacent_ssim(frames_FHWC_uint8: np.ndarray, metric: Literal["luma", "rgb"] = "luma") -> float:
-    """Mean SSIM over all pairs of neighbouring frames; 1 = nothing moves.
+    """Mean SSIM over all pairs of neighbouring frames; 1 = nothing moves. Arguments are those of `adjacent_ssim`."""
+    return adjacent_ssim(frames_FHWC_uint8, metric)[0]
+
+
+def adjacent_ssim(frames_FHWC_uint8: np.ndarray, metric: Literal["luma", "rgb"] = "luma") -> tuple[float, float]:
+    """The mean and the lowest SSIM of pairs of neighbouring frames, -1..1.
 
     Args:
         frames_FHWC_uint8: two or more RGB frames, at least 11 pixels a side.
@@ -116,7 +121,7 @@ class _Moments:
         self.luma, self.mean, self.bright, self.light, self.spread = (np.empty(shape, np.float32) for _ in range(5))
 
 
-def _luma_ssim(frames_FHWC: np.ndarray) -> float:
+def _luma_ssim(frames_FHWC: np.ndarray) -> tuple[float, float]:
     """Each frame is filtered once for its own moments, and once more with its neighbour for their covariance.
 
     All arithmetic goes into a few buffers, because making arrays takes as long as filling them.
@@ -125,7 +130,7 @@ def _luma_ssim(frames_FHWC: np.ndarray) -> float:
     now, before = _Moments(shape), _Moments(shape)
     rgb_HWC = np.empty((*shape, 3), np.float32)
     a, b = np.empty(shape, np.float32), np.empty(shape, np.float32)
-    total = 0.0
+    total, lowest = 0.0, 1.0
     for number, frame_HWC in enumerate(frames_FHWC):
         np.copyto(rgb_HWC, frame_HWC)
         # Centred, because float32 squares of 0..255 would lose the digits that the variances are made of.
@@ -149,18 +154,20 @@ def _luma_ssim(frames_FHWC: np.ndarray) -> float:
             cv2.divide(b, a, b)
             cv2.add(now.spread, before.spread, a)
             cv2.divide(b, a, b)
-            total += 4 * cv2.mean(b[edge:-edge, edge:-edge])[0]
+            score = 4 * cv2.mean(b[edge:-edge, edge:-edge])[0]
+            total, lowest = total + score, min(lowest, score)
         now, before = before, now
-    return total / (len(frames_FHWC) - 1)
+    return total / (len(frames_FHWC) - 1), lowest
 
 
 def _blur(image_HW: np.ndarray, out_HW: np.ndarray, add: float = 0.0) -> None:
     cv2.sepFilter2D(image_HW, -1, _KERNEL, _KERNEL, out_HW, delta=add)
 
 
-def _rgb_ssim(frames_FHWC: np.ndarray) -> float:
+def _rgb_ssim(frames_FHWC: np.ndarray) -> tuple[float, float]:
     import torch
     from kornia.metrics import ssim
 
     frames_FCHW = torch.from_numpy(frames_FHWC).permute(0, 3, 1, 2).float() / 255
-    return float(ssim(frames_FCHW[:-1], frames_FCHW[1:], _WINDOW).double().mean())
+    scores = ssim(frames_FCHW[:-1], frames_FCHW[1:], _WINDOW).double()
+    return float(scores.mean()), float(scores.mean((1, 2, 3)).min())

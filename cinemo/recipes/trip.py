@@ -58,8 +58,8 @@ def trip_256() -> TripRecipe:
       data.decode_cpus, data.decode_resource, data.max_quarantine_share, data.encode_batch, data.encode_actors,
       data.encode_gpus, data.decode_tasks, data.wait_for_nodes.
       data.ssim, data.bucket_edges: of reports alone.
-    - Not used here. train.lora_rank, train.lora_alpha, train.lora_layers, data.fields, encoders.image_encoder,
-      encoders.flow.
+    - Not used here. train.lora_rank, train.lora_alpha, train.lora_layers, data.fields, data.scores,
+      encoders.image_encoder, encoders.flow.
     """
     return TripRecipe(
         name="trip-256",

@@ -28,6 +28,7 @@ COVERED: dict[str, Any] = {
     "data.seed": 1,
     "data.decoder": "decord",
     "data.ssim": "rgb",
+    "data.scores": True,
     "data.encode_gpus": 1.0,
     "encoders.latent": "mode",
 }

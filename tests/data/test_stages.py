@@ -18,8 +18,9 @@ from cinemo.data.dataset.shards import read_ledger
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.data.precompute import stages
 from cinemo.data.precompute.plan import Plan, make_plan
-from cinemo.media.motion import mean_adjacent_ssim
+from cinemo.media.motion import adjacent_ssim, mean_adjacent_ssim
 from cinemo.media.mp4 import write_video
+from cinemo.media.scores import clip_scores
 from cinemo.media.video import decode_clip
 from cinemo.recipes import override
 from cinemo.types import Clip, keyed_generator
@@ -130,3 +131,23 @@ def test_columns_of_the_manifest_stay_with_the_sample(tmp_path: Path, small_reci
     content = memoryview((tmp_path / "out/shards/shard-000000.tar").read_bytes())
     sample = shards.read_sample(content, shards.Members(**record["members"]), 0)
     assert sample.extra == {"licence": "CC0", "tags": ["x", "ü"], "manifest_fps": 24}
+
+
+def test_scores_stand_beside_what_was_stored_before(tmp_path: Path, small_recipe: Recipe) -> None:
+    write_video(tmp_path / "a.mp4", film("a", 30), 25)
+    row = {"clip_id": "a", "uri": "a.mp4", "caption": "c", "cut": "of the editor"}
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    rows = make_plan(read_manifest(str(tmp_path / "m.jsonl")), small_recipe).rows([0]).slice()
+    found = {}
+    for name, recipe in (("without", small_recipe), ("with", override(small_recipe, ["data.scores=true"]))):
+        commit(encoded(rows, recipe), tmp_path / name)
+        with tarfile.open(tmp_path / name / "shards/shard-000000.tar") as tar:
+            metadata = json.loads(tar.extractfile("000000000-0.json").read())  # type: ignore[union-attr]
+            latents = tar.extractfile("000000000-0.latents.npy").read()  # type: ignore[union-attr]
+        found[name] = metadata, latents
+    (before, latents), (after, same) = found["without"], found["with"]
+    assert latents == same
+    assert before["cut"] == after["manifest_cut"] == "of the editor"
+    view = decode_clip(Clip("a", str(tmp_path / "a.mp4"), "c"), small_recipe.data)[0]
+    scores = clip_scores(view.frames_FHWC, adjacent_ssim(view.frames_FHWC)[1])
+    assert after == {**before, **scores, "manifest_cut": "of the editor"}

@@ -17,6 +17,7 @@ from cinemo.config import DataConfig
 from cinemo.data.dataset import shards, sidecars
 from cinemo.evaluation import dataset_report
 from cinemo.evaluation.dataset_report import equal_population_edges, write_dataset_report
+from cinemo.evaluation.dataset_scores import look_alikes
 from cinemo.media.motion import motion_bucket
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import override
@@ -53,6 +54,34 @@ def dataset(tmp_path: Path) -> str:
     }  # fmt: skip
     storage.write_json(f"{uri}/dataset.json", info)
     return uri
+
+
+def test_what_spoils_motion_is_counted_where_it_is_stored(dataset: str, tmp_path: Path) -> None:
+    assert write_dataset_report(dataset, SUMMARY) is not None
+    assert "What spoils motion" not in (Path(dataset) / "report.html").read_text()
+    fine = {"ssim_min": 0.9, "cut": 0, "cut_change": 3.0, "bar_rows": 0.0, "bar_columns": 0.0, "overlay": 0.0}
+    hashes = [0x0F0F_3355_AA55_F00F, 0x0F0F_3355_AA55_F00E, 0x7123_9955_1234_5678, 0, 0]
+    latents, samples = np.zeros((6, 4, 4, 6), np.float16), []
+    for number, bits in enumerate(hashes):
+        scores = {
+            **fine,
+            "cut": int(number == 2),
+            "bar_rows": 0.2 * (number == 3),
+            "hash_first": bits,
+            "hash_middle": 0,
+        }
+        sample = LatentSample(f"k{number}", f"<clip-{number}>", "x.mp4", "", latents, 0.5, 25, 2, 3, extra=scores)
+        samples.append(sample)
+    uri = str(tmp_path / "scored")
+    storage.write_bytes(f"{uri}/index.parquet", shards.index_bytes([shards.commit(uri, 0, samples, [], "f" * 64)]))
+    info = storage.read_json(f"{dataset}/dataset.json")
+    storage.write_json(f"{uri}/dataset.json", {**info, "samples": 5, "computed_from": {"scores": 1}})
+    assert write_dataset_report(uri, {**SUMMARY, "reasons": {}}) is not None
+    page = (tmp_path / "scored" / "report.html").read_text()
+    assert "Of 5 samples that were read." in page
+    assert "1 groups look alike: &lt;clip-0&gt;, &lt;clip-1&gt;<" in page  # hashes of plain pictures make no group
+    (group,) = look_alikes([{"clip_id": str(k), "hash_first": bits, "hash_middle": 0} for k, bits in enumerate(hashes)])
+    assert [row["clip_id"] for row in group] == ["0", "1"]
 
 
 def test_a_planned_run_is_compared_in_the_words_of_the_command_line(dataset: str) -> None:

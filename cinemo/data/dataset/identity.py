@@ -10,6 +10,7 @@ from typing import Any
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import SCHEMA_VERSION
 from cinemo.media.motion import ssim_parameters
+from cinemo.media.scores import SCORES_VERSION
 from cinemo.networks.frozen import check_vae, network_digest, vae_scaling
 
 # Raise it when the same recipe no longer gives the same sample bytes.
@@ -54,6 +55,8 @@ def fingerprint(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         "latent": recipe.encoders.latent,
         "dtype": encoder_dtype(recipe),
     }
+    if data.scores:  # left out otherwise: datasets from before there were any keep their fingerprints
+        covers["scores"] = SCORES_VERSION
     return digest(covers), covers
 
 

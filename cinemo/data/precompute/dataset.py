@@ -322,7 +322,9 @@ class Dataset:
             "computed_from": self.covers,
             "plan": self._first,
             **({"appended": [part.to_json() for part in appended]} if appended else {}),
-            "recipe": self.recipe.model_dump(mode="json", exclude={"data": set(MACHINES)}),
+            "recipe": self.recipe.model_dump(
+                mode="json", exclude={"data": {*MACHINES, *(() if data.scores else ("scores",))}}
+            ),
             "size": list(data.size),
             "frames": data.frames,
             "bucket_edges": list(data.bucket_edges),

@@ -23,7 +23,8 @@ from cinemo import checksums
 from cinemo.config import DataConfig
 from cinemo.data.dataset import columns, shards
 from cinemo.media.guard import Decode, Guard, Views
-from cinemo.media.motion import mean_adjacent_ssim
+from cinemo.media.motion import adjacent_ssim
+from cinemo.media.scores import clip_scores
 from cinemo.media.sources import Sources, naming_source
 from cinemo.media.video import decode_windows
 from cinemo.networks.frozen import Vae
@@ -45,7 +46,7 @@ _CLIP = [
 _FAULT = [("stage", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
 _VIEW = [("view", pa.int32()), ("fps", pa.float64()), ("frame_interval", pa.int32()), ("start_frame", pa.int64())]
 _SECONDS = [("decode_seconds", pa.float64()), ("score_seconds", pa.float64()), ("encode_seconds", pa.float64())]
-_ROW = [*_CLIP, *_VIEW, ("ssim", pa.float64()), *_FAULT, *_SECONDS]
+_ROW = [*_CLIP, *_VIEW, ("ssim", pa.float64()), ("scores", pa.string()), *_FAULT, *_SECONDS]
 DECODED = pa.schema([*_ROW, ("frames", pa.large_binary())])
 ENCODED = pa.schema([*_ROW, ("latents", pa.large_binary()), ("shape", pa.list_(pa.int32()))])
 COMMITTED = pa.schema(
@@ -122,16 +123,22 @@ def _guard(data: DataConfig, decode: Decode) -> Guard:
 
 
 def score(decoded: pa.Table, data: DataConfig) -> pa.Table:
-    """Fill in ``ssim`` (Cinemo eq. 2)."""
+    """Fill in ``ssim`` (Cinemo eq. 2) and, where the recipe asks for them, ``scores`` (JSON of `clip_scores`)."""
     use_one_thread()
-    scores, seconds = [], []
+    means, scores, seconds = [], [], []
     for row in _rows(decoded, "frames"):
         started = time.perf_counter()
-        scores.append(None if row["reason"] else mean_adjacent_ssim(_pixels(row["frames"], data), data.ssim))
+        mean = found = None
+        if not row["reason"]:
+            frames_FHWC = _pixels(row["frames"], data)
+            mean, lowest = adjacent_ssim(frames_FHWC, data.ssim)
+            found = json.dumps(clip_scores(frames_FHWC, lowest)) if data.scores else None
+        means.append(mean)
+        scores.append(found)
         seconds.append(time.perf_counter() - started)
-    for name, values in (("ssim", scores), ("score_seconds", seconds)):
-        place = decoded.schema.get_field_index(name)
-        decoded = decoded.set_column(place, DECODED.field(name), pa.array(values, pa.float64()))
+    for name, values in (("ssim", means), ("scores", scores), ("score_seconds", seconds)):
+        field = DECODED.field(name)
+        decoded = decoded.set_column(decoded.schema.get_field_index(name), field, pa.array(values, field.type))
     return decoded
 
 
@@ -235,10 +242,11 @@ def commit(
 
 
 def _sample(row: Row) -> LatentSample:
+    extra, scores = json.loads(row["extra"] or "{}"), json.loads(row["scores"] or "{}")
     return LatentSample(
         key=f"{row['position']:09d}-{row['view']}",
         latents_FCHW=np.frombuffer(row["latents"], np.float16).reshape(row["shape"]),
-        extra=json.loads(row["extra"] or "{}"),
+        extra={f"manifest_{name}" if name in scores else name: value for name, value in extra.items()} | scores,
         **{
             name: row[name]
             for name in ("clip_id", "uri", "caption", "ssim", "fps", "frame_interval", "start_frame", "view")

@@ -14,7 +14,7 @@ from cinemo.types import InputError, RunError
 
 _SHOWN = 3
 # What decides which samples there are and how exactly they were computed, not what a sample is: any will do.
-_ANY = frozenset({"views", "seed", "decoder", "dtype"})
+_ANY = frozenset({"views", "seed", "decoder", "dtype", "scores"})
 
 
 def check_dataset(index: DatasetIndex, recipe: Recipe) -> None:
