@@ -288,8 +288,8 @@ decoding.
 
 {files}
 
-PyAV is the default because it is exact on all of these and the fastest. decord (`--set data.decoder=decord`) cannot
-open AV1, gives the right frames for all others, and is slower.
+PyAV is the default because it is exact on all of these and the fastest. decord (`--set data.decoder=decord`) is slower;
+files that it cannot open (AV1) or would show otherwise than a player (`cinemo/media/video.py`) are decoded by PyAV.
 
 {rest}
 

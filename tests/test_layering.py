@@ -47,7 +47,7 @@ ONLY_IN = {
     "boto3": ["s3"],
     "decord": ["media.video"],
     "torchvision": ["networks.raft"],
-    "av": ["media.timeline", "media.video", "media.mp4"],
+    "av": ["media.timeline", "media.fitting", "media.video", "media.mp4"],
     "webdataset": ["data.dataset.shards", "data.loading.loader"],
     "diffusers": [
         "diffusion.multistep",

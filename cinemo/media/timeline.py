@@ -1,10 +1,12 @@
-"""An open video file and the presentation times of its frames.
+"""An open video file and the frames that a player shows of it.
 
-A timeline comes from a file's packets, not from its header, which lies often enough.
+A timeline comes from a file's packets, not from its header, which lies often enough. Where packets do not say either
+which frames are shown, and in which order, all of them are decoded and counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 
+from cinemo.media.bitstream import decoding_begins, is_bidirectional, is_empty, is_hidden, may_hide
+from cinemo.media.faults import missing_bytes, opening_fault
 from cinemo.types import ClipError
 
 MAX_SIDE = 16384
 MAX_PIXELS = 8192 * 4352  # level 6.2 of H.264, HEVC and AV1; a file that claims more would only fill the memory
+
+_MAX_DELAY = 16  # pictures that a decoder may hold back to put them in order (H.264 and HEVC)
 
 # An mp4's header says all we ask; FFmpeg would decode seven frames more to guess a delay that "strict" settles.
 _HEADER_ONLY = {"skip_frame": "all", "probesize": "32", "analyzeduration": "1"}
@@ -26,15 +33,33 @@ _KEPT_BYTES = 128 << 20  # of frames that had to be decoded to be counted
 
 @dataclass(frozen=True)
 class Timeline:
-    """Presentation times of all frames, in stream units; ``exact`` is false where only decoding can count them."""
+    """The frames that a player shows, in order.
 
-    pts: list[int]
+    Args:
+        frames: how many there are.
+        pts: presentation time of each in stream units, ascending; empty where only counting tells frames apart.
+        keys: (pts, timestamp to seek to) of every point where decoding can begin, ascending.
+        seconds: when each is shown, from the first one on; empty where that is not known.
+        plain: every packet is a frame, and all that is decoded from a keyframe on can be shown; which simpler readers
+            take for granted.
+        rate: frames a second, where the header's word is known to be wrong.
+        corrupt: "corrupt packets N of M" of a file that was decoded to count its frames and has some.
+        decoded: all frames, where counting them meant decoding them and they are few.
+    """
+
     frames: int
-    exact: bool
-    # (pts, timestamp to seek to) of every point where decoding can begin, ascending
-    keys: list[tuple[int, int]]
-    # all frames, where counting them meant decoding them and they are few
+    pts: list[int] = field(default_factory=list)
+    keys: list[tuple[int, int]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    plain: bool = False
+    rate: float | None = None
+    corrupt: str | None = None
     decoded: list[Any] = field(default_factory=list)
+
+    @property
+    def exact(self) -> bool:
+        """Whether a frame is known by its time, so that decoding may begin anywhere."""
+        return bool(self.pts)
 
 
 @contextmanager
@@ -73,8 +98,9 @@ def open_video(path: str | Path, header_only: bool = False) -> Iterator[tuple[An
         raise ClipError(stage, "out_of_memory", f"{path}: {type(error).__name__}") from error
     except (av.FFmpegError, OSError) as error:
         size = path.stat().st_size if path.is_file() else 0
+        known = opening_fault(path) if stage == "open" and path.is_file() else None
         text = str(error).splitlines()[0] if str(error) else ""
-        raise ClipError(stage, "unreadable", f"{type(error).__name__}: {text} ({size} bytes)") from error
+        raise ClipError(stage, "unreadable", known or f"{type(error).__name__}: {text} ({size} bytes)") from error
 
 
 def _container(path: Path, header_only: bool) -> Any:
@@ -92,45 +118,146 @@ def _container(path: Path, header_only: bool) -> Any:
 
 
 def read_timeline(container: Any, stream: Any, path: str | Path) -> Timeline:
-    """Demux the whole stream (no decoding) into its timeline."""
-    pts: list[int | None] = []
+    """Demux the whole stream into its timeline; decode only where packets do not say which frames are shown."""
+    codec, extradata = stream.codec_context.codec.canonical_name, stream.codec_context.extradata or b""
+    hides = may_hide(codec, extradata)
+    shown: list[int | None] = []
     keys: list[tuple[int, int]] = []
     packets = 0
-    vp8 = stream.codec_context.codec.canonical_name == "vp8"
+    latest = last_dts = None
+    restarts = reorders = waits = has_empty = has_late_b = begins_late = opens = False
     for packet in container.demux(stream):
         if not packet.size:
             continue
+        pts, dts, is_key = packet.pts, packet.dts, packet.is_keyframe
         packets += 1
-        if packet.is_keyframe and packet.pts is not None:
-            keys.append((packet.pts, packet.pts if packet.dts is None else min(packet.pts, packet.dts)))
-        # Before an edit list's beginning, or VP8's alternate reference (show_frame bit, RFC 6386 section 9.1).
-        hidden = packet.is_discard or (vp8 and not memoryview(packet)[0] & 0x10)
-        if not hidden:
-            pts.append(packet.pts)
-    if packets < stream.frames:
-        # A cut file's index still promises all of them, and the demuxer stops without a word.
-        raise ClipError("decode", "truncated", f"only {packets} of {stream.frames} frames are in the file")
-    if not pts:
+        if is_key:
+            opens |= not decoding_begins(codec, memoryview(packet), extradata)
+            if pts is not None:
+                keys.append((pts, pts if dts is None else min(pts, dts)))
+        if packets == 1:
+            begins_late = opens or not is_key
+        if dts is not None:
+            restarts |= last_dts is not None and dts < last_dts
+            last_dts = dts
+        if pts is not None:
+            waits |= dts is not None and pts > dts
+            if latest is not None and pts < latest:
+                reorders = True
+                restarts |= is_key  # nothing decoded before it may be shown after it
+                opens |= bool(keys) and pts < keys[-1][0]
+            else:
+                latest = pts
+                has_late_b = has_late_b or is_bidirectional(codec, memoryview(packet), extradata)
+        if hides:
+            data = memoryview(packet)
+            has_empty |= is_empty(codec, data)
+            if is_hidden(codec, data, extradata):
+                continue
+        if not packet.is_discard:  # outside of an edit list
+            shown.append(pts)
+    lacking = missing_bytes(Path(path), container.format.name, stream)
+    if lacking:
+        raise ClipError("decode", "truncated", lacking)
+    if not shown:
         raise ClipError("decode", "no_frames", f"{path}: the video stream is empty")
-    known = [value for value in pts if value is not None]
-    if container.format.name == "avi" or len(set(known)) < len(pts):
-        return _counted(path)
-    return Timeline(sorted(known), len(known), True, sorted(keys))
+    times = {time for time in shown if time is not None}
+    if (
+        container.format.name == "avi"  # its times are those of decoding
+        or has_late_b  # and so are those of an AVI in another container, or of a join that was mended
+        or (waits and not reorders)
+        or restarts
+        or has_empty
+        or len(times) < len(shown)
+    ):
+        return count_frames(path)
+    plain = len(shown) == packets and not opens
+    if begins_late or not keys or min(times) < keys[0][0]:
+        # Cut between keyframes: which pictures can be shown before the second one, decoding must tell.
+        first, until = _shown_first(path)
+        if not first:
+            raise ClipError("decode", "no_frames", f"{path}: no picture of its video stream can be decoded")
+        times = {time for time in times if time >= until} | first
+        plain = False
+    ordered = sorted(times)
+    return Timeline(len(ordered), ordered, sorted(keys), _seconds(ordered, stream), plain)
 
 
-def _counted(path: str | Path) -> Timeline:
-    """AVI has no presentation times: counting what the decoder returns is exact, packet numbers are not."""
+def _shown_first(path: str | Path) -> tuple[set[int], float]:
+    """(times, until): the frames that decoding shows before a second keyframe, whose time is ``until``."""
+    times: set[int] = set()
+    with open_video(path) as (container, stream):
+        for frame in decode_all(container, stream, Tally()):
+            if frame.key_frame and times:
+                return times, frame.pts
+            times.add(frame.pts)
+    return times, math.inf
+
+
+def count_frames(path: str | Path) -> Timeline:
+    """The timeline of a file whose packets do not tell which frames are shown, from decoding all of it."""
+    tally = Tally()
     with open_video(path) as (container, stream):
         room = _KEPT_BYTES // (2 * stream.codec_context.width * stream.codec_context.height)
-        count, kept = 0, []
-        for count, frame in enumerate(container.decode(stream), 1):
-            if count <= room:
+        times: list[int | None] = []
+        kept: list[Any] = []
+        for frame in decode_all(container, stream, tally):
+            times.append(frame.pts)
+            if len(times) <= room:
                 kept.append(frame)
-        return Timeline([], count, False, [], kept if count <= room else [])
+        if not times:
+            raise ClipError("decode", "no_frames", f"{path}: no picture of its video stream can be decoded")
+        known = [time for time in times if time is not None]
+        ordered = sorted(known)
+        # Times that begin again, or are missing, say nothing about when a frame is shown.
+        moved = np.abs(np.argsort(known, kind="stable") - np.arange(len(known)))
+        timed = len(known) == len(times) and moved.max() <= _MAX_DELAY
+        rate = None
+        if timed and container.format.name == "avi" and len(times) > 1 and stream.frames > len(times):
+            step = float(np.median(np.diff(ordered)))  # of the header's frames, which may be fields or repeats
+            rate = 1 / (step * float(stream.time_base)) if step > 1 else None
+        return Timeline(
+            frames=len(times),
+            seconds=_seconds(ordered, stream) if timed else [],
+            rate=rate,
+            corrupt=f"corrupt packets {len(tally.corrupt)} of {tally.packets}" if tally.corrupt else None,
+            decoded=kept if len(times) <= room else [],
+        )
 
 
-def frame_rate(stream: Any) -> float:
-    rate = stream.average_rate or stream.guessed_rate
+@dataclass
+class Tally:
+    """What `decode_all` met: how many packets, and the numbers of those that gave no picture or a spoilt one."""
+
+    packets: int = 0
+    corrupt: set[int] = field(default_factory=set)
+
+
+def decode_all(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
+    """Every frame that a player shows, from the beginning on. What cannot be decoded is passed over, as players do."""
+    begun = False
+    for packet in container.demux(stream):
+        tally.packets += bool(packet.size)
+        try:
+            frames = stream.codec_context.decode(packet if packet.size else None)
+        except av.InvalidDataError:
+            if begun:  # pictures before the first keyframe are no loss
+                tally.corrupt.add(tally.packets)
+            continue
+        for frame in frames:
+            begun = True
+            if frame.is_corrupt:
+                tally.corrupt.add(tally.packets)
+            yield frame
+
+
+def _seconds(ordered: list[int], stream: Any) -> list[float]:
+    ticks = float(stream.time_base)
+    return [(time - ordered[0]) * ticks for time in ordered]
+
+
+def frame_rate(stream: Any, timeline: Timeline) -> float:
+    rate = timeline.rate or stream.average_rate or stream.guessed_rate
     if not rate:
         raise ClipError("open", "no_frame_rate", "the video stream states no frame rate")
     return float(rate)
