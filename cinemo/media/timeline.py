@@ -24,6 +24,8 @@ from cinemo.types import ClipError
 MAX_SIDE = 16384
 MAX_PIXELS = 8192 * 4352  # level 6.2 of H.264, HEVC and AV1; a file that claims more would only fill the memory
 
+# AVI's times are those of decoding; a program stream's are guessed for most packets, otherwise after a seek.
+_TIMELESS = ("avi", "mpeg")
 _MAX_DELAY = 16  # pictures that a decoder may hold back to put them in order (H.264 and HEVC)
 
 # An mp4's header says all we ask; FFmpeg would decode seven frames more to guess a delay that "strict" settles.
@@ -163,8 +165,8 @@ def read_timeline(container: Any, stream: Any, path: str | Path) -> Timeline:
         raise ClipError("decode", "no_frames", f"{path}: the video stream is empty")
     times = {time for time in shown if time is not None}
     if (
-        container.format.name == "avi"  # its times are those of decoding
-        or has_late_b  # and so are those of an AVI in another container, or of a join that was mended
+        container.format.name in _TIMELESS
+        or has_late_b  # as from an AVI into another container, or where a join was mended
         or (waits and not reorders)
         or restarts
         or has_empty
