@@ -234,7 +234,7 @@ def test_precompute_verify_and_train_send_what_is_documented(
     precompute, again, verified, trained = outputs
     assert "10 samples in 3 shards" in precompute
     assert "nothing was left to do" in again
-    assert "every sha256, size, member, record and total agrees" in verified
+    assert "every checksum, size, member, record and total agrees" in verified
     assert "4 steps" in trained
     assert ["knows no conditional PUT" in output for output in outputs] == [weak, weak, False, weak]
     assert [storage.names(f"{root}/{place}")[0] for place in ("data", "run")] == ["dataset.json", "loss.csv"]
