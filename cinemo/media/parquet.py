@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import bisect
 import functools
-import io
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from cinemo import storage
+from cinemo.ranges import RangedFile
 from cinemo.types import ClipError
 
 # A column of a row group that is smaller is one request.
@@ -112,31 +112,4 @@ def _open(container: str) -> Any:
 
     if not storage.is_remote(container):
         return pa.OSFile(str(storage.local_path(container)))
-    return pa.PythonFile(_Ranges(container), "r")
-
-
-class _Ranges(io.RawIOBase):
-    """A remote file as one that can be sought in; every read is one request."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri, self._size, self._place = uri, storage.size(uri), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        left = self._size - self._place
-        size = left if size < 0 else min(size, left)
-        content = storage.read_bytes(self._uri, self._place, size) if size > 0 else b""
-        self._place += len(content)
-        return content
+    return pa.PythonFile(RangedFile(container, storage.size(container)), "r")

@@ -30,8 +30,8 @@ from cinemo.data.manifest.formats import (
 )
 from cinemo.data.manifest.json_lines import JSON_COLUMN, Layout
 from cinemo.data.manifest.presets import REQUIRED, TARGETS
-from cinemo.data.manifest.ranges import open_ranges
 from cinemo.data.manifest.tars import tar_batches
+from cinemo.ranges import open_ranges
 from cinemo.types import InputError
 
 NUMERIC = b"cinemo.numeric"  # metadata of a file: columns of text of which every value is a number

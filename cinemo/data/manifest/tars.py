@@ -15,7 +15,7 @@ import pyarrow as pa
 from cinemo.data.manifest.captions import caption_of
 from cinemo.data.manifest.folders import is_video, read_object, words
 from cinemo.data.manifest.json_lines import JSON_COLUMN
-from cinemo.data.manifest.ranges import open_ranges
+from cinemo.ranges import open_ranges
 from cinemo.types import InputError
 
 _BATCH = 1 << 14

@@ -9,7 +9,7 @@ from cinemo import storage
 
 
 class RangedFile(io.RawIOBase):
-    """A remote file as a Python file; every read is a request, so put a buffer before it."""
+    """A remote file as a Python file. Every read is a request: readers of small pieces need a buffer before it."""
 
     def __init__(self, uri: str, size: int) -> None:
         self.uri, self.size, self.place = uri, size, 0
@@ -30,7 +30,9 @@ class RangedFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         length = min(len(buffer), max(0, self.size - self.place))
         if length:
-            buffer[:length] = storage.read_bytes(self.uri, self.place, length)
+            content = storage.read_bytes(self.uri, self.place, length)
+            length = len(content)
+            buffer[:length] = content
             self.place += length
         return length
 
