@@ -7,20 +7,14 @@ Credentials come from the environment as for every tool of these clouds (``GOOGL
 
 from __future__ import annotations
 
-import errno
 import importlib.util
-import logging
-import os
-import random
-import time
 from typing import Any
 
-from cinemo.s3 import PATIENCE, AccessDenied, PastEnd, brief
-from cinemo.types import InputError, RunError
+from cinemo.s3 import AccessDenied, Outage, PastEnd, brief
+from cinemo.types import NO_ROOM, InputError, RunError
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 _LIBRARIES = frozenset({"adlfs", "aiohttp", "azure", "gcsfs", "google", "requests", "urllib3"})
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def is_installed(scheme: str) -> bool:
@@ -38,8 +32,7 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
         InputError: no credentials, or the scheme's package is not installed.
         RunError: the storage fails for ``CINEMO_STORAGE_PATIENCE`` seconds, or the local disk is full.
     """
-    patience = float(os.environ.get(PATIENCE) or 180)
-    begun, pause = time.monotonic(), 0.25
+    outage = Outage(uri)
     while True:
         try:
             filesystem = _filesystem(uri)
@@ -56,20 +49,11 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
                 raise AccessDenied(f"{uri}: access denied ({brief(error)}); check who may read it") from None
             if status == 401 or "Credentials" in type(error).__name__:
                 raise InputError(f"{uri}: {brief(error)}; check the credentials in the environment") from None
-            if getattr(error, "errno", None) in _NO_ROOM:
+            if getattr(error, "errno", None) in NO_ROOM:
                 raise RunError(f"{uri}: {brief(error)}; free some space on the local disk and run it again") from None
             if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _LIBRARIES:
                 raise
-            fault = error
-        waited = time.monotonic() - begun
-        if waited > patience:
-            raise RunError(
-                f"{uri}: storage has been failing for {waited:.0f} s ({brief(fault)}); run the same command again once "
-                f"it answers ({PATIENCE} is {patience:g} s)"
-            ) from None
-        logging.getLogger(__name__).warning("%s: %s, trying again", uri, brief(fault))
-        time.sleep(random.uniform(0, pause))
-        pause = min(2 * pause, 15)
+            outage.wait(error)
 
 
 def _filesystem(uri: str) -> Any:

@@ -96,9 +96,7 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
     import botocore.exceptions as faults
     from botocore.parsers import ResponseParserError
 
-    remote = filesystem(uri)
-    patience = float(os.environ.get(PATIENCE) or 180)
-    begun, pause = time.monotonic(), 0.25
+    remote, outage = filesystem(uri), Outage(uri)
     while True:
         try:
             return getattr(remote, method)(*arguments, **options)
@@ -110,7 +108,7 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
                 raise NoBucket(f"{uri}: the bucket does not exist; create it or choose another one") from None
             if _code(error) != "NoSuchUpload":
                 raise
-            fault: Exception = error
+            outage.wait(error)
         except (PermissionError, faults.NoCredentialsError, faults.PartialCredentialsError) as error:
             _raise_local(error, arguments)
             if _code(error) in ("AccessDenied", "403"):
@@ -129,16 +127,31 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
                 raise PastEnd(f"{uri}: {brief(error)}") from None
             if _code(error) in _HOPELESS:
                 raise InputError(f"{uri}: {brief(error)}; check bucket, region and endpoint") from None
-            fault = error
-        waited = time.monotonic() - begun
-        if waited > patience:
+            outage.wait(error)
+
+
+class Outage:
+    """The time in which a storage fails: how long a call still tries."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri, self._patience = uri, float(os.environ.get(PATIENCE) or 180)
+        self._begun, self._pause = time.monotonic(), 0.25
+
+    def wait(self, fault: Exception) -> None:
+        """Pause before the next attempt.
+
+        Raises:
+            RunError: there was patience enough.
+        """
+        waited = time.monotonic() - self._begun
+        if waited > self._patience:
             raise RunError(
-                f"{uri}: storage has been failing for {waited:.0f} s ({brief(fault)}); run the same command again once "
-                f"it answers ({PATIENCE} is {patience:g} s)"
+                f"{self._uri}: storage has been failing for {waited:.0f} s ({brief(fault)}); run the same command "
+                f"again once it answers ({PATIENCE} is {self._patience:g} s)"
             ) from None
-        logging.getLogger(__name__).warning("%s: %s, trying again", uri, brief(fault))
-        time.sleep(random.uniform(0, pause))
-        pause = min(2 * pause, 15)
+        logging.getLogger(__name__).warning("%s: %s, trying again", self._uri, brief(fault))
+        time.sleep(random.uniform(0, self._pause))
+        self._pause = min(2 * self._pause, 15)
 
 
 def _raise_local(error: BaseException, arguments: Sequence[Any]) -> None:

@@ -1,6 +1,7 @@
 """Files on a local disk or on s3://, with one set of functions: atomic writes, ranges, compare-and-swap.
 
-What S3 answers, and how long it is tried again, is `cinemo.s3`'s.
+`size`, `version`, `read_bytes` and `fetch` know gs:// and az:// as well. What S3 answers, and how long it is tried
+again, is the matter of `cinemo.s3`; for the other two it is that of `cinemo.clouds`.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from cinemo.types import InputError, RunError, local_fault
 Buffer = bytes | bytearray | memoryview
 _WRITEV_BUFFERS = 1024  # IOV_MAX
 _REMOVERS = 16
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
 
 
 def is_remote(uri: str) -> bool:
-    return _SCHEME.match(uri) is not None and not uri.startswith("file://")
+    return re.match(SCHEME + "://", uri) is not None and not uri.startswith("file://")
 
 
 def local_path(uri: str) -> Path:

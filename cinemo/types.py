@@ -39,7 +39,7 @@ class BadPlace(InputError, OSError):
     """A local path that cannot be written: its name is too long, it is forbidden, or a file is in its way."""
 
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # of a full disk
 _BAD_PLACE = frozenset(
     {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP}
 )
@@ -48,7 +48,7 @@ _BAD_PLACE = frozenset(
 def local_fault(error: OSError, place: str) -> NoRoom | BadPlace | None:
     """What a person can mend about a fault of a local disk, in one line; None where it is another kind of fault."""
     fault: NoRoom | BadPlace | None = None
-    if error.errno in _NO_ROOM:
+    if error.errno in NO_ROOM:
         fault = NoRoom(f"{place}: {error.strerror}; free some space there and run the same command again")
     elif error.errno in _BAD_PLACE:
         fault = BadPlace(f"{place}: cannot write there ({error.strerror}); choose another place")

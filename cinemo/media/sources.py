@@ -11,7 +11,6 @@ name a member of a container at such a place:
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 
 from cinemo import clouds, s3, storage, web
 from cinemo.media.parquet import read_row
-from cinemo.types import ClipError, InputError, RunError
+from cinemo.types import NO_ROOM, ClipError, InputError, RunError
 
 # Reasons for which a source cannot be had now; it may be as good as ever.
 NOT_THERE = frozenset({"missing", "denied", "unreachable"})
@@ -89,7 +88,9 @@ class Sources:
 
     def __exit__(self, *fault: object) -> None:
         self._stack.close()
-        self.__init__()  # type: ignore[misc]
+        self._copies.clear()
+        self._versions.clear()
+        self._directory = None
 
     @contextmanager
     def file(self, uri: str) -> Iterator[Path]:
@@ -168,7 +169,9 @@ def fetched(uri: str) -> Iterator[Path]:
 
 def _copy_range(uri: str, container: str, span: tuple[int, int], path: Path) -> None:
     offset, left = span
-    with path.open("wb") as file:
+    with _disk_faults(path):
+        file = path.open("wb")
+    with file:
         while left:
             piece = storage.read_bytes(container, offset, min(left, _PIECE_BYTES))
             if not piece:
@@ -204,6 +207,6 @@ def _disk_faults(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        kind = RunError if error.errno in (errno.ENOSPC, errno.EDQUOT) else InputError
+        kind = RunError if error.errno in NO_ROOM else InputError
         place, why = error.filename or path, error.strerror or error
         raise kind(f"{place}: cannot hold copies of clips ({why}); free some space or set TMPDIR") from None

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from cinemo.data.manifest.timestamps import seconds
 from cinemo.media.sources import refused_scheme
+from cinemo.storage import SCHEME
 from cinemo.types import InputError
 
 _SHOWN = 8
@@ -148,7 +149,7 @@ def _check_schemes(uris: pa.Array, first: int, faults: Faults) -> None:
     usual = functools.reduce(pc.or_, (pc.starts_with(uris, start) for start in ("/", "s3://", "https://")))
     rows = pc.indices_nonzero(pc.and_not(pc.match_substring(uris, "://"), usual))
     if len(rows):
-        schemes = pc.extract_regex(uris.take(rows), r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://").field("scheme")
+        schemes = pc.extract_regex(uris.take(rows), rf"^(?P<scheme>{SCHEME})://").field("scheme")
         for scheme in pc.unique(schemes).drop_null().to_pylist():
             if why := refused_scheme(scheme):
                 places = rows.filter(pc.fill_null(pc.equal(schemes, scheme), False))

@@ -129,7 +129,7 @@ def results(graph: Any) -> Iterator[dict[str, Any]]:
 
 def _cause(error: Exception) -> Exception:
     """What a worker raised for a person to read; else the error as it is. Ray keeps it as text only."""
-    names = "RunError|NoRoom|InputError|AccessDenied|BadPlace|NoBucket|NotSupported"
+    names = "RunError|NoRoom|InputError|AccessDenied|BadName|BadPlace|NoBucket|NotSupported|PastEnd"
     found = re.findall(rf"^cinemo\.\w+\.({names}): (.+)$", str(error), re.MULTILINE)
     if not found:
         return error

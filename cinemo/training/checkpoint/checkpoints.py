@@ -12,7 +12,6 @@ All ranks upload side by side, so no file is certain to be the last: a checkpoin
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,13 +22,12 @@ from typing import Any
 
 from cinemo import storage
 from cinemo.config import Recipe
-from cinemo.types import InputError, RunError
+from cinemo.types import NO_ROOM, InputError, RunError
 
 RUN = "train"  # Ray Train's run name: its directory under the output
 RECORD = "checkpoint.json"
 _NAME = re.compile(r"checkpoint_[\d_.-]+")
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ def saving(step: int, size: int, place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in NO_ROOM:
             raise
         raise RunError(
             f"{place}: no space left for the checkpoint of step {step} ({size / 2**20:.1f} MiB); free some or lower "
