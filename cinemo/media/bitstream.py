@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 _NON_IDR, _IDR = 1, 5  # types of H.264's slices
-_EMPTY_VOP = (
-    19  # bytes; FFmpeg's limit for an MPEG-4 picture that only repeats another, as packed B-pictures leave them
-)
+# Bytes; FFmpeg's limit for an MPEG-4 picture that only repeats another, as packed B-pictures leave them.
+_EMPTY_VOP = 19
 
 
 def may_hide(codec: str, extradata: bytes) -> bool:

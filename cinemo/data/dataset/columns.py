@@ -54,7 +54,7 @@ def write(dataset: str, shard: int, samples: Sequence[Row], refused: Sequence[Ro
 
 
 def read(dataset: str, shard: int, checksum: str) -> Columns:
-    """The table of a committed shard, whose digest the index gives.
+    """The table of a committed shard, whose checksum the index gives.
 
     Raises:
         FileNotFoundError: no such shard.

@@ -56,8 +56,8 @@ def select(index: DatasetIndex, where: str) -> np.ndarray:
         InputError: no such column, no expression, types that cannot be compared, or nothing passes.
     """
     expression, names = parse(where)
-    digests = index.table["checksum"].to_pylist()
-    key = hashlib.sha256("\n".join([index.uri, where, *digests]).encode()).hexdigest()[:32]
+    checksums = index.table["checksum"].to_pylist()
+    key = hashlib.sha256("\n".join([index.uri, where, *checksums]).encode()).hexdigest()[:32]
     kept = cache.cache_directory() / "filters" / f"{key}.npy"
     count = int(index.samples_of_shards.sum())
     with contextlib.suppress(OSError, ValueError):  # a cache that cannot be read costs time

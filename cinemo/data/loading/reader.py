@@ -62,7 +62,7 @@ class ShardReader:
 
     def extend(self, index: DatasetIndex) -> None:
         """Read from the same dataset with more shards behind those that it had."""
-        self._numbers, self._digests = index.shards, index.table["checksum"].to_pylist()
+        self._numbers, self._checksums = index.shards, index.table["checksum"].to_pylist()
         self._sizes = index.table["bytes"].to_pylist()
         self.index = index
 
@@ -107,20 +107,20 @@ class ShardReader:
                 future.set_exception(error)
 
     def _load(self, position: int) -> OpenShard:
-        number, digest = self._numbers[position], self._digests[position]
+        number, checksum = self._numbers[position], self._checksums[position]
         uri, place = shards.tar_uri(self.index.uri, number), shards.record_uri(self.index.uri, number)
         fresh = position not in self._checked
         try:
             record = storage.read_json(place)
-            if (written := checksums.recorded(record)) != digest:
-                shown = checksums.brief(written), checksums.brief(digest)
+            if (written := checksums.recorded(record)) != checksum:
+                shown = checksums.brief(written), checksums.brief(checksum)
                 raise Damaged(f"{uri}: its record says {shown[0]}, the index says {shown[1]}")
-            tar = self.cache.map(uri, digest, self._sizes[position], fresh)
+            tar = self.cache.map(uri, checksum, self._sizes[position], fresh)
             members = Members(**record["members"])
         except Damaged as error:
             raise Damaged(f"{error}; remove {place} and run precompute.py again") from None
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise Damaged(f"{uri}: the shard or its record cannot be read ({error}); run precompute.py again") from None
-        beside = [Sidecar.open(self.index.uri, field, number, digest, fresh, self.cache) for field in self.fields]
+        beside = [Sidecar.open(self.index.uri, field, number, checksum, fresh, self.cache) for field in self.fields]
         self._checked.add(position)
         return OpenShard(tar, members, beside)

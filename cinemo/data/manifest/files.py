@@ -19,8 +19,6 @@ EXPECTED = (
     "expected a .parquet, .csv or .jsonl file (or .tsv, .ndjson, .json; text also as .gz, .zst or .bz2), a .tar, "
     "a glob of such files, or a directory of them or of videos"
 )
-
-
 _READERS = 16
 
 

@@ -148,8 +148,8 @@ class Dataset:
 
     def _extend(self) -> None:
         """Plan a new part of the clips that are not there yet, behind all shards that are."""
-        digests = {number: record["checksum"] for number, record in sorted(self.records.items())}
-        chosen = new_rows(self.uri, digests, self.parts, self.plan.clips, self.prefix, self.append or "skip")
+        written = {number: record["checksum"] for number, record in sorted(self.records.items())}
+        chosen = new_rows(self.uri, written, self.parts, self.plan.clips, self.prefix, self.append or "skip")
         last = self.parts[-1]
         first_clip, first_shard = last.first_clip + last.clips, max([*self.records, *last.numbers]) + 1
         self.plan = replace(self.plan, chosen=chosen, first_clip=first_clip, first_shard=first_shard)

@@ -131,7 +131,7 @@ class _Clips:
     """The clips of a dataset by hashes of their ids. A hash of 0 stands for what an older dataset does not tell."""
 
     def __init__(self, dataset: str, shards: Mapping[int, str]) -> None:
-        self._dataset, self._digests = dataset, shards
+        self._dataset, self._checksums = dataset, shards
         with ThreadPoolExecutor(_READERS) as pool:
             found = list(pool.map(self._hashes, shards))
         ids, contents, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
@@ -163,7 +163,7 @@ class _Clips:
         return fresh
 
     def _hashes(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        table = columns.read(self._dataset, number, self._digests[number]).clips
+        table = columns.read(self._dataset, number, self._checksums[number]).clips
         ids = hash_texts(_chunk(table, "clip_id"))
         return ids, _contents(table), np.full(len(ids), number, np.int32)
 
@@ -171,7 +171,7 @@ class _Clips:
         """What is stored of a clip; None where there is none of this id."""
         start, stop = (np.searchsorted(self._ids, id_hash, side=side) for side in ("left", "right"))
         for number in np.unique(self._shards[start:stop]).tolist():
-            table = columns.read(self._dataset, number, self._digests[number]).clips
+            table = columns.read(self._dataset, number, self._checksums[number]).clips
             rows = table.filter(pc.equal(table["clip_id"], clip_id)).to_pylist()
             if rows:
                 return dict(rows[0])
