@@ -3,8 +3,8 @@
 Nobody's clock is compared with another's: a holder on another machine counts as dead once its heartbeat has not changed
 for `STALE_SECONDS` of watching; one on this machine at once when its process is gone.
 
-Some S3 servers know no conditional PUTs; `storage.has_conditions` tries that when the lock is taken. There the lock is
-weaker: what was written is looked at again after `SETTLE_SECONDS`, and the last writer holds the output.
+Some S3 servers know no conditional PUTs; `compare_and_swap.has_conditions` tries that when the lock is taken. There the
+lock is weaker: what was written is looked at again after `SETTLE_SECONDS`, and the last writer holds the output.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cinemo import storage
+from cinemo import compare_and_swap, storage
 from cinemo.types import InputError, RunError
 
 HEARTBEAT_SECONDS = 10.0
@@ -55,7 +55,7 @@ class Lock:
         self._thread.join()
         if not self.lost:
             with storage.tidying(self.uri):
-                storage.remove_if(self.uri, self.version)
+                compare_and_swap.remove_if(self.uri, self.version)
 
     def _beat(self) -> None:
         silent_since = time.monotonic()
@@ -65,7 +65,7 @@ class Lock:
             except Exception as error:
                 # Storage that fails for a moment, or is full, costs nothing; of an outage nobody knows who took over.
                 with contextlib.suppress(Exception):
-                    if storage.version_of(self.uri) == self.version:
+                    if compare_and_swap.version_of(self.uri) == self.version:
                         silent_since = time.monotonic()
                 if time.monotonic() - silent_since > STALE_SECONDS:
                     self.lost = f"no heartbeat could be written for {STALE_SECONDS:g} s: {error}"
@@ -96,7 +96,7 @@ def hold(output: str, break_lock: bool = False) -> Iterator[Lock]:
 
 def _acquire(output: str, break_lock: bool) -> Lock:
     uri = storage.join(output, NAME)
-    weak = not storage.has_conditions(output)
+    weak = not compare_and_swap.has_conditions(output)
     if weak:
         print(
             f"{output}: the S3 server knows no conditional PUT, so its lock is a weaker one: do not start two jobs on "
@@ -144,7 +144,9 @@ def _acquire(output: str, break_lock: bool) -> Lock:
 def _write(uri: str, facts: dict[str, Any], version: str | None, weak: bool, wait: float = 0) -> str | None:
     """A heartbeat; the new version, or None where somebody else wrote meanwhile. ``wait``: see `write_and_look`."""
     content = _content(facts)
-    return storage.write_and_look(uri, content, version, wait) if weak else storage.write_if(uri, content, version)
+    if weak:
+        return compare_and_swap.write_and_look(uri, content, version, wait)
+    return compare_and_swap.write_if(uri, content, version)
 
 
 def _content(facts: dict[str, Any]) -> bytes:
@@ -157,7 +159,7 @@ def _now() -> str:
 
 def _read(uri: str) -> tuple[dict[str, Any] | None, str | None]:
     try:
-        data, version = storage.read_version(uri)
+        data, version = compare_and_swap.read_version(uri)
     except FileNotFoundError:
         return None, None
     try:

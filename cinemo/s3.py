@@ -101,7 +101,7 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
         try:
             return getattr(remote, method)(*arguments, **options)
         except FileExistsError:
-            raise  # a condition of `write_if`
+            raise  # a condition of `compare_and_swap.write_if`
         except FileNotFoundError as error:
             # The reply to a finished multipart upload was lost, and it was finished again: the object may be there.
             if _code(error) == "NoSuchBucket":

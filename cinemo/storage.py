@@ -1,4 +1,4 @@
-"""Files on a local disk or on s3://, with one set of functions: atomic writes, ranges, compare-and-swap.
+"""Files on a local disk or on s3://, with one set of functions: atomic writes, ranges, listings.
 
 `size`, `version`, `read_bytes` and `fetch` know gs:// and az:// as well. What S3 answers, and how long it is tried
 again, is the matter of `cinemo.s3`; for the other two it is that of `cinemo.clouds`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ import shutil
 import stat
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -230,104 +228,6 @@ def sweep(uri: str, *directories: str) -> None:
             for name in names(directory):
                 if name.startswith(".") and name.endswith(".partial"):
                     remove(join(directory, name))
-
-
-def read_version(uri: str) -> tuple[bytes, str]:
-    """Content and version of a small file, for `write_if`. Raises `FileNotFoundError`."""
-    if not is_remote(uri):
-        data = read_bytes(uri)
-        return data, hashlib.sha256(data).hexdigest()
-    while True:
-        before = s3.etag(uri)
-        data = read_bytes(uri)
-        if s3.etag(uri) == before:
-            return data, before
-
-
-def write_if(uri: str, data: bytes, version: str | None) -> str | None:
-    """Write a small file only if it still has ``version`` (None: does not exist). Of several writers one succeeds.
-
-    Local: guarded by a lock on the directory, which holds among the processes of one machine. S3: a conditional PUT,
-    which not every server knows (`has_conditions`).
-
-    Returns:
-        The new version, or None where somebody else was first.
-    """
-    if not is_remote(uri):
-        with locked_directory(local_path(uri).parent):
-            if version_of(uri) != version:
-                return None
-            write_bytes(uri, data)
-            return version_of(uri)
-    try:
-        return s3.put_if(uri, data, **({"IfNoneMatch": "*"} if version is None else {"IfMatch": version}))
-    except s3.NoBucket:
-        raise
-    except (FileExistsError, FileNotFoundError):
-        with contextlib.suppress(FileNotFoundError):  # maybe only the reply was lost, and it was ourselves
-            there, now = read_version(uri)
-            return now if there == data else None
-        return None
-
-
-def write_and_look(uri: str, data: bytes, version: str | None, wait: float) -> str | None:
-    """`write_if` for S3 servers without conditional PUTs: the last of several writers succeeds, if none of them takes
-    longer than ``wait`` seconds from looking at the old version to having written.
-    """
-    if version_of(uri) != version:
-        return None
-    s3.put_if(uri, data)
-    time.sleep(wait)
-    with contextlib.suppress(FileNotFoundError):
-        there, now = read_version(uri)
-        return now if there == data else None
-    return None
-
-
-def has_conditions(uri: str) -> bool:
-    """Whether `write_if` can be believed under the directory ``uri``: tried with an object there, removed again."""
-    if not is_remote(uri):
-        return True
-    probe = join(uri, f".cinemo-probe-{uuid.uuid4().hex}")
-
-    def refused(data: bytes, **condition: str) -> bool:
-        try:
-            s3.put_if(probe, data, **condition)
-        except FileExistsError:
-            return True
-        return False
-
-    try:
-        refused(b"1", IfNoneMatch="*")
-    except s3.NotSupported:
-        return False
-    try:
-        right, wrong = s3.etag(probe), f'"{"0" * 32}"'
-        return refused(b"2", IfNoneMatch="*") and refused(b"3", IfMatch=wrong) and not refused(b"4", IfMatch=right)
-    except s3.NotSupported:
-        return False
-    finally:
-        with tidying(probe):
-            remove_file(probe)
-
-
-def remove_if(uri: str, version: str) -> None:
-    """Remove a small file if it still has ``version``."""
-    if is_remote(uri):
-        if version_of(uri) == version:
-            remove_file(uri)
-        return
-    with locked_directory(local_path(uri).parent):
-        if version_of(uri) == version:
-            remove_file(uri)
-
-
-def version_of(uri: str) -> str | None:
-    """The version of a small file, as `read_version` gives it; None where there is none."""
-    try:
-        return s3.etag(uri) if is_remote(uri) else read_version(uri)[1]
-    except FileNotFoundError:
-        return None
 
 
 @contextmanager

@@ -19,7 +19,20 @@ ROOT = Path(__file__).resolve().parent.parent
 # A module may import modules of its own layer or of one before it.
 LAYERS = [
     ["types"],
-    ["accelerators", "checksums", "config", "s3", "clouds", "web", "storage", "ranges", "lock", "cache", "tracking"],
+    [
+        "accelerators",
+        "checksums",
+        "config",
+        "s3",
+        "clouds",
+        "web",
+        "storage",
+        "ranges",
+        "compare_and_swap",
+        "lock",
+        "cache",
+        "tracking",
+    ],
     ["diffusion", "media"],
     ["networks"],
     ["methods"],

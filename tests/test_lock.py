@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from faulty_s3 import FaultyS3
 
-from cinemo import lock, storage
+from cinemo import compare_and_swap, lock, storage
 from cinemo.lock import NAME, hold
 from cinemo.types import InputError, RunError
 
@@ -38,7 +38,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 
 def is_weak(output: str) -> bool:
-    return not storage.has_conditions(output)
+    return not compare_and_swap.has_conditions(output)
 
 
 def content(output: str) -> dict[str, object]:
@@ -153,15 +153,15 @@ def test_one_of_many_wins_a_dead_lock(output: str) -> None:
 def _add(path: str, times: int) -> None:
     for _ in range(times):
         while True:
-            data, version = storage.read_version(path)
-            if storage.write_if(path, b"%d" % (int(data) + 1), version):
+            data, version = compare_and_swap.read_version(path)
+            if compare_and_swap.write_if(path, b"%d" % (int(data) + 1), version):
                 break
 
 
 def test_conditional_writes_of_processes_lose_nothing(tmp_path: Path) -> None:
     path = str(tmp_path / "count")
-    assert storage.write_if(path, b"0", None)
-    assert storage.write_if(path, b"9", None) is None
+    assert compare_and_swap.write_if(path, b"0", None)
+    assert compare_and_swap.write_if(path, b"9", None) is None
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_add, args=(path, 25)) for _ in range(3)]
     for worker in workers:

@@ -21,7 +21,7 @@ import pytest
 import s3_servers
 from faulty_s3 import FaultyS3, faulty_s3
 
-from cinemo import lock, s3, storage
+from cinemo import compare_and_swap, lock, s3, storage
 from cinemo.media.synthetic import render_clips
 from cinemo.training.checkpoint import checkpoints
 from cinemo.types import InputError
@@ -213,7 +213,7 @@ def test_precompute_verify_and_train_send_what_is_documented(
         storage.write_bytes(place, (tmp_path / row["uri"]).read_bytes())
         row["uri"] = place
     storage.write_bytes(f"{root}/clips.jsonl", "\n".join(map(json.dumps, rows)).encode())
-    weak = not storage.has_conditions(root)
+    weak = not compare_and_swap.has_conditions(root)
     made = ["--manifest", f"{root}/clips.jsonl", "--output", f"{root}/data", *SMALL]
     outputs = []
     with commands(tmp_path / "stderr.log") as command:

@@ -374,7 +374,9 @@ def _check_size(text: str, card: BundleCard) -> None:
         size = size_of(text)
         method_class(recipe).sized(recipe, size)
     except InputError as error:
-        raise Refused(400, "unsupported_size", f"{error}, as {video_size(card)!r} has", "size") from None
+        raise Refused(
+            400, "unsupported_size", f"{error}; the model's own size is {video_size(card)!r}", "size"
+        ) from None
     if math.prod(size) > math.prod(recipe.data.size):
         message = f"size {text!r} is not supported; expected at most as many pixels as {video_size(card)!r} has"
         raise Refused(400, "unsupported_size", message, "size")
