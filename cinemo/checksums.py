@@ -17,7 +17,7 @@ DEFAULT = BLAKE3  # of new datasets; one core makes it about three times as fast
 
 
 def checksum(pieces: Iterable[bytes | memoryview], algorithm: str = DEFAULT) -> str:
-    """Of pieces that lie behind one another.
+    """Of consecutive pieces of bytes.
 
     Raises:
         InputError: an unknown algorithm.
