@@ -72,6 +72,13 @@ def test_what_passes(index: DatasetIndex, where: str, expected: list[int]) -> No
     assert np.flatnonzero(select(index, where)).tolist() == expected
 
 
+def test_any_number_of_clips_can_be_named(index: DatasetIndex) -> None:
+    named = ", ".join(f"'{name}'" for name in ["a'b".replace("'", "\\'"), *map(str, range(20_000))])
+    assert np.flatnonzero(select(index, f"tag in ({named})")).tolist() == [1, 3, 5, 7, 9]
+    with pytest.raises(InputError, match="none of the 10 samples"):  # nor does null pass
+        select(index, f"tag not in ({named})")
+
+
 def test_scores_and_the_cache(index: DatasetIndex, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = [make_sample(k).ssim for k in range(sum(SIZES))]
     expected = [score < 0.6 for score in scores]
@@ -108,6 +115,16 @@ def test_older_datasets_are_read_once(tmp_path: Path, monkeypatch: pytest.Monkey
         ("ssim is 1", "after 'is' only null can stand"),
         ("ssim in caption", "'in' is for a column and values"),
         ("ssim ** 9", "is not allowed"),
+        ("ssim < " + "9" * 30, "'9{30}' is no number of 64 bits"),
+        ("ssim in (a, 1)", "behind 'in', expected numbers or texts"),
+        ("ssim in ('a', 'b')", r"cannot be computed \(ssim is double\)"),
+        ("caption = '\\ud800'", "no text that a column can hold"),
+        ("caption = '\udcff'", "not an expression over columns"),
+        ("__column_5__ < 1", "no column __column_5__"),
+        ("(" * 10_000 + "ssim" + ")" * 10_000, r"^.{,500}$"),
+        ("not " * 10_000 + "ssim < 1", r"^.{,500}$"),
+        (" and ".join(["ssim < 1"] * 10_000), "it has 19999 parts, expected at most 500"),
+        (f"aesthetic in ({', '.join(map(str, range(10_000)))})", "it has 10001 parts, expected at most 500"),
     ],
 )
 def test_what_is_no_filter_is_refused_in_one_line(index: DatasetIndex, where: str, message: str) -> None:

@@ -32,6 +32,8 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.types import InputError
 
 _READERS = 32
+_SHOWN = 300  # characters of an expression in a message
+_PARTS = 500  # of an expression; Arrow's stack overflows, and ends the process, at some thousands
 _WORDS = {"and": "and", "or": "or", "not": "not", "in": "in", "is": "is", "null": "None", "true": "True"}
 _WORDS |= {"false": "False", "=": "==", "<>": "!="}
 _OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
@@ -66,12 +68,12 @@ def select(index: DatasetIndex, where: str) -> np.ndarray:
     try:
         passed = pyarrow.dataset.dataset(table).to_table(columns={"passed": expression})["passed"]
         found = np.asarray(pc.fill_null(passed.cast(pa.bool_()), False), bool)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         kinds = ", ".join(f"{name} is {table.schema.field(name).type}" for name in names)
         reason = str(error).splitlines()[0]
-        raise InputError(f"--where {where!r}: cannot be computed ({kinds}): {reason}") from None
+        raise InputError(f"{_said(where)}: cannot be computed ({kinds}): {reason}") from None
     if not found.any():
-        raise InputError(f"--where {where!r}: none of the {count} samples of {index.uri} passes")
+        raise InputError(f"{_said(where)}: none of the {count} samples of {index.uri} passes")
     with contextlib.suppress(OSError):
         sink = io.BytesIO()
         np.save(sink, np.packbits(found))
@@ -88,19 +90,57 @@ def parse(where: str) -> tuple[pc.Expression, list[str]]:
     names: list[str] = []
     try:
         tree = ast.parse(_pythonic(where), mode="eval").body
+        parts = sum(_size(node) for node in ast.walk(tree))
+        if parts > _PARTS:
+            raise _NotAllowed(f"it has {parts} parts, expected at most {_PARTS} (any number of texts behind 'in')")
         expression = _expression(tree, names)
         if not names:
             raise _NotAllowed("it names no column")
         return expression, list(dict.fromkeys(names))
-    except (SyntaxError, tokenize.TokenError, RecursionError, _NotAllowed, TypeError) as error:
+    except (
+        SyntaxError,
+        tokenize.TokenError,
+        RecursionError,
+        MemoryError,
+        UnicodeError,
+        _NotAllowed,
+        TypeError,
+    ) as error:
+        # Python's parser calls what nests too deep for it a lack of memory.
         reason = f": {error}" if isinstance(error, _NotAllowed) else ""
-        raise InputError(
-            f"--where {where!r}: not an expression over columns{reason}; expected one {_EXAMPLE}"
-        ) from None
+        raise InputError(f"{_said(where)}: not an expression over columns{reason}; expected one {_EXAMPLE}") from None
 
 
 class _NotAllowed(Exception):
     """A part of Python that filters do not have."""
+
+
+def _said(where: str) -> str:
+    """The flag and its expression for a message, which stays one readable line."""
+    return f"--where {where if len(where) <= _SHOWN else where[:_SHOWN] + '...'!r}"
+
+
+def _size(node: ast.AST) -> int:
+    """How many operations Arrow nests for a part of an expression, without the parts in it."""
+    match node:
+        case ast.BoolOp():
+            return len(node.values) - 1
+        case ast.Compare():
+            return len(node.ops)
+        case ast.BinOp() | ast.UnaryOp():
+            return 1
+        case ast.Tuple() | ast.List():
+            return sum(not (isinstance(value, ast.Constant) and isinstance(value.value, str)) for value in node.elts)
+    return 0
+
+
+def _scalar(value: Any) -> pc.Expression:
+    try:
+        return pc.scalar(value)
+    except (OverflowError, UnicodeEncodeError):
+        raise _NotAllowed(
+            f"{_said(str(value))[8:]} is no number of 64 bits and no text that a column can hold"
+        ) from None
 
 
 def _pythonic(where: str) -> str:
@@ -117,8 +157,8 @@ def _pythonic(where: str) -> str:
     for kind, text, *_ in tokenize.generate_tokens(io.StringIO("".join(pieces)).readline):
         if kind in (tokenize.NAME, tokenize.OP):
             text = _WORDS.get(text.lower(), text)
-            found = re.fullmatch(r"__column_(\d+)__", text)
-            text = f"__column__({quoted[int(found[1])]!r})" if found else text
+            found = re.fullmatch(r"__column_(\d{1,9})__", text)
+            text = f"__column__({quoted[int(found[1])]!r})" if found and int(found[1]) < len(quoted) else text
             if kind == tokenize.NAME and keyword.iskeyword(text) and text not in _WORDS.values():
                 raise _NotAllowed(f"{text!r} is a word of Python; write `{text}` for a column of that name")
         if kind not in (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
@@ -149,7 +189,7 @@ def _expression(node: ast.AST, names: list[str]) -> pc.Expression:
             names.append(name)
             return pc.field(name)
         case ast.Constant() if isinstance(node.value, str | int | float):
-            return pc.scalar(node.value)
+            return _scalar(node.value)
     raise _NotAllowed(f"{ast.unparse(node)!r} is not allowed")
 
 
@@ -170,10 +210,17 @@ def _comparison(left: ast.AST, op: ast.cmpop, right: ast.AST, names: list[str]) 
         return ~missing if isinstance(op, ast.IsNot) else missing
     if isinstance(op, ast.In | ast.NotIn):
         if isinstance(right, ast.Tuple | ast.List):
-            values = ast.literal_eval(right)
+            try:
+                values = ast.literal_eval(right)
+            except ValueError:  # names or calls are in there
+                values = ()
             if not values or any(not isinstance(value, str | int | float) for value in values):
                 raise _NotAllowed("behind 'in', expected numbers or texts in parentheses")
-            found = reduce(operator.or_, (_expression(left, names) == pc.scalar(value) for value in values))
+            column = _expression(left, names)
+            if all(isinstance(value, str) for value in values):
+                found = pc.if_else(column.is_valid(), column.isin(list(values)), pa.scalar(None, pa.bool_()))
+            else:
+                found = reduce(operator.or_, (column == _scalar(value) for value in values))
         elif isinstance(left, ast.Constant) and isinstance(left.value, str):
             found = pc.match_substring(_expression(right, names), left.value)
         else:
@@ -196,7 +243,7 @@ def _columns(index: DatasetIndex, names: list[str], where: str) -> pa.Table:
         parts = list(pool.map(read, shards))
     if absent := [name for name in names if name not in known]:
         there = ", ".join(sorted(known - {"start", "end"}))
-        raise InputError(f"--where {where!r}: no column {', '.join(absent)} in {index.uri}; it has {there}")
+        raise InputError(f"{_said(where)}: no column {', '.join(absent)} in {index.uri}; it has {there}")
     return pa.table({name: pa.chunked_array(_alike([part[name] for part in parts])) for name in names})
 
 
