@@ -142,6 +142,7 @@ def test_a_plan_for_machines_that_are_not_here(
     [
         ("10", 0, "expected NODESxCORES"),
         ("0x4", 0, "at least one node"),
+        ("1x" + "9" * 5000, 0, "expected NODESxCORES"),
         ("1x4+1xRTX", 1, "accelerator 'RTX': unknown; expected"),
         ("1x4+1xL4-24GB", 0, "--on has 1 accelerators, but recipe .* encodes on CPUs; --set data.encode_gpus=1"),
         ("1x4", 1, "--on has no accelerators, but recipe .* encodes on them; --set data.encode_gpus=0"),
@@ -172,6 +173,8 @@ def test_prices_are_checked(tmp_path: Path) -> None:
         ("[1]", "a JSON list, expected an object with keys from currency"),
         ('{"core_hours": 1}', "core_hours: unknown key; known keys: currency, core_hour"),
         ('{"core_hour": -1}', "core_hour: Input should be greater than or equal to 0 .got -1."),
+        ('{"core_hour": 1e999}', "core_hour: Input should be a finite number"),
+        ("[" * 100_000, "not JSON .maximum recursion depth exceeded"),
         ('{"core_hour": "cheap"}', "core_hour: Input should be a valid number"),
     ]:
         path.write_text(content)

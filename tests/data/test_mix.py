@@ -166,3 +166,5 @@ def test_weights_stand_behind_a_uri(text: str, uri: str, weight: str) -> None:
 def test_no_weight_is_refused() -> None:
     with pytest.raises(InputError, match="the weight is 0, expected more"):
         Source.parse("/data=0")
+    with pytest.raises(InputError, match="weight has 5000 characters, expected at most 40"):
+        Source.parse("/data=" + "9" * 5000)

@@ -10,7 +10,8 @@ from typing import Self
 
 from cinemo.types import InputError
 
-_WEIGHT = re.compile(r"(.+)=(\d+(?:\.\d*)?|\.\d+)")
+_WEIGHT = re.compile(r"(.+)=(\d+(?:\.\d*)?|\.\d+)", re.ASCII)
+_DIGITS = 40  # of a weight; no sum of weights is then beyond a float
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,15 @@ class Source:
         """``URI`` or ``URI=WEIGHT``.
 
         Raises:
-            InputError: the weight is 0.
+            InputError: the weight is 0, or has more digits than anybody means.
         """
         found = _WEIGHT.fullmatch(text)
         if found is None:
             return cls(text, still=still)
+        if len(found[2]) > _DIGITS:
+            raise InputError(
+                f"--data {found[1]}: the weight has {len(found[2])} characters, expected at most {_DIGITS}"
+            )
         weight = Fraction(found[2])
         if not weight:
             raise InputError(f"--data {text}: the weight is 0, expected more; leave the dataset out instead")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from cinemo.accelerators import Accelerator, accelerator
 from cinemo.types import InputError
 
-_PATTERN = re.compile(r"(\d+)x(\d+)(?:\+(\d+)x([\w-]+))?")
+_PATTERN = re.compile(r"(\d{1,9})x(\d{1,9})(?:\+(\d{1,9})x([\w-]+))?", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ class Prices(Part):
     """Prices in one currency; what is left out is not counted."""
 
     currency: str = "USD"
-    core_hour: float | None = Field(None, ge=0)
-    accelerator_hour: float | None = Field(None, ge=0)
-    gb_month: float | None = Field(None, ge=0)
-    per_1000_put: float | None = Field(None, ge=0)
-    per_1000_get: float | None = Field(None, ge=0)
+    core_hour: float | None = Field(None, ge=0, allow_inf_nan=False)
+    accelerator_hour: float | None = Field(None, ge=0, allow_inf_nan=False)
+    gb_month: float | None = Field(None, ge=0, allow_inf_nan=False)
+    per_1000_put: float | None = Field(None, ge=0, allow_inf_nan=False)
+    per_1000_get: float | None = Field(None, ge=0, allow_inf_nan=False)
     clips_per_accelerator_second: float | None = Field(
-        None, gt=0, description="used where there is no accelerator to measure"
+        None, gt=0, allow_inf_nan=False, description="used where there is no accelerator to measure"
     )
 
 
@@ -32,10 +32,12 @@ def read_prices(uri: str) -> Prices:
         InputError: no such file, no JSON object, an unknown key, or a value that is no price.
     """
     try:
-        values = json.loads(storage.read_bytes(uri))
+        content = storage.read_bytes(uri)
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"prices {uri}: no such file") from None
-    except ValueError as error:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"prices {uri}: not JSON ({error})") from None
     known = ", ".join(Prices.model_fields)
     if not isinstance(values, dict):
