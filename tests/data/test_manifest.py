@@ -93,6 +93,7 @@ GOOD = "a,a.mp4,x,,\n"
         ),
         ("m.jsonl", '{"clip_id": 5, "uri": "u", "caption": "c"}\n', "row 1: clip_id is 5, expected a string"),
         ("m.jsonl", '["a"]\n', "row 1: a JSON list"),
+        ("m.json", '[{"clip_id": "a", "uri": "u", "caption": "c"}]\n[{}]', "row 2: more follows the end of the array"),
         ("m.parquet", "PAR1 no parquet", "not readable as parquet"),
         ("m.txt", "a", "expected a .parquet, .csv or .jsonl file"),
     ],
@@ -104,6 +105,13 @@ def test_faults_are_named(tmp_path: Path, name: str, content: str, message: str)
     assert message in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_bad_line_that_is_no_utf8_leaves_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_bytes(b"clip_id,uri,caption\na,b.mp4,caf\xe9,x\n")
+    with pytest.raises(InputError, match=r"m.csv: not readable as csv \(UnicodeDecodeError: "):
+        read_manifest(str(tmp_path / "m.csv"))
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:

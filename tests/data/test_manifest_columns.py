@@ -140,6 +140,7 @@ def test_panda_70m(tmp_path: Path, kind: str, listed: Any) -> None:
     [
         ({"caption": "['only one']"}, "row 1: caption has 1 entries where timestamp has 2"),
         ({"timestamp": "soon"}, "row 1: timestamp is not a list"),
+        ({"caption": r"['\ud800', 'half a surrogate pair']"}, "row 1: caption is not a list"),
         ({"timestamp": "[['0:00:01'], ['0:00:02', '0:00:03']]"}, "row 1: timestamp has no entry 1"),
         ({"timestamp": "[['0:00:01', 'x'], ['0:00:02', '0:00:03']]"}, r"row 1: end is not seconds \(timestamp\)"),
     ],
@@ -169,6 +170,7 @@ def test_a_table_that_is_known_is_named(tmp_path: Path, rows: Any, preset: str, 
         (["webvid", "uri={dir}/x"], "--columns uri={dir}/x: there is no column dir"),
         (["webvid", "each=clips"], "--columns each=clips: there is no column clips"),
         (["caption=name"], "nothing says what is the clip_id, uri"),
+        (["webvid", f"caption=name.{'9' * 20}"], f"row 1: name has no entry {'9' * 20}"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, words: list[str], fault: str) -> None:

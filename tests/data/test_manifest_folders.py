@@ -17,6 +17,7 @@ import pytest
 
 from cinemo import storage
 from cinemo.data.manifest.columns import Columns
+from cinemo.data.manifest.folders import table_of_folder
 from cinemo.data.manifest.manifest import manifest_of, read_manifest
 from cinemo.types import InputError, keyed_seed
 
@@ -239,3 +240,20 @@ def test_everything_on_s3(s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.
     ]
     with pytest.raises(InputError, match="nothing there"):
         read_manifest(f"{root}/none")
+
+
+@pytest.mark.parametrize("name", ["a.json", "metadata.jsonl"])
+def test_half_a_surrogate_pair_is_named(tmp_path: Path, name: str) -> None:
+    half = r'{"file_name": "a.mp4", "caption": "\ud800"}'
+    fill(tmp_path / "folder", {"a.mp4": b"v", name: half})
+    with pytest.raises(InputError, match=rf"{name}(: row 1)?: has half a surrogate pair"):
+        read_manifest(str(tmp_path / "folder"))
+
+
+def test_names_that_are_no_utf8_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "m.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("caf\udce9.mp4"))
+    with pytest.raises(InputError, match=r"m.tar: the name 'caf\\udce9.mp4' is not UTF-8; rename it"):
+        read_manifest(str(tmp_path / "m.tar"))
+    with pytest.raises(InputError, match="is not UTF-8; rename it"):
+        table_of_folder(str(tmp_path), ["caf\udce9.mp4"])

@@ -114,6 +114,14 @@ def test_a_column_of_a_csv_that_comes_twice(tmp_path: Path) -> None:
         read_manifest(str(tmp_path / "m.csv"))
 
 
+@pytest.mark.parametrize("name", ["caption", "uri", "tag"])
+def test_a_column_of_parquet_that_comes_twice(tmp_path: Path, name: str) -> None:
+    names = ["clip_id", "uri", "caption", name, name]
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 5, names), tmp_path / "m.parquet")
+    with pytest.raises(InputError, match=f"column {name} appears twice; rename one"):
+        read_manifest(str(tmp_path / "m.parquet"))
+
+
 def test_captions_that_say_nothing_are_counted(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("clip_id,uri,caption\na,u,\nb,u,nan\nc,u, \nd,u,a nan\ne,u,None\n")
     assert read_manifest(str(tmp_path / "m.csv")).notes == ("4 of 5 captions are empty",)

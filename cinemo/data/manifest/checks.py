@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,13 @@ def refuse(uri: str, faults: list[str], count: int | None = None) -> None:
     if faults:
         more = (len(faults) if count is None else count) - _SAID
         raise InputError(f"manifest {uri}: " + "; ".join(faults[:_SAID]) + (f"; and {more} more" if more > 0 else ""))
+
+
+def unique(names: Sequence[str], uri: str) -> None:
+    """Raise `InputError` where two columns have one name."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"manifest {uri}: column {', '.join(twice)} appears twice; rename one")
 
 
 class Faults:

@@ -21,6 +21,7 @@ from cinemo.types import InputError
 
 _FIELD = re.compile(r"\{([^{}]+)\}")
 _COUNTERS = ("file", "row", "index")
+_NO_ENTRY = 1 << 40  # no list is so long
 
 
 @dataclass(frozen=True)
@@ -250,12 +251,13 @@ def _value(path: Path, values: Mapping[str, pa.Array], where: _Where) -> pa.Arra
             column, bad = lists(column)
             where.note(bad, f"{path.column} is not a list")
         if is_list(column.type) and step.isdecimal():
+            entry = int(step) if len(step) <= 10 else _NO_ENTRY
             lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-            short = lengths <= int(step)
+            short = lengths <= entry
             where.note(np.flatnonzero(short), f"{path.column} has no entry {step}")
             padded = pc.if_else(pa.array(short), None, column)
             starts = np.cumsum(np.where(short, 0, lengths)) - np.where(short, 0, lengths)
-            column = pc.list_flatten(padded).take(pa.array(starts + int(step), mask=short))
+            column = pc.list_flatten(padded).take(pa.array(starts + entry, mask=short))
         elif pa.types.is_struct(column.type) and column.type.get_field_index(step) >= 0:
             column = pc.struct_field(column, step)
         else:

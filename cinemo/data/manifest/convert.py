@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from cinemo import storage
 from cinemo.data.manifest.captions import CAPTION_KEYS, is_texts
-from cinemo.data.manifest.checks import Faults, refuse
+from cinemo.data.manifest.checks import Faults, refuse, unique
 from cinemo.data.manifest.columns import Columns, Mapped, absent, fitting
 from cinemo.data.manifest.embedded import embedded_batches, holds_videos, video_column
 from cinemo.data.manifest.files import File
@@ -55,6 +55,7 @@ def reading_of(files: Sequence[File], columns: Columns | None, seed: int) -> Rea
     kind = files[0].kind
     if kind == "parquet":
         schema = parquet_file(files[0]).schema_arrow
+        unique(schema.names, files[0].uri)
         videos = video_column(schema, columns.templates.get("uri", "uri") if columns else "uri")
         if videos is not None:
             return Reading(_of_embedded(schema.names, videos, columns), videos, seed)

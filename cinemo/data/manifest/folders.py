@@ -56,6 +56,8 @@ def table_of_folder(root: str, names: Sequence[str], seed: int = 0, limit: int |
         limit: how many clips at most.
     """
     there = set(names)
+    for name in names:
+        check_name(name, root)
     videos = sorted((name for name in names if is_video(name)), key=lambda name: name.split("/"))[:limit]
     texts = {name: _beside(name, "txt") for name in videos if _beside(name, "txt") in there}
     sidecars = {name: _beside(name, "json") for name in videos if name not in texts and _beside(name, "json") in there}
@@ -95,10 +97,21 @@ def table_of_folder(root: str, names: Sequence[str], seed: int = 0, limit: int |
     return table.replace_schema_metadata(named(from_names, videos))
 
 
+def check_name(name: str, uri: str) -> None:
+    """Raise `InputError` where a file's name cannot be part of a uri."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"manifest {uri}: the name {name!a} is not UTF-8; rename it") from None
+
+
 def read_object(content: bytes, uri: str) -> dict[str, Any]:
     """A JSON object out of a file beside a video."""
     try:
         values = json.loads(content)
+        json.dumps(values, ensure_ascii=False).encode()  # JSON can escape half a character, which no file can hold
+    except UnicodeEncodeError:
+        raise InputError(f"{uri}: has half a surrogate pair") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{uri}: not JSON ({error})") from None
     if not isinstance(values, dict):

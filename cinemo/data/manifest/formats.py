@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from cinemo.data.manifest.checks import refuse
+from cinemo.data.manifest.checks import refuse, unique
 from cinemo.data.manifest.json_lines import MANIFEST, Layout, array_batches, jsonl_batches
 from cinemo.types import InputError
 
@@ -48,19 +48,12 @@ def csv_batches(path: Path, uri: str) -> Iterator[pa.RecordBatch]:
     """Every column as text; bad lines are refused by their numbers. Tabs separate where the name ends in .tsv."""
     file = _CsvFile(path, uri)
     try:
-        for batch in file.opened(threads=True):
-            if file.faults:
-                break
-            yield batch
-        good = not file.faults
-    except pa.ArrowInvalid:
-        good = False
-    if not good:  # only a single reading thread knows the numbers of bad rows
-        file.faults.clear()
+        yield from file.opened(threads=True)
+    except pa.ArrowInvalid:  # only a single reading thread knows the numbers of bad rows
         for _ in file.opened():
             refuse(uri, file.faults)
         refuse(uri, file.faults)
-        raise InputError(f"manifest {uri}: not readable as csv")
+        raise
 
 
 class _CsvFile:
@@ -72,17 +65,20 @@ class _CsvFile:
         self.names: list[str] = []
         self.names = self.opened().schema.names
         self.faults.clear()
-        twice = sorted({name for name in self.names if self.names.count(name) > 1})
-        if twice:
-            raise InputError(f"manifest {uri}: column {', '.join(twice)} appears twice; rename one")
+        unique(self.names, uri)
 
     def opened(self, threads: bool = False) -> pyarrow.csv.CSVStreamingReader:
         types = dict.fromkeys(self.names, pa.string())
+        stream = pa.input_stream(str(self.path), self.compression)
+        if not threads:  # checked here: Arrow cannot hand on a bad row that is no UTF-8
+            stream = pa.transcoding_input_stream(stream, "utf-8-sig", "utf-8")
         return pyarrow.csv.open_csv(
-            pa.input_stream(str(self.path), self.compression),
+            stream,
             read_options=pyarrow.csv.ReadOptions(use_threads=threads, block_size=_BLOCK_BYTES),
             parse_options=pyarrow.csv.ParseOptions(
-                delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=self._note
+                delimiter=self.delimiter,
+                newlines_in_values=True,
+                invalid_row_handler=None if threads else self._note,
             ),
             convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
         )

@@ -102,6 +102,8 @@ def array_batches(file: BinaryIO, uri: str, layout: Layout = MANIFEST) -> Iterat
     while True:
         place = _BETWEEN.match(rest, place).end()  # type: ignore[union-attr]
         if rest[place : place + 1] == "]":
+            if (rest[place + 1 :] + text.read(_BLOCK_BYTES)).strip():
+                refuse(uri, [f"row {rows + len(found) + 1}: more follows the end of the array; expected one array"])
             break
         try:
             value, end = decoder.raw_decode(rest, place)

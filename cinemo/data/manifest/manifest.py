@@ -35,6 +35,7 @@ from cinemo.data.manifest.checks import (
     refuse,
     repeated,
     simple,
+    unique,
 )
 from cinemo.data.manifest.columns import Columns, absent
 from cinemo.data.manifest.convert import NUMERIC, Reading, convert, parquet_file, reading_of, resolved
@@ -175,7 +176,7 @@ def read_manifest(
         source = path if path and _is_handy(path) else _converted(found, reading, limit)
         parent = found.files[0].parent if found.files else found.root
         manifest = _known(source, uri, parent, limit, unit)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+    except (pa.ArrowException, UnicodeError, OSError) as error:
         if isinstance(error, InputError) or getattr(error, "errno", None):
             raise
         where = _unreadable(found.files[0]) if found.kind == "parquet" else ""
@@ -292,9 +293,7 @@ def _check_columns(schema: pa.Schema, uri: str) -> None:
     if missing:
         raise InputError(absent(uri, f"column {', '.join(missing)} is missing", names))
     stored = [stored_name(name) if name not in SCHEMA.names else name for name in names]
-    twice = sorted({name for name in stored if stored.count(name) > 1})
-    if twice:
-        raise InputError(f"manifest {uri}: column {', '.join(twice)} appears twice; rename one")
+    unique(stored, uri)
     binary = [f.name for f in schema if f.name not in SCHEMA.names and "binary" in str(f.type)]
     if binary:
         raise InputError(f"manifest {uri}: column {', '.join(binary)} is binary, which JSON cannot hold; drop it")

@@ -83,6 +83,7 @@ def _literal(text: str | None) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
+            json.dumps(value, ensure_ascii=False, default=str).encode()  # no column can hold half a surrogate pair
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
         return list(value) if isinstance(value, tuple) else value

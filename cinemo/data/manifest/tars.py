@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from cinemo.data.manifest.captions import caption_of
-from cinemo.data.manifest.folders import is_video, read_object, words
+from cinemo.data.manifest.folders import check_name, is_video, read_object, words
 from cinemo.data.manifest.json_lines import JSON_COLUMN
 from cinemo.ranges import open_ranges
 from cinemo.types import InputError
@@ -68,6 +68,7 @@ def _samples(uri: str, size: int) -> Iterator[tuple[str, dict[str, tuple[int, in
                 yield current, videos, beside
             current, videos, beside = key, {}, {}
         if is_video(name):
+            check_name(member.name, uri)
             if "::" in member.name:
                 raise InputError(f"manifest {uri}: member {member.name}: '::' in a name; rename it")
             videos[member.name] = member.offset_data, member.size
