@@ -368,7 +368,7 @@ def _read_record(root: Path, location: str | Path) -> dict[str, Any]:
         files, digest = record["files"], record["digest"]
         if all(isinstance(entry["bytes"], int) and entry["sha256"] for entry in files.values()) and digest:
             return dict(record)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise InputError(f"bundle {location}: {RECORD} is damaged; export or fetch the bundle again")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def _safetensors_size(file: BinaryIO, size: int) -> int | None:
     try:
         entries = json.loads(file.read(length))
         ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
         return None
     return 8 + length + max(ends, default=0)
 
@@ -102,10 +103,10 @@ def _shards(index: Path, location: str) -> Iterator[Path]:
     check_file(index, location)
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{location}: {index.name} is no index of shards, expected JSON with weight_map") from None
     for name in names:
         path = index.parent / str(name)
-        if path.parent != index.parent or not path.is_file():
-            raise InputError(f"{location}: {name} is missing there, a shard that {index.name} lists")
+        if path.parent != index.parent or not os.path.isfile(path):  # of a Path, a name too long is an OSError
+            raise InputError(f"{location}: {name!s:.100} is missing there, a shard that {index.name} lists")
         yield path

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 from cinemo.bundle import load_bundle, save_bundle
 from cinemo.networks.frozen import ImageEncoder, TextEncoder, Vae, check_tokenizer, network_digest
 from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.weight_files import check_file
+from cinemo.networks.weight_files import TRANSFORMERS, WeightFiles, check_file
 from cinemo.networks.weights import load_unet, save_network
 from cinemo.types import InputError
 
@@ -194,3 +194,24 @@ def test_a_file_with_more_than_its_header_says_is_damaged(tmp_path: Path) -> Non
         file.write(b"more")
     with pytest.raises(InputError, match=r"here: a\.safetensors is cut short or damaged"):
         check_file(tmp_path / "a.safetensors", "here")
+
+
+@pytest.mark.parametrize("header", ["[" * 100_000, '{"a": {"data_offsets": [0, Infinity]}}'], ids=["deep", "infinite"])
+def test_a_header_that_says_nothing_is_damaged(tmp_path: Path, header: str) -> None:
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(InputError, match=r"here: a\.safetensors is cut short or damaged"):
+        check_file(tmp_path / "a.safetensors", "here")
+
+
+@pytest.mark.parametrize(
+    ("index", "fault"),
+    [
+        ("[" * 100_000, "is no index of shards"),
+        ('{"weight_map": {"a": "%s"}}' % ("x" * 300), "x{100} is missing there"),
+    ],
+    ids=["deep", "long"],
+)
+def test_an_index_that_names_no_file_is_one_line(tmp_path: Path, index: str, fault: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=fault):
+        WeightFiles.find(tmp_path, "here", *TRANSFORMERS)
