@@ -305,3 +305,11 @@ def test_a_large_mapped_table_is_converted_once(tmp_path: Path, monkeypatch: pyt
     again = read_manifest(str(path), columns=Columns.parse(["webvid"]))
     assert first.source == again.source != other.source
     assert first.digest == again.digest != other.digest
+
+
+def test_scores_that_are_nan_in_a_written_list_are_null(tmp_path: Path) -> None:
+    rows = panda(repr)
+    rows[0] |= {"caption": "['a nan', 'b']", "matching_score": "[nan, -inf]"}
+    found = clips(write(tmp_path / "m.csv", rows), "panda-70m")
+    assert [row["caption"] for row in found[:2]] == ["a nan", "b"]
+    assert [row["extra"]["matching_score"] for row in found[:2]] == [None, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from cinemo.data.manifest.checks import is_list
+
+_NO_VALUE = re.compile(r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|-?\b(?:nan|inf)\b""")
 
 
 def lists(texts: pa.Array) -> tuple[pa.Array, np.ndarray]:
@@ -77,10 +80,15 @@ def _read_json(texts: pa.Array) -> pa.Array | None:
     return column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
 
 
+def _python(text: str) -> Any:
+    """A literal as Python prints it; its ``nan`` and ``inf`` are no literals, and say that there is no value."""
+    return ast.literal_eval(_NO_VALUE.sub(lambda match: match[1] or "None", text))
+
+
 def _literal(text: str | None) -> Any:
     if text is None:
         return None
-    for read in (json.loads, ast.literal_eval):
+    for read in (json.loads, _python):
         try:
             value = read(text)
             json.dumps(value, ensure_ascii=False, default=str).encode()  # no column can hold half a surrogate pair
