@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ Reduction = Literal["mean", "none"]
 
 Draw = Callable[[str], torch.Generator]
 """``draw(what)``: a generator for one draw of a training sample, keyed by seed, ``what``, step and sample."""
+
+_LARGER = 16  # times the pixels of what a network was trained for: beyond, memory ends before anything is said
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,12 @@ class Method(nn.Module, ABC):
         except ValidationError as error:
             message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
             raise InputError(f"size {size[1]}x{size[0]}: {message}") from None
+        (height, width), most = recipe.data.size, _LARGER * math.prod(recipe.data.size)
+        if math.prod(size) > most:
+            raise InputError(
+                f"size {size[1]}x{size[0]}: {math.prod(size)} pixels, expected at most {most}, {_LARGER} times "
+                f"{width}x{height}, for which {recipe.name} was trained"
+            )
         return recipe.model_copy(update={"data": data})
 
     @classmethod

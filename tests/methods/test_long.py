@@ -51,6 +51,8 @@ def test_of_any_size_whose_sides_are_multiples_of_8(bundle: ModelBundle, size: t
     assert np.isfinite(made.latents_CFHW.numpy()).all()
     with pytest.raises(InputError, match=r"size 44x64: size is .* expected multiples of 8"):
         video(bundle, size=(64, 44))
+    with pytest.raises(InputError, match="size 80000x8000: 640000000 pixels, expected at most"):
+        video(bundle, size=(8000, 80000))
 
 
 @pytest.mark.parametrize("way", WAYS)
