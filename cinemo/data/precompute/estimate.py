@@ -23,12 +23,11 @@ from cinemo.accelerators import DEFAULT_ACCELERATOR, Accelerator, accelerator, p
 from cinemo.config import DataConfig, Recipe
 from cinemo.data.dataset.identity import encoder_dtype
 from cinemo.data.manifest.columns import Columns
-from cinemo.data.manifest.manifest import Manifest, read_manifest
 from cinemo.data.precompute import stages
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.journal import SEGMENT
 from cinemo.data.precompute.nodes import Machines
-from cinemo.data.precompute.plan import Plan, PlannedRows, make_plan
+from cinemo.data.precompute.plan import Plan, PlannedRows, plan_manifest
 from cinemo.data.precompute.prices import Prices, money
 from cinemo.lock import HEARTBEAT_SECONDS
 from cinemo.networks.vae_cost import Encoding, encoding
@@ -75,20 +74,13 @@ def plan_only(
     """
     if mfu is not None and not 0 < mfu <= 1:
         raise InputError(f"--mfu is {mfu:g}, expected a share of the peak above 0 and up to 1")
-
-    def prefix(rows: int | None) -> Manifest:
-        return read_manifest(manifest, rows, columns, recipe.data.seed, names_as_captions)
-
-    listed = prefix(limit)
-    for note in listed.notes:
-        print(f"manifest: {note}", flush=True)
-    plan = make_plan(listed, recipe)
+    plan, prefix = plan_manifest(manifest, recipe, limit, columns, names_as_captions)
     output = storage.absolute(output)
     given = prices.clips_per_accelerator_second if prices else None
     known = Known(recipe, plan, output, given, machines, mfu)  # before anything is written: they may not fit
     storage.check_writable(output)
     if append:
-        dataset = Dataset.open(output, recipe, plan, append, lambda rows: prefix(rows).digest)
+        dataset = Dataset.open(output, recipe, plan, append, prefix)
         dataset.load()
         plan = dataset.plan
         if not len(plan):

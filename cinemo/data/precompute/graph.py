@@ -25,10 +25,9 @@ from cinemo.data.dataset import fields
 from cinemo.data.dataset.identity import encoder_dtype
 from cinemo.data.dataset.sidecars import FieldStore
 from cinemo.data.manifest.columns import Columns
-from cinemo.data.manifest.manifest import Manifest, read_manifest
 from cinemo.data.precompute import cluster, pools, stages
 from cinemo.data.precompute.dataset import Dataset
-from cinemo.data.precompute.plan import PlannedRows, make_plan
+from cinemo.data.precompute.plan import PlannedRows, plan_manifest
 from cinemo.data.precompute.progress import Figures, describe
 from cinemo.lock import Lock, hold
 from cinemo.methods import method_class
@@ -80,15 +79,8 @@ def run(
         RunError: more clips were refused than ``data.max_quarantine_share`` allows.
     """
     started = time.perf_counter()
-
-    def prefix(rows: int | None) -> Manifest:
-        return read_manifest(manifest, rows, columns, recipe.data.seed, names_as_captions)
-
-    clips = prefix(limit)
-    for note in clips.notes:
-        print(f"manifest: {note}", flush=True)
-    plan = make_plan(clips, recipe)
-    dataset = Dataset.open(storage.absolute(output), recipe, plan, append, lambda rows: prefix(rows).digest)
+    plan, prefix = plan_manifest(manifest, recipe, limit, columns, names_as_captions)
+    dataset = Dataset.open(storage.absolute(output), recipe, plan, append, prefix)
     extras = [FieldStore.open(dataset.uri, field, *fields.identity(field, recipe)) for field in recipe.data.fields]
     totals: Counter[str] = Counter()
     capacity: dict[str, float] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from cinemo.config import Recipe
-from cinemo.data.manifest.manifest import Manifest
+from cinemo.data.manifest.columns import Columns
+from cinemo.data.manifest.manifest import Manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,24 @@ class PlannedRows:
         rows = rows.add_column(0, "shard", pa.array(shards, pa.int32()))
         rows = rows.add_column(1, "shard_clips", pa.array(sizes, pa.int32()))
         return rows.add_column(2, "position", pa.array(positions, pa.int64()))
+
+
+def plan_manifest(
+    uri: str, recipe: Recipe, limit: int | None, columns: Columns | None, names_as_captions: bool
+) -> tuple[Plan, Callable[[int], str]]:
+    """The plan of a list of clips, and the digest of its first rows, by their number; prints what the list notes.
+
+    Raises:
+        InputError: bad manifest.
+    """
+
+    def listed(rows: int | None) -> Manifest:
+        return read_manifest(uri, rows, columns, recipe.data.seed, names_as_captions)
+
+    clips = listed(limit)
+    for note in clips.notes:
+        print(f"manifest: {note}", flush=True)
+    return make_plan(clips, recipe), lambda rows: listed(rows).digest
 
 
 def make_plan(clips: Manifest, recipe: Recipe) -> Plan:
