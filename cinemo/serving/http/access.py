@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -20,6 +22,15 @@ class Client:
 
     id: str = ""
     quota: Quota | None = None
+
+
+def _client(request: Request) -> Client:
+    client: Client = request.state.client
+    return client
+
+
+Asking = Annotated[Client, Depends(_client)]
+"""Who asks, as an endpoint's parameter."""
 
 
 class KeyCheck:

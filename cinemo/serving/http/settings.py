@@ -1,0 +1,32 @@
+"""How the HTTP interface behaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    """How the HTTP interface behaves.
+
+    Args:
+        body_bytes, body_seconds: of a request's whole body, and until it must have arrived.
+        pixels: of a picture; checked before it is decoded.
+        fetch_urls: whether ``input_reference`` may be an http(s) URL, which is then fetched under guard (`fetch`),
+            within ``fetch_seconds``, from ``fetch_ports`` alone.
+        event_seconds: between two looks at the jobs with open event streams; ``event_streams``: of them at once, in
+            one process; ``keep_alive_seconds``: of silence on a stream.
+        metrics: who may read ``/metrics``: everybody, holders of an API key, or nobody.
+    """
+
+    body_bytes: int = 20 * 2**20
+    body_seconds: float = 60.0
+    pixels: int = 40_000_000
+    fetch_urls: bool = False
+    fetch_seconds: float = 10.0
+    fetch_ports: tuple[int, ...] = (80, 443)
+    event_seconds: float = 0.15
+    event_streams: int = 1000
+    keep_alive_seconds: float = 15.0
+    metrics: Literal["open", "key", "off"] = "open"
