@@ -33,6 +33,7 @@ from cinemo.media.motion import MORE_MOTION, STILLER, MotionScale
 from cinemo.methods import Encoders, Method, build_method, image_encoder_place, method_class
 from cinemo.networks.frozen import ImageEncoder, Statistics, TextEncoder, Vae, normalised
 from cinemo.networks.memory import keep_freed_memory
+from cinemo.networks.tokenizer import Tokenizer
 from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles
 from cinemo.networks.weights import gather, resolve, save_network
 from cinemo.recipes import parse_recipe
@@ -256,6 +257,12 @@ def load_bundle(
         method.compile_networks()
     vae, decoder, text, image = _load_encoders(card.recipe, root, device, dtype)
     return ModelBundle(card.recipe, method, vae, decoder, text, card.motion, card.digest, str(location), image)
+
+
+def load_tokenizer(location: str | Path, recipe: Recipe) -> Tokenizer:
+    """The tokenizer of a bundle with this recipe; no weights are read. Raises `InputError`."""
+    root = _localize(location)
+    return Tokenizer(str(root / str(recipe.encoders.tokenizer)), str(root / str(recipe.encoders.text_encoder)))
 
 
 # Field of `EncodersConfig` -> (folder inside the bundle, library and class that model_index.json names; the class where

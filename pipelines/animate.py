@@ -61,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if bundle.recipe.toy:
         height, width = bundle.recipe.data.size
         print(f"{bundle.recipe.name} is a toy of {width}x{height} pixels, to show the method at work", file=sys.stderr)
+    if (warning := bundle.text.tokenizer.warning(arguments.prompt)) is not None:
+        print(warning, file=sys.stderr)
     begun = time.monotonic()
 
     def progress(done: int, steps: int) -> None:

@@ -461,10 +461,8 @@ class _States(FrozenStates):
         if not getattr(self, "_learns", False):
             return super().texts(captions)
         encoder: Any = self._encoder
-        tokens = encoder.tokenizer(
-            list(captions), padding="max_length", truncation=True, max_length=encoder.length, return_tensors="pt"
-        )
-        states: Tensor = encoder.network(tokens.input_ids.to(encoder.network.device)).last_hidden_state
+        tokens = encoder.tokenizer.ids(captions)
+        states: Tensor = encoder.network(tokens.to(encoder.network.device)).last_hidden_state
         return states
 
 

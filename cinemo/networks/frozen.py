@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles, check_file
+from cinemo.networks.tokenizer import Tokenizer
+from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles
 from cinemo.networks.weights import read_config, resolve
 from cinemo.types import InputError
 
@@ -219,16 +220,14 @@ class TextEncoder:
         dtype: torch.dtype = torch.float32,
         layers: int | None = None,
     ) -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextModel
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         directory = _directory(location)
-        config = read_config(directory, location)
+        read_config(directory, location)
         _weights(directory, location, TRANSFORMERS)
-        words = check_tokenizer(tokenizer)
-        with _readable(tokenizer, "CLIPTokenizer"):
-            self.tokenizer: Any = CLIPTokenizer.from_pretrained(words)
+        self.tokenizer = Tokenizer(tokenizer, location)
         self.network: Any = _load(CLIPTextModel, directory, location, TRANSFORMERS, dtype=dtype)
         if layers is not None:
             there = getattr(self.network, "text_model", self.network).encoder.layers
@@ -236,18 +235,12 @@ class TextEncoder:
                 raise InputError(f"{location}: has {len(there)} layers, expected at least {layers}")
             del there[layers:]
         self.network.to(device).eval().requires_grad_(False)
-        positions = config.get(
-            "max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings", 77)
-        )
-        self.length = min(int(self.tokenizer.model_max_length), int(positions))
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Last hidden states (B, L, D): padded and cut to the full length L, no mask (the published pipeline)."""
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
-        )
-        states: Tensor = self.network(tokens.input_ids.to(self.network.device)).last_hidden_state
+        """Last hidden states (B, L, D): of tokens as `Tokenizer.ids` makes them, no mask (the published pipeline)."""
+        tokens = self.tokenizer.ids(texts)
+        states: Tensor = self.network(tokens.to(self.network.device)).last_hidden_state
         return states
 
 
@@ -338,24 +331,6 @@ def check_image_encoder(location: str) -> Path:
     if kind not in ("clip_vision_model", "clip"):
         raise InputError(f"{location}: config.json is of model_type {kind}, expected clip_vision_model")
     _weights(directory, location, TRANSFORMERS)
-    return directory
-
-
-def check_tokenizer(location: str) -> Path:
-    """The local directory of a tokenizer, without loading it: ``tokenizer.json``, or ``vocab.json`` with merges.
-
-    Raises:
-        InputError: a file is missing, or is a Git LFS pointer.
-    """
-    directory = _directory(location)
-    if not (directory / "tokenizer.json").is_file():
-        if not (directory / "vocab.json").is_file():
-            raise InputError(f"{location}: tokenizer.json (or vocab.json with merges.txt) is missing there")
-        if not (directory / "merges.txt").is_file():
-            raise InputError(f"{location}: vocab.json is there, but merges.txt is missing (tokenizer.json does too)")
-    for path in directory.iterdir():
-        if path.suffix in (".json", ".txt"):
-            check_file(path, location)
     return directory
 
 

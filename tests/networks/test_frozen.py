@@ -12,6 +12,7 @@ from goldens import golden_files
 from tiny import WIDTH, save_encoders, save_image_encoder
 
 from cinemo.networks.frozen import ImageEncoder, TextEncoder, Vae, network_digest, normalised, vae_scaling
+from cinemo.networks.tokenizer import Tokenizer
 from cinemo.training.plan.activations import PeakMemory
 from cinemo.types import InputError
 
@@ -141,9 +142,11 @@ def test_text_states_are_padded_and_unmasked(encoders: Path) -> None:
     encoder = TextEncoder(str(encoders / "text_encoder"), str(encoders / "tokenizer"))
     texts = ["", "a dog", "many words " * 200]
     states = encoder.encode(texts)
-    assert states.shape == (3, encoder.length, WIDTH)
+    assert states.shape == (3, encoder.tokenizer.length, WIDTH)
     torch.testing.assert_close(encoder.encode(texts[1:2]), states[1:2])
-    tokens = encoder.tokenizer(texts[1], padding="max_length", max_length=encoder.length, return_tensors="pt")
+    tokens = encoder.tokenizer.words(
+        texts[1], padding="max_length", max_length=encoder.tokenizer.length, return_tensors="pt"
+    )
     with torch.no_grad():
         torch.testing.assert_close(encoder.network(tokens.input_ids)[0], states[1:2])
     assert not states.is_inference()
@@ -257,3 +260,17 @@ def test_a_network_is_its_weights_and_its_configuration(encoders: Path, tmp_path
     assert network_digest(str(copy)) != digest
     with pytest.raises(InputError, match=r"config\.json is missing there"):
         network_digest(str(tmp_path))
+
+
+def test_tokens_that_are_read_are_counted(encoders: Path) -> None:
+    places = str(encoders / "tokenizer"), str(encoders / "text_encoder")
+    tokenizer, encoder = Tokenizer(*places), TextEncoder(places[1], places[0])
+    whole, longer = "x" * 75, "x" * 76  # every letter is a token of this tokenizer
+    assert (tokenizer.count(""), tokenizer.count(whole), tokenizer.count(longer)) == ((0, 75), (75, 75), (76, 75))
+    assert tokenizer.warning(whole) is None
+    assert tokenizer.warning(longer) == (
+        "the prompt has 76 tokens, of which the text encoder reads the first 75; shorten it"
+    )
+    read, cut, other = encoder.encode(["x" * 74 + "y", "x" * 75 + "y", "x" * 75 + "z"])
+    assert torch.equal(cut, other), "what is cut has no effect"
+    assert not torch.equal(read, cut)

@@ -16,8 +16,9 @@ from tiny import random_unet, save_encoders, save_image_encoder, tiny_recipe
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModel
 
 from cinemo.bundle import load_bundle, save_bundle
-from cinemo.networks.frozen import ImageEncoder, TextEncoder, Vae, check_tokenizer, network_digest
+from cinemo.networks.frozen import ImageEncoder, TextEncoder, Vae, network_digest
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.tokenizer import check_tokenizer
 from cinemo.networks.weight_files import TRANSFORMERS, WeightFiles, check_file
 from cinemo.networks.weights import load_unet, save_network
 from cinemo.types import InputError
@@ -172,13 +173,13 @@ def test_a_cut_or_foreign_pickle_is_one_line(encoders: Path, tmp_path: Path) -> 
 
 def test_tokenizers_load_without_merges_only_as_one_file(encoders: Path, tmp_path: Path) -> None:
     words = str(encoders / "tokenizer")
-    expected = TextEncoder(str(encoders / "text_encoder"), words).tokenizer("a dog").input_ids
+    expected = TextEncoder(str(encoders / "text_encoder"), words).tokenizer.words("a dog").input_ids
     CLIPTokenizer.from_pretrained(words).save_pretrained(tmp_path / "one")
     place = tmp_path / "one"
     shutil.copyfile(encoders / "tokenizer" / "vocab.json", place / "vocab.json")
     for unneeded in ("merges.txt", "vocab.json", "tokenizer_config.json"):
         (place / unneeded).unlink(missing_ok=True)
-        assert TextEncoder(str(encoders / "text_encoder"), str(place)).tokenizer("a dog").input_ids == expected
+        assert TextEncoder(str(encoders / "text_encoder"), str(place)).tokenizer.words("a dog").input_ids == expected
     (place / "tokenizer.json").write_bytes(POINTER)
     with pytest.raises(InputError, match=r"tokenizer\.json is a Git LFS pointer"):
         check_tokenizer(str(place))
