@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     values, http = read()
     if arguments.add_key or arguments.list_keys or arguments.revoke_key:
-        manage_keys(arguments, open_keys(parse_settings({"bundle": "", **values}).absolute()))
+        managed = parse_settings({"bundle": "", **values}).absolute()
+        manage_keys(arguments, open_keys(managed), managed.webhook_secret)
         return
     settings = parse_settings(values)
     from cinemo.serving.app import serve_forever
@@ -62,12 +63,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     serve_forever(settings, host, port, reload=lambda: parse_settings(read()[0]))
 
 
-def manage_keys(arguments: argparse.Namespace, store: Any) -> None:
+def manage_keys(arguments: argparse.Namespace, store: Any, webhook_secret: str | None) -> None:
+    from cinemo.serving.http.signatures import secret_of
     from cinemo.types import InputError
 
     if arguments.add_key:
         key, token = store.create(arguments.add_key, arguments.max_active, arguments.per_day)
         print(f"{key.id}  {key.name}  {token}")
+        if webhook_secret is not None:
+            print(f"its webhooks are signed with {secret_of(webhook_secret, key.id)}")
     if arguments.revoke_key and not store.revoke(arguments.revoke_key):
         raise InputError(f"--revoke-key {arguments.revoke_key}: no such key, or already revoked (see --list-keys)")
     for key in store.list() if arguments.list_keys else ():

@@ -100,7 +100,7 @@ RESERVED = frozenset(
         *("id", "object", "status", "progress", "step", "created_at", "started_at", "completed_at", "expires_at"),
         *("deadline_at", "error", "deleted", "input_reference", "model", "prompt", "size", "seconds", "timeout"),
         *("image", "inputs", "bundle", "output", "save_latents", "device", "help", "recipe"),
-        *("fps", "cinemo_version"),
+        *("fps", "cinemo_version", "remixed_from_video_id", "prompt_tokens", "webhook_url"),
     )
 )
 
@@ -231,6 +231,11 @@ class Controls(BaseModel):
                 raise InputError(message) from None
             raise InputError(f"{name} is {_shown(plain[name])}, expected {expectation(cls, name)}") from None
 
+    @classmethod
+    def changed(cls, kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """Controls of a video as they were ``kept``, changed by those ``given``; both by name."""
+        return {**kept, **given}
+
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
         """Every control with its value, the recipe's defaults filled in: JSON values, kept with a video.
 
@@ -324,6 +329,12 @@ class MotionStrength(FastSampling):
         if self.motion_strength is not None and getattr(self, self.strength_of) is not None:
             raise ValueError(f"{self.strength_of} and motion_strength are both given; give at most one of them")
         return self
+
+    @classmethod
+    def changed(cls, kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """A strength takes the place of what it stands for, and the other way round."""
+        other = {"motion_strength": cls.strength_of, cls.strength_of: "motion_strength"}
+        return super().changed({name: value for name, value in kept.items() if other.get(name) not in given}, given)
 
     def calibrated(self, recipe: Recipe, calibration: Mapping[str, Any] | None) -> Self:
         known = self.motion_values(recipe)

@@ -30,14 +30,17 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from cinemo import storage, tracking
-from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
+from cinemo.bundle import BundleCard, ModelBundle, load_bundle, load_tokenizer, read_card
 from cinemo.data.precompute.cluster import connect
+from cinemo.networks.tokenizer import Tokenizer
 from cinemo.serving.engine.runner import JobRunner
 from cinemo.serving.engine.warmup import warm_up
 from cinemo.serving.http.api import ApiSettings, build_api
+from cinemo.serving.http.webhooks import Receivers, WebhookSender
 from cinemo.serving.proxy import proxy_environment
 from cinemo.serving.scaling import QueueDemand
 from cinemo.serving.settings import ServeSettings, open_keys, open_store, parse_settings
+from cinemo.serving.store.webhooks import WebhookQueue
 from cinemo.types import InputError, RunError
 
 log = logging.getLogger("ray.serve")
@@ -168,6 +171,8 @@ class Ingress:
         self._animator, self._settings = animator, settings
         self._store = open_store(settings)
         self._card = read_card(settings.bundle)
+        self._tokenizer: Tokenizer | None = None
+        self._sender: WebhookSender | None = None
         self._heard: float | None = None
         threading.Thread(target=self._ask, name="cinemo-card", daemon=True).start()
 
@@ -177,9 +182,30 @@ class Ingress:
             body_bytes=self._settings.max_body_bytes,
             pixels=self._settings.max_pixels,
             fetch_urls=self._settings.allow_urls,
+            sync_seconds=self._settings.sync_seconds,
+            cors_origins=self._settings.origins,
+            requests_named=True,  # by Serve, as the client or HAProxy did
             metrics=self._settings.metrics,
         )
-        return build_api(self._store, self._current_card, self._ready, limits, keys)
+        receivers = None
+        if (secret := self._settings.webhook_secret) is not None:
+            receivers = Receivers(anywhere=self._settings.webhook_addresses == "any")
+            self._sender = WebhookSender(WebhookQueue(self._store.database), secret, receivers)
+            self._sender.start()
+        return build_api(
+            self._store, self._current_card, self._ready, limits, keys, receivers=receivers, tokens=self._count_tokens
+        )
+
+    def _count_tokens(self, prompt: str) -> tuple[int, int] | None:
+        return None if self._tokenizer is None else self._tokenizer.count(prompt)
+
+    def _read_tokenizer(self, location: str, card: BundleCard) -> None:
+        """Prompts are counted where the tokenizer can be read here; else nothing is said of them."""
+        try:
+            self._tokenizer = load_tokenizer(location, card.recipe)
+        except Exception as error:
+            log.warning("prompts are not counted: %s", error)
+            self._tokenizer = None
 
     def _current_card(self) -> BundleCard:
         return self._card
@@ -188,10 +214,14 @@ class Ingress:
         return self._heard is not None and time.monotonic() - self._heard < _SILENCE
 
     def _ask(self) -> None:
+        self._read_tokenizer(self._settings.bundle, self._card)
         while True:
             answer = self._animator.served.remote()
             try:
-                self._card = answer.result(timeout_s=_ANSWER_SECONDS).card
+                served: Served = answer.result(timeout_s=_ANSWER_SECONDS)
+                if served.card.digest != self._card.digest:
+                    self._read_tokenizer(served.location, served.card)
+                self._card = served.card
                 self._heard = time.monotonic()
             except Exception:  # none lives, or it is just dying: asked again for ever
                 answer.cancel()

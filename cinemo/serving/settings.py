@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -9,11 +10,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cinemo import storage
+from cinemo.serving.http.signatures import read_secret
 from cinemo.serving.store.database import Database
 from cinemo.serving.store.jobs import JobStore, QueueLimits
 from cinemo.serving.store.keys import KeyStore
 from cinemo.serving.store.media import MediaStore
 from cinemo.types import InputError
+
+# As browsers write it: scheme, host, port where it is unusual.
+_ORIGIN = re.compile(r"\*|https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:]+\])(:\d{1,5})?")
 
 
 class ServeSettings(BaseModel):
@@ -63,6 +68,23 @@ class ServeSettings(BaseModel):
     metrics: Literal["open", "key", "off"] = Field(
         "open", description="who may read /metrics: everybody, holders of a key, or nobody"
     )
+    sync_seconds: float = Field(
+        300.0,
+        gt=0,
+        le=3600,
+        description="how long POST /v1/videos/sync waits for its video before it answers with the job",
+    )
+    cors_origins: str | None = Field(
+        None,
+        description="origins of web pages elsewhere that may use the interface, such as https://a.example, with commas "
+        "between; * = any",
+    )
+    webhook_secret: str | None = Field(
+        None, repr=False, description="whsec_ and base64: signs webhooks, which are refused without it"
+    )
+    webhook_addresses: Literal["public", "any"] = Field(
+        "public", description="where webhooks may go: public addresses at ports 80 and 443, or any, also private ones"
+    )
     allow_urls: bool = Field(False, description="fetch pictures that requests give as a public URL")
 
     @model_validator(mode="after")
@@ -71,6 +93,10 @@ class ServeSettings(BaseModel):
             raise ValueError(f"max_replicas is {self.max_replicas}, expected at least min_replicas {self.min_replicas}")
         if self.max_joined < self.max_batch:
             raise ValueError(f"max_joined is {self.max_joined}, expected at least max_batch {self.max_batch}")
+        if unclear := [origin for origin in self.origins if _ORIGIN.fullmatch(origin) is None]:
+            raise ValueError(f"cors_origins: {unclear[0]!r} is no origin, expected one such as https://a.example, or *")
+        if self.webhook_secret is not None:
+            read_secret(self.webhook_secret)
         if self.database is None and storage.is_remote(self.state):
             raise ValueError(
                 f"state {self.state} cannot hold the job database, expected database=postgresql://... as well"
@@ -81,6 +107,11 @@ class ServeSettings(BaseModel):
     def database_url(self) -> str:
         """The database of jobs and keys, as a URL."""
         return self.database or f"sqlite:///{storage.local_path(storage.absolute(self.state)) / 'serving.sqlite'}"
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Those of ``cors_origins``."""
+        return tuple(filter(None, (origin.strip() for origin in (self.cors_origins or "").split(","))))
 
     def absolute(self) -> ServeSettings:
         """The same with absolute paths: replicas run in other working directories."""

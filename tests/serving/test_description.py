@@ -35,7 +35,7 @@ def test_generated_requests_get_described_answers(tmp_path: Path, with_keys: boo
     store = open_store(tmp_path, max_queued=20)
     keys, (token,) = make_keys(store, "tester")
     headers = {"Authorization": f"Bearer {token}"} if with_keys else {}
-    api = small_api(store, ApiSettings(body_bytes=200_000), keys=keys if with_keys else None)
+    api = small_api(store, ApiSettings(body_bytes=200_000, sync_seconds=0.1), keys=keys if with_keys else None)
     client = "" if not with_keys else token.split("_")[1]
     known = [store.submit(_REQUEST, png(), client).id for _ in range(3)]
     complete_one(store)

@@ -1,4 +1,4 @@
-"""The HTTP interface over the job store. It decodes nothing but pictures, runs no model and knows nothing of Ray.
+"""The HTTP interface over the job store. It decodes pictures and previews, runs no model and knows nothing of Ray.
 
 Every answer that is not a success has the body ``{"error": {"code", "message", "param", "type"}}``; no answer holds a
 path or a stack trace, and bad input never ends in a 5xx.
@@ -14,15 +14,18 @@ from fastapi import FastAPI
 import cinemo
 from cinemo.bundle import BundleCard
 from cinemo.serving.http.access import KeyCheck
+from cinemo.serving.http.cors import Cors
 from cinemo.serving.http.creation import add_creation
 from cinemo.serving.http.description import answers, describe
 from cinemo.serving.http.events import EventStreams
 from cinemo.serving.http.exposition import Exposition, Observed
 from cinemo.serving.http.fetch import Fetcher
 from cinemo.serving.http.operation import add_models, add_operation
-from cinemo.serving.http.refusals import BodyLimit, add_error_answers
+from cinemo.serving.http.refusals import BodyLimit, Unexpected, add_error_answers
 from cinemo.serving.http.settings import ApiSettings
+from cinemo.serving.http.submission import CountTokens, Submission
 from cinemo.serving.http.videos import add_events, add_jobs
+from cinemo.serving.http.webhooks import Receivers
 from cinemo.serving.page.routes import add_page
 from cinemo.serving.store.jobs import JobStore
 from cinemo.serving.store.keys import KeyStore
@@ -37,6 +40,8 @@ def build_api(
     settings: ApiSettings = ApiSettings(),  # noqa: B008
     keys: KeyStore | None = None,
     fetcher: Fetcher | None = None,
+    receivers: Receivers | None = None,
+    tokens: CountTokens | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -45,6 +50,8 @@ def build_api(
         ready: whether a model is loaded and its runner alive.
         keys: where given, every request under ``/v1`` needs one of them, and sees that key's jobs alone.
         fetcher: where URLs are fetched, instead of one by the settings.
+        receivers: which addresses webhooks may go to; None: there are none. A `WebhookSender` sends them.
+        tokens: of a prompt.
 
     Returns:
         the application; ``state.streams`` are its `EventStreams`.
@@ -57,12 +64,16 @@ def build_api(
     api.state.streams = streams
     # The last one added sees a request first: who asks is known before anything of the body is taken.
     api.add_middleware(BodyLimit, limit=settings.body_bytes, seconds=settings.body_seconds)
+    api.add_middleware(Unexpected)
     api.add_middleware(KeyCheck, keys=keys, also=("/metrics",) if settings.metrics == "key" else ())
-    api.add_middleware(Observed, exposition=exposition)
+    if settings.cors_origins:
+        api.add_middleware(Cors, origins=settings.cors_origins)
+    api.add_middleware(Observed, exposition=exposition, named=settings.requests_named)
     add_error_answers(api)
     if settings.fetch_urls and fetcher is None:
         fetcher = Fetcher(settings.body_bytes, settings.fetch_seconds, settings.fetch_ports)
-    add_creation(api, store, card, settings, fetcher)
+    submission = Submission(store, settings.pixels, fetcher, receivers, tokens)
+    add_creation(api, store, card, submission, streams, settings.sync_seconds)
     add_jobs(api, store)
     add_events(api, store, streams)
     add_models(api, card)

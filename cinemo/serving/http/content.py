@@ -1,21 +1,67 @@
-"""The bytes of a video as an HTTP answer: whole or a range, from a directory or s3://, with a validator for caches."""
+"""A job's files as HTTP answers: whole or a range, from a directory or s3://, with a validator for caches."""
 
 from __future__ import annotations
 
 import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
 
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
+from cinemo.media.previews import PREVIEWS
 from cinemo.serving.http.refusals import Refused
 from cinemo.serving.store.jobs import Job
-from cinemo.serving.store.media import MediaStore
+from cinemo.serving.store.media import MediaStore, preview_name
 
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
-def video_answer(media: MediaStore, job: Job, asked: Headers, body: bool = True) -> Response:
-    """The video of a completed job. It never changes, so its job and attempt name its content (the ETag).
+@dataclass(frozen=True)
+class File:
+    """A file that never changes. ``name``: in the media store; ``tag`` names its content; ``shown``: as a download."""
+
+    name: str
+    tag: str
+    shown: str
+    media_type: str
+
+
+def video_file(job: Job) -> File:
+    """The video of a completed job."""
+    return File(str(job.media_name), f"{job.id}-{job.attempts}", f"{job.id}.mp4", "video/mp4")
+
+
+def input_file(job: Job, name: str) -> File:
+    """A picture that a job came with, as it is kept: a PNG of every pixel."""
+    label = "input" if name == "image" else f"input-{name}"
+    return File(job.files[name], f"{job.id}-{label}", f"{job.id}-{label}.png", "image/png")
+
+
+def preview_file(media: MediaStore, job: Job, variant: str) -> File:
+    """A thumbnail or sprite sheet of a completed job's video, made where it is not kept yet.
+
+    Raises:
+        FileNotFoundError: the video is gone.
+    """
+    ending, media_type, make = PREVIEWS[variant]
+    name = preview_name(job.id, job.attempts, ending)
+    file = File(name, f"{job.id}-{job.attempts}-{variant}", f"{job.id}-{ending}", media_type)
+    try:
+        media.size(name)
+    except FileNotFoundError:
+        with tempfile.TemporaryDirectory(prefix="cinemo-") as scratch:
+            path = media.local_path(str(job.media_name))
+            if path is None or not path.is_file():
+                path = Path(scratch) / "video.mp4"
+                path.write_bytes(media.read(str(job.media_name)))
+            media.write(name, make(path))
+    return file
+
+
+def file_answer(media: MediaStore, file: File, asked: Headers, body: bool = True) -> Response:
+    """A file, or what was asked of it.
 
     Args:
         asked: headers of the request: ``If-None-Match``, ``Range`` (one range; several are answered with the whole,
@@ -26,15 +72,14 @@ def video_answer(media: MediaStore, job: Job, asked: Headers, body: bool = True)
         Refused: 416 the range lies behind the end.
         FileNotFoundError: the file is gone.
     """
-    name = str(job.media_name)
-    size = media.size(name)
-    etag = f'"{job.id}-{job.attempts}"'
+    size = media.size(file.name)
+    etag = f'"{file.tag}"'
     headers = {
         "ETag": etag,
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
         "X-Content-Type-Options": "nosniff",
-        "Content-Disposition": f'attachment; filename="{job.id}.mp4"',
+        "Content-Disposition": f'attachment; filename="{file.shown}"',
     }
     known = [tag.strip().removeprefix("W/") for tag in asked.get("if-none-match", "").split(",")]
     if etag in known or "*" in known:
@@ -45,8 +90,8 @@ def video_answer(media: MediaStore, job: Job, asked: Headers, body: bool = True)
         headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{size}"
     headers["Content-Length"] = str(length)
     if not body:
-        return Response(status_code=status, headers=headers, media_type="video/mp4")
-    return StreamingResponse(media.pieces(name, start, length), status, headers, media_type="video/mp4")
+        return Response(status_code=status, headers=headers, media_type=file.media_type)
+    return StreamingResponse(media.pieces(file.name, start, length), status, headers, media_type=file.media_type)
 
 
 def _part(asked: str, size: int) -> tuple[int, int] | None:
@@ -60,6 +105,6 @@ def _part(asked: str, size: int) -> tuple[int, int] | None:
     start = int(first) if first else max(0, size - int(last))
     end = min(size, int(last) + 1) if first and last else size
     if start >= end:
-        message = f"the video has {size} bytes, none of them in the requested range"
+        message = f"the file has {size} bytes, none of them in the requested range"
         raise Refused(416, "range_not_satisfiable", message, headers={"Content-Range": f"bytes */{size}"})
     return start, end - start

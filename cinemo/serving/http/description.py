@@ -12,24 +12,28 @@ from cinemo.bundle import BundleCard
 from cinemo.config import Recipe
 from cinemo.methods import method_class, served_controls
 from cinemo.serving.http.access import SCHEME
-from cinemo.serving.http.form import control_schema, form_schema
+from cinemo.serving.http.form import PICTURE, control_schema, form_schema
 from cinemo.serving.http.schema import ErrorBody
 
 _MEANINGS = {
     400: "not supported, or malformed; the message says which",
     401: "no valid API key",
     404: "unknown (or expired, or another key's)",
+    405: "the path does not take the method; Allow lists those that it takes",
     408: "the body did not arrive in time",
-    409: "there is no video (yet)",
+    409: "there is no video (yet), or not its picture any more",
     413: "the body or the picture is too large",
-    415: "not a form, or not a PNG, JPEG or WebP picture",
+    415: "not a form or JSON, or not a PNG, JPEG or WebP picture",
     416: "the range starts beyond the end",
     422: "a field has a wrong value, or the picture is damaged",
     429: "too many at once; Retry-After says when to come back",
     500: "a server error, which was logged",
+    504: "the job missed its deadline",
     503: "the server cannot answer right now",
 }
 
+
+FILE = {"schema": {"type": "string", "format": "binary"}}
 
 EVENT = {
     "type": "object",
@@ -59,7 +63,7 @@ def describe(api: FastAPI, needs_key: bool, card: Callable[[], BundleCard]) -> d
     if api.openapi_schema is None or api.openapi_schema["info"]["x-bundle"] != served.digest:
         made = get_openapi(title=api.title, version=api.version, routes=api.routes, description=_ABOUT)
         made["info"]["x-bundle"] = served.digest
-        _describe_form(made, served.recipe)
+        _describe_bodies(made, served.recipe)
         _describe_video(made, served.recipe)
         for path, operations in made["paths"].items():
             for operation in operations.values():
@@ -82,27 +86,57 @@ def describe(api: FastAPI, needs_key: bool, card: Callable[[], BundleCard]) -> d
 
 
 _ABOUT = "Animates pictures: create a video, follow it (poll or events), download it. OpenAI's video API, extended."
+_REFERENCE_URL = f"{PICTURE}[image_url]"
 _RETRY_AFTER = {"description": "seconds", "schema": {"type": "integer"}}
 
 
-def _describe_form(document: dict[str, Any], recipe: Recipe) -> None:
-    """The form is multipart, because a file may be in it; a form has absent fields and no nulls."""
-    pictures = [
-        "input_reference",
-        *(name for name, each in method_class(recipe).inputs.items() if each.kind == "image"),
-    ]
-    encoding = {name: {"contentType": "image/png, image/jpeg, image/webp"} for name in pictures}
+def _describe_bodies(document: dict[str, Any], recipe: Recipe) -> None:
+    """The bodies that are read without FastAPI: forms, which have absent fields and no nulls, and JSON objects."""
+    pictures = [name for name, each in method_class(recipe).inputs.items() if each.kind == "image"]
+    encoding = {name: {"contentType": "image/png, image/jpeg, image/webp"} for name in (PICTURE, *pictures)}
     form = form_schema(recipe)
-    document["components"]["schemas"]["VideoForm"] = form
-    body = {"schema": {"$ref": "#/components/schemas/VideoForm"}, "encoding": encoding}
-    document["paths"]["/v1/videos"]["post"]["requestBody"] = {
-        "required": True,
-        "content": {"multipart/form-data": body},
-    }
     for name, field in form["properties"].items():
         kinds = [kind for kind in field.pop("anyOf", []) if kind.get("type") != "null"]
         form["properties"][name] = field | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds} if kinds else {})
-    form["anyOf"] = [{"required": ["input_reference"]}, {"required": ["input_reference[image_url]"]}]
+    fields = {name: _as_json(field) for name, field in form["properties"].items() if name != _REFERENCE_URL}
+    url = {"type": "string", "description": "data:, or http(s): where enabled"}
+    reference = {"type": "object", "properties": {"image_url": url}, "required": ["image_url"]}
+    fields[PICTURE] = {"description": "picture to animate", "anyOf": [url, reference]}
+    schemas = document["components"]["schemas"]
+    schemas["VideoForm"] = form | {"anyOf": [{"required": [PICTURE]}, {"required": [_REFERENCE_URL]}]}
+    schemas["VideoJson"] = {
+        "type": "object",
+        "properties": fields,
+        "required": [*form["required"], PICTURE],
+        "additionalProperties": False,
+    }
+    schemas["RemixJson"] = {
+        "type": "object",
+        "properties": {name: field for name, field in fields.items() if name not in encoding},
+        "required": ["prompt"],
+        "additionalProperties": False,
+    }
+    whole = {
+        "multipart/form-data": {"schema": {"$ref": "#/components/schemas/VideoForm"}, "encoding": encoding},
+        "application/json": {"schema": {"$ref": "#/components/schemas/VideoJson"}},
+    }
+    changed = {"application/json": {"schema": {"$ref": "#/components/schemas/RemixJson"}}}
+    for path, content in (
+        ("/v1/videos", whole),
+        ("/v1/videos/sync", whole),
+        ("/v1/videos/{video_id}/remix", changed),
+    ):
+        document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+
+
+def _as_json(field: dict[str, Any]) -> dict[str, Any]:
+    """A form's field in a JSON body, where a picture is a URL."""
+    if field.get("format") != "binary":
+        return field
+    return {
+        "type": "string",
+        "description": f"URL of a picture (data:, or http(s): where enabled): {field['description']}",
+    }
 
 
 def _describe_video(document: dict[str, Any], recipe: Recipe) -> None:

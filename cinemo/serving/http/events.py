@@ -8,9 +8,10 @@ the store is asked is told as its latest state; a client that comes back is told
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 
 from starlette.concurrency import run_in_threadpool
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 _RETRY_MILLISECONDS = 2000
 _PAUSE_AFTER_FAULT = 2.0
+_LOOK_SECONDS = 1.0  # whether a client that waits for its video is still there
 
 
 @dataclass(eq=False)
@@ -70,11 +72,8 @@ class EventStreams:
     async def events(self, job: Job) -> AsyncIterator[str]:
         """The events of a job from its state ``job`` to its final one, as text/event-stream."""
         yield f"retry: {_RETRY_MILLISECONDS}\n\n"
-        stream = _Stream(job, job.id)
-        self._streams.add(stream)
+        stream = self._open(job)
         try:
-            if self._poller is None or self._poller.done():
-                self._poller = asyncio.create_task(self._poll())
             while True:
                 stream.changed.clear()
                 latest = stream.job
@@ -87,6 +86,30 @@ class EventStreams:
                     return
         finally:
             self._streams.discard(stream)
+
+    async def finished(self, job: Job, seconds: float, is_gone: Callable[[], Awaitable[bool]]) -> Job | None:
+        """The job in its final state (None: deleted), or as it is after ``seconds``, at `close`, or where the client
+        ``is_gone``."""
+        stream, end = self._open(job), asyncio.get_running_loop().time() + seconds
+        try:
+            while stream.job is not None and stream.job.status not in FINAL and not self._closed:
+                left = end - asyncio.get_running_loop().time()
+                if left <= 0 or await is_gone():
+                    break
+                stream.changed.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, _LOOK_SECONDS)):
+                        await stream.changed.wait()
+            return stream.job
+        finally:
+            self._streams.discard(stream)
+
+    def _open(self, job: Job) -> _Stream:
+        stream = _Stream(job, job.id)
+        self._streams.add(stream)
+        if self._poller is None or self._poller.done():
+            self._poller = asyncio.create_task(self._poll())
+        return stream
 
     async def _change(self, stream: _Stream) -> bool:
         """Whether the job changed before it was time for a sign of life."""

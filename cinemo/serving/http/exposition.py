@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import time
@@ -18,6 +19,7 @@ from cinemo.serving.store.counters import BOUNDS, Statistics
 from cinemo.serving.store.counters import Histogram as Counted
 
 _STATUSES = ("queued", "in_progress", "completed", "failed", "cancelled")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9._~:+/=-]{1,128}")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -90,16 +92,22 @@ def _histogram(name: str, text: str, counted: Counted) -> HistogramMetricFamily:
 
 class Observed:
     """Times every answer until it begins, by the route's template (never by the path itself, which strangers choose),
-    and names every request in ``X-Request-Id``."""
+    and names every request in ``X-Request-Id``: as the client did, where that is a plain name.
 
-    def __init__(self, app: ASGIApp, exposition: Exposition) -> None:
-        self.app, self.exposition = app, exposition
+    Args:
+        named: whether answers have that header already, from what stands before this application.
+    """
+
+    def __init__(self, app: ASGIApp, exposition: Exposition, named: bool = False) -> None:
+        self.app, self.exposition, self.named = app, exposition, named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, request_id = time.perf_counter(), f"req_{secrets.token_hex(12)}"
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _PLAIN_NAME.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        began = time.perf_counter()
         scope.setdefault("state", {})["request_id"] = request_id
 
         async def timed(message: Message) -> None:
@@ -107,7 +115,8 @@ class Observed:
                 route = getattr(scope.get("route"), "path", "other")
                 method = scope["method"] if scope["method"] in _METHODS else "other"
                 self.exposition.observe(method, route, message["status"], time.perf_counter() - began)
-                message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
+                if not self.named:
+                    message.setdefault("headers", []).append((b"x-request-id", request_id.encode()))
             await send(message)
 
         await self.app(scope, receive, timed)

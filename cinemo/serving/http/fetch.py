@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -25,14 +25,14 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 3
-_MAX_URL = 2048
+MAX_URL = 2048
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Counted as global by some versions of Python, yet assigned to protocols; the last one is the host's own service to its
 # virtual machines (Azure).
 _NOT_PUBLIC = tuple(ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "168.63.129.16/32"))
 
 
-class _Forbidden(Exception):
+class Forbidden(Exception):
     """The name leads to an address that is not to be reached."""
 
 
@@ -61,6 +61,28 @@ async def resolve(name: str, port: int) -> list[str]:
     return [str(address[4][0]) for address in found]
 
 
+def check_url(url: str, ports: Collection[int] | None = None) -> bool:
+    """Refuse a URL that is not to be asked at all; whether it is https.
+
+    Args:
+        ports: that may be connected to; None: any.
+
+    Raises:
+        Refused: 422.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
+        whole = bool(parts.hostname) and url.isascii() and url.isprintable() and " " not in url
+    except ValueError:
+        whole = False
+    if not whole or len(url) > MAX_URL or parts.scheme not in ("http", "https"):
+        raise _refused("invalid_url", f"expected an http or https URL of at most {MAX_URL} characters")
+    if parts.username is not None or parts.password is not None or (ports is not None and port not in ports):
+        raise _refused("url_not_allowed", "URLs with a user name or an unusual port are not asked")
+    return parts.scheme == "https"
+
+
 class Fetcher:
     """Fetches pictures by URL.
 
@@ -82,7 +104,7 @@ class Fetcher:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self._max_bytes, self._seconds, self._ports = max_bytes, seconds, frozenset(ports)
-        self._network, self._tls = _CheckedNetwork(resolve, allowed), tls or ssl.create_default_context()
+        self._network, self._tls = CheckedNetwork(resolve, allowed), tls or ssl.create_default_context()
 
     async def fetch(self, url: str) -> tuple[bytes, str]:
         """The content behind a URL and its declared type (empty: none).
@@ -94,7 +116,7 @@ class Fetcher:
             with anyio.fail_after(self._seconds):
                 async with httpcore.AsyncConnectionPool(ssl_context=self._tls, network_backend=self._network) as pool:
                     return await self._follow(pool, url)
-        except _Forbidden:
+        except Forbidden:
             raise _refused(
                 "url_not_allowed", "the URL leads to an address that this server does not fetch from"
             ) from None
@@ -113,29 +135,16 @@ class Fetcher:
         }
         was_secure = False
         for _ in range(_MAX_REDIRECTS + 1):
-            was_secure = self._check(url, was_secure)
+            is_secure = check_url(url, self._ports)
+            if was_secure and not is_secure:
+                raise _refused("url_not_allowed", "the URL redirects from https to http")
+            was_secure = is_secure
             async with pool.stream("GET", url, headers=headers) as answer:
                 fields = {name.lower(): value.decode("latin-1") for name, value in answer.headers}
                 if answer.status not in _REDIRECTS:
                     return await self._read(answer, fields)
                 url = urljoin(url, fields.get(b"location", ""))
         raise _refused("url_fetch_failed", f"the URL redirects more than {_MAX_REDIRECTS} times")
-
-    def _check(self, url: str, was_secure: bool) -> bool:
-        """Refuse a URL that is not to be asked at all; whether it is https."""
-        try:
-            parts = urlsplit(url)
-            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
-            whole = bool(parts.hostname) and url.isascii() and url.isprintable() and " " not in url
-        except ValueError:
-            whole = False
-        if not whole or len(url) > _MAX_URL or parts.scheme not in ("http", "https"):
-            raise _refused("invalid_url", f"expected an http or https URL of at most {_MAX_URL} characters")
-        if parts.username is not None or parts.password is not None or port not in self._ports:
-            raise _refused("url_not_allowed", "URLs with a user name or an unusual port are not fetched")
-        if was_secure and parts.scheme == "http":
-            raise _refused("url_not_allowed", "the URL redirects from https to http")
-        return parts.scheme == "https"
 
     async def _read(self, answer: httpcore.Response, fields: dict[bytes, str]) -> tuple[bytes, str]:
         kind = fields.get(b"content-type", "")
@@ -160,7 +169,7 @@ class Fetcher:
         )
 
 
-class _CheckedNetwork(httpcore.AsyncNetworkBackend):
+class CheckedNetwork(httpcore.AsyncNetworkBackend):
     """Connects to addresses that were let through, and to nothing else."""
 
     def __init__(self, resolve: Resolve, allowed: Callable[[str], bool]) -> None:
@@ -177,7 +186,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
         addresses = await self._resolve(host.strip("[]"), port)
         # One forbidden address among others is a trap or a mistake; neither is served.
         if not addresses or not all(self._allowed(address) for address in addresses):
-            raise _Forbidden
+            raise Forbidden
         for address in addresses[:-1]:
             try:
                 return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)
@@ -188,7 +197,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
     async def connect_unix_socket(
         self, path: str, timeout: float | None = None, socket_options: Any = None
     ) -> httpcore.AsyncNetworkStream:
-        raise _Forbidden
+        raise Forbidden
 
     async def sleep(self, seconds: float) -> None:
         await anyio.sleep(seconds)

@@ -1,30 +1,42 @@
-"""The multipart form of ``POST /v1/videos``: OpenAI's fields, and the controls and pictures of the model's method."""
+"""What ``POST /v1/videos`` and a remix take, as a form or as JSON: OpenAI's fields, and the model's own."""
 
 from __future__ import annotations
 
+import json
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import File, Request, UploadFile
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from starlette.exceptions import HTTPException
 
 from cinemo.bundle import BundleCard
 from cinemo.config import Recipe
 from cinemo.methods import Controls, method_class, served_controls
+from cinemo.methods import controls as method_controls
 from cinemo.methods.controls import MAX_FRAMES, MAX_PROMPT, MIN_FRAMES, check_text
+from cinemo.serving.http.fetch import MAX_URL
+from cinemo.serving.http.refusals import Refused
 from cinemo.serving.http.schema import video_seconds, video_size
+from cinemo.serving.http.words import expectation, explained
 
 MAX_TIMEOUT = 7 * 24 * 3600.0
 MAX_SEED = 2**53 - 1  # of the whole numbers that JSON can hold
+PICTURE = "input_reference"
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _PAIR = r"^\s*\[?\s*[0-9.eE+-]{1,24}\s*,\s*[0-9.eE+-]{1,24}\s*\]?\s*$"
 
 
 def _blank_is_absent(value: Any) -> Any:
     """A form field that was sent empty counts as not sent."""
     return None if value == "" else value
+
+
+def _as_text(value: Any) -> Any:
+    """A number, as JSON may have it, where a form has its text."""
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 _Absent = BeforeValidator(_blank_is_absent)
@@ -48,9 +60,15 @@ class VideoForm(BaseModel):
     size: Annotated[str | None, _Absent] = Field(
         None, max_length=32, description="WIDTHxHEIGHT of no more pixels than the model's own size, which it makes best"
     )
-    seconds: Annotated[str | None, _Absent] = Field(None, max_length=32, description="length; or give frames")
+    seconds: Annotated[str | None, _Absent, BeforeValidator(_as_text)] = Field(
+        None, max_length=32, description="length; or give frames"
+    )
     timeout: Annotated[float | None, _Absent] = Field(
         None, gt=0, le=MAX_TIMEOUT, allow_inf_nan=False, description="seconds from now after which the job fails"
+    )
+
+    webhook_url: Annotated[str | None, _Absent] = Field(
+        None, max_length=MAX_URL, description="told when the video is completed or failed, signed; where enabled"
     )
 
     @field_validator("prompt")
@@ -68,41 +86,88 @@ class VideoForm(BaseModel):
 
 @dataclass(frozen=True)
 class VideoRequest:
-    """A form that was read. ``pictures``: those beside the picture to animate, by the names of the method's inputs."""
+    """A request that was read.
+
+    ``pictures``: those sent beside the picture to animate, by the names of the method's inputs. ``inputs``: names of
+    all that the job will have. ``seed_drawn``: the client gave none.
+    """
 
     form: VideoForm
     controls: Controls
     pictures: dict[str, UploadFile | str]
+    inputs: frozenset[str]
     seed_drawn: bool
 
     def asked(self, card: BundleCard) -> dict[str, Any]:
         """The prompt and every control with its value, the model's defaults filled in: what a job keeps."""
         controls = self.controls.calibrated(card.recipe, card.motion.calibration)
-        settings = controls.settings(card.recipe, self.pictures.keys())
+        settings = controls.settings(card.recipe, self.inputs)
         values = {info.alias: settings[name] for name, info in served_controls(card.recipe).items() if name in settings}
         named = {"model": card.recipe.name, "prompt": self.form.prompt}
         seconds = video_seconds(card, settings.get("frames"))
         return {**named, **values, "size": self.form.size or video_size(card), "seconds": seconds}
 
 
-async def read_form(request: Request, card: BundleCard) -> VideoRequest:
-    """The form in a request's body, for the model that is served.
+async def read_body(request: Request) -> dict[str, Any]:
+    """The fields of a request's body, by name: of a form, or of a JSON object, where null is absent.
 
     Raises:
-        RequestValidationError: a missing, unknown or wrong field.
-        HTTPException: the body is no form.
+        Refused: 415 it is declared as something else, 400 it is not what it is declared as.
+        HTTPException: the form cannot be read.
     """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        try:
+            value = json.loads(await request.body())
+        except (ValueError, RecursionError):
+            raise Refused(400, "malformed_request", "the body is declared as JSON, but is none") from None
+        if not isinstance(value, dict):
+            raise Refused(400, "malformed_request", "the body is not a JSON object")
+        if not all(map(str.isprintable, value)):  # half a surrogate pair, which JSON can hold
+            raise Refused(400, "malformed_request", "a field's name has characters that cannot be shown")
+        fields = {name: each for name, each in value.items() if each is not None}
+        reference = fields.get("input_reference")
+        if isinstance(reference, dict):  # OpenAI's reference object
+            del fields["input_reference"]
+            fields |= {f"input_reference[{name}]": each for name, each in reference.items() if each is not None}
+        return fields
+    if kind not in _FORMS:
+        message = f"the body is declared as {kind[:64]!r}, expected multipart/form-data or application/json"
+        raise Refused(415, "unsupported_media_type", message)
     try:
-        body = await request.form()
+        return dict(await request.form())
     except HTTPException:
         raise
     except Exception as error:
         raise HTTPException(400, "there was an error parsing the body") from error
+
+
+def parse(body: Mapping[str, Any], card: BundleCard, kept: Mapping[str, Any] | None = None) -> VideoRequest:
+    """What was asked, for the model that is served.
+
+    Args:
+        body: fields by name.
+        kept: the request of the job that is to be made again (`Job.request`): its settings hold where none are given,
+            its pictures anyway.
+
+    Raises:
+        Refused: 422 a missing, unknown or wrong field.
+    """
     method, infos = method_class(card.recipe), served_controls(card.recipe)
     names = {info.alias: name for name, info in infos.items()}
     pictures = {name for name, about in method.inputs.items() if about.kind == "image"}
     values: dict[str, Any] = {name: value for name, value in body.items() if name not in names.keys() | pictures}
     asked: dict[str, Any] = {names[alias]: value for alias, value in body.items() if alias in names and value != ""}
+    given: dict[str, Any] = {name: body[name] for name in pictures if body.get(name) not in (None, "")}
+    if kept is not None:
+        if sent := sorted({*given, *(body.keys() & {PICTURE, f"{PICTURE}[image_url]"})}):
+            message = f"{sent[0]}: a remix keeps the pictures of its source; create a video for another picture"
+            raise Refused(422, "unknown_field", message, sent[0])
+        values = {name: kept[name] for name in ("model", "size") if name in kept} | values
+        before = {name: kept[alias] for alias, name in names.items() if alias in kept}
+        if "seconds" in values:
+            before.pop("frames", None)
+        asked = method.controls_type.changed(before, asked)
     faults: list[Any] = []
     form = controls = None
     try:
@@ -118,19 +183,34 @@ async def read_form(request: Request, card: BundleCard) -> VideoRequest:
     try:
         controls = method.controls_type.model_validate(asked)
         if controls.seed > MAX_SEED:
-            message = f"Input should be less than or equal to {MAX_SEED}"
-            faults.append({"type": "less_than_equal", "loc": ("seed",), "msg": message, "input": asked["seed"]})
+            faults.append({"type": "less_than_equal", "loc": ("seed",), "msg": "", "input": asked["seed"]})
     except ValidationError as error:
         for fault in error.errors():  # named as in the form
             own = infos.get(str(fault["loc"][0])) if fault["loc"] else None
             faults.append({**fault, "loc": (own.alias,)} if own else fault)
-    given: dict[str, Any] = {name: body[name] for name in pictures if body.get(name) not in (None, "")}
+    inputs = frozenset(given if kept is None else kept.get("inputs", ()))
     for name, about in method.inputs.items():
-        if about.kind == "image" and about.required and name not in given:
-            faults.append({"type": "missing", "loc": (name,), "msg": "Field required", "input": None})
+        if about.kind == "image" and about.required and name not in inputs:
+            faults.append({"type": "missing", "loc": (name,), "msg": "", "input": None})
+        elif name in given and not isinstance(given[name], UploadFile | str):
+            faults.append({"type": "picture", "loc": (name,), "msg": "", "input": given[name]})
     if faults or form is None or controls is None:
-        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults])
-    return VideoRequest(form, controls, given, seed_drawn)
+        raise _refused(faults[0], card.recipe)
+    return VideoRequest(form, controls, given, inputs, seed_drawn)
+
+
+def _refused(fault: Mapping[str, Any], recipe: Recipe) -> Refused:
+    param = str(fault["loc"][0])[:64] if fault["loc"] else None
+    fields = form_schema(recipe)["properties"]
+    controls = {info.alias: info for info in served_controls(recipe).values()}
+    if fault["type"] == "extra_forbidden":
+        expected = ", ".join(fields)
+    elif param in controls and controls[param].kind in ("pair", "vectors"):
+        expected = method_controls.expectation(method_class(recipe).controls_type, controls[param].name)
+    else:
+        expected = expectation(fields.get(param, {}))
+    code, message = explained(fault, param or "", expected)
+    return Refused(422, code, message, param)
 
 
 def frames_of(seconds: str, recipe: Recipe) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import anyio
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cinemo.serving.http.schema import ErrorBody, Fault
+from cinemo.serving.http.words import expectation, explained
 from cinemo.types import InputError, RunError
 
 log = logging.getLogger(__name__)
@@ -25,7 +28,6 @@ _HTTP_CODES = {
     408: "request_timeout",
     413: "body_too_large",
 }
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
 class Refused(Exception):
@@ -54,54 +56,89 @@ def add_error_answers(api: FastAPI) -> None:
     """Give every fault the body of `ErrorBody`: from an endpoint, pydantic, the router, or nobody (500, logged)."""
 
     @api.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
+    async def refused(_: Request, error: Refused) -> Response:
         return _answer(error.status, error.fault, error.headers)
 
     @api.exception_handler(InputError)
-    async def bad_input(_: Request, error: InputError) -> JSONResponse:
+    async def bad_input(_: Request, error: InputError) -> Response:
         return refusal(422, "invalid_request", str(error))
 
     @api.exception_handler(RunError)
-    async def unavailable(request: Request, error: RunError) -> JSONResponse:
+    async def unavailable(request: Request, error: RunError) -> Response:
         log.error("%s %s: %s", request.method, request.url.path, error)
         return refusal(503, "unavailable", "the server cannot answer right now", headers={"Retry-After": "5"})
 
     @api.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if request.method == "POST" and kind not in _FORMS:
-            message = f"the body is declared as {kind[:64]!r}, expected multipart/form-data"
-            return refusal(415, "unsupported_media_type", message)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
         fault = error.errors()[0]
-        names = [str(part) for part in fault["loc"] if part not in ("body", "query", "path", "form", "header")]
-        param = names[0][:64] if names else None
-        code = {"missing": "missing_field", "extra_forbidden": "unknown_field"}.get(fault["type"], "invalid_value")
-        message = str(fault["msg"]).removeprefix("Value error, ")
-        if param and not message.startswith(f"{param}:"):
-            message = f"{param}: {message}"
-        return refusal(422, code, message, param)
+        name = str(fault["loc"][-1])[:64]
+        code, message = explained(fault, name, expectation(_documented(request, name)))
+        return refusal(422, code, message, name)
 
     @api.exception_handler(HTTPException)
-    async def http_fault(_: Request, error: HTTPException) -> JSONResponse:
+    async def http_fault(request: Request, error: HTTPException) -> Response:
+        method, path = request.method[:16], request.url.path[:64]
+        message, headers = str(error.detail), dict(error.headers or {})
+        if error.status_code == 404:
+            message = f"there is nothing at {path!r}; /openapi.json lists what there is"
+        elif error.status_code == 405:
+            allowed = _methods(request)
+            headers["Allow"] = ", ".join(allowed)
+            if method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
+            message = f"{path!r} does not take {method}, expected {' or '.join(allowed[:-1])}"
         code = _HTTP_CODES.get(error.status_code, "refused")
-        return refusal(error.status_code, code, str(error.detail), headers=error.headers)
+        return refusal(error.status_code, code, message, headers=headers)
 
-    @api.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        name = getattr(request.state, "request_id", "unknown")
-        log.error("%s: %s %s failed", name, request.method, request.url.path, exc_info=error)
-        return refusal(500, "internal_error", f"the server failed; the error was logged as {name}")
+
+def _methods(request: Request) -> list[str]:
+    """What a path takes, of all its routes; a route's own answer to another method names its own methods alone."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] != Match.NONE]
+    return [*sorted({method for route in routes for method in route.methods or ()} - {"OPTIONS"}), "OPTIONS"]
+
+
+def _documented(request: Request, name: str) -> dict[str, Any]:
+    """The schema of a parameter in the OpenAPI document."""
+    operations = request.app.openapi()["paths"].get(request.scope["route"].path, {})
+    parameters = operations.get(request.method.lower(), {}).get("parameters", ())
+    return next((dict(each["schema"]) for each in parameters if each["name"] == name), {})
+
+
+class Unexpected:
+    """Answers where nothing else did: a fault of the server's own, which is logged under the request's id."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Exception as error:
+            if scope["type"] != "http" or begun:
+                raise
+            name = scope.get("state", {}).get("request_id", "unknown")
+            log.error("%s: %s %s failed", name, scope["method"], scope["path"], exc_info=error)
+            message = f"the server failed; the error was logged as {name}"
+            await refusal(500, "internal_error", message)(scope, receive, send)
 
 
 def refusal(
     status: int, code: str, message: str, param: str | None = None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
+) -> Response:
     """The answer of a fault where nothing can be raised (middleware)."""
     return _answer(status, Fault(code=code, message=message, param=param, type=_kind(status)), headers)
 
 
-def _answer(status: int, fault: Fault, headers: Any) -> JSONResponse:
-    return JSONResponse(ErrorBody(error=fault).model_dump(), status, headers)
+def _answer(status: int, fault: Fault, headers: Any) -> Response:
+    body = json.dumps(ErrorBody(error=fault).model_dump())  # ASCII: a name that was sent may hold half a surrogate pair
+    return Response(body, status, headers, "application/json")
 
 
 def _kind(status: int) -> str:

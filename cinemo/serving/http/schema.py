@@ -36,6 +36,15 @@ class JobError(BaseModel):
     message: str
 
 
+class PromptTokens(BaseModel):
+    """How much of a prompt is read: ``used`` tokens, of which the text encoder reads the first ``limit``. ``cut``: the
+    rest of the prompt has no effect."""
+
+    used: int = Field(ge=0)
+    limit: int = Field(ge=0)
+    cut: bool
+
+
 class Video(BaseModel):
     """A job. Times are Unix seconds; ``size`` is WIDTHxHEIGHT; ``progress`` is a percentage; ``step`` of ``steps`` is
     the same in the sampler's steps (0 of 0: not begun). Beside these it has the controls of the model that it was made
@@ -59,6 +68,8 @@ class Video(BaseModel):
     size: str
     seconds: str
     error: JobError | None = None
+    remixed_from_video_id: str | None = None
+    prompt_tokens: PromptTokens | None = None
 
     @classmethod
     def of(cls, job: Job) -> Self:

@@ -17,6 +17,9 @@ class ApiSettings:
             within ``fetch_seconds``, from ``fetch_ports`` alone.
         event_seconds: between two looks at the jobs with open event streams; ``event_streams``: of them at once, in
             one process; ``keep_alive_seconds``: of silence on a stream.
+        sync_seconds: how long ``POST /v1/videos/sync`` waits for its video.
+        cors_origins: of pages elsewhere that may use the interface; ``*``: any.
+        requests_named: whether every answer gets an ``X-Request-Id`` from what stands before this application.
         metrics: who may read ``/metrics``: everybody, holders of an API key, or nobody.
     """
 
@@ -29,4 +32,7 @@ class ApiSettings:
     event_seconds: float = 0.15
     event_streams: int = 1000
     keep_alive_seconds: float = 15.0
+    sync_seconds: float = 300.0
+    cors_origins: tuple[str, ...] = ()
+    requests_named: bool = False
     metrics: Literal["open", "key", "off"] = "open"

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import anyio
 from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from cinemo.media.previews import PREVIEWS
 from cinemo.serving.http.access import Asking, Client
-from cinemo.serving.http.content import video_answer
-from cinemo.serving.http.description import EVENT, answers
+from cinemo.serving.http.content import file_answer, input_file, preview_file, video_file
+from cinemo.serving.http.description import EVENT, FILE, answers
 from cinemo.serving.http.events import EventStreams, is_over
 from cinemo.serving.http.refusals import Refused
 from cinemo.serving.http.schema import CancelledVideo, DeletedVideo, Video, VideoList
+from cinemo.serving.http.uploads import PARAM
 from cinemo.serving.store.jobs import FINAL, Job, JobStore
 
-_POLL_MILLISECONDS = 500
+POLL_HEADERS = {"openai-poll-after-ms": "500"}
+_PREVIEWS_AT_ONCE = 2  # each decodes a video
+VARIANTS = {"video": "video/mp4", **{name: media_type for name, (_, media_type, _) in PREVIEWS.items()}}
+"""What can be downloaded of a completed job, with its media type."""
+
+_Variant = Annotated[str, Query(json_schema_extra={"enum": list(VARIANTS)})]
+
+
+def _file_answers(*media_types: str) -> dict[int | str, dict[str, Any]]:
+    content = dict.fromkeys(media_types, FILE)
+    return {
+        200: {"description": "the file", "content": content},
+        206: {"description": "one range of the file", "content": content},
+        304: {"description": "the client's copy is up to date"},
+    }
 
 
 def add_jobs(api: FastAPI, store: JobStore) -> None:
@@ -38,7 +55,7 @@ def add_jobs(api: FastAPI, store: JobStore) -> None:
         """One job."""
         job = found(store, video_id, client)
         if job.status not in FINAL:
-            response.headers["openai-poll-after-ms"] = str(_POLL_MILLISECONDS)
+            response.headers.update(POLL_HEADERS)
         return Video.of(job)
 
     @api.post("/v1/videos/{video_id}/cancel", responses=answers(401, 404, 409))
@@ -61,25 +78,57 @@ def add_jobs(api: FastAPI, store: JobStore) -> None:
             raise unknown(video_id)
         return DeletedVideo(id=job.id)
 
+    previews = anyio.CapacityLimiter(_PREVIEWS_AT_ONCE)
+
     @api.head("/v1/videos/{video_id}/content", include_in_schema=False)
     @api.get(
         "/v1/videos/{video_id}/content",
         response_class=Response,
-        responses=answers(400, 401, 404, 409, 416) | _FILE_ANSWERS,
+        responses=answers(400, 401, 404, 409, 416) | _file_answers(*VARIANTS.values()),
     )
-    def content(request: Request, video_id: str, client: Asking, variant: str = "video") -> Response:
-        """The mp4 of a completed job: whole, or one range of it. Only ``variant=video`` is kept."""
-        if variant != "video":
-            message = f"variant {variant[:32]!r} is not supported; expected 'video'"
+    async def content(request: Request, video_id: str, client: Asking, variant: _Variant = "video") -> Response:
+        """The mp4 of a completed job, or a picture for it: the whole, or one range. ``thumbnail``: a WebP of the frame
+        in the middle; ``spritesheet``: a JPEG of up to 16 frames, four in a row."""
+        if variant not in VARIANTS:
+            message = f"variant: got {variant[:32]!r}, expected {' or '.join(VARIANTS)}"
             raise Refused(400, "unsupported_variant", message, "variant")
-        job = found(store, video_id, client)
+        job = await run_in_threadpool(found, store, video_id, client)
         if job.status in ("queued", "in_progress"):
             raise Refused(409, "video_not_ready", f"the video is {job.status} ({job.progress} %); ask again later")
         if job.status != "completed":
             message = job.error_message or f"the job was {job.status}; there is no video"
             raise Refused(409, f"video_{job.status}", message)
         try:
-            return video_answer(store.media, job, request.headers, body=request.method == "GET")
+            if variant == "video":
+                file = video_file(job)
+            else:
+                file = await anyio.to_thread.run_sync(preview_file, store.media, job, variant, limiter=previews)
+            return await run_in_threadpool(file_answer, store.media, file, request.headers, request.method == "GET")
+        except FileNotFoundError:
+            raise unknown(video_id) from None
+
+    @api.head("/v1/videos/{video_id}/input", include_in_schema=False)
+    @api.get(
+        "/v1/videos/{video_id}/input",
+        response_class=Response,
+        responses=answers(401, 404, 416) | _file_answers("image/png"),
+    )
+    def picture(
+        request: Request,
+        video_id: str,
+        client: Asking,
+        name: Annotated[str, Query(max_length=64, description="the picture's field in the form")] = PARAM,
+    ) -> Response:
+        """A picture that a job came with, as PNG: every pixel as it was sent, upright, without metadata. Sent again
+        with the job's settings, it makes the same video again."""
+        job = found(store, video_id, client)
+        own = "image" if name == PARAM else name
+        if own not in job.files or name == "image":
+            expected = " or ".join([PARAM, *job.request.get("inputs", ())])
+            message = f"name: the video has no picture {name!r}, expected {expected}"
+            raise Refused(404, "picture_not_found", message, "name")
+        try:
+            return file_answer(store.media, input_file(job, own), request.headers, request.method == "GET")
         except FileNotFoundError:
             raise unknown(video_id) from None
 
@@ -103,12 +152,6 @@ def add_events(api: FastAPI, store: JobStore, streams: EventStreams) -> None:
         return StreamingResponse(streams.events(job), headers=headers, media_type="text/event-stream")
 
 
-_FILE = {"schema": {"type": "string", "format": "binary"}}
-_FILE_ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "the mp4", "content": {"video/mp4": _FILE}},
-    206: {"description": "one range of the mp4", "content": {"video/mp4": _FILE}},
-    304: {"description": "the client's copy is up to date"},
-}
 _EVENT_ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "events until the job is finished", "content": {"text/event-stream": {"schema": EVENT}}},
     204: {"description": "the client has already received the last event"},
@@ -123,4 +166,4 @@ def found(store: JobStore, video_id: str, client: Client) -> Job:
 
 
 def unknown(video_id: str) -> Refused:
-    return Refused(404, "video_notfound", f"there is no video {video_id[:64]!r} (or it expired)", "video_id")
+    return Refused(404, "video_not_found", f"there is no video {video_id[:64]!r} (or it expired)", "video_id")

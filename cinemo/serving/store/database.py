@@ -224,6 +224,8 @@ def _make_tables(name: str) -> Callable[[Transaction], None]:
         if version != VERSION:
             message = f"holds jobs in version {version}, but this server reads version {VERSION}"
             raise InputError(f"{name}: {message}; use the server that wrote it, or another database")
+        if missing := [table for table in metadata.sorted_tables if table.name not in there]:
+            metadata.create_all(transaction.connection, missing)  # of which earlier servers knew nothing
 
     return work
 

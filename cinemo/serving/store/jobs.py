@@ -34,6 +34,7 @@ from cinemo.serving.store.keys import Quota
 from cinemo.serving.store.leases import QueueLimits, choose, due, end, end_overdue, fail_late, next_turns
 from cinemo.serving.store.media import MediaStore, image_name, input_name, is_job_id
 from cinemo.serving.store.tables import jobs, usage
+from cinemo.serving.store.webhooks import announce, owe
 from cinemo.types import InputError, RunError
 
 __all__ = ["FINAL", "Job", "JobStore", "KeyReused", "QueueFull", "QueueLimits", "Quota", "QuotaExceeded", "Statistics"]
@@ -110,6 +111,7 @@ class JobStore:
         quota: Quota | None = None,
         drawn: Collection[str] = (),
         others: Mapping[str, bytes] | None = None,
+        webhook_url: str | None = None,
     ) -> Job:
         """Queue a job. Its pictures are stored before the job can be claimed.
 
@@ -118,13 +120,15 @@ class JobStore:
             idempotency_key: with the same one, the same request and pictures are the same job again, while it is kept.
             timeout: seconds until its deadline.
             drawn: names in ``request`` that the server drew itself (a seed): no part of what the client asked for.
+            webhook_url: told of its end, see `cinemo.serving.store.webhooks`.
 
         Raises:
             QueueFull, QuotaExceeded: nothing was kept.
             KeyReused: the idempotency key came before with another request.
         """
         others = others or {}
-        asked = fingerprint(request, image, drawn, others)
+        hook = {"webhook_url": webhook_url} if webhook_url else {}
+        asked = fingerprint({**request, **hook}, image, drawn, others)
         same_key = None if idempotency_key is None else earlier(client, idempotency_key)
         if same_key is not None and (rows := self.database.read(same_key)):
             check_same(rows[0], asked)
@@ -149,6 +153,8 @@ class JobStore:
                 "idempotency_hash": None if idempotency_key is None else key_hash(idempotency_key),
                 "fingerprint": asked,
             }  # fmt: skip
+            if webhook_url:
+                owe(transaction, job_id, client, webhook_url)
             return cast(Row[Any], transaction.execute(insert(jobs).values(**values).returning(*jobs.c)).one())
 
         try:
@@ -202,6 +208,7 @@ class JobStore:
         def work(transaction: Transaction) -> list[Row[Any]]:
             now = self._now(transaction)
             ended = end_overdue(transaction, now, self.limits)
+            announce(transaction, "failed", [row.id for row in ended], now)
             chosen = choose(transaction, worker, count, now, self.limits)
             taken = {}
             if chosen:
@@ -252,6 +259,7 @@ class JobStore:
                 transaction.execute(update(jobs).where(jobs.c.number == bindparam("row")).values(renewed), mine)
             if late:
                 fail_late(transaction, late, now, self.limits)
+                announce(transaction, "failed", [row.id for row in late], now)
                 count_finished(transaction, "failed", late, now)
             return gone
 
@@ -288,6 +296,7 @@ class JobStore:
                 return transaction.repeated and row.status == "cancelled"
             now = self._now(transaction)
             end(transaction, [row], now, self.limits.keep_seconds, status="cancelled")
+            announce(transaction, "cancelled", [job_id], now)
             count_finished(transaction, "cancelled", [row], now)
             return True
 
@@ -349,6 +358,7 @@ class JobStore:
             )  # fmt: skip
             row = transaction.execute(statement.returning(jobs.c.created_at, jobs.c.started_at)).one_or_none()
             if row is not None:
+                announce(transaction, status, [job.id], now)
                 count_finished(transaction, status, [row], now)
                 return True
             # It may have been this very call before, whose answer was lost.
@@ -361,7 +371,9 @@ class JobStore:
     def _tidy(self, transaction: Transaction) -> None:
         now = self._now(transaction)
         transaction.execute(delete(usage).where(usage.c.day < int(now // 86400) - 1))
-        count_finished(transaction, "failed", end_overdue(transaction, now, self.limits), now)
+        ended = end_overdue(transaction, now, self.limits)
+        announce(transaction, "failed", [row.id for row in ended], now)
+        count_finished(transaction, "failed", ended, now)
 
     def _delete_expired(self, transaction: Transaction) -> list[str]:
         expired = select(jobs.c.number).where(jobs.c.expires_at <= self._now(transaction)).limit(_AT_ONCE)
@@ -383,7 +395,10 @@ class JobStore:
                 if job is None:
                     self._remove_media(job_id)
                 elif job.status in FINAL:
+                    previews = str(job.media_name).removesuffix(".mp4") + "-"
                     for name in set(old[job_id]) - {*job.files.values(), job.media_name}:
+                        if job.media_name and name.startswith(previews):
+                            continue
                         self.media.remove_file(name)
 
     def _remove_media(self, job_id: str) -> None:

@@ -35,6 +35,11 @@ def video_name(job_id: str, attempt: int) -> str:
     return f"{job_id}/video-{attempt}.mp4"
 
 
+def preview_name(job_id: str, attempt: int, name: str) -> str:
+    """A picture made of that video, such as ``thumbnail.webp``; it can be made again."""
+    return f"{job_id}/video-{attempt}-{name}"
+
+
 class MediaStore:
     """Files by name (`image_name`, `video_name`), each written whole or not at all. Safe for threads and processes.
 

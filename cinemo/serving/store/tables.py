@@ -66,6 +66,21 @@ counters = Table(
     Column("value", Double, nullable=False),
 )
 
+# Events that are owed to receivers. Null until the job ends: type, created_at and due_at.
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("number", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("event_id", Text, nullable=False, unique=True),
+    Column("job_id", Text, nullable=False, index=True),
+    Column("client", Text, nullable=False),
+    Column("url", Text, nullable=False),
+    Column("type", Text),
+    Column("created_at", Double),
+    Column("due_at", Double, index=True),
+    Column("attempts", Integer, nullable=False, default=0),
+)
+
 keys = Table(
     "keys",
     metadata,
