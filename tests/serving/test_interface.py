@@ -317,6 +317,21 @@ def test_pages_of_other_origins(store: JobStore) -> None:
     assert TestClient(small_api(store)).options("/v1/videos", headers=ours | asks).status_code == 204
 
 
+def test_the_interface_describes_what_is_beside(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    paths, schemas = document["paths"], document["components"]["schemas"]
+    content = paths["/v1/videos/{video_id}/content"]["get"]
+    assert set(content["responses"]["200"]["content"]) == {"video/mp4", "image/webp", "image/jpeg"}
+    (variant,) = [each for each in content["parameters"] if each["name"] == "variant"]
+    assert variant["schema"]["enum"] == ["video", "thumbnail", "spritesheet"]
+    assert list(paths["/v1/videos/{video_id}/remix"]["post"]["requestBody"]["content"]) == ["application/json"]
+    assert "input_reference" not in schemas["RemixJson"]["properties"]
+    assert schemas["VideoJson"]["required"] == ["prompt", "input_reference"]
+    assert "video/mp4" in paths["/v1/videos/sync"]["post"]["responses"]["200"]["content"]
+    assert {"video.completed", "video.failed"} == set(document["webhooks"])
+    assert "HTTPValidationError" not in json.dumps(document)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

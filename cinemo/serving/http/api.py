@@ -25,7 +25,7 @@ from cinemo.serving.http.refusals import BodyLimit, Unexpected, add_error_answer
 from cinemo.serving.http.settings import ApiSettings
 from cinemo.serving.http.submission import CountTokens, Submission
 from cinemo.serving.http.videos import add_events, add_jobs
-from cinemo.serving.http.webhooks import Receivers
+from cinemo.serving.http.webhooks import Receivers, describe_webhooks
 from cinemo.serving.page.routes import add_page
 from cinemo.serving.store.jobs import JobStore
 from cinemo.serving.store.keys import KeyStore
@@ -79,5 +79,6 @@ def build_api(
     add_models(api, card)
     add_operation(api, store, ready, exposition if settings.metrics != "off" else None)
     add_page(api)
+    describe_webhooks(api)
     api.openapi = partial(describe, api, keys is not None, card)  # type: ignore[method-assign]
     return api

@@ -19,7 +19,6 @@ _MEANINGS = {
     400: "not supported, or malformed; the message says which",
     401: "no valid API key",
     404: "unknown (or expired, or another key's)",
-    405: "the path does not take the method; Allow lists those that it takes",
     408: "the body did not arrive in time",
     409: "there is no video (yet), or not its picture any more",
     413: "the body or the picture is too large",
@@ -61,7 +60,9 @@ def describe(api: FastAPI, needs_key: bool, card: Callable[[], BundleCard]) -> d
     are needed."""
     served = card()
     if api.openapi_schema is None or api.openapi_schema["info"]["x-bundle"] != served.digest:
-        made = get_openapi(title=api.title, version=api.version, routes=api.routes, description=_ABOUT)
+        made = get_openapi(
+            title=api.title, version=api.version, routes=api.routes, webhooks=api.webhooks.routes, description=_ABOUT
+        )
         made["info"]["x-bundle"] = served.digest
         _describe_bodies(made, served.recipe)
         _describe_video(made, served.recipe)
@@ -77,6 +78,8 @@ def describe(api: FastAPI, needs_key: bool, card: Callable[[], BundleCard]) -> d
                 for status in ("429", "503"):
                     if status in operation["responses"]:
                         operation["responses"][status]["headers"] = {"Retry-After": _RETRY_AFTER}
+        for hook in made.get("webhooks", {}).values():
+            hook["post"]["responses"] = {"2XX": {"description": "received; everything else is tried again"}}
         if needs_key:
             made["components"]["securitySchemes"] = {"key": SCHEME}
         for name in ("HTTPValidationError", "ValidationError"):

@@ -106,6 +106,22 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
+class Named(BaseModel):
+    """The video that an event is about."""
+
+    id: str
+
+
+class WebhookEvent(BaseModel):
+    """What is posted to a ``webhook_url``, signed as Standard Webhooks says. ``id`` is the same at every try."""
+
+    id: str
+    object: Literal["event"] = "event"
+    created_at: int
+    type: Literal["video.completed", "video.failed"]
+    data: Named
+
+
 class MotionLevel(BaseModel):
     """What a level of motion means to a model. ``ssim``: the range of mean SSIM between neighbouring frames that it
     stands for. ``measured``: 1 - that SSIM in videos that this model made at this level, where it was measured;

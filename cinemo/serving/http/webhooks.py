@@ -6,7 +6,6 @@ Deliveries are rows of the database (`cinemo.serving.store.webhooks`); any numbe
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import ssl
 import threading
@@ -16,10 +15,12 @@ from urllib.parse import urlsplit
 
 import anyio
 import httpcore
+from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
 from cinemo.serving.http.fetch import CheckedNetwork, Forbidden, Resolve, check_url, is_public, resolve
 from cinemo.serving.http.refusals import Refused
+from cinemo.serving.http.schema import WebhookEvent
 from cinemo.serving.http.signatures import read_secret, secret_of, signature
 from cinemo.serving.http.uploads import PARAM
 from cinemo.serving.store.webhooks import Delivery, WebhookQueue
@@ -30,6 +31,18 @@ FIELD = "webhook_url"
 _PUBLIC_PORTS = (80, 443)
 _RETRY_SECONDS = (5.0, 30.0, 120.0, 600.0, 3600.0, 7200.0, 18000.0, 36000.0)  # 19 hours in all
 _LOOK_UP_SECONDS = 5.0
+
+
+def describe_webhooks(api: FastAPI) -> None:
+    """The events in the OpenAPI document; they are no routes."""
+
+    @api.webhooks.post("video.completed")
+    def completed(event: WebhookEvent) -> None:
+        """A video is there. Headers: ``webhook-id``, ``webhook-timestamp``, ``webhook-signature`` (v1)."""
+
+    @api.webhooks.post("video.failed")
+    def failed(event: WebhookEvent) -> None:
+        """A job failed; the video says why."""
 
 
 class Receivers:
@@ -135,14 +148,9 @@ class WebhookSender:
             await asyncio.sleep(self._poll_seconds)
 
     async def _deliver(self, delivery: Delivery) -> None:
-        event = {
-            "id": delivery.event_id,
-            "object": "event",
-            "created_at": int(delivery.created_at),
-            "type": delivery.type,
-            "data": {"id": delivery.job_id},
-        }
-        body, now = json.dumps(event).encode(), int(time.time())
+        told = {"id": delivery.event_id, "created_at": int(delivery.created_at), "type": delivery.type}
+        event = WebhookEvent.model_validate(told | {"data": {"id": delivery.job_id}})
+        body, now = event.model_dump_json().encode(), int(time.time())
         headers = {
             "Content-Type": "application/json",
             "User-Agent": "cinemo",
