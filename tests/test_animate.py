@@ -376,3 +376,14 @@ def test_a_flag_of_another_model_is_one_line_that_says_what_this_one_has(bundle:
     words = ["--bundle", bundle.location, "--image", "i", "--prompt", "p", "--output", str(tmp_path / "o.mp4")]
     with pytest.raises(InputError, match=r"--pace: random-32x48 has no such control; it has .*--motion-bucket"):
         main([*words, "--pace", "2"])
+
+
+def test_a_prompt_of_which_the_end_is_not_read_is_one_warning(
+    bundle: ModelBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (60, 40), "red").save(tmp_path / "i.png")
+    words = ["--bundle", bundle.location, "--image", str(tmp_path / "i.png"), "--output", str(tmp_path / "o.mp4")]
+    for prompt, count in (("x" * 75, 0), ("x" * 76, 1)):
+        main([*words, "--prompt", prompt, "--steps", "1"])
+        told = capsys.readouterr().err
+        assert told.count("has 76 tokens, of which the text encoder reads the first 75") == count, told
