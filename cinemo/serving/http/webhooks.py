@@ -29,7 +29,7 @@ log = logging.getLogger("ray.serve")
 
 FIELD = "webhook_url"
 _PUBLIC_PORTS = (80, 443)
-_RETRY_SECONDS = (5.0, 30.0, 120.0, 600.0, 3600.0, 7200.0, 18000.0, 36000.0)  # 19 hours in all
+_RETRY_SECONDS = (5.0, 30.0, 120.0, 600.0, 3600.0, 7200.0, 18000.0, 36000.0)  # 16 hours in all
 _LOOK_UP_SECONDS = 5.0
 
 
