@@ -209,6 +209,17 @@ def put_if(uri: str, data: bytes, **condition: str) -> str:
     return str(call(uri, "call_s3", "put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
 
 
+def has_bucket(bucket: str) -> bool:
+    """False where it certainly does not exist; one that may not be looked at may be there."""
+    try:
+        call(f"s3://{bucket}", "call_s3", "head_bucket", Bucket=bucket)
+    except FileNotFoundError:
+        return False
+    except InputError:  # forbidden, or a request that the server does not know
+        return True
+    return True
+
+
 def etag(uri: str) -> str:
     """The ETag of an object. Raises `FileNotFoundError`."""
     bucket, key = split(uri)

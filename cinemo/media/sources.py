@@ -1,11 +1,7 @@
 """The source of a clip: what its uri may name, and a local file with the content.
 
 A uri is a local path (or file://) or names an object of s3://, gs:// or az://, or a file behind https://. It may also
-name a member of a container at such a place:
-
-- ``CONTAINER.tar::MEMBER::OFFSET+SIZE``: bytes of an uncompressed tar, ``SIZE`` of them from ``OFFSET`` on.
-- ``FILE.parquet::COLUMN::ROW``: bytes in a row (counted from 0 over the whole file) of a column, whose name may be
-  dotted; of a struct its field ``bytes``.
+name a member of a container at such a place (`cinemo.media.members`).
 """
 
 from __future__ import annotations
@@ -17,44 +13,20 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from cinemo import clouds, s3, storage, web
+from cinemo.media.members import member
 from cinemo.media.parquet import read_row
 from cinemo.types import NO_ROOM, ClipError, InputError, RunError
 
 # Reasons for which a source cannot be had now; it may be as good as ever.
 NOT_THERE = frozenset({"missing", "denied", "unreachable"})
 
-_TAR = re.compile(r"(.+?\.tar)::(.+)::(\d+)\+(\d+)", re.DOTALL)
-_PARQUET = re.compile(r"(.+?\.parquet)::(.+)::(\d+)", re.DOTALL)
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}")
 _WEB = ("https://", "http://")
 _KEPT_FILES, _KEPT_BYTES = 4, 1 << 30
 _PIECE_BYTES = 32 << 20  # of a range that is read at a time
-
-
-@dataclass(frozen=True)
-class Member:
-    """A part of a container: ``span``, (offset, size), of a tar, or ``column`` and ``row`` of a Parquet file."""
-
-    container: str
-    name: str
-    span: tuple[int, int] | None = None
-    column: str = ""
-    row: int = 0
-
-
-def member(uri: str) -> Member | None:
-    """What a uri names inside a container; None for a file of its own."""
-    if match := _TAR.fullmatch(uri):
-        container, name, offset, size = match.groups()
-        return Member(container, name, span=(int(offset), int(size)))
-    if match := _PARQUET.fullmatch(uri):
-        container, column, row = match.groups()
-        return Member(container, "", column=column, row=int(row))
-    return None
 
 
 def refused_scheme(scheme: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -141,12 +142,13 @@ def test_appends_with_kills_equal_an_undisturbed_run(appends: int, small_recipe:
     kills = 0
     for step, listed in enumerate(sequence(appends)):
         before = digests(tmp_path / "straight") if step else {}
-        precompute(tmp_path / "straight", small_recipe, listed)
+        append = "skip" if step else None
+        precompute(tmp_path / "straight", small_recipe, listed, append)
         after = digests(tmp_path / "straight")
         changed = {name for name, digest in before.items() if after.get(name) != digest}
         assert changed <= {"dataset.json", "index.parquet"}
-        number = 0
-        while not killed_at(number := number + 1, lambda m=listed: precompute(tmp_path / "killed", small_recipe, m)):
+        again, number = functools.partial(precompute, tmp_path / "killed", small_recipe, listed, append), 0
+        while not killed_at(number := number + 1, again):
             kills += 1
             if step:  # a reader sees the dataset as it was, or the longer one
                 index = DatasetIndex.load(str(tmp_path / "killed"))
@@ -162,6 +164,13 @@ def test_appends_with_kills_equal_an_undisturbed_run(appends: int, small_recipe:
     stored = [clip for table in tables for clip in table["clip_id"].to_pylist()]
     assert sorted(stored) == sorted(listed_ids)
     assert verify(index.uri, small_recipe, 0)["shards"] == len(index.shards)
+
+
+def test_an_append_to_nothing_is_refused(small_recipe: Recipe, tmp_path: Path) -> None:
+    for append in ("skip", "refuse"):
+        with pytest.raises(InputError, match=rf"{tmp_path}/out: no dataset there to append to; make it without --app"):
+            opened(tmp_path / "out", small_recipe, rows(range(3)), append)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_command_again_changes_nothing(small_recipe: Recipe, tmp_path: Path) -> None:

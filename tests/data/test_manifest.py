@@ -14,14 +14,17 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from faulty_s3 import FaultyS3
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cinemo import storage
+from cinemo.config import Recipe
 from cinemo.data.manifest import checks as manifest_checks
 from cinemo.data.manifest import formats as manifest_formats
 from cinemo.data.manifest import manifest as manifest_schema
 from cinemo.data.manifest.manifest import manifest_of, read_manifest
+from cinemo.data.precompute import estimate, graph
 from cinemo.types import InputError
 
 ROWS: list[dict[str, Any]] = [
@@ -159,6 +162,41 @@ def test_what_only_looks_like_a_scheme_is_a_path(tmp_path: Path) -> None:
     ]
     rows = [{"clip_id": str(k), "uri": uri, "caption": "x"} for k, uri in enumerate(uris)]
     assert len(read_manifest(str(write(tmp_path / "m.jsonl", rows)))) == len(uris)
+
+
+def test_what_is_not_there_is_said_before_what_is_expected(tmp_path: Path) -> None:
+    for name in ("folder", "clip.mp4", "m.parquet", "folder/m.csv"):
+        with pytest.raises(InputError, match=rf"{name}: no such file or directory$"):
+            read_manifest(str(tmp_path / name))
+    (tmp_path / "clip.mp4").touch()
+    with pytest.raises(InputError, match=r"clip.mp4: expected a .parquet"):
+        read_manifest(str(tmp_path / "clip.mp4"))
+
+
+@pytest.mark.s3
+def test_buckets_of_uris_are_looked_at_once_before_a_run(
+    s3_faults: FaultyS3, tmp_path: Path, small_recipe: Recipe
+) -> None:
+    uris = ["s3://cinemo-test/a.mp4", "v.mp4", "s3://cinemo-test/t.tar::m::0+5", *["s3://no-such-bucket/b.mp4"] * 3]
+    rows = [{"clip_id": str(k), "uri": uri, "caption": "x"} for k, uri in enumerate(uris)]
+    path = write(tmp_path / "m.jsonl", rows)
+    s3_faults.meet()
+    manifest = read_manifest(str(path))
+    assert manifest.buckets == ("cinemo-test", "no-such-bucket")
+    assert not s3_faults.seen
+    with pytest.raises(InputError, match="s3://no-such-bucket: the bucket does not exist, but uris of the manifest"):
+        manifest.check_buckets()
+    assert s3_faults.operations == {"HeadBucket": 2}
+    for ended in (graph.run, estimate.plan_only):
+        with pytest.raises(InputError, match="s3://no-such-bucket: the bucket does not exist"):
+            ended(small_recipe, str(path), str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    s3_faults.meet({"403": 1.0})  # who may read objects need not be allowed to look at their bucket
+    manifest.check_buckets()
+    many = [{"clip_id": str(k), "uri": f"s3://b{k}/v.mp4", "caption": "x"} for k in range(99)]
+    assert manifest_of(pa.Table.from_pylist(many)).buckets == tuple(f"b{k}" for k in range(16)), (
+        "as many as are cheap to look at"
+    )
 
 
 def test_missing_file_and_bad_limit(tmp_path: Path) -> None:
@@ -327,8 +365,12 @@ def verdicts(tmp_path: Path) -> list[Path]:
 def test_a_large_file_is_checked_once(large: Path, tmp_path: Path) -> None:
     first = read_manifest(str(large))
     (verdict,) = verdicts(tmp_path)
-    assert json.loads(verdict.read_text()) == {"rows": 3, "digest": first.digest, "notes": list(first.notes)}
-    verdict.write_text(json.dumps({"rows": 3, "digest": "0" * 64, "notes": []}))  # no check finds this digest
+    assert json.loads(verdict.read_text()) == {
+        "rows": 3, "digest": first.digest, "notes": list(first.notes), "buckets": ["bucket"],
+    }  # fmt: skip
+    verdict.write_text(
+        json.dumps({"rows": 3, "digest": "0" * 64, "notes": [], "buckets": []})
+    )  # no check finds this digest
     assert read_manifest(str(large)).digest == "0" * 64
     assert read_manifest(str(large), limit=2).digest != first.digest
     assert len(verdicts(tmp_path)) == 2

@@ -205,7 +205,10 @@ def test_both_readers_of_json_map_alike(tmp_path: Path, monkeypatch: pytest.Monk
 CHOICES = ["one", "two", "three", "four", " ", ""]
 
 
-@pytest.mark.parametrize(("kind", "words"), [("parquet", []), ("jsonl", []), ("csv", ["caption=caption[]"])])
+@pytest.mark.parametrize(("kind", "words"), [
+    ("parquet", []), ("jsonl", []), ("csv", ["caption=caption[]"]),
+    *((kind, ["caption=caption"]) for kind in ("parquet", "jsonl", "json")),
+])  # fmt: skip
 def test_one_of_several_captions_is_drawn_by_clip_and_seed(tmp_path: Path, kind: str, words: list[str]) -> None:
     rows = [{"clip_id": f"c{k}", "uri": "u", "caption": CHOICES[k % 3 :] if k else ["alone"]} for k in range(40)]
     path = write(tmp_path / f"m.{kind}", rows)
@@ -220,7 +223,12 @@ def test_one_of_several_captions_is_drawn_by_clip_and_seed(tmp_path: Path, kind:
 
 def test_captions_of_mixed_kinds_in_json(tmp_path: Path) -> None:
     rows = [{"clip_id": "a", "uri": "u", "caption": "text"}, {"clip_id": "b", "uri": "u", "caption": ["a", "a"]}]
-    assert [row["caption"] for row in clips(write(tmp_path / "m.jsonl", rows))] == ["text", "a"]
+    rows += [{"clip_id": "c", "uri": "u", "caption": '["not a list"]'}, {"clip_id": "d", "uri": "u", "caption": ""}]
+    path = write(tmp_path / "m.jsonl", rows)
+    for words in ([], ["caption=caption"], ["caption=caption|text"]):
+        assert [row["caption"] for row in clips(path, *words)] == ["text", "a", '["not a list"]', ""]
+    assert clips(path, "caption=one of {caption}")[1]["caption"] == 'one of ["a", "a"]'
+    assert [row["caption"] for row in clips(write(path, rows[1:2]), "each=caption", "clip_id={index}")] == ["a", "a"]
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tarfile
 from collections.abc import Mapping
@@ -160,6 +161,22 @@ def test_tars_with_texts_or_without_captions(tmp_path: Path) -> None:
         read_manifest(str(path))
     with pytest.raises(InputError, match="'::' in a name"):
         read_manifest(str(write_tar(path, {"a::b.mp4": b"v", "a::b.txt": "x"})))
+
+
+def test_a_tar_that_was_cut_between_members_is_not_taken_for_a_whole_one(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", samples(0))
+    whole, ids = path.read_bytes(), read_manifest(str(path)).ids(np.arange(3))
+    with tarfile.open(path) as tar:
+        ends = [member.offset_data + -(-member.size // 512) * 512 for member in tar]
+    for count, end in enumerate(ends, 1):
+        path.write_bytes(whole[:end])
+        with pytest.raises(InputError, match=rf"a.tar: tar cut: no end-of-archive marker after {count} members"):
+            read_manifest(str(path))
+    path.write_bytes(whole[: ends[-1] + 512])  # some writers end with one block of zeros instead of two
+    assert read_manifest(str(path)).ids(np.arange(3)) == ids
+    path.write_bytes(whole[: ends[-1]])
+    os.truncate(path, ends[-1] + 1024)  # what the message says
+    assert read_manifest(str(path)).ids(np.arange(3)) == ids
 
 
 def test_parquet_with_videos_in_it(tmp_path: Path) -> None:

@@ -286,10 +286,11 @@ class DatasetIndex:
         place = storage.join(uri, "dataset.json")
         try:
             info = storage.read_json(place)
-        except (FileNotFoundError, NotADirectoryError):
-            raise InputError(
-                f"{uri}: no dataset there (dataset.json is missing); make one with precompute.py"
-            ) from None
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if isinstance(error, InputError):  # no such bucket
+                raise
+            why = "dataset.json is missing" if storage.is_remote(uri) or storage.exists(uri) else "no such directory"
+            raise InputError(f"{uri}: no dataset there ({why}); make one with precompute.py") from None
         except ValueError as error:
             raise InputError(f"{place}: not JSON ({error})") from None
         if not isinstance(info, dict) or info.get("schema") != SCHEMA_VERSION:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cinemo import s3
 from cinemo.data.manifest.timestamps import seconds
 from cinemo.media.sources import refused_scheme
 from cinemo.storage import SCHEME
@@ -21,6 +22,7 @@ from cinemo.types import InputError
 
 _SHOWN = 8
 _SAID = 5
+_BUCKETS = 16
 
 
 def refuse(uri: str, faults: list[str], count: int | None = None) -> None:
@@ -161,6 +163,17 @@ def _check_schemes(uris: pa.Array, first: int, faults: Faults) -> None:
             if why := refused_scheme(scheme):
                 places = rows.filter(pc.fill_null(pc.equal(schemes, scheme), False))
                 faults.add(first + places.to_numpy(), f"uri begins with {scheme}://, {why}")
+
+
+def note_buckets(uris: pa.Array, buckets: dict[str, None]) -> None:
+    """Add the buckets of uris on s3://, in order, until there are `_BUCKETS`."""
+    rest = uris.filter(pc.starts_with(uris, "s3://"))
+    for bucket in buckets:
+        rest = rest.filter(pc.invert(pc.starts_with(rest, f"s3://{bucket}/")))
+    while len(rest) and len(buckets) < _BUCKETS:
+        bucket = s3.split(rest[0].as_py())[0]
+        buckets[bucket] = None
+        rest = rest.filter(pc.invert(pc.or_(pc.starts_with(rest, f"s3://{bucket}/"), pc.equal(rest, rest[0]))))
 
 
 def _uncastable(column: pa.Array, kind: pa.DataType) -> np.ndarray:

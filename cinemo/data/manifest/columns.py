@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from cinemo.data.manifest.captions import drawn_column, is_texts
 from cinemo.data.manifest.checks import Faults, as_text, is_list, simple
+from cinemo.data.manifest.json_lines import listed_name
 from cinemo.data.manifest.nested import lists
 from cinemo.data.manifest.presets import OPTIONAL, PRESETS, REQUIRED, TARGETS
 from cinemo.data.manifest.timestamps import seconds
@@ -132,6 +133,14 @@ class Mapped:
         paths = [part for parts in self.parts.values() for part in parts if isinstance(part, Path)]
         return sorted({*self.each, *(path.column for path in paths if path.column not in _COUNTERS)})
 
+    @property
+    def drawn(self) -> list[str]:
+        """The column whose rows may have several captions, of which one is taken."""
+        match self.parts["caption"]:
+            case (Path(column, (), False),) if column not in (*_COUNTERS, *self.each):
+                return [column]
+        return []
+
     def apply(self, batch: pa.RecordBatch, first: int, faults: Faults, seed: int) -> pa.RecordBatch:
         """Rows of the file, of which ``first`` were before, -> clips with the columns of a manifest and all others."""
         columns = dict(zip(batch.schema.names, batch.columns, strict=True))
@@ -156,8 +165,9 @@ class Mapped:
                     else pa.array(["".join(map(str, parts))] * len(rows))
                 )
         whole = {parts[0] for parts in self.parts.values() if len(parts) == 1}
+        doubled = {listed_name(name) for name in self.drawn}
         for name, column in columns.items():
-            if Path(name) not in whole and not (name in self.each and name in named):
+            if not (name in doubled or Path(name) in whole or (name in self.each and name in named)):
                 made[f"manifest_{name}" if name in TARGETS else name] = column
         return pa.RecordBatch.from_arrays(list(made.values()), names=list(made))
 
@@ -185,7 +195,10 @@ class _Where:
             return times
         if self.target == "caption" and is_texts(column.type) and clip_ids is not None:
             return drawn_column(column, clip_ids, seed)
-        return self.text(column)
+        texts, several = self.text(column), values.get(listed_name(path.column))
+        if self.target == "caption" and several is not None and several.null_count < len(several):
+            return pc.if_else(several.is_valid(), drawn_column(several, clip_ids, seed), texts)
+        return texts
 
     def text(self, column: pa.Array) -> pa.Array:
         try:

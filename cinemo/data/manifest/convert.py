@@ -152,7 +152,7 @@ def _rows(
     if path is None:
         batches = embedded_batches(parquet_file(file), file.uri, str(reading.videos))
     elif file.kind == "json":
-        layout = Layout((), (), tuple(mapped.used)) if mapped else Layout(seed=reading.seed)
+        layout = Layout((), (), tuple(mapped.used), tuple(mapped.drawn)) if mapped else Layout(seed=reading.seed)
         missing = [name for name in layout.texts if name not in schema.names]
         if missing and schema.names and (fitting(schema.names) or missing == list(REQUIRED)):
             raise InputError(absent(file.uri, f"column {', '.join(missing)} is missing", schema.names))

@@ -1,6 +1,6 @@
 """Parquet files that hold the videos themselves: a column of bytes, or of ``{bytes, path}`` as Hugging Face writes it.
 
-Only the other columns are read. A clip's uri is ``FILE.parquet::COLUMN::ROW``, rows of the whole file from 0.
+Only the other columns are read; a clip's uri names column and row (`cinemo.media.members`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cinemo.data.manifest.formats import BATCH_ROWS
+from cinemo.media.members import row_uris
 from cinemo.media.video import EXTENSIONS
 
 _FEW = 16  # videos in memory at a time
@@ -57,8 +58,7 @@ def embedded_batches(file: pq.ParquetFile, uri: str, column: str) -> Iterator[pa
         done = 0
         for batch in file.iter_batches(BATCH_ROWS, [group], [*light, *paths] or [leaf]):
             count = len(batch)
-            numbers = pc.cast(pa.array(np.arange(row, row + count)), pa.string())
-            uris = pc.binary_join_element_wise(uri, leaf, numbers, "::")
+            uris = row_uris(uri, leaf, pa.array(np.arange(row, row + count)))
             named = pa.nulls(count, pa.string())
             if paths:
                 named = pc.struct_field(batch[column], "path").cast(pa.string())

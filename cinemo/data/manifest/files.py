@@ -77,7 +77,7 @@ def find(uri: str) -> Found:
             local = sorted(name for name in glob.glob(uri, recursive=True) if Path(name).is_file())
             root = _directory_of(uri[: re.search(r"[*?[]", uri).start()])  # type: ignore[union-attr]
             return _files(uri, root, [(name, *_looked_up(name)) for name in local])
-        return _one(uri, _looked_up(uri) if kind_of(uri) else (0, None))
+        return _one(uri, _looked_up(uri))
     if "*" in uri:
         root = _directory_of(uri[: uri.index("*")])
         return _files(uri, root, _remote_glob(uri, root))

@@ -35,19 +35,27 @@ class Layout:
     """Which keys of a row become columns; all others go into `JSON_COLUMN`.
 
     ``texts`` must be there, ``seconds`` may, and of ``raw`` the text of any value is taken, JSON where it is no string.
+    Those of ``listed`` come a second time, as `listed_name`: the texts of a list, null where the value is none.
     One of several captions is drawn with ``seed``.
     """
 
     texts: tuple[str, ...] = REQUIRED
     seconds: tuple[str, ...] = OPTIONAL
     raw: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
     seed: int = 0
 
     @property
     def schema(self) -> pa.Schema:
         texts = [(name, pa.string()) for name in (*self.texts, *self.raw, JSON_COLUMN)]
         place = len(self.texts)
-        return pa.schema([*texts[:place], *((name, pa.float64()) for name in self.seconds), *texts[place:]])
+        lists = [(listed_name(name), pa.list_(pa.string())) for name in self.listed]
+        return pa.schema([*texts[:place], *((name, pa.float64()) for name in self.seconds), *texts[place:], *lists])
+
+
+def listed_name(name: str) -> str:
+    """The column of the lists among a key's values."""
+    return f"\x1flist {name}"
 
 
 MANIFEST = Layout()
@@ -163,6 +171,9 @@ def _batch(rows: list[tuple[int, Any]], uri: str, layout: Layout, faults: Sequen
         for name in layout.raw:
             value = row.pop(name, None)
             columns[name].append(value if isinstance(value, str | None) else _to_json(value))
+            if name in layout.listed:
+                texts = [text for text in value if isinstance(text, str)] if isinstance(value, list) else None
+                columns[listed_name(name)].append(texts)
         columns[JSON_COLUMN].append(_to_json(row) if row else None)
     try:
         for name in layout.seconds:
@@ -236,6 +247,7 @@ def plain_rows(block: bytes, layout: Layout = MANIFEST) -> pa.RecordBatch | None
         return None
     columns |= {name: _texts(rows[name], quoted=False) for name in layout.raw}
     columns[JSON_COLUMN] = _json_of(rows, [name for name in others if name not in layout.raw])
+    columns |= {listed_name(name): pa.nulls(len(rows), pa.list_(pa.string())) for name in layout.listed}
     return pa.RecordBatch.from_arrays(list(columns.values()), schema=layout.schema)
 
 

@@ -32,6 +32,7 @@ from cinemo.data.manifest.checks import (
     check_rows,
     empty_captions,
     hash_texts,
+    note_buckets,
     refuse,
     repeated,
     simple,
@@ -59,7 +60,7 @@ SCHEMA = pa.schema(
 # What `Manifest.read` gives: all other columns as one JSON object a row, null where there are none.
 ROWS = SCHEMA.append(pa.field("extra", pa.string()))
 _SMALL = 64 << 20  # bytes of a file whose converted rows may stay in memory, and which is checked each time
-_CHECK = 3  # counted up where a check refuses other rows, or the digest is another
+_CHECK = 4  # counted up where a check refuses other rows, or the digest is another
 _GROUP_BYTES = 512 << 20
 
 
@@ -69,7 +70,7 @@ class Manifest:
 
     ``source`` is a Parquet file (a path, or its bytes where it is small), ``parent`` is what relative uris count from,
     ``digest`` depends on every value of the first ``rows`` rows and on the types of extra columns, ``notes`` are what a
-    person should be told.
+    person should be told, ``buckets`` those of s3:// that its uris name: the first few.
     """
 
     source: Path | bytes
@@ -77,6 +78,7 @@ class Manifest:
     rows: int
     digest: str
     notes: tuple[str, ...] = ()
+    buckets: tuple[str, ...] = ()
     _open: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -125,6 +127,15 @@ class Manifest:
             if self._open.get("group", ("",))[0] != name:  # the last one is kept: rows are asked for in order
                 self._open["group"] = name, self._file.read_row_group(group, columns)
             yield self._open["group"][1], pa.array(positions[groups == group] - starts[group])
+
+    def check_buckets(self) -> None:
+        """Raise `InputError` where a bucket does not exist: each of its clips would be refused on its own."""
+        missing = [bucket for bucket in self.buckets if not s3.has_bucket(bucket)]
+        if missing:
+            raise InputError(
+                f"s3://{missing[0]}: the bucket does not exist, but uris of the manifest name it; correct them, or "
+                "AWS_ENDPOINT_URL"
+            )
 
     @property
     def _file(self) -> pq.ParquetFile:
@@ -228,7 +239,8 @@ def _known(source: Path | bytes, uri: str, parent: str, limit: int | None, unit:
     verdict = _cached([_CHECK, facts, parent, limit], "json")
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a broken verdict is none
         found = json.loads(verdict.read_bytes())
-        manifest = Manifest(source, parent, found["rows"], found["digest"], tuple(found["notes"]))
+        notes, buckets = tuple(found["notes"]), tuple(found["buckets"])
+        manifest = Manifest(source, parent, found["rows"], found["digest"], notes, buckets)
         count = manifest._file.metadata.num_rows
         if manifest.rows == (count if limit is None else min(limit, count)) and re.fullmatch(
             "[0-9a-f]{64}", manifest.digest
@@ -237,9 +249,8 @@ def _known(source: Path | bytes, uri: str, parent: str, limit: int | None, unit:
     manifest = _checked(source, uri, parent, limit, unit)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time
         if _facts(source) == facts:
-            storage.write_json(
-                str(verdict), {"rows": manifest.rows, "digest": manifest.digest, "notes": manifest.notes}
-            )
+            names = ("rows", "digest", "notes", "buckets")
+            storage.write_json(str(verdict), {name: getattr(manifest, name) for name in names})
     return manifest
 
 
@@ -257,7 +268,7 @@ def _cached(key: Any, suffix: str) -> Path:
 def _checked(source: Path | bytes, uri: str, parent: str, limit: int | None, unit: str = "row") -> Manifest:
     """One pass over all rows: types, bad rows, hashes of clip ids, and the digest."""
     manifest = Manifest(source, parent, 0, "")
-    file, empty = manifest._file, 0
+    file, empty, buckets = manifest._file, 0, dict[str, None]()
     _check_columns(file.schema_arrow, uri)
     count = file.metadata.num_rows if limit is None else min(limit, file.metadata.num_rows)
     if not count:
@@ -270,6 +281,7 @@ def _checked(source: Path | bytes, uri: str, parent: str, limit: int | None, uni
             check_rows(clean, manifest.rows, faults)
             if not faults.count:
                 empty += empty_captions(clean["caption"])
+                note_buckets(clean["uri"], buckets)
                 hashes[manifest.rows : manifest.rows + len(clean)] = hash_texts(clean["clip_id"])
                 if digested:
                     digested.result()
@@ -281,7 +293,7 @@ def _checked(source: Path | bytes, uri: str, parent: str, limit: int | None, uni
             digested.result()
     refuse(uri, faults.shown, faults.count)
     refuse(uri, *repeated(hashes, manifest.ids, unit=unit))
-    manifest.digest = digest.hexdigest()
+    manifest.digest, manifest.buckets = digest.hexdigest(), tuple(buckets)
     if empty:
         manifest.notes = (f"{empty} of {count} captions are empty",)
     return manifest
@@ -330,7 +342,7 @@ def _converted(found: Found, reading: Reading, limit: int | None) -> Path | byte
         asked.append(reading.seed)
     if found.kind in ("tar", "videos"):
         asked.append(limit)
-    target = _cached([3, found.kind, listed, asked], "parquet")
+    target = _cached([4, found.kind, listed, asked], "parquet")
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

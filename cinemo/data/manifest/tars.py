@@ -1,6 +1,6 @@
 """WebDataset tars as manifests: members ``KEY.mp4`` with captions in ``KEY.txt`` or ``KEY.json``.
 
-Only headers and captions are read. A clip's uri is ``TAR::MEMBER::OFFSET+SIZE``, which says where its bytes lie.
+Only headers and captions are read; a clip's uri says where its bytes lie (`cinemo.media.members`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pyarrow as pa
 from cinemo.data.manifest.captions import caption_of
 from cinemo.data.manifest.folders import check_name, is_video, read_object, words
 from cinemo.data.manifest.json_lines import JSON_COLUMN
+from cinemo.media.members import tar_uri
 from cinemo.ranges import open_ranges
 from cinemo.types import InputError
 
@@ -30,7 +31,7 @@ def tar_batches(uri: str, size: int, prefix: str, seed: int) -> Iterator[tuple[p
         prefix: goes before a member's key: clip ids are ``PREFIX/KEY``.
 
     Raises:
-        InputError: no uncompressed tar, or cut off; a name that a uri cannot hold.
+        InputError: no uncompressed tar, or cut off, between members too; a name that a uri cannot hold.
     """
     rows: list[dict[str, Any]] = []
     unnamed: list[str] = []
@@ -43,7 +44,7 @@ def tar_batches(uri: str, size: int, prefix: str, seed: int) -> Iterator[tuple[p
             rows.append(
                 {
                     "clip_id": clip_id,
-                    "uri": f"{uri}::{video}::{offset}+{length}",
+                    "uri": _uri_of(uri, video, offset, length),
                     "caption": words(video) if caption is None else caption,
                     JSON_COLUMN: json.dumps(others, sort_keys=True, ensure_ascii=False) if others else None,
                 }
@@ -52,6 +53,13 @@ def tar_batches(uri: str, size: int, prefix: str, seed: int) -> Iterator[tuple[p
             yield pa.RecordBatch.from_pylist(rows, _SCHEMA), unnamed
             rows, unnamed = [], []
     yield pa.RecordBatch.from_pylist(rows, _SCHEMA), unnamed
+
+
+def _uri_of(tar: str, member: str, offset: int, size: int) -> str:
+    try:
+        return tar_uri(tar, member, offset, size)
+    except ValueError as error:
+        raise InputError(f"manifest {tar}: {error}") from None
 
 
 def _samples(uri: str, size: int) -> Iterator[tuple[str, dict[str, tuple[int, int]], dict[str, Any]]]:
@@ -69,8 +77,6 @@ def _samples(uri: str, size: int) -> Iterator[tuple[str, dict[str, tuple[int, in
             current, videos, beside = key, {}, {}
         if is_video(name):
             check_name(member.name, uri)
-            if "::" in member.name:
-                raise InputError(f"manifest {uri}: member {member.name}: '::' in a name; rename it")
             videos[member.name] = member.offset_data, member.size
         elif ending == "json":
             beside = read_object(content or b"", f"{uri}::{member.name}") | beside
@@ -82,16 +88,26 @@ def _samples(uri: str, size: int) -> Iterator[tuple[str, dict[str, tuple[int, in
 
 def _members(uri: str, size: int) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     """Files of a tar, with the content of those that are no videos."""
+    count = 0
     try:
         with open_ranges(uri, size, _AT_ONCE) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep them all
+                count += 1
                 if member.isreg() and not member.issparse():
                     wanted = member.name.endswith((".json", ".txt"))
                     stream = tar.extractfile(member) if wanted else None
                     yield member, stream.read() if stream else None
             file.seek(tar.offset)
-            if any(file.read(tarfile.BLOCKSIZE)):  # where tarfile meets what is no header, it takes it for the end
+            block = file.read(tarfile.BLOCKSIZE)
+            if any(block):  # where tarfile meets what is no header, it takes it for the end
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
+            # All usual writers end a tar with blocks of zeros (some with one instead of two). One without was cut, or
+            # its writer killed, and the samples behind that place would be missed by nobody.
+            if len(block) < tarfile.BLOCKSIZE:
+                raise InputError(
+                    f"manifest {uri}: tar cut: no end-of-archive marker after {count} members; fetch or write it "
+                    "again, or if these are all, end it (truncate -s +1024 FILE)"
+                )
     except tarfile.TarError as error:
         raise InputError(f"manifest {uri}: no uncompressed tar, or cut off ({error})") from None

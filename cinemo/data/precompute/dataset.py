@@ -83,6 +83,8 @@ class Dataset:
         if append is not None and append not in APPEND:
             raise InputError(f"--append {append}: expected {' or '.join(APPEND)}")
         if not storage.exists(place):
+            if append:
+                raise InputError(f"{uri}: no dataset there to append to; make it without --append first")
             storage.check_writable(uri)
             parts, journal = [Part.of(plan)], _journal(uri, digest, plan)
             return cls(uri, recipe, plan, digest, covers, parts, None, journal)

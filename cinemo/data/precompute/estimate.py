@@ -75,6 +75,7 @@ def plan_only(
     if mfu is not None and not 0 < mfu <= 1:
         raise InputError(f"--mfu is {mfu:g}, expected a share of the peak above 0 and up to 1")
     plan, prefix = plan_manifest(manifest, recipe, limit, columns, names_as_captions)
+    plan.clips.check_buckets()
     output = storage.absolute(output)
     given = prices.clips_per_accelerator_second if prices else None
     known = Known(recipe, plan, output, given, machines, mfu)  # before anything is written: they may not fit

@@ -88,6 +88,7 @@ def run(
         dataset.load()
         rows, retried = _rows_to_do(dataset, retry_quarantine)
         if len(rows):
+            plan.clips.check_buckets()
             dataset.begin()
             with cluster.watch(len(rows), recipe, listener) as (progress, meter):
                 capacity = progress.capacity
