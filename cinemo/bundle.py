@@ -218,10 +218,7 @@ def keep_beside(location: str | Path, name: str, content: bytes) -> None:
     """
     if str(location).startswith("models:/"):
         raise InputError(f"bundle {location}: a registered version is never changed; evaluate the folder it came from")
-    try:
-        storage.write_bytes(storage.join(str(location), name), content)
-    except OSError as error:
-        raise InputError(f"bundle {location}: its {name} cannot be saved there ({error.strerror})") from None
+    storage.write_bytes(storage.join(str(location), name), content)
 
 
 def load_bundle(

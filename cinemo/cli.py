@@ -124,7 +124,7 @@ def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None
     except Exception as error:
         if os.environ.get("CINEMO_DEBUG"):
             raise
-        fault = local_fault(error, str(error.filename)) if isinstance(error, OSError) and error.filename else None
+        fault = local_fault(error, "") if isinstance(error, OSError) and error.filename else None
         _leave(2 if isinstance(fault, InputError) else 1, fault or error)
 
 

@@ -11,7 +11,7 @@ import importlib.util
 from typing import Any
 
 from cinemo.s3 import AccessDenied, Outage, PastEnd, brief
-from cinemo.types import NO_ROOM, InputError, RunError
+from cinemo.types import NO_ROOM, InputError, local_fault
 
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 _LIBRARIES = frozenset({"adlfs", "aiohttp", "azure", "gcsfs", "google", "requests", "urllib3"})
@@ -49,8 +49,8 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
                 raise AccessDenied(f"{uri}: access denied ({brief(error)}); check who may read it") from None
             if status == 401 or "Credentials" in type(error).__name__:
                 raise InputError(f"{uri}: {brief(error)}; check the credentials in the environment") from None
-            if getattr(error, "errno", None) in NO_ROOM:
-                raise RunError(f"{uri}: {brief(error)}; free some space on the local disk and run it again") from None
+            if isinstance(error, OSError) and error.errno in NO_ROOM and (fault := local_fault(error, uri)):
+                raise fault from None
             if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _LIBRARIES:
                 raise
             outage.wait(error)

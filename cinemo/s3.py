@@ -159,7 +159,7 @@ def _raise_local(error: BaseException, arguments: Sequence[Any]) -> None:
     import aiohttp
 
     if isinstance(error, OSError) and error.__cause__ is None and not isinstance(error, aiohttp.ClientError):
-        fault = local_fault(error, str(error.filename or arguments[-1]))
+        fault = local_fault(error, str(arguments[-1]))
         if fault:
             raise fault from None
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cinemo import clouds, s3
-from cinemo.types import InputError, RunError, local_fault
+from cinemo.types import InputError, RunError, local_faults
 
 Buffer = bytes | bytearray | memoryview
 _WRITEV_BUFFERS = 1024  # IOV_MAX
@@ -100,7 +100,7 @@ def write_bytes(uri: str, data: Buffer | Sequence[Buffer]) -> None:
         s3.put(uri, pieces)
         return
     path = local_path(uri)
-    with _local_faults(path):
+    with local_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         try:
@@ -114,15 +114,6 @@ def write_bytes(uri: str, data: Buffer | Sequence[Buffer]) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-
-
-@contextmanager
-def _local_faults(path: Path) -> Iterator[None]:
-    """Around what writes to a local disk: its faults in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise local_fault(error, str(error.filename or path)) or error from None
 
 
 def _write_pieces(descriptor: int, pieces: Sequence[memoryview]) -> None:
@@ -233,7 +224,7 @@ def sweep(uri: str, *directories: str) -> None:
 @contextmanager
 def locked_directory(path: Path) -> Iterator[None]:
     """Hold a local directory, which is created, against the other processes of this machine."""
-    with _local_faults(path):
+    with local_faults(path):
         path.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,16 +47,37 @@ _BAD_PLACE = frozenset(
 )
 
 
-def local_fault(error: OSError, place: str) -> NoRoom | BadPlace | None:
-    """What a person can mend about a fault of a local disk, in one line; None where it is another kind of fault."""
-    fault: NoRoom | BadPlace | None = None
+def local_fault(error: OSError, place: str, elsewhere: str | None = None) -> NoRoom | BadPlace | None:
+    """What a person can mend about a fault of a local disk, in one line; None where it is another kind of fault.
+
+    Args:
+        place: what was written, where the error does not name it.
+        elsewhere: how to choose another place, where that is more than to choose one; then every fault can be mended.
+    """
+    advice, said = elsewhere or "choose another place", f"{error.filename or place}: cannot write there"
+    fault: NoRoom | BadPlace
     if error.errno in NO_ROOM:
-        fault = NoRoom(f"{place}: {error.strerror}; free some space there and run the same command again")
-    elif error.errno in _BAD_PLACE:
-        fault = BadPlace(f"{place}: cannot write there ({error.strerror}); choose another place")
-    if fault:
-        fault.errno = error.errno
+        fault = NoRoom(f"{said} ({error.strerror}); free some space there or {advice}, then run the same command again")
+    elif error.errno in _BAD_PLACE or elsewhere:
+        fault = BadPlace(f"{said} ({error.strerror or error}); {advice}")
+    else:
+        return None
+    fault.errno = error.errno
     return fault
+
+
+@contextmanager
+def local_faults(place: str | Path, elsewhere: str | None = None) -> Iterator[None]:
+    """Around what writes to a local disk: raises `local_fault`, or what that cannot say."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except OSError as error:
+        raise local_fault(error, str(place), elsewhere) or error from None
+
+
+SET_TMPDIR = "set TMPDIR to another directory"  # for temporary files
 
 
 class ClipError(Exception):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cinemo.types import ClipError, RunError
+from cinemo.types import SET_TMPDIR, ClipError, local_faults
 
 SECONDS = "CINEMO_HTTPS_SECONDS"  # a file may take, tries and pauses included
 GIGABYTES = "CINEMO_HTTPS_GB"  # it may have
@@ -98,7 +98,7 @@ def _attempt(url: str, path: Path, span: tuple[int, int] | None, deadline: float
         with _client().stream("GET", url, headers=headers) as answer:
             _check(url, answer, span, limit)
             size = 0
-            with path.open("wb") as file:
+            with local_faults(path, SET_TMPDIR), path.open("wb") as file:
                 for piece in answer.iter_bytes(1 << 18):
                     size += len(piece)
                     if size > limit:
@@ -116,8 +116,6 @@ def _attempt(url: str, path: Path, span: tuple[int, int] | None, deadline: float
         ) from None
     except httpx.TooManyRedirects:
         raise ClipError("open", "http_error", f"{url}: redirects more than {_REDIRECTS} times") from None
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}; free some space there, or set TMPDIR") from None
     except (httpx.TransportError, httpx.DecodingError) as error:
         raise _Failed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
 
@@ -191,7 +189,5 @@ def _slot(host: str) -> Iterator[None]:
 def _lock_file() -> int:
     """Locks of bytes far behind its end: it stays empty however many hosts there are."""
     path = Path(tempfile.gettempdir()) / f"cinemo-https-{os.getuid()}.lock"
-    try:
+    with local_faults(path, SET_TMPDIR):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except OSError as error:
-        raise RunError(f"{path}: {error.strerror}; set TMPDIR to a directory that can be written") from None

@@ -39,7 +39,7 @@ def test_every_ending_has_its_code_and_one_line(capsys: pytest.CaptureFixture[st
     assert "/a/b: cannot write there (Permission denied); choose another place" in said
     code, said = ending(OSError(errno.ENOSPC, "No space left on device", "/a/b"), capsys)
     assert (code, said.count("\n")) == (1, 1)
-    assert "/a/b: No space left on device; free some space there" in said
+    assert "/a/b: cannot write there (No space left on device); free some space there" in said
 
 
 def test_a_traceback_is_there_when_asked_for(

@@ -110,7 +110,11 @@ def test_an_outage_is_met_with_patience_and_is_no_clips_fault(scheme: str, monke
 def test_what_no_patience_mends_ends_the_run_at_once(scheme: str) -> None:
     for fault, kind, line in (
         (HttpError(401), InputError, "check the credentials in the environment"),
-        (OSError(errno.ENOSPC, "No space left on device"), RunError, "free some space on the local disk"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            RunError,
+            "cannot write there .No space left on device.; free some space there",
+        ),
     ):
         Cloud.faults, Cloud.calls = [fault], 0
         with pytest.raises(kind, match=line):

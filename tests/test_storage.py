@@ -195,7 +195,9 @@ def test_a_fault_of_the_local_disk_is_no_outage(
         with pytest.raises(InputError, match="cannot write there"):
             storage.fetch("s3://cinemo-test/local/x", path)
     if Path("/dev/full").exists():
-        with pytest.raises(RunError, match=r"No space left on device; free some space there"):
+        with pytest.raises(
+            RunError, match=r"/dev/full: cannot write there \(No space left on device\); free some space there"
+        ):
             storage.fetch("s3://cinemo-test/local/x", Path("/dev/full"))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from cinemo import clouds, s3, storage, web
 from cinemo.media.members import member
 from cinemo.media.parquet import read_row
-from cinemo.types import NO_ROOM, ClipError, InputError, RunError
+from cinemo.types import SET_TMPDIR, ClipError, InputError, RunError, local_faults
 
 # Reasons for which a source cannot be had now; it may be as good as ever.
 NOT_THERE = frozenset({"missing", "denied", "unreachable"})
@@ -98,7 +98,7 @@ class Sources:
                     container, storage.version(container)
                 )
                 content = read_row(uri, container, version, inside.column, inside.row)
-                with _disk_faults(path):
+                with local_faults(path, SET_TMPDIR):
                     path.write_bytes(content)
             elif container.startswith(_WEB):
                 web.fetch(container, path, inside.span if inside else None)
@@ -112,7 +112,7 @@ class Sources:
     def _new_path(self, name: str) -> Path:
         """Names are our own but for a file's suffix, with which FFmpeg's guess of a format is better."""
         if self._directory is None:
-            with _disk_faults(Path(tempfile.gettempdir())):
+            with local_faults(tempfile.gettempdir(), SET_TMPDIR):
                 self._directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="cinemo-")))
         suffix = os.path.splitext(name)[1]
         self._count += 1
@@ -141,14 +141,14 @@ def fetched(uri: str) -> Iterator[Path]:
 
 def _copy_range(uri: str, container: str, span: tuple[int, int], path: Path) -> None:
     offset, left = span
-    with _disk_faults(path):
+    with local_faults(path, SET_TMPDIR):
         file = path.open("wb")
     with file:
         while left:
             piece = storage.read_bytes(container, offset, min(left, _PIECE_BYTES))
             if not piece:
                 raise ClipError("open", "truncated", f"{uri}: the container ends {left} bytes before that")
-            with _disk_faults(path):
+            with local_faults(path, SET_TMPDIR):
                 file.write(piece)
                 file.flush()
             offset, left = offset + len(piece), left - len(piece)
@@ -171,14 +171,3 @@ def _clip_faults(uri: str) -> Iterator[None]:
         raise
     except (OSError, ValueError) as error:  # a name that no file can have, a directory, a disk that fails
         raise ClipError("open", "unreadable", f"{uri}: {getattr(error, 'strerror', None) or error}") from None
-
-
-@contextmanager
-def _disk_faults(path: Path) -> Iterator[None]:
-    """What is wrong with the directory of copies, which no clip is to be refused for."""
-    try:
-        yield
-    except OSError as error:
-        kind = RunError if error.errno in NO_ROOM else InputError
-        place, why = error.filename or path, error.strerror or error
-        raise kind(f"{place}: cannot hold copies of clips ({why}); free some space or set TMPDIR") from None

@@ -24,7 +24,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionLeft
 
 from cinemo.serving.store.tables import VERSION, about, metadata
-from cinemo.types import InputError, RunError
+from cinemo.types import InputError, RunError, local_faults
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -175,10 +175,8 @@ def _parse(url: str) -> URL:
 
 def _sqlite_engines(url: URL) -> tuple[Engine, Engine]:
     path = Path(url.database or "")
-    try:
+    with local_faults(path.parent, "choose another place"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot create its directory ({error.strerror}); choose another place") from None
     arguments = {"timeout": _SQLITE_BUSY_SECONDS, "check_same_thread": False, "isolation_level": None}
     writer = create_engine(url, connect_args=arguments, pool_size=2, max_overflow=0)
     reader = create_engine(
