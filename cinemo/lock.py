@@ -3,6 +3,9 @@
 Nobody's clock is compared with another's: a holder on another machine counts as dead once its heartbeat has not changed
 for `STALE_SECONDS` of watching; one on this machine at once when its process is gone.
 
+A holder whose storage is away does not know whether it still is one. It goes on with what needs no storage, for up to
+``CINEMO_LOCK_PATIENCE`` seconds; when the storage answers again, the lock there says whose it is.
+
 Some S3 servers know no conditional PUTs; `compare_and_swap.has_conditions` tries that when the lock is taken. There the
 lock is weaker: what was written is looked at again after `SETTLE_SECONDS`, and the last writer holds the output.
 """
@@ -21,12 +24,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cinemo import compare_and_swap, storage
+from cinemo import compare_and_swap, s3, storage
 from cinemo.types import InputError, RunError
 
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 SETTLE_SECONDS = 3.0
+PATIENCE, _AWAY_SECONDS = "CINEMO_LOCK_PATIENCE", 3600.0
 NAME = ".lock.json"
 _RACES = 20
 
@@ -38,15 +42,19 @@ class Lock:
         self.output, self.uri, self.facts, self.version = output, storage.join(output, NAME), facts, version
         self.weak = weak
         self.lost: str | None = None
+        self._seen, self._news = time.monotonic(), threading.Condition()
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """
+        """Wait, where the storage is away for so long that the output may have been taken over, until it answers.
+
         Raises:
-            RunError: another job holds the output now.
+            RunError: another job holds the output now, or the storage was away for too long.
         """
+        with self._news:
+            self._news.wait_for(lambda: self.lost or self._silence() <= STALE_SECONDS)
         if self.lost:
             raise RunError(f"{self.output}: this job has lost its lock ({self.lost}), so it stops; nothing is damaged")
 
@@ -57,24 +65,53 @@ class Lock:
             with storage.tidying(self.uri):
                 compare_and_swap.remove_if(self.uri, self.version)
 
+    def _silence(self) -> float:
+        """Seconds since the lock was certainly ours."""
+        return time.monotonic() - self._seen
+
     def _beat(self) -> None:
-        silent_since = time.monotonic()
-        while not self._released.wait(HEARTBEAT_SECONDS):
+        said = False
+        while not self.lost and not self._released.wait(HEARTBEAT_SECONDS):
             try:
-                version = _write(self.uri, self.facts, self.version, self.weak)
+                with s3.patience(HEARTBEAT_SECONDS):
+                    version = self._renewed()
             except Exception as error:
-                # Storage that fails for a moment, or is full, costs nothing; of an outage nobody knows who took over.
-                with contextlib.suppress(Exception):
-                    if compare_and_swap.version_of(self.uri) == self.version:
-                        silent_since = time.monotonic()
-                if time.monotonic() - silent_since > STALE_SECONDS:
-                    self.lost = f"no heartbeat could be written for {STALE_SECONDS:g} s: {error}"
-                    return
-                continue
-            if version is None:
-                self.lost = _describe(_read(self.uri)[0]) or "somebody removed it"
-                return
-            self.version, silent_since = version, time.monotonic()
+                patience = float(os.environ.get(PATIENCE) or _AWAY_SECONDS)
+                if self._silence() > patience:
+                    self._tell(lost=f"no heartbeat could be written for {self._silence():.0f} s: {s3.brief(error)}")
+                elif self._silence() > STALE_SECONDS and not said:
+                    said = True
+                    print(
+                        f"{self.output}: its storage has been away for {self._silence():.0f} s ({s3.brief(error)}); "
+                        f"the job goes on with what needs none, for up to {patience:g} s ({PATIENCE}), and then looks "
+                        "whether the output is still its own",
+                        flush=True,
+                    )
+            else:
+                if said and not self.lost:
+                    said = False
+                    print(f"{self.output}: its storage is back, and the output is still held by this job", flush=True)
+                if version is not None:
+                    self.version = version
+                    self._tell()
+
+    def _renewed(self) -> str | None:
+        """Write a heartbeat, or see that the lock is still ours: its version; None, and it is lost, where it is not."""
+        try:
+            version = _write(self.uri, self.facts, self.version, self.weak)
+        except Exception:  # what can be read, but not written for a while, is still held
+            version = None
+        if version is None:  # also where an earlier heartbeat was written, and only its reply was lost
+            holder, version = _read(self.uri)
+            if holder is None or holder.get("token") != self.facts["token"]:
+                self._tell(lost=_describe(holder) or "somebody removed it")
+                return None
+        return version
+
+    def _tell(self, lost: str | None = None) -> None:
+        with self._news:
+            self.lost, self._seen = lost, time.monotonic()
+            self._news.notify_all()
 
 
 @contextlib.contextmanager

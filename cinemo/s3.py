@@ -14,7 +14,9 @@ import logging
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from cinemo.types import InputError, RunError, local_fault
@@ -130,11 +132,25 @@ def call(uri: str, method: str, *arguments: Any, **options: Any) -> Any:
             outage.wait(error)
 
 
+_own_patience: ContextVar[float | None] = ContextVar("patience", default=None)
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """For how long calls of this thread meet outages, where that is less than ``CINEMO_STORAGE_PATIENCE``."""
+    token = _own_patience.set(seconds)
+    try:
+        yield
+    finally:
+        _own_patience.reset(token)
+
+
 class Outage:
     """The time in which a storage fails: how long a call still tries."""
 
     def __init__(self, uri: str) -> None:
-        self._uri, self._patience = uri, float(os.environ.get(PATIENCE) or 180)
+        own, general = _own_patience.get(), float(os.environ.get(PATIENCE) or 180)
+        self._uri, self._patience = uri, general if own is None else min(own, general)
         self._begun, self._pause = time.monotonic(), 0.25
 
     def wait(self, fault: Exception) -> None:

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faulty_s3 import FaultyS3
 
-from cinemo import compare_and_swap, lock, storage
-from cinemo.lock import NAME, hold
+from cinemo import compare_and_swap, lock, s3, storage
+from cinemo.lock import NAME, Lock, hold
 from cinemo.types import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -230,6 +232,67 @@ def test_what_can_be_read_but_not_written_for_a_while_is_still_held(
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert storage.names(output) == []
+
+
+def test_a_heartbeat_whose_reply_was_lost_is_still_our_own(output: str) -> None:
+    with hold(output) as held:
+        storage.write_json(storage.join(output, NAME), content(output) | {"heartbeat": "ours, but unknown to us"})
+        deadline = time.monotonic() + 20
+        while content(output)["heartbeat"] == "ours, but unknown to us":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        held.check()
+    assert storage.names(output) == []
+
+
+@pytest.fixture
+def away(s3_faults: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Iterator[Lock]:
+    """A lock whose storage has been away until that was said; `FaultyS3.meet` brings it back."""
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(lock, "STALE_SECONDS", 0.6)
+    with hold(f"s3://cinemo-test/{tmp_path.name}") as held:
+        s3_faults.meet({"501": 1.0})  # an answer that is not tried again, so that the test need not wait for it
+        said, deadline = "", time.monotonic() + 20
+        while "its storage has been away for" not in said:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            said += capsys.readouterr().out
+        yield held
+        s3_faults.meet()
+
+
+@pytest.mark.s3
+def test_a_job_whose_storage_is_away_goes_on_once_it_is_back(away: Lock, s3_faults: FaultyS3, capsys: Any) -> None:
+    assert away.lost is None
+    with ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(away.check)
+        with pytest.raises(TimeoutError):  # nobody knows whose the output is
+            checked.result(0.5)
+        s3_faults.meet()
+        checked.result(20)
+    assert "its storage is back, and the output is still held by this job" in capsys.readouterr().out
+    assert content(away.output)["pid"] == os.getpid()
+
+
+@pytest.mark.s3
+def test_a_job_that_lost_its_output_while_the_storage_was_away_ends(away: Lock, s3_faults: FaultyS3) -> None:
+    import boto3
+
+    behind = boto3.client("s3", endpoint_url=s3_faults.upstream.geturl())
+    bucket, key = s3.split(away.uri)
+    behind.put_object(Bucket=bucket, Key=key, Body=json.dumps({"host": "far-away", "token": "x"}).encode())
+    assert away.lost is None
+    s3_faults.meet()
+    with pytest.raises(RunError, match=r"has lost its lock .host far-away"):
+        away.check()
+    assert content(away.output)["host"] == "far-away"
+
+
+@pytest.mark.s3
+def test_a_storage_that_stays_away_ends_the_job(away: Lock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(lock.PATIENCE, "0.8")
+    with pytest.raises(RunError, match=r"has lost its lock .no heartbeat could be written for \d+ s"):
+        away.check()
 
 
 @pytest.mark.s3

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.training.report.metrics import COLUMNS, Losses, Report
@@ -21,6 +22,7 @@ from cinemo.training.report.progress import (
     read_run,
     read_summary,
 )
+from cinemo.types import RunError
 
 
 def _report(step: int, loss: float = 1.0) -> Report:
@@ -179,6 +181,24 @@ def test_a_summary_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     summary = read_summary(str(tmp_path))
     assert summary is not None
     assert summary.val_loss is None
+
+
+def test_an_outage_of_the_storage_costs_the_curve_some_time_only(
+    tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    progress = Progress(small, str(tmp_path), "/data", "digest", lines.append)
+    progress.handle(Resumed(0, ()))
+
+    def away(uri: str, data: object) -> None:
+        raise RunError(f"{uri}: storage has been failing for 5 s")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write_bytes", away)
+        progress.handle(_report(1))
+    assert [line for line in lines if line.startswith("loss.csv: cannot be written") and "training goes on" in line]
+    progress.finish("/checkpoint")
+    assert len((tmp_path / "loss.csv").read_text().splitlines()) == 2
 
 
 def test_a_lost_tracking_server_costs_its_curves_only(

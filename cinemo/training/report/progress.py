@@ -18,11 +18,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cinemo import storage
+from cinemo import s3, storage
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.tracking import Run, flatten
 from cinemo.training.report.metrics import COLUMNS, Report
+from cinemo.types import RunError
 
 RUN_FILE, SUMMARY_FILE, LOSS_FILE, MOTION_FILE = "run.json", "train.json", "loss.csv", "motion.json"
 _CSV_SECONDS = 5.0
@@ -238,7 +239,7 @@ class Progress:
             kept = dict(storage.read_json(uri)) if storage.exists(uri) else kept
             kept[str(sheet.step)] = dict(sheet.motion)
             storage.write_json(uri, kept)
-        except (OSError, ValueError, TypeError) as error:  # not worth a training, as the curve is not
+        except (RunError, OSError, ValueError, TypeError) as error:  # not worth a training, as the curve is not
             self._say(f"{MOTION_FILE}: cannot be kept ({error}); training goes on")
         metrics = {f"sample_motion_{name}": value for name, value in sheet.motion.items()}
         self._tracked(lambda run: run.log(sheet.step, metrics))
@@ -257,9 +258,10 @@ class Progress:
         for row in self._rows:
             table.writerow([row.step, *("" if value is None else f"{value:.8g}" for value in row.kept()[1:])])
         try:
-            storage.write_bytes(storage.join(self._output, LOSS_FILE), buffer.getvalue().encode())
-        except OSError as error:  # a curve is not worth a training; a checkpoint that finds no room ends it by itself
-            self._say(f"{LOSS_FILE}: cannot be written ({error.strerror or error}); training goes on")
+            with s3.patience(_CSV_SECONDS):  # it is written again soon
+                storage.write_bytes(storage.join(self._output, LOSS_FILE), buffer.getvalue().encode())
+        except (RunError, OSError) as error:  # not worth a training; a checkpoint that finds no room ends it by itself
+            self._say(f"{LOSS_FILE}: cannot be written ({error}); training goes on")
         # The whole table each time: what takes longer is done less often.
         now = time.monotonic()
         self._csv_due = now + max(_CSV_SECONDS, 20 * (now - begun))

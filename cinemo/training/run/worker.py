@@ -166,7 +166,8 @@ def _train(
             trainer.fit()
         _raise_fault(mailbox)
     except SystemExit:  # what Ray Train makes of an interrupt
-        lock.check()
+        if lock.lost:
+            lock.check()
         progress.fail("KILLED")
         raise KeyboardInterrupt from None
     except Exception as error:
