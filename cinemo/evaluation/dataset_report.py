@@ -135,7 +135,7 @@ def _motion(dataset: DatasetIndex) -> list[str]:
         section("Motion", text),
         chart(score_histogram(dataset, sets), "Samples by motion score, with the bucket edges."),
         pair((motion_histogram(dataset, UNIFORM_EDGES), f"Uniform edges (the paper's), {used}."), equal_chart),
-        *([chart(motion_histogram(dataset), "The edges in use.")] if "in use" in sets else []),
+        *([chart(motion_histogram(dataset), "The edges in use.", narrow=True)] if "in use" in sets else []),
         f'<p class="note">To use the equal-population edges:</p><pre>{html.escape(f"--set {setting}")}</pre>',
     ]
 

@@ -17,7 +17,7 @@ from cinemo.evaluation.page import chart, section
 from cinemo.types import InputError, RunError
 
 _SHARDS, _SAMPLES = 64, 4096  # that are read at most
-_BARS, _OVERLAY = 0.02, 0.005  # shares of the picture from which a clip is counted
+_BARS, _OVERLAY = 0.02, 0.002  # shares of the picture from which a clip is counted
 _ALIKE = 3  # bits of 64 in which hashes of pictures that look alike differ at most
 _PLAIN = 6  # a hash with fewer ones, or fewer zeros, is that of a picture without structure
 _GROUPS = 5
@@ -39,7 +39,7 @@ def scores_section(dataset: DatasetIndex) -> list[str]:
     }
     text = (
         f"Of {len(rows):,} samples that were read. A cut is a change of shot between two of a sample's frames; an "
-        "overlay is an outline that stands still while what is around it moves. Nothing was refused: filters use the "
+        "overlay is an outline that stands still while the camera moves. Nothing was refused: filters use the "
         "numbers that are stored with each sample (ssim_min, cut, cut_change, bar_rows, bar_columns, overlay, "
         "hash_first, hash_middle)."
     )

@@ -12,15 +12,20 @@ import itertools
 import cv2
 import numpy as np
 
-SCORES_VERSION = 1  # raise it when the same frames no longer give the same numbers
+SCORES_VERSION = (
+    2  # raise it when the same frames no longer give the same numbers; 2: overlays need a camera that moves
+)
 
 _SIDE = 80  # pixels of the shorter side of the small pictures that cuts and overlays are looked for in
 # PySceneDetect's AdaptiveDetector: a change of at least 15 levels of HSV, three times as large as those around it.
 _CUT_CHANGE, _CUT_RATIO, _CUT_WINDOW = 15.0, 3.0, 2
 _BLACK = 40  # levels; limited-range black with what compression leaves beside a bar's edge
 _BAR_FRAMES = 4
-_STILL, _EDGE, _MOVING = 3.0, 24.0, 8.0  # levels: deviation of what stands still, contrast of an outline, motion around
+_STILL, _EDGE, _MOVING = 3.0, 20.0, 4.0  # levels: deviation of what stands still, contrast of an outline, motion around
 _AROUND = 15  # small pixels
+# Where the camera stands, what stands still is the scene. It moves where most pixels of most parts of the picture
+# change; parts of one colour do not tell.
+_PARTS, _CHANGED, _MOST_PARTS, _CONTRAST = (6, 4), 0.7, 0.75, 3.0
 
 
 def clip_scores(frames_FHWC: np.ndarray, ssim_min: float) -> dict[str, float | int]:
@@ -32,9 +37,9 @@ def clip_scores(frames_FHWC: np.ndarray, ssim_min: float) -> dict[str, float | i
     Returns:
         ``ssim_min``; ``cut`` 1 where two neighbouring frames are of different shots, else 0; ``cut_change`` their mean
         difference in HSV, 0 to 255; ``bar_rows``, ``bar_columns`` share of rows and of columns in black bars at the
-        borders; ``overlay`` share of the picture with outlines that stand still while what is around them moves (logos,
-        subtitles); ``hash_first``, ``hash_middle`` 64-bit difference hashes as signed integers: frames that look alike
-        differ in few bits.
+        borders; ``overlay`` share of the picture with outlines that stand still while the camera moves (logos,
+        subtitles), 0 where it does not; ``hash_first``, ``hash_middle`` 64-bit difference hashes as signed integers:
+        frames that look alike differ in few bits.
     """
     small_FHWC = _small(frames_FHWC)
     changes = _changes(small_FHWC)
@@ -100,6 +105,17 @@ def _overlay(small_FHWC: np.ndarray) -> float:
     luma_FHW = np.stack([cv2.cvtColor(frame_HWC, cv2.COLOR_RGB2GRAY) for frame_HWC in small_FHWC]).astype(np.float32)
     mean_HW = luma_FHW.mean(0)
     deviation_HW = luma_FHW.std(0)
+    if not _camera_moves(mean_HW, deviation_HW):
+        return 0.0
     edge_HW = cv2.magnitude(cv2.Sobel(mean_HW, -1, 1, 0), cv2.Sobel(mean_HW, -1, 0, 1)) / 4
     still_HW = (deviation_HW <= _STILL) & (edge_HW >= _EDGE) & (cv2.blur(deviation_HW, (_AROUND, _AROUND)) >= _MOVING)
     return float(still_HW.mean())
+
+
+def _camera_moves(mean_HW: np.ndarray, deviation_HW: np.ndarray) -> bool:
+    def parts(values_HW: np.ndarray) -> np.ndarray:
+        return np.asarray(cv2.resize(values_HW, _PARTS, interpolation=cv2.INTER_AREA))
+
+    tells = parts(mean_HW**2) - parts(mean_HW) ** 2 >= _CONTRAST**2
+    changed = parts((deviation_HW > _STILL).astype(np.float32)) >= _CHANGED
+    return bool(tells.any()) and float(changed[tells].mean()) >= _MOST_PARTS

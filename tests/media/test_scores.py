@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cinemo.media.motion import adjacent_ssim, mean_adjacent_ssim
 from cinemo.media.scores import clip_scores, difference_hash
+from cinemo.media.synthetic import render_scene
 
 HEIGHT, WIDTH, FRAMES = 160, 256, 16
 
@@ -73,6 +74,23 @@ def test_a_logo_that_stands_still_is_found_over_what_moves() -> None:
     assert over_motion > 0.01
     assert over_motion > 5 * scores(plain)["overlay"]
     assert over_nothing == 0  # a still camera has no overlay that could be told from the scene
+
+
+@pytest.mark.parametrize("kind", ["flow", "object", "still", "zoom", "pan"])
+def test_rendered_scenes_have_no_overlays(kind: str) -> None:
+    for number in range(6):
+        scene = render_scene(7, number, (96, 144), kind=kind)
+        assert scores(scene.frames(range(0, FRAMES * 8, 8)))["overlay"] < 0.002
+
+
+def test_what_moves_before_a_standing_camera_makes_no_overlay_of_the_scene() -> None:
+    standing, moving = pan(4, step=0), pan(5, step=8)
+    window = np.zeros((HEIGHT, WIDTH, 1), bool)
+    window[:, WIDTH // 3 :] = True  # two thirds of the picture, as a crowd or water
+    frames_FHWC = np.where(window, moving, standing)
+    for frame in frames_FHWC:
+        cv2.putText(frame, "SIGN", (4, 80), cv2.FONT_HERSHEY_SIMPLEX, 1.0, (0, 0, 0), 3)
+    assert scores(frames_FHWC)["overlay"] == 0
 
 
 def test_hashes_tell_pictures_apart_and_copies_together() -> None:
