@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinemo.types import ClipError, Condition, keyed_generator, keyed_seed
+from cinemo.types import ClipError, Condition, LatentSample, keyed_generator, keyed_seed
 
 KEY = st.lists(st.one_of(st.text(max_size=8), st.integers(0, 1 << 30)), min_size=1, max_size=3)
 
@@ -56,3 +58,12 @@ def test_rows_of_conditions_join_whatever_their_names() -> None:
     many = condition(1, 5.0).expand(3)
     assert many["image"].shape == (3, 4, 8, 8)
     assert many["parts"]["deep"][1].tolist() == [[5.0] * 3] * 3
+
+
+def test_a_changed_sample_is_what_replace_gives() -> None:
+    latents = np.zeros((2, 1, 1, 1), np.float16)
+    sample = LatentSample("0", "clip", "/x", "caption", latents, 0.5, 24.0, 3, 0, extra={"a": 1})
+    changed = sample.changed(key="1", ssim=1.0)
+    assert changed == dataclasses.replace(sample, key="1", ssim=1.0)
+    assert changed.extra is sample.extra
+    assert sample.key == "0"

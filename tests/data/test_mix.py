@@ -168,3 +168,18 @@ def test_no_weight_is_refused() -> None:
         Source.parse("/data=0")
     with pytest.raises(InputError, match="weight has 5000 characters, expected at most 40"):
         Source.parse("/data=" + "9" * 5000)
+
+
+@given(
+    st.lists(
+        st.fractions(min_value="1/1000", max_value=1000) | st.just(Fraction("0.12345678901234567")),
+        min_size=1,
+        max_size=3,
+    ),
+    st.sampled_from([1, 2, 8]),
+    st.integers(0, 10**12),
+)
+def test_a_table_of_shares_says_what_they_say_one_by_one(weights: list[Fraction], lanes: int, first: int) -> None:
+    shares, positions = Shares(weights, lanes), range(first, first + 4)
+    expected = [[shares.counts(lane, position) for position in positions] for lane in range(lanes)]
+    assert shares.table(range(lanes), positions).transpose(1, 2, 0).tolist() == expected

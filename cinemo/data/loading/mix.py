@@ -8,9 +8,12 @@ epochs, in each of which all of its samples come once, and any step can be found
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from itertools import count, pairwise
+from itertools import count
+from typing import Any
+
+import numpy as np
 
 from cinemo.data.loading.loader import LatentLoader, Skipped, StepBatch
 from cinemo.data.loading.order import Place
@@ -30,10 +33,21 @@ class Shares:
 
     def counts(self, lane: int, position: int) -> list[int]:
         """How many of a lane's samples before a position belong to each source."""
+        return self._counts(lane, position)
+
+    def table(self, lanes: range, positions: range) -> np.ndarray:
+        """`counts` of some lanes at some positions: (sources, lanes, positions)."""
+        largest = positions.stop * max((share for share, _, _ in self._of_rest), default=1) + 1
+        kind = np.int64 if largest < 1 << 62 else object  # a share of many digits
+        return np.stack(
+            self._counts(np.array(lanes, kind)[:, None], np.tile(np.array(positions, kind), (len(lanes), 1)))
+        )
+
+    def _counts(self, lane: Any, position: Any) -> list[Any]:
         taken, left = [], position
         for share, offset, whole in self._of_rest:  # floor(left * share + lane / lanes), in whole numbers
             taken.append((left * share + lane * offset) // whole)
-            left -= taken[-1]
+            left = left - taken[-1]
         return [*taken, left]
 
 
@@ -77,19 +91,29 @@ class MixedLoader:
 
     def places(self, step: int, lanes: range | None = None) -> list[MixedPlace]:
         """The samples of some lanes (None: all) in global step ``step``, lane by lane."""
-        chosen, per_lane = range(self._order.lanes) if lanes is None else lanes, self._order.per_lane
-        orders = [loader.order for loader in self.loaders]
-        found = []
-        for lane in chosen:
-            counts = [self._shares.counts(lane, step * per_lane + place) for place in range(per_lane + 1)]
-            streams = [
-                iter(order.read(lane, first, last - first))
-                for order, first, last in zip(orders, counts[0], counts[-1], strict=True)
+        chosen = range(self._order.lanes) if lanes is None else lanes
+        found: dict[int, MixedPlace] = {}
+        for source, (slots, places, _) in enumerate(self._dealt(step, chosen)):
+            found |= {slot: MixedPlace(source, place) for slot, place in zip(slots, places, strict=True)}
+        return [found[slot] for slot in range(len(found))]
+
+    def _dealt(self, step: int, lanes: range) -> list[tuple[list[int], list[Place], list[int]]]:
+        """Of each source the slots that it has in a step of some lanes, what lies in them, and how many of its samples
+        each lane has read after the step.
+        """
+        per_lane = self._order.per_lane
+        counts = self._shares.table(lanes, range(step * per_lane, (step + 1) * per_lane + 1))
+        dealt = []
+        for loader, (first, last), mine in zip(
+            self.loaders, counts[:, :, [0, -1]].swapaxes(1, 2).tolist(), np.diff(counts, axis=2), strict=True
+        ):
+            read = [
+                place
+                for lane, begin, end in zip(lanes, first, last, strict=True)
+                for place in loader.order.read(lane, begin, end - begin)
             ]
-            for before, after in pairwise(counts):
-                source = next(k for k, taken in enumerate(before) if after[k] != taken)
-                found.append(MixedPlace(source, next(streams[source])))
-        return found
+            dealt.append((np.flatnonzero(mine).tolist(), read, last))
+        return dealt
 
     def batches(self, start_step: int = 0) -> Iterator[StepBatch]:
         """Batches from global step ``start_step`` on, without end."""
@@ -98,22 +122,21 @@ class MixedLoader:
     def batch(self, step: int) -> StepBatch:
         if len(self.loaders) == 1:
             return self.loaders[0].batch(step)
-        places = self.places(step, self._lanes)
-        samples: list[LatentSample | None] = [None] * len(places)
-        weights, skipping = [1.0] * len(places), False
-        for number, loader in enumerate(self.loaders):
-            mine = [slot for slot, one in enumerate(places) if one.source == number]
-            if not mine:
-                continue
-            ends = [
-                (lane, self._shares.counts(lane, (step + 1) * self._order.per_lane)[number]) for lane in self._lanes
-            ]
-            following = [loader.order.shard_after(lane, end - 1) for lane, end in ends if end]
-            read, weighed = loader.read([places[slot].place for slot in mine], following)
-            skipping |= weighed is not None
-            for slot, sample, weight in zip(mine, read, weighed or [1.0] * len(mine), strict=True):
-                samples[slot], weights[slot] = replace(sample, key=self.key(number, sample.key)), weight
+        size = len(self._lanes) * self._order.per_lane
+        samples: list[LatentSample | None] = [None] * size
+        weights, epochs, skipping = [1.0] * size, [0] * size, False
         begun = [self.epoch(step, source) for source in range(len(self.loaders))]
-        epochs = [begun[0] + one.place.epoch - begun[one.source] for one in places]
+        for number, (slots, places, ends) in enumerate(self._dealt(step, self._lanes)):
+            if not slots:
+                continue
+            loader = self.loaders[number]
+            lanes = zip(self._lanes, ends, strict=True)
+            following = [loader.order.shard_after(lane, end - 1) for lane, end in lanes if end]
+            read, weighed = loader.read(places, following)
+            skipping |= weighed is not None
+            later = begun[0] - begun[number]
+            for slot, sample, weight, place in zip(slots, read, weighed or [1.0] * len(slots), places, strict=True):
+                samples[slot], weights[slot] = sample.changed(key=self.key(number, sample.key)), weight
+                epochs[slot] = later + place.epoch
         there = [sample for sample in samples if sample is not None]
         return StepBatch(step, begun[0], there, weights if skipping else None, epochs)
