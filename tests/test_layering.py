@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import modules of its own layer or of one before it.
 LAYERS = [
+    ["client"],
     ["types"],
     [
         "accelerators",
