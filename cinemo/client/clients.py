@@ -108,6 +108,7 @@ class Client(_Connection):
         size: str | None = None,
         seconds: str | None = None,
         timeout: float | None = None,
+        webhook_url: str | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
@@ -119,12 +120,15 @@ class Client(_Connection):
             prompt: what happens.
             model, size, seconds: the name, WIDTHxHEIGHT and length; None: the server's.
             timeout: seconds from now after which the video fails if it is not finished.
+            webhook_url: told when it is completed or failed; `cinemo.client.webhooks` reads what it is told.
             pictures: more pictures that the model takes, by name (`Model.pictures`).
             idempotency_key: two creations with the same one make one video; None: a fresh one.
             controls: of the model (`Model.controls`), such as ``seed=7``.
         """
-        fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout, **controls}
-        ask = flows.create("/v1/videos", picture, pictures or {}, fields, idempotency_key)
+        fields = {"model": model, "size": size, "seconds": seconds, "timeout": timeout, "webhook_url": webhook_url}
+        ask = flows.create(
+            "/v1/videos", picture, pictures or {}, {"prompt": prompt, **fields, **controls}, idempotency_key
+        )
         return self._run(flows.created(ask, self.max_retries))
 
     def create_sync(
@@ -136,19 +140,28 @@ class Client(_Connection):
         size: str | None = None,
         seconds: str | None = None,
         timeout: float | None = None,
+        webhook_url: str | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
     ) -> RenderedVideo:
         """As `create`, and returns when the video is made. Raises `VideoFailed` beside the others."""
-        fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout, **controls}
-        ask = flows.create("/v1/videos/sync", picture, pictures or {}, fields, idempotency_key, flows.SYNC_SECONDS)
+        fields = {"model": model, "size": size, "seconds": seconds, "timeout": timeout, "webhook_url": webhook_url}
+        ask = flows.create(
+            "/v1/videos/sync",
+            picture,
+            pictures or {},
+            {"prompt": prompt, **fields, **controls},
+            idempotency_key,
+            flows.SYNC_SECONDS,
+        )
         return self._run(flows.rendered(ask, self.max_retries))
 
     def remix(
         self, video: Video | str, prompt: str, *, idempotency_key: str | None = None, **controls: ControlValue
     ) -> Video:
-        """Ask for another video of the same picture: with another prompt, and with other controls where given."""
+        """Ask for another video of the same picture with another prompt. What else `create` takes, but pictures, may
+        be given by name; the rest is as it was."""
         fields = {"prompt": prompt, **controls}
         return self._run(flows.remixed(video, fields, idempotency_key, self.max_retries))
 
@@ -190,9 +203,9 @@ class Client(_Connection):
         """A completed video, or one of its variants, in memory."""
         return self._run(flows.content(video, variant, self.max_retries))
 
-    def picture(self, video: Video | str) -> bytes:
-        """The picture that a video was asked for with."""
-        return self._run(flows.picture(video, self.max_retries))
+    def picture(self, video: Video | str, name: str | None = None) -> bytes:
+        """The picture that a video was asked for with, as PNG without loss; or another of its pictures, by name."""
+        return self._run(flows.picture(video, name, self.max_retries))
 
     def videos(self, *, order: Literal["asc", "desc"] = "desc", page_size: int = 100) -> Iterator[Video]:
         """All videos, newest first, asked for page by page."""
@@ -294,13 +307,16 @@ class AsyncClient(_Connection):
         size: str | None = None,
         seconds: str | None = None,
         timeout: float | None = None,
+        webhook_url: str | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
     ) -> Video:
         """As `Client.create`."""
-        fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout, **controls}
-        ask = flows.create("/v1/videos", picture, pictures or {}, fields, idempotency_key)
+        fields = {"model": model, "size": size, "seconds": seconds, "timeout": timeout, "webhook_url": webhook_url}
+        ask = flows.create(
+            "/v1/videos", picture, pictures or {}, {"prompt": prompt, **fields, **controls}, idempotency_key
+        )
         return await self._run(flows.created(ask, self.max_retries))
 
     async def create_sync(
@@ -312,13 +328,21 @@ class AsyncClient(_Connection):
         size: str | None = None,
         seconds: str | None = None,
         timeout: float | None = None,
+        webhook_url: str | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
     ) -> RenderedVideo:
         """As `Client.create_sync`."""
-        fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout, **controls}
-        ask = flows.create("/v1/videos/sync", picture, pictures or {}, fields, idempotency_key, flows.SYNC_SECONDS)
+        fields = {"model": model, "size": size, "seconds": seconds, "timeout": timeout, "webhook_url": webhook_url}
+        ask = flows.create(
+            "/v1/videos/sync",
+            picture,
+            pictures or {},
+            {"prompt": prompt, **fields, **controls},
+            idempotency_key,
+            flows.SYNC_SECONDS,
+        )
         return await self._run(flows.rendered(ask, self.max_retries))
 
     async def remix(
@@ -352,9 +376,9 @@ class AsyncClient(_Connection):
         """As `Client.content`."""
         return await self._run(flows.content(video, variant, self.max_retries))
 
-    async def picture(self, video: Video | str) -> bytes:
+    async def picture(self, video: Video | str, name: str | None = None) -> bytes:
         """As `Client.picture`."""
-        return await self._run(flows.picture(video, self.max_retries))
+        return await self._run(flows.picture(video, name, self.max_retries))
 
     async def videos(self, *, order: Literal["asc", "desc"] = "desc", page_size: int = 100) -> AsyncIterator[Video]:
         """As `Client.videos`."""

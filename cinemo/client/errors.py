@@ -50,6 +50,7 @@ class APIError(VideoServerError):
         param: the field it is about. ``type``: the coarse class.
         request_id: of the answer, which the server's log has too. ``retry_after``: seconds until a retry makes sense.
         described: whether the server itself said this, and not something in between.
+        video_id: of the video that was made for the request and failed, where there is one.
     """
 
     def __init__(self, response: httpx.Response) -> None:
@@ -62,6 +63,7 @@ class APIError(VideoServerError):
         self.status = response.status_code
         self.code, self.message, self.param, self.type = fault.code, fault.message, fault.param, fault.type
         self.request_id: str | None = response.headers.get("x-request-id")
+        self.video_id: str | None = response.headers.get("x-video-id")
         after = response.headers.get("retry-after", "")
         self.retry_after = float(after) if after.isdigit() else None
         request = f" (request {self.request_id})" if self.request_id else ""

@@ -73,7 +73,12 @@ def created(ask: Flow[Ask], max_retries: int) -> Flow[Video]:
 
 def rendered(ask: Flow[Ask], max_retries: int) -> Flow[RenderedVideo]:
     request = yield from ask
-    response = yield from answered(request, max_retries)
+    try:
+        response = yield from answered(request, max_retries)
+    except APIError as fault:
+        if fault.video_id is None:
+            raise
+        raise VideoFailed((yield from retrieved(fault.video_id, max_retries))) from None
     if response.status_code != 202:
         return RenderedVideo(response.headers.get("x-video-id"), response.content)
     video = read_answer(Video, response.content, request)  # it takes longer than the server lets a request wait
@@ -120,8 +125,9 @@ def content(video: Video | str, variant: str, max_retries: int) -> Flow[bytes]:
     return (yield from answered(Ask("GET", path_of(video, "content"), query), max_retries)).content
 
 
-def picture(video: Video | str, max_retries: int) -> Flow[bytes]:
-    return (yield from answered(Ask("GET", path_of(video, "input")), max_retries)).content
+def picture(video: Video | str, name: str | None, max_retries: int) -> Flow[bytes]:
+    query = {"name": name} if name else {}
+    return (yield from answered(Ask("GET", path_of(video, "input"), query), max_retries)).content
 
 
 def models(max_retries: int) -> Flow[list[Model]]:

@@ -105,7 +105,7 @@ def is_passing(fault: APIError | ConnectionFailed) -> bool:
     """Whether the same request may be answered well in a moment."""
     if isinstance(fault, ConnectionFailed):
         return True
-    return fault.status in _PASSING and (fault.retry_after or 0) <= LONGEST_PAUSE
+    return fault.status in _PASSING and not fault.video_id and (fault.retry_after or 0) <= LONGEST_PAUSE
 
 
 def pause_after(fault: APIError | ConnectionFailed, retry: int) -> float:

@@ -49,9 +49,19 @@ class JobError(Answer):
     message: str
 
 
+class PromptTokens(Answer):
+    """How much of a prompt is read: ``used`` tokens, of which the text encoder reads the first ``limit``. ``cut``: the
+    rest of the prompt has no effect."""
+
+    used: int
+    limit: int
+    cut: bool
+
+
 class Video(Answer):
     """A video, made or in the making. Times are Unix seconds; ``size`` is WIDTHxHEIGHT; ``progress`` is a percentage;
-    ``step`` of ``steps`` is the same in the sampler's steps (0 of 0: not begun)."""
+    ``step`` of ``steps`` is the same in the sampler's steps (0 of 0: not begun); ``estimated_seconds_left``: until it is
+    completed, where the server measured."""
 
     id: str
     object: str = "video"
@@ -59,6 +69,7 @@ class Video(Answer):
     progress: int = 0
     step: int = 0
     steps: int = 0
+    estimated_seconds_left: float | None = None
     created_at: int = 0
     started_at: int | None = None
     completed_at: int | None = None
@@ -69,6 +80,8 @@ class Video(Answer):
     size: str = ""
     seconds: str = ""
     error: JobError | None = None
+    remixed_from_video_id: str | None = None
+    prompt_tokens: PromptTokens | None = None
 
     @property
     def finished(self) -> bool:
@@ -144,7 +157,8 @@ class PictureInput(Answer):
 
 
 class Model(Answer):
-    """A model, with what it supports and its defaults. ``controls``: in the order in which people see them."""
+    """A model, with what it supports and its defaults. ``controls``: in the order in which people see them.
+    ``qualities``: by name, what is predicted of a video that asks for it; empty where nobody measured."""
 
     id: str
     object: str = "model"
@@ -160,6 +174,7 @@ class Model(Answer):
     defaults: dict[str, Any] = {}
     controls: list[Control] = []
     pictures: list[PictureInput] = []
+    qualities: dict[str, dict[str, Any]] = {}
 
 
 class ModelList(Answer):

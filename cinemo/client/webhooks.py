@@ -12,17 +12,26 @@ from collections.abc import Mapping
 from pydantic import ValidationError
 
 from cinemo.client.errors import WebhookInvalid
-from cinemo.client.types import Answer, Video
+from cinemo.client.types import Answer
 
 TOLERANCE_SECONDS = 300.0
 
 
-class WebhookEvent(Answer):
-    """``type``: what happened, such as ``video.completed``. ``data``: the video then. A delivery may come more than
-    once: the header ``webhook-id`` is the same each time."""
+class WebhookData(Answer):
+    """``id``: of the video."""
 
+    id: str
+
+
+class WebhookEvent(Answer):
+    """``type``: what happened, ``video.completed`` or ``video.failed``. ``id``: of the event, the same where it is
+    delivered more than once. ``created_at``: Unix seconds."""
+
+    id: str = ""
+    object: str = "event"
+    created_at: int = 0
     type: str
-    data: Video
+    data: WebhookData
 
 
 def unwrap(

@@ -426,6 +426,15 @@ def test_a_synchronous_creation_that_takes_longer_is_waited_for(faked: Make) -> 
     assert asked[-1].url.path == "/v1/videos/v1/content"
 
 
+def test_a_video_that_fails_in_a_synchronous_creation_is_not_made_again(faked: Make) -> None:
+    late = video("failed", error={"code": "deadline", "message": "it took too long"})
+    answer, asked = in_turn(refused(504, "deadline", **{"x-video-id": "v1"}), httpx.Response(200, json=late))
+    with pytest.raises(VideoFailed, match="it took too long") as caught:
+        faked(answer)[0].create_sync(png(), "waves")
+    assert caught.value.video.id == "v1"
+    assert [request.url.path for request in asked] == ["/v1/videos/sync", "/v1/videos/v1"]
+
+
 def test_a_remix_is_asked_for_in_json(faked: Make) -> None:
     answer, asked = in_turn(httpx.Response(202, json=video(remixed_from_video_id="v0")))
     client, _ = faked(answer)
@@ -440,6 +449,8 @@ def test_ids_are_quoted(faked: Make) -> None:
     client, _ = faked(answer)
     with pytest.raises(NotFound):
         client.picture("../models?a=b")
+    client, _ = faked(in_turn(httpx.Response(200, content=b"png"))[0])
+    assert client.picture("v1", "other") == b"png"
     assert asked[0].url.raw_path == b"/v1/videos/..%2Fmodels%3Fa%3Db/input"
     with pytest.raises(ValueError, match="empty"):
         client.retrieve("")

@@ -12,7 +12,7 @@ from cinemo.client import WebhookInvalid, webhooks
 from cinemo.client.webhooks import signature, unwrap
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
-BODY = json.dumps({"type": "video.completed", "data": {"id": "v1", "status": "completed"}, "more": 1}).encode()
+BODY = json.dumps({"id": "evt_1", "type": "video.completed", "created_at": 1, "data": {"id": "v1"}, "more": 1}).encode()
 
 
 def headers(
@@ -30,7 +30,7 @@ def test_the_example_of_the_standard() -> None:
 
 def test_a_signed_event_is_read() -> None:
     event = unwrap(BODY, headers(), SECRET)
-    assert (event.type, event.data.id, event.data.finished) == ("video.completed", "v1", True)
+    assert (event.id, event.type, event.data.id) == ("evt_1", "video.completed", "v1")
     assert unwrap(BODY.decode(), {name.lower(): value for name, value in headers().items()}, SECRET) == event
 
 
