@@ -60,8 +60,8 @@ class PromptTokens(Answer):
 
 class Video(Answer):
     """A video, made or in the making. Times are Unix seconds; ``size`` is WIDTHxHEIGHT; ``progress`` is a percentage;
-    ``step`` of ``steps`` is the same in the sampler's steps (0 of 0: not begun); ``estimated_seconds_left``: until it is
-    completed, where the server measured."""
+    ``step`` of ``steps`` is the same in the sampler's steps (0 of 0: not begun); ``estimated_seconds_left``: until the
+    end, where the server measured what steps take."""
 
     id: str
     object: str = "video"
