@@ -9,7 +9,9 @@ from cinemo.client.types import ErrorBody, Fault, Video
 
 
 class VideoServerError(Exception):
-    """Anything that this client raises about a server."""
+    """Anything that this client raises about a server. ``retries``: made of the request before it."""
+
+    retries = 0
 
 
 class ConnectionFailed(VideoServerError):

@@ -115,7 +115,12 @@ def cancelled(video: Video | str, max_retries: int) -> Flow[Video]:
 
 def deleted(video: Video | str, max_retries: int) -> Flow[CancelledVideo | DeletedVideo]:
     ask = Ask("DELETE", path_of(video))
-    response = yield from answered(ask, max_retries)
+    try:
+        response = yield from answered(ask, max_retries)
+    except NotFound as gone:
+        if not (gone.retries and gone.described):
+            raise
+        return DeletedVideo(id=video.id if isinstance(video, Video) else video)  # by a request whose answer was lost
     answer = read_answer(DeletedVideo, response.content, ask)
     return answer if answer.deleted else read_answer(CancelledVideo, response.content, ask)
 

@@ -89,6 +89,7 @@ def answered(ask: Ask, max_retries: int) -> Flow[httpx.Response]:
         except httpx.RequestError as error:
             fault = connection_failed(error)
         if retry == max_retries or not is_passing(fault):
+            fault.retries = retry
             raise fault
         yield Pause(pause_after(fault, retry))
     raise AssertionError("a negative number of retries")

@@ -312,6 +312,14 @@ def boundary(request: httpx.Request) -> bytes:
     return request.headers["content-type"].partition("boundary=")[2].encode()
 
 
+def test_a_deletion_whose_answer_is_lost_has_happened(faked: Make) -> None:
+    broken, gone = httpx.ReadError("cut", request=httpx.Request("DELETE", "http://there")), "video_not_found"
+    client, _ = faked(in_turn(broken, refused(404, gone), refused(404, gone))[0])
+    assert client.delete("v1") == DeletedVideo(id="v1")
+    with pytest.raises(NotFound):
+        client.delete("v1")
+
+
 @pytest.mark.parametrize(
     ("status", "headers", "error"),
     [

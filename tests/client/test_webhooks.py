@@ -28,6 +28,11 @@ def test_the_example_of_the_standard() -> None:
     assert signature(b'{"test": 2432232314}', "msg_p5jXN8AQM9LWM0D4loKWxJek", "1614265330", SECRET) == expected
 
 
+def test_the_server_signs_the_same() -> None:
+    sender = pytest.importorskip("cinemo.serving.http.webhooks", reason="this server sends no webhooks")
+    assert sender.signature(SECRET, "msg_1", 1614265330, BODY) == signature(BODY, "msg_1", "1614265330", SECRET)
+
+
 def test_a_signed_event_is_read() -> None:
     event = unwrap(BODY, headers(), SECRET)
     assert (event.id, event.type, event.data.id) == ("evt_1", "video.completed", "v1")
