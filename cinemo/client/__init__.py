@@ -25,7 +25,7 @@ from cinemo.client.errors import (
     WaitTimeout,
     WebhookInvalid,
 )
-from cinemo.client.types import DeletedVideo, Model, RenderedVideo, Video, VideoList
+from cinemo.client.types import DeletedVideo, Model, Preview, RenderedVideo, Video, VideoList
 from cinemo.client.webhooks import WebhookEvent
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "Invalid",
     "Model",
     "NotFound",
+    "Preview",
     "RenderedVideo",
     "ServerFault",
     "TooMany",

@@ -22,6 +22,7 @@ from cinemo.client.types import (
     DeletedVideo,
     Model,
     Picture,
+    Preview,
     RenderedVideo,
     Variant,
     Video,
@@ -109,6 +110,8 @@ class Client(_Connection):
         seconds: str | None = None,
         timeout: float | None = None,
         webhook_url: str | None = None,
+        previews: bool | None = None,
+        reuse: bool | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
@@ -121,14 +124,14 @@ class Client(_Connection):
             model, size, seconds: the name, WIDTHxHEIGHT and length; None: the server's.
             timeout: seconds from now after which the video fails if it is not finished.
             webhook_url: told when it is completed or failed; `cinemo.client.webhooks` reads what it is told.
+            previews: whether `wait` can tell previews. ``reuse``: whether a finished video of the same request will do.
             pictures: more pictures that the model takes, by name (`Model.pictures`).
             idempotency_key: two creations with the same one make one video; None: a fresh one.
             controls: of the model (`Model.controls`), such as ``seed=7``.
         """
-        fields = {"model": model, "size": size, "seconds": seconds, "timeout": timeout, "webhook_url": webhook_url}
-        ask = flows.create(
-            "/v1/videos", picture, pictures or {}, {"prompt": prompt, **fields, **controls}, idempotency_key
-        )
+        fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout}
+        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, **controls}
+        ask = flows.create("/v1/videos", picture, pictures or {}, {**fields, **others}, idempotency_key)
         return self._run(flows.created(ask, self.max_retries))
 
     def create_sync(
@@ -141,17 +144,20 @@ class Client(_Connection):
         seconds: str | None = None,
         timeout: float | None = None,
         webhook_url: str | None = None,
+        previews: bool | None = None,
+        reuse: bool | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
     ) -> RenderedVideo:
         """As `create`, and returns when the video is made. Raises `VideoFailed` beside the others."""
-        fields = {"model": model, "size": size, "seconds": seconds, "timeout": timeout, "webhook_url": webhook_url}
+        fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout}
+        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, **controls}
         ask = flows.create(
             "/v1/videos/sync",
             picture,
             pictures or {},
-            {"prompt": prompt, **fields, **controls},
+            {**fields, **others},
             idempotency_key,
             flows.SYNC_SECONDS,
         )
@@ -175,6 +181,7 @@ class Client(_Connection):
         *,
         timeout: float | None = None,
         progress: Callable[[Video], object] | None = None,
+        preview: Callable[[Preview], object] | None = None,
         interval: float = 1.0,
         outage: float = 300.0,
     ) -> Video:
@@ -183,6 +190,7 @@ class Client(_Connection):
         Args:
             timeout: seconds to wait at most; None: as long as it takes.
             progress: called with the video at every change that the server tells.
+            preview: called with what the video looks like so far, where it was created with ``previews=True``.
             interval: seconds between two questions where the server has no stream of events.
             outage: seconds for which a server that is away is asked again.
 
@@ -190,7 +198,7 @@ class Client(_Connection):
             VideoFailed: it failed or was cancelled.
             WaitTimeout: it was not finished in time, and goes on.
         """
-        return self._run(flows.wait(video, timeout, interval, outage, progress))
+        return self._run(flows.wait(video, timeout, interval, outage, progress, preview))
 
     def download(self, video: Video | str, path: str | os.PathLike[str], *, variant: Variant = "video") -> Path:
         """Write a completed video, or one of its variants, to a file, which appears when all of it has arrived.
@@ -261,7 +269,7 @@ class Client(_Connection):
                         case Do():
                             result = step.call()
                         case Tell():
-                            step.progress(step.video)
+                            step.listener(step.value)
                 except Exception as error:
                     fault = error
         except StopIteration as end:
@@ -274,7 +282,7 @@ class Client(_Connection):
 
 
 class AsyncClient(_Connection):
-    """`Client` with methods to await, under asyncio or trio. ``progress`` may be a coroutine function."""
+    """`Client` with methods to await, under asyncio or trio. What ``wait`` is given to call may be a coroutine function."""
 
     def __init__(
         self,
@@ -308,15 +316,16 @@ class AsyncClient(_Connection):
         seconds: str | None = None,
         timeout: float | None = None,
         webhook_url: str | None = None,
+        previews: bool | None = None,
+        reuse: bool | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
     ) -> Video:
         """As `Client.create`."""
-        fields = {"model": model, "size": size, "seconds": seconds, "timeout": timeout, "webhook_url": webhook_url}
-        ask = flows.create(
-            "/v1/videos", picture, pictures or {}, {"prompt": prompt, **fields, **controls}, idempotency_key
-        )
+        fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout}
+        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, **controls}
+        ask = flows.create("/v1/videos", picture, pictures or {}, {**fields, **others}, idempotency_key)
         return await self._run(flows.created(ask, self.max_retries))
 
     async def create_sync(
@@ -329,17 +338,20 @@ class AsyncClient(_Connection):
         seconds: str | None = None,
         timeout: float | None = None,
         webhook_url: str | None = None,
+        previews: bool | None = None,
+        reuse: bool | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
     ) -> RenderedVideo:
         """As `Client.create_sync`."""
-        fields = {"model": model, "size": size, "seconds": seconds, "timeout": timeout, "webhook_url": webhook_url}
+        fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout}
+        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, **controls}
         ask = flows.create(
             "/v1/videos/sync",
             picture,
             pictures or {},
-            {"prompt": prompt, **fields, **controls},
+            {**fields, **others},
             idempotency_key,
             flows.SYNC_SECONDS,
         )
@@ -362,11 +374,12 @@ class AsyncClient(_Connection):
         *,
         timeout: float | None = None,
         progress: Callable[[Video], object | Awaitable[object]] | None = None,
+        preview: Callable[[Preview], object | Awaitable[object]] | None = None,
         interval: float = 1.0,
         outage: float = 300.0,
     ) -> Video:
         """As `Client.wait`."""
-        return await self._run(flows.wait(video, timeout, interval, outage, progress))
+        return await self._run(flows.wait(video, timeout, interval, outage, progress, preview))
 
     async def download(self, video: Video | str, path: str | os.PathLike[str], *, variant: Variant = "video") -> Path:
         """As `Client.download`."""
@@ -435,7 +448,7 @@ class AsyncClient(_Connection):
                         case Do():
                             result = await anyio.to_thread.run_sync(step.call)
                         case Tell():
-                            told = step.progress(step.video)
+                            told = step.listener(step.value)
                             if inspect.isawaitable(told):
                                 await told
                 except Exception as error:

@@ -38,6 +38,7 @@ from cinemo.client.types import (
     Model,
     ModelList,
     Picture,
+    Preview,
     RenderedVideo,
     Video,
     VideoList,
@@ -82,7 +83,7 @@ def rendered(ask: Flow[Ask], max_retries: int) -> Flow[RenderedVideo]:
     if response.status_code != 202:
         return RenderedVideo(response.headers.get("x-video-id"), response.content)
     video = read_answer(Video, response.content, request)  # it takes longer than the server lets a request wait
-    yield from wait(video, None, 1.0, 300.0, None)
+    yield from wait(video, None, 1.0, 300.0)
     return RenderedVideo(video.id, (yield from content(video, "video", max_retries)))
 
 
@@ -148,7 +149,8 @@ def wait(
     timeout: float | None,
     interval: float,
     outage: float,
-    progress: Callable[[Video], Any] | None,
+    progress: Callable[[Video], Any] | None = None,
+    preview: Callable[[Preview], Any] | None = None,
 ) -> Flow[Video]:
     """The completed video: its stream of events is read where there is one, and it is asked for otherwise.
 
@@ -175,7 +177,7 @@ def wait(
             yield Tell(progress, latest)
         told = last = latest
         if not last.finished and streams:
-            streams, last = yield from _followed(last, began, timeout, progress)
+            streams, last = yield from _followed(last, began, timeout, progress, preview)
             told = last
         if last.status == "completed":
             return last
@@ -204,7 +206,11 @@ def _at_most(seconds: float, left: float | None) -> float:
 
 
 def _followed(
-    video: Video, began: float, timeout: float | None, progress: Callable[[Video], Any] | None
+    video: Video,
+    began: float,
+    timeout: float | None,
+    progress: Callable[[Video], Any] | None,
+    preview: Callable[[Preview], Any] | None,
 ) -> Flow[tuple[bool, Video]]:
     """Whether the server has streams of events to come back to, and the last state that one told."""
     left = _left(video.id, began, timeout, video)
@@ -228,6 +234,8 @@ def _followed(
                     if progress and told != last:
                         yield Tell(progress, told)
                     last = told
+                elif name == "preview" and preview:
+                    yield Tell(preview, read_answer(Preview, data, ask))
             if last.finished:
                 break
             _left(video.id, began, timeout, last)

@@ -19,7 +19,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from cinemo.client.errors import APIError, ConnectionFailed, UnexpectedAnswer, api_error
-from cinemo.client.types import ControlValue, Picture, Video
+from cinemo.client.types import ControlValue, Picture
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -64,10 +64,10 @@ class Do:
 
 @dataclass(frozen=True)
 class Tell:
-    """Call the caller's ``progress``."""
+    """Call what the caller wants to be told by."""
 
-    progress: Callable[[Video], Any]
-    video: Video
+    listener: Callable[[Any], Any]
+    value: Any
 
 
 Step = Ask | NextPiece | Pause | Do | Tell

@@ -94,6 +94,15 @@ class Video(Answer):
         return self.model_extra or {}
 
 
+class Preview(Answer):
+    """What a video looks like before it is made. ``frames``: a few, as ``data:`` addresses of pictures."""
+
+    id: str
+    object: str = "video.preview"
+    step: int
+    frames: list[str]
+
+
 class CancelledVideo(Video):
     """The answer to the deletion of an unfinished video: it stays, cancelled, until it is deleted again or expires."""
 

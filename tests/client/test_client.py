@@ -381,6 +381,20 @@ def test_a_server_without_streams_of_events_is_asked_again_and_again(faked: Make
     assert pauses == [3.5, 3.5]
 
 
+def test_previews_are_told(faked: Make) -> None:
+    events = [
+        ("progress", video("in_progress", step=1)),
+        ("preview", {"id": "v1", "object": "video.preview", "step": 1, "frames": ["data:image/webp;base64,AA=="]}),
+        ("later", {}), ("completed", video("completed")),
+    ]  # fmt: skip
+    content = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+    stream = httpx.Response(200, content=content.encode(), headers={"content-type": "text/event-stream; charset=utf-8"})
+    seen: list[Any] = []
+    client, _ = faked(in_turn(httpx.Response(200, json=video()), stream)[0])
+    client.wait("v1", progress=lambda each: seen.append(each.status), preview=lambda each: seen.append(each.frames))
+    assert seen == ["queued", "in_progress", ["data:image/webp;base64,AA=="], "completed"]
+
+
 def test_a_404_of_a_proxy_is_not_the_servers(faked: Make) -> None:
     """In a restart a proxy may know no route for a moment; a server that has no such video says so in its own words."""
     plain = httpx.Response(404, text="Not Found")

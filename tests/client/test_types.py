@@ -82,7 +82,7 @@ def test_every_answer_has_its_type(document: dict[str, Any]) -> None:
         )
         seen.add(kind)
     declared = {each for each in vars(types).values() if isinstance(each, type) and issubclass(each, types.Answer)}
-    assert declared - seen <= {types.Answer, types.PromptTokens}
+    assert declared - seen <= {types.Answer, types.PromptTokens, types.Preview}
 
 
 def test_the_statuses_are_the_servers(document: dict[str, Any]) -> None:
@@ -96,15 +96,15 @@ def test_the_statuses_are_the_servers(document: dict[str, Any]) -> None:
 def test_every_field_of_the_form_is_an_argument(document: dict[str, Any]) -> None:
     fields = document["components"]["schemas"]["VideoForm"]["properties"]
     shared = fields.keys() - own_of_the_model() - {"input_reference", "input_reference[image_url]"}
-    text = {"prompt": "str", "timeout": "float | None"}
+    written = {"string": "str | None", "number": "float | None", "boolean": "bool | None"}
     for client in (Client, AsyncClient):
         for method in (client.create, client.create_sync):
             arguments = inspect.signature(method).parameters
             named = arguments.keys() - {"self", "picture", "pictures", "idempotency_key", "controls"}
             assert named >= shared, method
-            for name in named:
-                assert arguments[name].annotation == text.get(name, "str | None"), name
-                assert name == "prompt" or arguments[name].default is None
+            for name in shared - {"prompt"}:
+                assert arguments[name].annotation == written[fields[name]["type"]], name
+            assert all(arguments[name].default is None for name in named - {"prompt"})
 
 
 def test_both_clients_have_the_same_methods() -> None:
