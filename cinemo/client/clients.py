@@ -282,7 +282,7 @@ class Client(_Connection):
 
 
 class AsyncClient(_Connection):
-    """`Client` with methods to await, under asyncio or trio. What ``wait`` is given to call may be a coroutine function."""
+    """`Client` with methods to await, under asyncio or trio. What ``wait`` calls may be a coroutine function."""
 
     def __init__(
         self,
