@@ -180,6 +180,8 @@ class Ingress:
         keys = open_keys(self._settings) if self._settings.require_keys else None
         limits = ApiSettings(
             body_bytes=self._settings.max_body_bytes,
+            body_seconds=self._settings.request_seconds,
+            body_rate=self._settings.min_upload_rate,
             pixels=self._settings.max_pixels,
             fetch_urls=self._settings.allow_urls,
             sync_seconds=self._settings.sync_seconds,
@@ -325,7 +327,8 @@ def serve_forever(
         with ExitStack() as leaving:
             if not os.environ.get("RAY_ADDRESS"):
                 scratch = tempfile.TemporaryDirectory(prefix="cinemo-", ignore_cleanup_errors=True)
-                for name, value in proxy_environment(Path(leaving.enter_context(scratch))).items():
+                directory = Path(leaving.enter_context(scratch))
+                for name, value in proxy_environment(directory, settings.proxy_limits).items():
                     os.environ.setdefault(name, value)
             connect()
             leaving.callback(ray.shutdown)

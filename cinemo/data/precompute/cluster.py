@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
+from ray._private import ray_constants
 from ray.data import DataContext
 
 from cinemo import s3, web
@@ -56,6 +57,9 @@ def connect(cpus: int = 1) -> None:
         passed = {name: os.environ[name] for name in (s3.PATIENCE, *web.SETTINGS) if name in os.environ}
         ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | passed})
         return
+    # As Ray does on macOS: its processes talk over the loopback address, where they would listen on every interface.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     memory = _OBJECT_STORE_LIMIT
     if _SHARED_MEMORY.is_dir():
         memory = min(memory, shutil.disk_usage(_SHARED_MEMORY).free // 2)

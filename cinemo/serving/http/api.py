@@ -63,7 +63,7 @@ def build_api(
     exposition = Exposition(store.statistics, lambda: len(streams))
     api.state.streams = streams
     # The last one added sees a request first: who asks is known before anything of the body is taken.
-    api.add_middleware(BodyLimit, limit=settings.body_bytes, seconds=settings.body_seconds)
+    api.add_middleware(BodyLimit, limit=settings.body_bytes, seconds=settings.body_seconds, rate=settings.body_rate)
     api.add_middleware(Unexpected)
     api.add_middleware(KeyCheck, keys=keys, also=("/metrics",) if settings.metrics == "key" else ())
     if settings.cors_origins:

@@ -149,10 +149,10 @@ def _kind(status: int) -> str:
 
 class BodyLimit:
     """Refuse a body above ``limit`` bytes with 413: by its declared length at once, else while it arrives; and one
-    that is not whole after ``seconds`` with 408."""
+    that, ``seconds`` after it began, falls behind ``rate`` bytes per second with 408."""
 
-    def __init__(self, app: ASGIApp, limit: int, seconds: float) -> None:
-        self.app, self.limit, self.seconds = app, limit, seconds
+    def __init__(self, app: ASGIApp, limit: int, seconds: float, rate: float) -> None:
+        self.app, self.limit, self.seconds, self.rate = app, limit, seconds, rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -163,17 +163,18 @@ class BodyLimit:
         if not declared.isdigit() or len(declared) > 18 or int(declared) > self.limit:
             await refusal(413, "body_too_large", message_413)(scope, receive, send)
             return
-        arrived, whole, deadline = 0, False, anyio.current_time() + self.seconds
+        arrived, whole, begun = 0, False, anyio.current_time()
 
         async def counted() -> Message:
             nonlocal arrived, whole
             if whole:  # what comes now is the client's leaving, however late
                 return await receive()
+            deadline = begun + self.seconds + arrived / self.rate
             try:
                 with anyio.fail_after(deadline - anyio.current_time()):
                     message = await receive()
             except TimeoutError:
-                message_408 = f"the request body was not complete after {self.seconds:g} seconds"
+                message_408 = f"the request body arrived too slowly, expected {self.rate:g} bytes per second"
                 raise HTTPException(408, message_408) from None
             arrived += len(message.get("body", b""))
             whole = not message.get("more_body", False)

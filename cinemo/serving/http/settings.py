@@ -11,7 +11,8 @@ class ApiSettings:
     """How the HTTP interface behaves.
 
     Args:
-        body_bytes, body_seconds: of a request's whole body, and until it must have arrived.
+        body_bytes: of a request's whole body, which must have arrived after ``body_seconds`` and as long as it takes
+            with ``body_rate`` bytes per second.
         pixels: of a picture; checked before it is decoded.
         fetch_urls: whether ``input_reference`` may be an http(s) URL, which is then fetched under guard (`fetch`),
             within ``fetch_seconds``, from ``fetch_ports`` alone.
@@ -24,7 +25,8 @@ class ApiSettings:
     """
 
     body_bytes: int = 20 * 2**20
-    body_seconds: float = 60.0
+    body_seconds: float = 10.0
+    body_rate: int = 16384
     pixels: int = 40_000_000
     fetch_urls: bool = False
     fetch_seconds: float = 10.0
