@@ -70,7 +70,9 @@ def completed(config: str, limits: ProxyLimits) -> str:
         if name == "defaults":
             section += _defaults(limits)
         elif name == "frontend http_frontend":
-            section = re.sub(r"^( +bind .*\n)", lambda bind: bind[1] + _rules(limits), section, 1, re.MULTILINE)
+            section = re.sub(
+                r"^( +bind .*\n)", lambda bind: bind[1] + _rules(limits), section, count=1, flags=re.MULTILINE
+            )
         kept.append(section)
     return "".join(kept) + _TABLES
 
@@ -139,7 +141,7 @@ backend cinemo_places
 
 
 def main(arguments: Sequence[str]) -> None:
-    """``LIMITS BINARY`` and what HAProxy is to be called with, ``-f FILE`` among it: completes the file, and becomes it."""
+    """``LIMITS BINARY`` and the arguments of HAProxy, ``-f FILE`` among them: completes the file, and becomes it."""
     limits, binary, *options = arguments
     if "-f" in options:
         path = Path(options[options.index("-f") + 1])

@@ -22,7 +22,7 @@ from cinemo.serving.http.submission import Submission
 from cinemo.serving.http.videos import POLL_HEADERS, found, unknown
 from cinemo.serving.store.jobs import Job, JobStore
 
-_REFUSALS = answers(400, 401, 404, 408, 413, 415, 422, 429)
+_REFUSALS = answers(400, 401, 404, 408, 413, 415, 422, 429, 507)
 _FAILURES = {"invalid_request": 422, "deadline_exceeded": 504}
 
 Again = Annotated[

@@ -29,6 +29,7 @@ _MEANINGS = {
     500: "a server error, which was logged",
     504: "the job missed its deadline",
     503: "the server cannot answer right now",
+    507: "the server's disk is full; what is finished can still be deleted",
 }
 
 
@@ -75,7 +76,7 @@ def describe(api: FastAPI, needs_key: bool, card: Callable[[], BundleCard]) -> d
                 # FastAPI's own, where a path parameter is any text at all and nothing can be wrong with it.
                 if "HTTPValidationError" in str(operation["responses"].get("422")):
                     del operation["responses"]["422"]
-                for status in ("429", "503"):
+                for status in ("429", "503", "507"):
                     if status in operation["responses"]:
                         operation["responses"][status]["headers"] = {"Retry-After": _RETRY_AFTER}
         for hook in made.get("webhooks", {}).values():

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cinemo.serving.http.schema import ErrorBody, Fault
 from cinemo.serving.http.words import expectation, explained
-from cinemo.types import InputError, RunError
+from cinemo.types import BadPlace, InputError, NoRoom, RunError
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,14 @@ def add_error_answers(api: FastAPI) -> None:
     async def bad_input(_: Request, error: InputError) -> Response:
         return refusal(422, "invalid_request", str(error))
 
+    @api.exception_handler(NoRoom)
+    async def full(_: Request, error: NoRoom) -> Response:
+        log.debug("%s", error)  # whoever runs the server is told once, not by every request
+        return refusal(507, "insufficient_storage", "the server's disk is full", headers={"Retry-After": "30"})
+
+    @api.exception_handler(BadPlace)
     @api.exception_handler(RunError)
-    async def unavailable(request: Request, error: RunError) -> Response:
+    async def unavailable(request: Request, error: Exception) -> Response:
         log.error("%s %s: %s", request.method, request.url.path, error)
         return refusal(503, "unavailable", "the server cannot answer right now", headers={"Retry-After": "5"})
 

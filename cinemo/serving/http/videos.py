@@ -58,7 +58,7 @@ def add_jobs(api: FastAPI, store: JobStore) -> None:
             response.headers.update(POLL_HEADERS)
         return Video.of(job)
 
-    @api.post("/v1/videos/{video_id}/cancel", responses=answers(401, 404, 409))
+    @api.post("/v1/videos/{video_id}/cancel", responses=answers(401, 404, 409, 507))
     def cancel(video_id: str, client: Asking) -> Video:
         """Cancel an unfinished job; one that finished first keeps its video (409)."""
         job = found(store, video_id, client)
@@ -68,7 +68,7 @@ def add_jobs(api: FastAPI, store: JobStore) -> None:
                 raise Refused(409, f"video_{job.status}", f"the video is already {job.status}; nothing was cancelled")
         return Video.of(found(store, video_id, client))
 
-    @api.delete("/v1/videos/{video_id}", responses=answers(401, 404))
+    @api.delete("/v1/videos/{video_id}", responses=answers(401, 404, 507))
     def delete(video_id: str, client: Asking) -> DeletedVideo | CancelledVideo:
         """Cancel an unfinished job (it stays visible as cancelled), or remove a finished one with its video."""
         job = found(store, video_id, client)

@@ -8,6 +8,7 @@ Faults that pass by themselves (a restart of PostgreSQL, a locked file) are met 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import threading
@@ -24,7 +25,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as NoConnectionLeft
 
 from cinemo.serving.store.tables import VERSION, about, metadata
-from cinemo.types import InputError, RunError, local_faults
+from cinemo.types import InputError, NoRoom, RunError, local_faults
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -35,6 +36,7 @@ _LOCK_NUMBERS: dict[Lock, int] = {"schema": 0x63696E00, "submit": 0x63696E01, "c
 _SQLITE_BUSY_SECONDS = 5.0
 _SQLITE_PASSES = frozenset({5, 6})  # BUSY, LOCKED
 _SQLITE_BROKEN = frozenset({11, 26})  # CORRUPT, NOTADB
+_SQLITE_FULL = frozenset({13, 4874})  # FULL, IOERR_SHMSIZE
 # A process that is frozen inside a transaction loses it, so that the others go on.
 _POSTGRES_OPTIONS = "-c lock_timeout=10s -c idle_in_transaction_session_timeout=30s -c client_encoding=utf8"
 # Serialization failure, deadlock, lock timeout, too many connections, and the server going down or coming up.
@@ -80,6 +82,7 @@ class Database:
         self.patience = patience
         self.name = parsed.set(drivername=parsed.get_backend_name()).render_as_string(hide_password=True)
         self.is_sqlite = parsed.get_backend_name() == "sqlite"
+        self.path = Path(parsed.database or "") if self.is_sqlite else None
         self._writer, self._reader = _sqlite_engines(parsed) if self.is_sqlite else _postgres_engines(parsed)
         # Threads of one process queue here rather than poll for SQLite's file lock.
         self._turn = threading.Lock() if self.is_sqlite else nullcontext()
@@ -125,6 +128,22 @@ class Database:
 
         return self._patiently(once)
 
+    def checkpoint(self) -> None:
+        """Let an SQLite database write its log from the beginning again, which takes no more room."""
+        with contextlib.suppress(DBAPIError), self._reader.connect() as connection:
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(RESTART)")
+
+    def check_writable(self) -> None:
+        """Raise `RunError` where a transaction cannot begin. Nothing is changed, and the caller waits for no fault."""
+        try:
+            with self._turn, self._writer.connect() as connection, connection.begin():
+                connection.execute(select(about.c.version))
+        except (DBAPIError, NoConnectionLeft) as error:
+            fault = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+            if getattr(getattr(error, "orig", None), "sqlite_errorcode", 0) & 0xFF in _SQLITE_PASSES:
+                return  # somebody else writes
+            raise RunError(f"{self.name}: {fault}; check the database") from None
+
     def now(self) -> float:
         """Unix seconds of the clock of `Transaction.now`."""
         return time.time() if self.is_sqlite else float(self.read(_NOW)[0][0])
@@ -146,7 +165,9 @@ class Database:
                 if not _passes(error, fault):
                     if not isinstance(error, OperationalError) and not _is_broken(error):
                         raise  # a fault of a statement is a fault of ours
-                    kind = RunError if self._is_open else InputError
+                    kind: type[Exception] = RunError if self._is_open else InputError
+                    if getattr(error.orig, "sqlite_errorcode", 0) in _SQLITE_FULL:
+                        kind = NoRoom
                     raise kind(f"{self.name}: {fault}; check the database's URL, permissions and free space") from None
                 if time.monotonic() - begun > self.patience:
                     message = (

@@ -13,7 +13,7 @@ import logging
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from sqlalchemy import ColumnElement, Row, bindparam, delete, insert, select, update
 
@@ -33,13 +33,15 @@ from cinemo.serving.store.database import Database, Transaction
 from cinemo.serving.store.keys import Quota
 from cinemo.serving.store.leases import QueueLimits, choose, due, end, end_overdue, fail_late, next_turns
 from cinemo.serving.store.media import MediaStore, image_name, input_name, is_job_id
+from cinemo.serving.store.storage_health import Reserve, check_room
 from cinemo.serving.store.tables import jobs, usage
 from cinemo.serving.store.webhooks import announce, owe
-from cinemo.types import InputError, RunError
+from cinemo.types import InputError, NoRoom, RunError
 
 __all__ = ["FINAL", "Job", "JobStore", "KeyReused", "QueueFull", "QueueLimits", "Quota", "QuotaExceeded", "Statistics"]
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 FINAL: tuple[Status, ...] = ("completed", "failed", "cancelled")
@@ -98,6 +100,7 @@ class JobStore:
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.database, self.media, self.limits, self._clock = database, media, limits, clock
+        self.reserve = Reserve(database.path)
         self._strays_at = -float("inf")
         database.transact(make_counters, lock="schema")
 
@@ -125,6 +128,7 @@ class JobStore:
         Raises:
             QueueFull, QuotaExceeded: nothing was kept.
             KeyReused: the idempotency key came before with another request.
+            NoRoom, BadPlace, RunError: its pictures or its row cannot be stored.
         """
         others = others or {}
         hook = {"webhook_url": webhook_url} if webhook_url else {}
@@ -133,10 +137,8 @@ class JobStore:
         if same_key is not None and (rows := self.database.read(same_key)):
             check_same(rows[0], asked)
             return _job(rows[0])
+        check_room(self)
         job_id = f"video_{secrets.token_hex(12)}"
-        self.media.write(image_name(job_id), image)
-        for name, content in others.items():
-            self.media.write(input_name(job_id, name), content)
         kept = {**request, "inputs": sorted(others)} if others else dict(request)
 
         def work(transaction: Transaction) -> Row[Any]:
@@ -158,9 +160,16 @@ class JobStore:
             return cast(Row[Any], transaction.execute(insert(jobs).values(**values).returning(*jobs.c)).one())
 
         try:
+            self.media.write(image_name(job_id), image)
+            for name, content in others.items():
+                self.media.write(input_name(job_id, name), content)
             row = self.database.transact(work, lock="submit")
-        except (QueueFull, QuotaExceeded, KeyReused):
+        except (QueueFull, QuotaExceeded, KeyReused, OSError):
             self._remove_media(job_id)
+            raise
+        except RunError:
+            if self.database.is_sqlite:  # elsewhere it may have been committed: what is a stray, a sweep finds out
+                self._remove_media(job_id)
             raise
         if row.id != job_id:
             self._remove_media(job_id)
@@ -300,7 +309,7 @@ class JobStore:
             count_finished(transaction, "cancelled", [row], now)
             return True
 
-        return self.database.transact(work)
+        return self._end(work)
 
     def delete(self, job_id: str, client: str | None = None) -> bool:
         """Remove a finished job with its files. False: unknown, or not finished."""
@@ -313,7 +322,7 @@ class JobStore:
                 statement = statement.where(jobs.c.client == client)
             return bool(transaction.execute(statement).rowcount) or transaction.repeated
 
-        deleted = self.database.transact(work)
+        deleted = self._end(work)
         if deleted:
             self._remove_media(job_id)
         return deleted
@@ -323,10 +332,10 @@ class JobStore:
 
         Jobs behind their deadline and those interrupted too often fail here as well, although no worker is left.
         """
-        self.database.transact(self._tidy, durable=False)
+        self._end(self._tidy, durable=False)
         removed = 0
         while True:
-            ids = self.database.transact(self._delete_expired)
+            ids = self._end(self._delete_expired)
             for job_id in ids:
                 self._remove_media(job_id)
             removed += len(ids)
@@ -338,6 +347,16 @@ class JobStore:
     def statistics(self) -> Statistics:
         """How things stand, and what was done since the database was made."""
         return read_statistics(self.database, self._time())
+
+    def _end(self, work: Callable[[Transaction], T], durable: bool = True) -> T:
+        """A transaction that ends or removes jobs: it may use the reserve of a full disk."""
+        while True:
+            try:
+                return self.database.transact(work, durable=durable)
+            except NoRoom:
+                if not self.reserve.give_up():
+                    raise
+                self.database.checkpoint()
 
     def _now(self, transaction: Transaction) -> float:
         return transaction.now() if self._clock is None else self._clock()
@@ -366,7 +385,7 @@ class JobStore:
             wanted = {"status": status, "worker": job.worker, "attempts": job.attempts, **values}
             return row is not None and all(getattr(row, name) == value for name, value in wanted.items())
 
-        return self.database.transact(work)
+        return self._end(work)
 
     def _tidy(self, transaction: Transaction) -> None:
         now = self._now(transaction)
