@@ -4,6 +4,7 @@ Clients submit jobs of random length (some with deadlines, every one with an Ide
 event streams, cancel, delete and download them, and send malformed requests; now and then an animator, an HTTP replica
 or the proxy gets SIGKILL. A failed connection or a 5xx is excused for a while after such a kill and tried again. In the
 end every job must have ended, once: no client ever saw two ends of one, and the store counted one end for each.
+Before that, 5,000 slow clients of each kind come at once, and a status poll must still be answered within a second.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import httpx
 import psutil
 from bench import table
 from serving.process import FINAL, Server, eventually, free_port, png
+from serving.slow_clients import KINDS, slow_clients, slowest_answer
 from tiny import tiny_bundle
 
 from cinemo.serving.settings import open_store, parse_settings
 
 EXCUSED = 45.0  # seconds after a kill: a process starts in ten or twenty on a busy machine
 VICTIMS = {"animator": 2, "http": 1, "ProxyActor": 1}
+SLOW_CLIENTS, SLOWEST_POLL = 5000, 1.0  # at once; seconds
 LARGEST_GROWTH = 0.15  # of the private memory of the processes of one kind
 
 
@@ -246,6 +249,25 @@ def memory_table(found: list[tuple[float, str, float]], begun: float, ended: flo
     return table(("private memory at most", "first minute", "last minute", ""), rows), grown
 
 
+def trickle(server: Server, ledger: Ledger, count: int) -> list[tuple[str, str, str, str]]:
+    """How long the slowest of the status polls took while so many slow clients of each kind held on."""
+    video_id, rows = server.submit(num_inference_steps="1"), []
+    ledger.saw(server.wait(video_id))
+    for kind in KINDS:
+        with slow_clients(server.port, kind, count):
+            time.sleep(12)  # longer than a request may take to arrive
+            held = sum(connections(process, server.port) for process in server.processes("bin/haproxy"))
+            slowest, answers, failures = slowest_answer(f"{server.url}/v1/videos/{video_id}", 15)
+        if failures or slowest > SLOWEST_POLL:
+            ledger.fault(f"{count} slow {kind}: {failures} of {answers + failures} polls failed, {slowest:.2f} s")
+        rows.append((kind, str(held), str(answers), f"{slowest:.2f} s"))
+    return rows
+
+
+def connections(process: psutil.Process, port: int) -> int:
+    return sum(each.laddr.port == port and each.status == "ESTABLISHED" for each in process.net_connections("tcp"))
+
+
 def settle(ledger: Ledger, server: Server, clients: list[Client]) -> None:
     """Wait for every job's end, then see that the list shows no other and every video is there."""
 
@@ -275,6 +297,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--kill-every", type=float, default=40.0, help="seconds between kills, about")
+    parser.add_argument("--slow-clients", type=int, default=SLOW_CLIENTS, help="of each kind, at once")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     rng, ledger = random.Random(arguments.seed), Ledger()
@@ -284,6 +307,7 @@ def main() -> None:
         flags += ["--state", str(scratch / "state"), "--port", str(port), "--max-queued", "40"]
         server = Server(["pipelines/serve.py", "--bundle", tiny_bundle(scratch / "tiny"), *flags], port)
         try:
+            slow = trickle(server, ledger, arguments.slow_clients)
             begun = time.monotonic()
             until = begun + 60 * arguments.minutes
             memory: list[tuple[float, str, float]] = []
@@ -306,6 +330,7 @@ def main() -> None:
         ledger.fault(f"{len(ledger.finals)} jobs have {sum(ends.values())} ends: {dict(ends)}")
     if "Traceback" in output:
         ledger.fault(f"a traceback on the console: {output[output.index('Traceback') :][:400]}")
+    print(table(("slow clients", "connections", "polls", "slowest"), slow), "\n")
     text, grown = memory_table(memory, begun, until)
     print(table(("what", "count"), [(what, str(count)) for what, count in sorted(ledger.counts.items())]), "\n")
     print(text, "\n")

@@ -1,7 +1,8 @@
-"""Databases for the serving tests: SQLite, and a real PostgreSQL where it is installed."""
+"""Databases for the serving tests: SQLite, and a real PostgreSQL where it is installed; and a small disk."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,3 +43,15 @@ def open_database() -> Iterator[Callable[..., Database]]:
     yield opened
     for database in made:
         database.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 6 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)

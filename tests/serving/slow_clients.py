@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import httpx
 
 Kind = Literal["headers", "body", "late-body", "idle"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _HEAD = b"POST /v1/videos HTTP/1.1\r\nHost: a\r\n"
 _BODY = b"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 4000000\r\n\r\n"
-_OPENING = 64  # at a time: the backlog of a listener is finite
+_OPENING = 256  # at a time: the backlog of a listener is finite
 
 
 def _begin(kind: Kind) -> bytes:
@@ -71,6 +73,12 @@ def slow_clients(port: int, kind: Kind, count: int, address: str = "127.0.0.1") 
         process.wait()
 
 
+def _allow_files() -> None:
+    """As many connections as the system lets a process have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def slowest_answer(url: str, seconds: float, timeout: float = 10.0) -> tuple[float, int, int]:
     """(the longest wait in seconds, answers, failures) of one GET after another, each on a connection of its own."""
     until, slowest, answers, failures = time.monotonic() + seconds, 0.0, 0, 0
@@ -87,4 +95,5 @@ def slowest_answer(url: str, seconds: float, timeout: float = 10.0) -> tuple[flo
 
 
 if __name__ == "__main__":
+    _allow_files()
     asyncio.run(_attack(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]))  # type: ignore[arg-type]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
 from postgres_server import PostgresServer
+from serving.disk import fill
 from serving.process import png
+from tiny import tiny_bundle
 
 from cinemo.bundle import BundleCard, read_card
 from cinemo.serving.http.api import build_api
@@ -19,19 +20,6 @@ from cinemo.serving.store.jobs import JobStore
 from cinemo.serving.store.media import MediaStore
 from cinemo.serving.store.storage_health import fault_of_storage
 from cinemo.types import NoRoom
-from tiny import tiny_bundle
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 6 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +41,6 @@ def asking(store: JobStore, card: BundleCard) -> TestClient:
 def submit(client: TestClient) -> tuple[int, dict[str, object]]:
     answer = client.post("/v1/videos", data={"prompt": "waves"}, files={"input_reference": ("a.png", png())})
     return answer.status_code, answer.json()
-
-
-def fill(place: Path) -> Path:
-    """Take all the room there is."""
-    filler = place / "filler"
-    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-        while True:
-            file.write(bytes(4096))
-    return filler
 
 
 def test_a_full_disk_refuses_new_jobs_and_still_ends_and_deletes_the_old_ones(
