@@ -41,7 +41,7 @@ from cinemo.serving.http.webhooks import Receivers, WebhookSender
 from cinemo.serving.proxy import proxy_environment
 from cinemo.serving.scaling import QueueDemand
 from cinemo.serving.settings import ServeSettings, open_keys, open_store, parse_settings
-from cinemo.serving.store.storage_health import fault_of_storage
+from cinemo.serving.store.storage_health import StorageWatch
 from cinemo.serving.store.webhooks import WebhookQueue
 from cinemo.types import InputError, RunError
 
@@ -51,7 +51,6 @@ _NAME = "cinemo"
 _MAX_CPUS = 8.0
 # HTTP asks the animators so often which bundle they serve; one that has not answered for `_SILENCE` is not ready.
 _ASK_SECONDS, _ANSWER_SECONDS, _SILENCE = 1.0, 3.0, 6.0
-_STORAGE_SECONDS = 2.0  # between two looks at disks and database
 _HTTP_PATIENCE = 5.0  # for which a request waits for a database that is away
 # What a replica gets beside the drain itself: open requests, the release of jobs, its own end.
 _EXIT_SECONDS = 15.0
@@ -177,13 +176,12 @@ class Ingress:
         self._animator, self._settings = animator, settings
         self._store = open_store(settings)
         self._store.database.patience = _HTTP_PATIENCE
-        self._fault: str | None = None
+        self._storage = StorageWatch(self._store, log.error)
         self._card = read_card(settings.bundle)
         self._tokenizer: Tokenizer | None = None
         self._sender: WebhookSender | None = None
         self._heard: float | None = None
         threading.Thread(target=self._ask, name="cinemo-card", daemon=True).start()
-        threading.Thread(target=self._look, name="cinemo-storage", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         keys = open_keys(self._settings) if self._settings.require_keys else None
@@ -222,14 +220,8 @@ class Ingress:
         return self._card
 
     async def _ready(self) -> bool:
-        return self._fault is None and self._heard is not None and time.monotonic() - self._heard < _SILENCE
-
-    def _look(self) -> None:
-        while True:
-            before, self._fault = self._fault, fault_of_storage(self._store)
-            if (before is None) != (self._fault is None):
-                log.error("%s", _about_storage(self._fault))
-            time.sleep(_STORAGE_SECONDS)
+        is_heard = self._heard is not None and time.monotonic() - self._heard < _SILENCE
+        return is_heard and self._storage.fault is None
 
     def _ask(self) -> None:
         self._read_tokenizer(self._settings.bundle, self._card)
@@ -356,14 +348,11 @@ def serve_forever(
             leaving.callback(_handle_signals, signal.SIG_IGN)
             _deploy(settings)
             print(f"{card.recipe.name} ({card.digest[:12]}) at http://{host}:{port}/v1/videos", flush=True)
-            fault = None
+            StorageWatch(store, lambda line: print(line, flush=True))
             while True:
-                if hangup.wait(_STORAGE_SECONDS):
-                    hangup.clear()
-                    settings = _take_bundle(settings, reload)
-                before, fault = fault, fault_of_storage(store)
-                if (before is None) != (fault is None):
-                    print(_about_storage(fault), flush=True)
+                hangup.wait()
+                hangup.clear()
+                settings = _take_bundle(settings, reload)
     except KeyboardInterrupt:
         print("stopped; unfinished jobs will continue at the next start", flush=True)
 
@@ -428,10 +417,6 @@ def _delete(settings: ServeSettings) -> None:
     deadline = time.monotonic() + settings.drain_seconds + 2 * _EXIT_SECONDS
     while _NAME in serve.status().applications and time.monotonic() < deadline:
         time.sleep(0.1)
-
-
-def _about_storage(fault: str | None) -> str:
-    return f"no new jobs are taken: {fault}" if fault else "disks and database can be used again; new jobs are taken"
 
 
 def _listen_on_loopback() -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from cinemo.serving.store.jobs import JobStore
 
 _RESERVE_BYTES, _PIECE_BYTES = 1 << 20, 1 << 16
+_LOOK_SECONDS = 2.0
 _LEAST_FREE = 2 << 20  # bytes: a picture, its video, and what the database writes about them
 
 
@@ -51,6 +55,28 @@ class Reserve:
         except OSError:
             return False
         return True
+
+
+class StorageWatch:
+    """Looks at the disks and the database every two seconds, in a thread, for as long as the process lives.
+
+    Args:
+        say: told in one line when jobs cannot be taken, and once more when they can; not by every request.
+    """
+
+    def __init__(self, store: JobStore, say: Callable[[str], object]) -> None:
+        self._store, self._say = store, say
+        self.fault: str | None = None
+        threading.Thread(target=self._look, name="cinemo-storage", daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            before, self.fault = self.fault, fault_of_storage(self._store)
+            if self.fault and not before:
+                self._say(f"no new jobs are taken: {self.fault}")
+            elif before and not self.fault:
+                self._say("disks and database can be used again; new jobs are taken")
+            time.sleep(_LOOK_SECONDS)
 
 
 def check_room(store: JobStore) -> None:
