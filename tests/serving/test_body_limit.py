@@ -14,7 +14,7 @@ from cinemo.serving.http.refusals import BodyLimit
 
 
 def arrives(pieces: int, size: int, pause: float) -> int:
-    """The status for a body of so many pieces, one every ``pause`` seconds, where 0.2 s are free, then 10 kB/s asked."""
+    """The status for so many pieces, one every ``pause`` seconds, where 0.2 s are free, then 10 kB/s asked."""
 
     async def run() -> int:
         async def read(scope: object, receive: object, send: object) -> None:
