@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from postgres_server import PostgresServer, find_programs
+from serving import disk
 
 from cinemo.serving.store.database import Database
 
@@ -48,10 +48,7 @@ def open_database() -> Iterator[Callable[..., Database]]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 6 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", place], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    with disk.small_disk(tmp_path / "disk") as fault:
+        if fault:
+            pytest.skip(f"no small disk can be mounted here: {fault}")
+        yield tmp_path / "disk"
