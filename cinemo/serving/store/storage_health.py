@@ -40,9 +40,8 @@ class Reserve:
         if self._path is None:
             return
         try:
-            with self._path.open("ab") as file:
-                if os.fstat(file.fileno()).st_size < _RESERVE_BYTES:
-                    os.posix_fallocate(file.fileno(), 0, _RESERVE_BYTES)
+            with self._path.open("ab", buffering=0) as file:
+                file.write(bytes(max(0, _RESERVE_BYTES - file.tell())))
         except OSError as error:
             raise local_fault(error, str(self._path)) or error from None
 
