@@ -101,6 +101,29 @@ def test_a_lease_that_ran_out_is_anothers_and_the_first_worker_is_fenced(store: 
     assert store.complete(second, "b's")
 
 
+def test_a_dead_workers_jobs_are_claimed_at_once_and_count_as_tried(store: JobStore) -> None:
+    for _ in range(3):
+        store.submit(REQUEST, b"")
+    [first] = store.claim("a", 1)
+    [second] = store.claim("b", 1)
+    assert store.expire("a") == 1
+    assert store.expire("a") == 0
+    assert store.beat("b", {second.id: (1, 2)}) == {}
+    again = store.claim("c", 5)
+    assert sorted((job.number, job.attempts) for job in again) == [(1, 2), (3, 1)]
+    assert not store.complete(first, "video")
+    assert store.complete(second, "video")
+
+
+def test_a_worker_that_lives_after_all_keeps_what_nobody_has_claimed(store: JobStore) -> None:
+    store.submit(REQUEST, b"")
+    [job] = store.claim("a", 1)
+    assert store.expire("a") == 1
+    assert store.beat("a", {job.id: (1, 2)}) == {}
+    assert store.claim("b", 1) == []
+    assert store.complete(job, "video")
+
+
 def test_a_beat_renews_the_lease(store: JobStore, clock: Clock) -> None:
     store.submit(REQUEST, b"")
     [job] = store.claim("a", 1)

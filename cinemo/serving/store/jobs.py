@@ -274,6 +274,19 @@ class JobStore:
 
         return self.database.transact(work, durable=False)
 
+    def expire(self, worker: str) -> int:
+        """End the leases of a worker whose process is dead, so that its jobs are claimed at once; returns how many.
+
+        Should it live after all, its next beat renews those that nobody has claimed meanwhile.
+        """
+
+        def work(transaction: Transaction) -> int:
+            now = self._now(transaction)
+            held = (jobs.c.status == "in_progress", jobs.c.worker == worker, jobs.c.lease_until > now)
+            return int(transaction.execute(update(jobs).where(*held).values(lease_until=now)).rowcount)
+
+        return self.database.transact(work, durable=False)
+
     def complete(self, job: Job, media_name: str) -> bool:
         """in_progress -> completed. False: it is not this worker's any more, which then removes its video."""
         return self._finish(job, "completed", media_name=media_name)
