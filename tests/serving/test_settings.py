@@ -149,7 +149,7 @@ def test_demand_stays_where_no_database_answers(tmp_path: Path) -> None:
 
 
 def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    wrapper = proxy_environment(tmp_path, ProxyLimits()).get("RAY_SERVE_HAPROXY_BINARY_PATH")
+    wrapper = proxy_environment(tmp_path, ProxyLimits(), tmp_path / "standby.sock").get("RAY_SERVE_HAPROXY_BINARY_PATH")
     if wrapper is None:
         pytest.skip("ray[serve] brings HAProxy on Linux alone")
     assert "HAProxy version" in subprocess.run([wrapper, "-v"], capture_output=True, text=True, check=True).stdout
