@@ -15,11 +15,8 @@ JOBS   ?= 2
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cinemo needs Python >= 3.11, this is " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@$(PYTHON) -m tools.setup '$(VENV)'
+	@touch $@
 
 demo: setup
 	$(PY) pipelines/demo.py --recipe '$(METHOD)' --output '$(OUT)' $(if $(CLIPS),--clips '$(CLIPS)')

@@ -166,6 +166,28 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     return Prepared(sampling, calls, known | settings)  # a method may know of another number of frames
 
 
+def sentences(sampled: Sampled) -> list[str]:
+    """What was made and with which settings, for a person; checksums are left to the file's metadata."""
+    settings = {name: value for name, value in sampled.settings.items() if value not in (None, "")}
+    (height, width), frames, fps = settings["size"], settings["frames"], settings["fps"]
+    made = f"{frames} frames of {width}x{height} at {fps:g} a second, by {settings['recipe']}"
+    told = {"recipe", "bundle", "cinemo_version", "size", "frames", "fps"}
+    asked = {name: value for name, value in settings.items() if name not in told and not name.endswith("_sha256")}
+    return [
+        f"{made}, bundle {settings['bundle'][:12]}",
+        *(f"  {name.replace('_', ' ')}: {_in_words(value)}" for name, value in asked.items()),
+    ]
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        nested = any(isinstance(each, list | tuple) for each in value)
+        return ("; " if nested else ", ").join(map(_in_words, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def finish(settings: Mapping[str, Any], video_BCFHW: Tensor, frames_FHWC: np.ndarray) -> Animation:
     """The result: the sampled latents (1, C, F, h, w) of what was `prepare`-d, and the frames they decode to."""
     return Animation(video_BCFHW[0].float().cpu(), settings["fps"], settings, frames_FHWC)

@@ -36,6 +36,7 @@ from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.tokenizer import Tokenizer
 from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles
 from cinemo.networks.weights import gather, resolve, save_network
+from cinemo.progress import doing
 from cinemo.recipes import parse_recipe
 from cinemo.types import InputError
 
@@ -245,14 +246,15 @@ def load_bundle(
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if device.type == "cpu":
         keep_freed_memory()
-    root = _localize(location)
-    card = _read_card(root, location, full)
-    kind = method_class(card.recipe)
-    networks = {part: kind.load_network(card.recipe, part, str(root / part), dtype) for part in kind.parts}
-    method = build_method(card.recipe, networks).to(device).eval().requires_grad_(False)
-    if card.recipe.compile:
-        method.compile_networks()
-    vae, decoder, text, image = _load_encoders(card.recipe, root, device, dtype)
+    with doing("loading the model"):
+        root = _localize(location)
+        card = _read_card(root, location, full)
+        kind = method_class(card.recipe)
+        networks = {part: kind.load_network(card.recipe, part, str(root / part), dtype) for part in kind.parts}
+        method = build_method(card.recipe, networks).to(device).eval().requires_grad_(False)
+        if card.recipe.compile:
+            method.compile_networks()
+        vae, decoder, text, image = _load_encoders(card.recipe, root, device, dtype)
     return ModelBundle(card.recipe, method, vae, decoder, text, card.motion, card.digest, str(location), image)
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from cinemo import diagnostics
 from cinemo.config import Recipe, keys
+from cinemo.progress import Work, doing, shown
 from cinemo.recipes import DEFAULT_RECIPE, RECIPES, load_recipe
 from cinemo.types import InputError, RunError, local_fault
 
@@ -28,7 +32,8 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        print(f"{self.prog}: {message} (see --help)", file=diagnostics.errors())
+        self.exit(2)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -56,6 +61,11 @@ def parser(description: str | None, recipe: str | None = DEFAULT_RECIPE) -> argp
             "--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="change a recipe key"
         )
     return made
+
+
+def libraries() -> AbstractContextManager[Work]:
+    """Around a command's imports of torch and Ray, which take a while."""
+    return doing("loading libraries")
 
 
 def add_break_lock(parser: argparse.ArgumentParser) -> None:
@@ -111,10 +121,29 @@ def add_inputs(parser: argparse.ArgumentParser, method: type[Method]) -> None:
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Call ``main`` and exit: a mendable fault ends in one line on stderr, never in a traceback.
 
-    ``CINEMO_DEBUG=1`` shows the traceback of a failed run.
+    Lines come out when they are written, also into a pipe. ``CINEMO_DEBUG=1`` shows the traceback of a failed run, and
+    what libraries write to standard error.
+
+    Args:
+        argv: of a call within another program; None: this process is the command.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
+    if argv is None:
+        diagnostics.set_aside_for_good(sys.argv[0])
+        _run(main, argv)
+        return
+    restore = diagnostics.set_aside(sys.argv[0])
     try:
-        main(argv)
+        _run(main, argv)
+    finally:
+        restore()
+
+
+def _run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None) -> None:
+    try:
+        with shown():
+            main(argv)
     except InputError as error:
         _leave(2, error)
     except RunError as error:
@@ -133,6 +162,7 @@ def _leave(code: int, error: Exception) -> None:
     # The last line of a wrapped remote error is the cause; the first one of ours is the message.
     text = lines[0] if isinstance(error, InputError | RunError) and lines else (lines or [type(error).__name__])[-1]
     kind = "" if isinstance(error, InputError | RunError) else f"{type(error).__name__}: "
-    note = "" if code == 2 or not kind else " (CINEMO_DEBUG=1 shows the traceback)"
-    print(f"{os.path.basename(sys.argv[0])}: {kind}{text}{note}", file=sys.stderr)
+    places = [] if code == 2 else [*(["CINEMO_DEBUG=1 shows the traceback"] if kind else []), diagnostics.where()]
+    note = "; ".join(filter(None, places))
+    print(f"{os.path.basename(sys.argv[0])}: {kind}{text}" + (f" ({note})" if note else ""), file=diagnostics.errors())
     sys.exit(code)

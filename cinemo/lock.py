@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cinemo import compare_and_swap, s3, storage
+from cinemo.progress import say
 from cinemo.types import InputError, RunError
 
 HEARTBEAT_SECONDS = 10.0
@@ -135,10 +136,9 @@ def _acquire(output: str, break_lock: bool) -> Lock:
     uri = storage.join(output, NAME)
     weak = not compare_and_swap.has_conditions(output)
     if weak:
-        print(
+        say(
             f"{output}: the S3 server knows no conditional PUT, so its lock is a weaker one: do not start two jobs on "
-            f"it within {SETTLE_SECONDS:g} s of each other",
-            flush=True,
+            f"it within {SETTLE_SECONDS:g} s of each other"
         )
     facts = {
         "token": uuid.uuid4().hex,
@@ -155,7 +155,7 @@ def _acquire(output: str, break_lock: bool) -> Lock:
         silent = version == watched and time.monotonic() - since > STALE_SECONDS
         if holder is None or _is_dead(holder) or broken or silent:
             if broken:
-                print(f"{output}: --break-lock takes it from {_describe(holder)}", flush=True)
+                say(f"{output}: --break-lock takes it from {_describe(holder)}")
                 break_lock = False  # not from whoever comes first now
             taken = _write(uri, facts, version, weak, SETTLE_SECONDS)
             if taken is not None:
@@ -169,10 +169,9 @@ def _acquire(output: str, break_lock: bool) -> Lock:
             )
         if not watched:
             watched, since = str(version), time.monotonic()
-            print(
+            say(
                 f"{output}: locked by a job elsewhere ({_describe(holder)}); watching for {STALE_SECONDS:g} s whether "
-                "it is alive (--break-lock does not wait)",
-                flush=True,
+                "it is alive (--break-lock does not wait)"
             )
         time.sleep(HEARTBEAT_SECONDS / 5)
     raise RunError(f"{output}: its lock could not be taken in {_RACES} attempts; look at {uri}, and who writes it")

@@ -6,20 +6,17 @@ What else can be asked depends on the model: --bundle DIR --help shows its flags
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cinemo import cli, storage
-from cinemo.animate import AnimateRequest, load_image, load_source, sample
-from cinemo.bundle import load_bundle, read_card
+from cinemo import cli, diagnostics, storage
 from cinemo.config import Recipe
-from cinemo.media.saving import save_frames, save_latents
-from cinemo.methods import Method, method_class
-from cinemo.methods.controls import size_of
+from cinemo.progress import doing, say
 from cinemo.recipes import load_recipe
 from cinemo.types import InputError
+
+if TYPE_CHECKING:
+    from cinemo.methods import Method
 
 
 def parser(method: type[Method]) -> argparse.ArgumentParser:
@@ -37,7 +34,14 @@ def parser(method: type[Method]) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    recipe = recipe_of_bundle(argv)
+    with cli.libraries():
+        from cinemo.animate import AnimateRequest, load_image, load_source, sample, sentences
+        from cinemo.bundle import load_bundle
+        from cinemo.media.saving import save_frames, save_latents
+        from cinemo.methods import method_class
+        from cinemo.methods.controls import size_of
+
+        recipe = recipe_of_bundle(argv)
     method = method_class(recipe)
     arguments, unknown = parser(method).parse_known_args(argv)
     if unknown:
@@ -60,26 +64,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     bundle = load_bundle(arguments.bundle, arguments.device)
     if bundle.recipe.toy:
         height, width = bundle.recipe.data.size
-        print(f"{bundle.recipe.name} is a toy of {width}x{height} pixels, to show the method at work", file=sys.stderr)
+        say(f"{bundle.recipe.name} is a toy of {width}x{height} pixels, to show the method at work")
     if (warning := bundle.text.tokenizer.warning(arguments.prompt)) is not None:
-        print(warning, file=sys.stderr)
-    begun = time.monotonic()
-
-    def progress(done: int, steps: int) -> None:
-        seconds = time.monotonic() - begun
-        line = f"step {done}/{steps}, {seconds:.0f} s, {seconds / done * (steps - done):.0f} s left"
-        print(line, end="\r" if sys.stderr.isatty() and done < steps else "\n", file=sys.stderr, flush=True)
-
-    sampled = sample(bundle, request, progress)
+        print(warning, file=diagnostics.errors())
+    with doing("sampling", 0, "steps") as work:
+        sampled = sample(bundle, request, work.reach)
     latents_FCHW = sampled.latents_CFHW.transpose(0, 1)
-    save_frames(arguments.output, bundle.decoder.decoding(latents_FCHW), sampled)
+    with doing("decoding and writing", len(latents_FCHW), "frames") as work:
+        save_frames(arguments.output, work.counting(bundle.decoder.decoding(latents_FCHW), len), sampled)
     if arguments.save_latents:
         save_latents(arguments.save_latents, sampled)
-    print(f"{arguments.output}: {len(latents_FCHW)} frames, {sampled.settings}")
+    told = sentences(sampled)
+    print(f"{arguments.output}: {told[0]}", *told[1:], sep="\n")
 
 
 def recipe_of_bundle(argv: Sequence[str] | None) -> Recipe:
     """Of the bundle that is named, which decides what flags there are; where none is, of the default recipe."""
+    from cinemo.bundle import read_card
+
     first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
     first.add_argument("--bundle")
     try:

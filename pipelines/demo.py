@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cinemo import cli
-from cinemo.evaluation.demo import DemoSettings, run_demo
 from cinemo.recipes import DEFAULT_RECIPE, RECIPES
 
 
@@ -24,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of clips, training and videos")
     parser.add_argument("--fresh", action="store_true", help="start over, removing what an earlier demo left there")
     arguments = parser.parse_args(argv)
+    with cli.libraries():
+        from cinemo.evaluation.demo import DemoSettings, run_demo
     settings = DemoSettings(arguments.recipe, arguments.clips, arguments.count, arguments.max_steps, arguments.seed)
     run_demo(Path(arguments.output), Path(__file__).resolve().parent, settings, arguments.fresh)
 

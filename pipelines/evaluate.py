@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cinemo import cli
-from cinemo.evaluation.evaluate import evaluate, evaluate_rendered
-from cinemo.evaluation.extractors import EXTRACTORS
-from cinemo.evaluation.knobs import write_knobs
-from cinemo.evaluation.long import write_long
-from cinemo.evaluation.measuring import Plan
-from cinemo.evaluation.protocols import PROTOCOLS, protocol_of
 from cinemo.types import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with cli.libraries():
+        from cinemo.evaluation.evaluate import evaluate, evaluate_rendered, sentences
+        from cinemo.evaluation.extractors import EXTRACTORS
+        from cinemo.evaluation.knobs import write_knobs
+        from cinemo.evaluation.long import write_long
+        from cinemo.evaluation.measuring import Plan
+        from cinemo.evaluation.protocols import PROTOCOLS, protocol_of
     parser = cli.parser(__doc__, recipe=None)
     parser.add_argument(
         "--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://"
@@ -124,11 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         track=True,
         workers=arguments.workers,
     )
-    for name, estimate in metrics["metrics"].items():
-        if estimate is not None:
-            print(f"{name}: {estimate['value']:.4g}")
-    print(f"motion control (rank correlation of value and motion): {metrics['motion_spearman']}")
-    print(f"report: {arguments.output}/report.html")
+    print(*sentences(metrics), f"report: {arguments.output}/report.html", sep="\n")
 
 
 if __name__ == "__main__":

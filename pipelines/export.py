@@ -8,11 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cinemo import cli
-from cinemo.methods import published_sources
+from cinemo.progress import doing
 from cinemo.types import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    with cli.libraries():
+        from cinemo.methods import published_sources
+
     parser = cli.parser(__doc__, recipe="cinemo-320x512")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -44,9 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result, or file")
     arguments = parser.parse_args(argv)
 
-    from cinemo.media.motion import MORE_MOTION, STILLER
-    from cinemo.training.checkpoint import checkpoints, export  # late: --help and bad flags need no torch
-    from cinemo.training.checkpoint.registry import register, tracked_run
+    with cli.libraries():
+        from cinemo.media.motion import MORE_MOTION, STILLER
+        from cinemo.training.checkpoint import checkpoints, export  # late: --help and bad flags need no torch
+        from cinemo.training.checkpoint.registry import register, tracked_run
 
     if arguments.adapter and not arguments.checkpoint:
         raise InputError("--adapter: only a --checkpoint has one; expected --checkpoint URI --adapter")
@@ -58,20 +62,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--as-published: is of a bundle; expected --bundle DIR --as-published --output FILE")
     recipe = cli.recipe_of(arguments)
     if arguments.bundle:
-        made = export.as_published(arguments.bundle, arguments.output)
+        with doing("writing weights as published"):
+            made = export.as_published(arguments.bundle, arguments.output)
     elif arguments.checkpoint:
         if arguments.assignments:
             raise InputError("--set: a checkpoint has its own recipe; expected --set with weights that are imported")
         if arguments.register:
             tracked_run(checkpoints.find(arguments.checkpoint).uri)  # before minutes of work
         make = export.adapter_from_checkpoint if arguments.adapter else export.from_checkpoint
-        made = make(arguments.checkpoint, arguments.output)
+        with doing("putting the checkpoint's weights together"):
+            made = make(arguments.checkpoint, arguments.output)
         if arguments.register:
-            made += f"; {register(arguments.output, arguments.register)}"
+            with doing("registering the bundle"):
+                made += f"; {register(arguments.output, arguments.register)}"
     else:
         scale = {"more": MORE_MOTION, "stiller": STILLER}[arguments.motion_scale]
         name = next(name for name in published_sources() if getattr(arguments, f"from_{name}"))
-        made = export.from_published(name, getattr(arguments, f"from_{name}"), arguments.output, recipe, scale)
+        with doing("reading published weights"):
+            made = export.from_published(name, getattr(arguments, f"from_{name}"), arguments.output, recipe, scale)
     print(f"{arguments.output}: {made}")
 
 

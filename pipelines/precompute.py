@@ -12,6 +12,7 @@ from typing import Any
 from cinemo import cli
 from cinemo.data.manifest.presets import PRESETS
 from cinemo.data.precompute.prices import Prices, read_prices
+from cinemo.progress import doing, say
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -74,20 +75,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--append and --retry-quarantine: give one of them")
     recipe = cli.recipe_of(arguments)
     if arguments.verify:
-        from cinemo.data.dataset.verify import sentences, verify
+        with cli.libraries():
+            from cinemo.data.dataset.verify import sentences, verify
 
         print(*sentences(verify(arguments.output, recipe, arguments.sample)), sep="\n")
         return
     if arguments.manifest is None:
         parser.error("the following arguments are required: --manifest")
-    from cinemo.data.manifest.columns import Columns
-    from cinemo.data.precompute.wording import plan_lines, summary_lines
+    with cli.libraries():
+        from cinemo.data.manifest.columns import Columns
+        from cinemo.data.precompute.wording import plan_lines, summary_lines
 
     columns = Columns.parse(arguments.columns) if arguments.columns else None
 
     if arguments.plan:
-        from cinemo.data.precompute.estimate import plan_only
-        from cinemo.data.precompute.nodes import parse_machines
+        with cli.libraries():
+            from cinemo.data.precompute.estimate import plan_only
+            from cinemo.data.precompute.nodes import parse_machines
 
         prices = read_prices(arguments.prices) if arguments.prices else None
         machines = parse_machines(arguments.on) if arguments.on else None
@@ -105,8 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         print(*plan_lines(plan, arguments.output), sep="\n")
         return
-    from cinemo.data.precompute.graph import run
-    from cinemo.data.precompute.tracker import tracked
+    with cli.libraries():
+        from cinemo.data.precompute.graph import run
+        from cinemo.data.precompute.tracker import tracked
 
     with tracked(recipe, arguments.output) as tracker:
         summary = run(
@@ -121,16 +126,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.break_lock,
             arguments.append,
         )
-        page = write_report(summary)
-        if tracker:
-            tracker.close(summary, page)
+        with doing("drawing the report"):
+            page = write_report(summary)
+            if tracker:
+                tracker.close(summary, page)
     print(*summary_lines(summary), sep="\n")
 
 
 def write_report(summary: dict[str, Any]) -> str | None:
     """``report.html`` beside the dataset; a machine that only decodes need not have what draws it."""
     if importlib.util.find_spec("matplotlib") is None:
-        print("report.html is left out: matplotlib is not installed (pip install 'cinemo[report]')")
+        say("report.html is left out: matplotlib is not installed (pip install 'cinemo[report]')")
         return None
     from cinemo.evaluation.dataset_report import write_dataset_report
 

@@ -6,10 +6,7 @@ import json
 from collections.abc import Sequence
 
 from cinemo import cli, storage
-from cinemo.animate import load_image
-from cinemo.bundle import load_bundle
-from cinemo.evaluation.probe import probe_motion_scale
-from cinemo.media.motion import MORE_MOTION, STILLER
+from cinemo.progress import doing
 from cinemo.types import InputError
 
 
@@ -29,16 +26,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if len(arguments.prompt) > len(arguments.image):
         raise InputError(f"--prompt: given {len(arguments.prompt)} times for {len(arguments.image)} images")
+    with cli.libraries():
+        from cinemo.animate import load_image
+        from cinemo.bundle import load_bundle
+        from cinemo.evaluation.probe import probe_motion_scale
+        from cinemo.media.motion import MORE_MOTION, STILLER
+
     prompts = [*arguments.prompt, *[""] * (len(arguments.image) - len(arguments.prompt))]
     images = [(load_image(image), prompt) for image, prompt in zip(arguments.image, prompts, strict=True)]
     if arguments.output:
         storage.check_writable(arguments.output.rpartition("/")[0] or ".")
     bundle = load_bundle(arguments.bundle, arguments.device)
-
-    def progress(done: int, total: int) -> None:
-        print(f"video {done}/{total}", flush=True)
-
-    probe = probe_motion_scale(bundle, images, arguments.steps, arguments.seed, progress)
+    with doing("animating", 0, "videos") as work:
+        probe = probe_motion_scale(bundle, images, arguments.steps, arguments.seed, work.reach)
     means = [sum(column) / len(column) for column in zip(*probe.ssim, strict=True)]
     print("motion id " + "".join(f"{number:7.0f}" for number in probe.ids))
     print("mean SSIM " + "".join(f"{mean:7.3f}" for mean in means))

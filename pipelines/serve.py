@@ -15,7 +15,8 @@ from cinemo import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    from cinemo.serving.settings import ServeSettings, open_keys, parse_settings, read_config
+    with cli.libraries():
+        from cinemo.serving.settings import ServeSettings, open_keys, parse_settings, read_config
 
     parser = cli.parser(__doc__, recipe=None)
     parser.add_argument(
@@ -57,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         manage_keys(arguments, open_keys(managed), managed.webhook_secret)
         return
     settings = parse_settings(values)
-    from cinemo.serving.app import serve_forever
+    with cli.libraries():
+        from cinemo.serving.app import serve_forever
 
     host, port = arguments.host or http.get("host") or "127.0.0.1", arguments.port or http.get("port") or 8000
     serve_forever(settings, host, port, reload=lambda: parse_settings(read()[0]))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from cinemo import cli
 from cinemo.config import Recipe
 from cinemo.data.loading.source import Source
+from cinemo.progress import doing
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -87,11 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan(arguments, recipe)
         return
     if arguments.verify_resume:
-        from cinemo.training.run.proof import verify_resume
+        with cli.libraries():
+            from cinemo.training.run.proof import verify_resume
 
         print(*verify_resume(recipe, sources, arguments.output, __file__), sep="\n")
         return
-    from cinemo.training.run import worker  # late: --help and bad flags need neither torch nor Ray
+    with cli.libraries():
+        from cinemo.training.run import worker  # late: --help and bad flags need neither torch nor Ray
 
     summary = worker.run(recipe, sources, arguments.output, arguments.resume, arguments.break_lock)
     print(
@@ -102,16 +105,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def plan(arguments: argparse.Namespace, recipe: Recipe) -> None:
     """Print the estimate; with ``--output`` write it to ``plan.json`` there too."""
-    from cinemo import storage
-    from cinemo.data.precompute.prices import read_prices
-    from cinemo.training.plan.estimate import plan_training
-    from cinemo.training.plan.wording import plan_lines
+    with cli.libraries():
+        from cinemo import storage
+        from cinemo.data.precompute.prices import read_prices
+        from cinemo.training.plan.estimate import plan_training
+        from cinemo.training.plan.wording import plan_lines
 
     prices = read_prices(arguments.prices) if arguments.prices else None
     output = storage.absolute(arguments.output) if arguments.output else None
     if output:
         storage.check_writable(output)
-    estimate = plan_training(recipe, arguments.accelerator, arguments.mfu, prices)
+    with doing("counting operations and memory"):
+        estimate = plan_training(recipe, arguments.accelerator, arguments.mfu, prices)
     if output:
         storage.write_json(storage.join(output, "plan.json"), estimate)
     print(*plan_lines(estimate, output), sep="\n")

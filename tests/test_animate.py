@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hearing import STRAY
 from PIL import Image
 from tiny import FRAMES, SIZE, tiny_bundle
 
@@ -21,6 +22,7 @@ from cinemo.animate import (
     load_image,
     load_source,
     sample,
+    sentences,
 )
 from cinemo.bundle import ModelBundle, load_bundle
 from cinemo.media.mp4 import read_metadata, write_video
@@ -30,7 +32,7 @@ from cinemo.media.video import probe, read_frames
 from cinemo.methods.base import run
 from cinemo.networks import frozen
 from cinemo.recipes.cinemo import cinemo_tiny
-from cinemo.types import Condition, InputError, keyed_generator
+from cinemo.types import Condition, InputError, Sampled, keyed_generator
 from pipelines.animate import main
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
@@ -387,3 +389,21 @@ def test_a_prompt_of_which_the_end_is_not_read_is_one_warning(
         main([*words, "--prompt", prompt, "--steps", "1"])
         told = capsys.readouterr().err
         assert told.count("has 76 tokens, of which the text encoder reads the first 75") == count, told
+
+
+def test_a_result_is_told_in_words() -> None:
+    settings = {
+        "recipe": "cinemo-tiny", "bundle": "4b250cabcfd8d6d5", "cinemo_version": "0", "size": [64, 96], "frames": 16,
+        "fps": 8.0, "image_sha256": "ab12", "prompt": "a ball rolls", "negative_prompt": "", "guidance_scale": 7.5,
+        "dct_init": True, "last": None, "guidance_interval": (0.5, 1.0), "arrows": [[1, 2, 3, 4], [5, 6, 7, 8]],
+    }  # fmt: skip
+    told = sentences(Sampled(torch.empty(0), 8.0, settings))
+    assert told == [
+        "16 frames of 96x64 at 8 a second, by cinemo-tiny, bundle 4b250cabcfd8",
+        "  prompt: a ball rolls",
+        "  guidance scale: 7.5",
+        "  dct init: yes",
+        "  guidance interval: 0.5, 1",
+        "  arrows: 1, 2, 3, 4; 5, 6, 7, 8",
+    ]
+    assert not any(map(STRAY.search, told))

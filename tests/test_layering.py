@@ -21,6 +21,8 @@ LAYERS = [
     ["client"],
     ["types"],
     [
+        "progress",
+        "diagnostics",
         "accelerators",
         "checksums",
         "config",

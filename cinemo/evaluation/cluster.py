@@ -12,6 +12,7 @@ from cinemo import storage
 from cinemo.data.precompute.cluster import connect
 from cinemo.evaluation.measuring import Measurer, Plan, Say
 from cinemo.evaluation.scenes import open_scenes
+from cinemo.progress import counted
 
 
 class _Worker:
@@ -49,6 +50,6 @@ def measure_on_ray(measurer: Measurer, data: str, output: str, workers: int, dev
         num_cpus=1,
         num_gpus=gpus,
     )
-    for done, row in enumerate(rows.iter_rows(), 1):
+    for done, row in enumerate(counted(f"measuring on {workers} workers", rows.iter_rows(), len(work), "scenes"), 1):
         name = measurer.bundle.recipe.name
         say(f"{name}: {done} of {len(work)} on {workers} workers ({row['kind']} {row['number']})")

@@ -29,8 +29,10 @@ from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.manifest.manifest import read_manifest
+from cinemo.diagnostics import errors
 from cinemo.evaluation.dataset_report import equal_population_edges
 from cinemo.evaluation.figures import animated_sheet, contact_sheet, save_animated
+from cinemo.evaluation.next_steps import closing_lines
 from cinemo.evaluation.rendered import explained_samples, measure_motion
 from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
 from cinemo.evaluation.stages import Stages, running
@@ -40,6 +42,7 @@ from cinemo.media.sources import fetched
 from cinemo.media.synthetic import CLIP_FRAMES, render_clips, render_scene
 from cinemo.media.video import read_frames
 from cinemo.methods import at_motion, build_method, method_class
+from cinemo.progress import clock, counted, doing, say
 from cinemo.recipes import DEFAULT_RECIPE, load_recipe
 from cinemo.types import ClipError, InputError, RunError
 
@@ -157,9 +160,11 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
         lambda: _serve(serve, port, first, asked[-1], served, stages),
     )
 
-    _report(output, stages, index, pictures, asked)
-    print(f"\n{time.monotonic() - begun:.0f} s; open {output / 'report.html'}")
-    print(tracking.locate(str(run))[2])
+    with doing("drawing the report"):
+        _report(output, stages, index, pictures, asked)
+    say(f"\ndone in {clock(time.monotonic() - begun)}")
+    for line in closing_lines(output, scripts, first.path, first.prompt, asked[-1]):
+        say(line)
 
 
 def _levels(recipe: Recipe, buckets: Sequence[int]) -> list[dict[str, Any]]:
@@ -199,9 +204,9 @@ def _measure(name: str, base: Path, tuned: Path, index: DatasetIndex, target: Pa
     loader = LatentLoader(index, global_batch=_GIVEN, lanes=1, seed=0)
     samples, figures = loader.batch(0).samples, {}
     for name, place in (("base", base), ("tuned", tuned)):
-        print(f"   {name}", flush=True)
+        say({"base": "the weights that the training began with:", "tuned": "what the training made of them:"}[name])
         bundle = load_bundle(place)
-        figures[name] = measure_motion(bundle, _MEASURED, say=lambda line: print(f"   {line}", flush=True))
+        figures[name] = measure_motion(bundle, _MEASURED, say=say)
         figures[name]["given"] = explained_samples(bundle, samples)
     storage.write_json(str(target), figures)
 
@@ -219,7 +224,7 @@ def motion_buckets(index: DatasetIndex, edges: Sequence[float]) -> list[int]:
 
 def _render(directory: Path, settings: DemoSettings) -> None:
     """Clips, and two files that are none, so that the quarantine has something to show."""
-    print(f"   {settings.count} clips in {directory}", flush=True)
+    say(f"{settings.count} clips in {directory}")
     manifest = render_clips(directory, settings.count, settings.seed)
     first = sorted(directory.glob("*.mp4"))[0]
     (directory / "cut.mp4").write_bytes(first.read_bytes()[: first.stat().st_size // 2])
@@ -270,15 +275,14 @@ def _animate_rest(
     """Every other video, with the bundle loaded once: what ``animate.py`` does, without its start-up."""
     loaded = load_bundle(bundle)
     videos.mkdir(exist_ok=True)
-    for picture in pictures:
-        for controls in levels:
-            path = videos / _video_name(picture, controls)
-            if path.exists():
-                continue
-            image = load_image(picture.path)
-            request = AnimateRequest(image, picture.prompt, steps=_STEPS, seed=seed, **controls)
-            save_animation(path, animate(loaded, request))
-            print(f"   {path}", flush=True)
+    asked = [(picture, controls) for picture in pictures for controls in levels]
+    for picture, controls in counted("animating", asked, len(asked), "videos"):
+        path = videos / _video_name(picture, controls)
+        if path.exists():
+            continue
+        request = AnimateRequest(load_image(picture.path), picture.prompt, steps=_STEPS, seed=seed, **controls)
+        save_animation(path, animate(loaded, request))
+        say(str(path))
 
 
 def _serve(
@@ -299,26 +303,30 @@ def _serve(
         running(words, stdout=file) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
     ):
-        _wait_ready(client, process, log)
+        with doing("starting the server"):
+            _wait_ready(client, process, log)
         ready = time.monotonic() - begun
-        print(f"   ready after {ready:.0f} s", flush=True)
+        say(f"the server is ready after {clock(ready)}")
         form = {"prompt": picture.prompt, "num_inference_steps": str(_STEPS), "seed": "1"}
         form |= {name: str(value) for name, value in controls.items()}
         answer = client.post("/v1/videos", data=form, files={"input_reference": picture.path.read_bytes()})
         asked = time.monotonic()
         video = answer.raise_for_status().json()
-        while video["status"] in ("queued", "in_progress"):
-            if time.monotonic() - asked > _JOB_SECONDS:
-                raise RunError(f"serve: job {video['id']} took longer than {_JOB_SECONDS:.0f} s; see {log}")
-            time.sleep(1)
-            video = client.get(f"/v1/videos/{video['id']}").raise_for_status().json()
-            print(f"   {video['id']}: {video['status']}, {video['progress']} %", flush=True)
+        with doing("animating over HTTP") as work:
+            while video["status"] in ("queued", "in_progress"):
+                if time.monotonic() - asked > _JOB_SECONDS:
+                    raise RunError(f"serve: job {video['id']} took longer than {_JOB_SECONDS:.0f} s; see {log}")
+                time.sleep(1)
+                video = client.get(f"/v1/videos/{video['id']}").raise_for_status().json()
+                work.what = f"animating over HTTP, {video['progress']} %"
         if video["status"] != "completed":
             raise RunError(f"serve: job {video['id']} {video['status']}: {video['error']}; see {log}")
         took = time.monotonic() - asked
         content = client.get(f"/v1/videos/{video['id']}/content").raise_for_status().content
+        say(f"a video came over HTTP after {clock(took)}")
         process.send_signal(signal.SIGINT)
-        code = process.wait(timeout=90)
+        with doing("stopping the server"):
+            code = process.wait(timeout=90)
     if code:
         raise RunError(f"serve: ended with exit code {code} after SIGINT; see {log}")
     (target / "video.mp4").write_bytes(content)
@@ -331,7 +339,7 @@ def _wait_ready(client: httpx.Client, process: subprocess.Popen[str], log: Path)
     deadline = time.monotonic() + _READY_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            print("\n".join(log.read_text().splitlines()[-15:]), flush=True)
+            print(*log.read_text().splitlines()[-15:], f"the server did not start; see {log}", sep="\n", file=errors())
             raise SystemExit(process.returncode)
         try:
             if client.get("/readyz").status_code == 200:

@@ -18,6 +18,7 @@ from cinemo.media.arrows import SIGMA_AT_512
 from cinemo.media.flow import dense_flow
 from cinemo.media.synthetic import CLIP_FRAMES, Scene, render_scene
 from cinemo.methods import controls_of, method_class
+from cinemo.progress import doing
 from cinemo.types import keyed_seed
 
 KINDS = ("object", "pan", "flow")
@@ -41,13 +42,14 @@ def measure_drawn(bundle: ModelBundle, count: int, steps: int, seed: int) -> dic
     asked = levels(values[1:], SPEEDS)
     cosines: dict[str, list[float]] = {kind: [] for kind in KINDS}
     ranks: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for kind in KINDS:
-        for number in range(count):
+    scenes = [(kind, number) for kind in KINDS for number in range(count)]
+    with doing("animating with arrows", len(scenes) * len(asked), "videos") as work:
+        for kind, number in scenes:
             scene = render_scene(seed, number, bundle.recipe.data.size, kind=kind)
             arrow, where_HW = _arrow(scene, keyed_seed(seed, "arrow", kind, number), bundle.recipe.data.size)
             way = np.array([arrow[2] - arrow[0], arrow[3] - arrow[1]])
             way, along = way / np.hypot(*way), []
-            for value in asked:
+            for value in work.counting(asked):
                 told: dict[str, Any] = {name: [arrow], control: value, "steps": steps, "seed": number}
                 request = AnimateRequest(scene.draw(CLIP_FRAMES // 2), "", **told)
                 mean = _mean_flow(animate(bundle, request).frames_FHWC, where_HW)

@@ -16,6 +16,7 @@ from cinemo.evaluation.rendered import BARS, STEPS, measure_motion, misses
 from cinemo.evaluation.report import write_evaluation_report
 from cinemo.evaluation.scenes import Scenes, open_scenes
 from cinemo.media.synthetic import CLIP_FRAMES
+from cinemo.progress import doing, say
 from cinemo.types import InputError
 
 CARD = "README.md"
@@ -31,7 +32,7 @@ def evaluate(
     against: Sequence[str] = (),
     track: bool = False,
     workers: int = 0,
-    say: Say = print,
+    say: Say = say,
 ) -> dict[str, Any]:
     """Write ``metrics.json``, ``report.html``, a model card and, where the method has a control of how much moves,
     ``calibration.json`` under ``output``; returns the metrics.
@@ -80,14 +81,15 @@ def evaluate(
     storage.write_bytes(storage.join(output, CARD), card.encode())
     if into_bundle:
         keep_beside(bundle_location, CARD, card.encode())
-    write_evaluation_report(
-        storage.join(output, "report.html"),
-        results,
-        drifts,
-        metrics["protocol"],
-        needed(result.extractors),
-        scenes.dataset,
-    )
+    with doing("drawing the report"):
+        write_evaluation_report(
+            storage.join(output, "report.html"),
+            results,
+            drifts,
+            metrics["protocol"],
+            needed(result.extractors),
+            scenes.dataset,
+        )
     if track:
         _track(output, result, metrics, scenes, say)
     for other, each in zip(others, drifts, strict=True):
@@ -97,6 +99,15 @@ def evaluate(
                 f"{each.span_ratio:.0%} of the reach of its control are left"
             )
     return metrics
+
+
+def sentences(metrics: Mapping[str, Any]) -> list[str]:
+    """What `evaluate` found, for a person."""
+    known = ((metric, metrics["metrics"][metric.name]) for metric in METRICS)
+    lines = [f"{metric.title}: {estimate['value']:.4g}" for metric, estimate in known if estimate is not None]
+    if metrics["motion_spearman"] is not None:
+        lines.append(f"motion control, rank correlation of value and motion: {metrics['motion_spearman']:.3f}")
+    return lines
 
 
 def needed(extractors: Collection[str]) -> dict[str, str]:
@@ -157,7 +168,7 @@ def evaluate_rendered(
     steps: int | None = None,
     seed: int = 0,
     device: str | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Write ``motion.json`` under ``output``: `cinemo.evaluation.rendered` for one bundle; returns its figures.
 
@@ -182,5 +193,7 @@ def evaluate_rendered(
     for name, (sign, bar) in ((name, bar) for name, bar in BARS.items() if name in figures):
         shown = f"missed by {missed[name]:.3f}" if name in missed else "met"
         say(f"{name}: {figures[name]:.3f} ({sign} {bar:g}: {shown})")
-    storage.write_json(storage.join(output, "motion.json"), {"bundle": bundle.digest} | figures)
+    place = storage.join(output, "motion.json")
+    storage.write_json(place, {"bundle": bundle.digest} | figures)
+    say(f"{len(BARS.keys() & figures.keys()) - len(missed)} met, {len(missed)} missed; every figure: {place}")
     return figures

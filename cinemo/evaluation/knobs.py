@@ -26,6 +26,7 @@ from cinemo.evaluation.page import chart, number, section, table, write_page
 from cinemo.evaluation.scenes import as_given
 from cinemo.media.synthetic import CLIP_FRAMES, render_scene
 from cinemo.media.transforms import cover_crop_geometry
+from cinemo.progress import counted, say
 from cinemo.types import InputError
 
 SEED = 9001  # of the scenes; no training has seen them
@@ -152,7 +153,7 @@ def write_knobs(
     videos: int,
     extractors: tuple[str, ...] = (),
     device: str | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Write ``knobs.json`` and ``knobs.html`` under ``output``; returns the figures, by extractor and way.
 
@@ -173,7 +174,7 @@ def write_knobs(
         meter = KnobMeter(extractor, videos, bundle.recipe.data.size, bundle.recipe.data.frames)
         figures[name] = {}
         ways = turned(videos)
-        for done, (text, knobs) in enumerate(ways.items(), 1):
+        for done, (text, knobs) in enumerate(counted(f"measuring by {name}", ways.items(), len(ways), "ways"), 1):
             figures[name][text] = meter(knobs)
             say(f"{name}: {done}/{len(ways)} {text}: {figures[name][text].value:.4g}")
     found = {

@@ -27,6 +27,7 @@ from cinemo.evaluation.page import mp4_bytes, number, section, table, video, wri
 from cinemo.media.synthetic import CLIP_FRAMES, render_scene
 from cinemo.methods import method_class
 from cinemo.networks.frozen import ImageEncoder
+from cinemo.progress import counted, say
 from cinemo.types import InputError
 
 SEED = 7_003  # of scenes that no training has seen
@@ -106,7 +107,7 @@ def write_long(
     pictures: int = 4,
     steps: int | None = None,
     device: str | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> dict[str, Way]:
     """Write ``long.json`` and ``long.html`` under ``output``; returns what was measured, by way.
 
@@ -190,7 +191,8 @@ def _measure(
         nonlocal calls
         calls = total
 
-    for place, (picture_HWC, prompt) in enumerate(asked):
+    what = f"animating by {way['way']}"
+    for place, (picture_HWC, prompt) in enumerate(counted(what, asked, len(asked), "videos")):
         begun = time.perf_counter()
         made = animate(bundle, AnimateRequest(picture_HWC, prompt, steps=steps, frames=frames), count).frames_FHWC
         seconds += time.perf_counter() - begun

@@ -28,6 +28,7 @@ from cinemo.evaluation.noise import compare_noise
 from cinemo.evaluation.protocols import Protocol
 from cinemo.evaluation.scenes import Scene, Scenes, as_given
 from cinemo.methods import method_class
+from cinemo.progress import counted, doing
 from cinemo.types import InputError
 
 SHOWN = 8  # videos on the page
@@ -160,7 +161,9 @@ class Measurer:
         if self.control is None or not pictures:
             return None
         tables = []
-        for number, picture in enumerate(pictures):
+        for number, picture in enumerate(
+            counted("measuring the control of motion", pictures, len(pictures), "pictures")
+        ):
             tables.append(self.moved(picture))
             say(f"{self.bundle.recipe.name}: motion control {number + 1}/{len(pictures)}: {picture[0]}")
         measured_PLS2 = np.array(tables, np.float64)
@@ -194,7 +197,7 @@ class Measurer:
         """Everything that the plan asks for."""
         bundle, plan, total = self.bundle, self.plan, len(self.scenes)
         measurements, rows, shown = Measurements(), [], []
-        for number in range(total):
+        for number in counted(f"measuring {bundle.recipe.name}", range(total), total, "samples"):
             scene, seen, pair = self.scene(number)
             measurements.add(scene.key, seen)
             controls = scene.controls(bundle)
@@ -203,7 +206,8 @@ class Measurer:
                 shown.append(Shown(scene.name, scene.prompt, _said(controls), pair.real_FHWC, pair.made_FHWC))
             say(f"{bundle.recipe.name}: sample {number + 1}/{total}: {scene.name}")
         pictures = [self.picture(number) for number in self.pictures()]
-        calls, seconds = self.cost()
+        with doing("measuring the time of a video"):
+            calls, seconds = self.cost()
         return Result(
             self.location,
             bundle.recipe.name,

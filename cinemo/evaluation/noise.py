@@ -16,6 +16,7 @@ from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import ModelBundle
 from cinemo.evaluation.metrics.estimates import Estimate, mean_of
 from cinemo.evaluation.metrics.frames import colour_drift, largest_jump, motion
+from cinemo.progress import counted
 
 FIGURES = {
     "largest_jump": "largest change between neighbouring frames, over their mean change (1 is even)",
@@ -35,8 +36,8 @@ def compare_noise(
     Args:
         pictures: (name, (H, W, 3) uint8, prompt); all variants animate them with the same seed.
     """
-    found = {}
-    for name, values in bundle.method.noise_variants.items():
+    found, variants = {}, bundle.method.noise_variants
+    for name, values in counted("comparing initial noise", variants.items(), len(variants), "ways"):
         drawn = _with(bundle, values)
         figures: dict[str, dict[str, float]] = {figure: {} for figure in FIGURES}
         for key, picture_HWC, prompt in pictures:

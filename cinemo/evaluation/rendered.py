@@ -31,6 +31,7 @@ from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
 from cinemo.media.synthetic import CLIP_FRAMES, FPS, Scene, render_scene
 from cinemo.media.transforms import prepare_image
 from cinemo.methods import at_motion
+from cinemo.progress import counted, doing
 from cinemo.types import LatentBatch, LatentSample, keyed_generator
 
 SEED = 7001  # of the test scenes; the shipped weights are trained on others
@@ -128,19 +129,24 @@ def measure_motion(
         count: clips of each moving kind; a third as many still ones and pictures for the grid of buckets.
         steps: sampling steps of the videos, with the recipe's own solver and guidance.
     """
-    sets = {kind: rendered_test_set(bundle, kind, count) for kind in MOVING}
     few = max(2, count // 3)
-    stills = rendered_test_set(bundle, "still", few)
+    with doing("rendering test scenes"):
+        sets = {kind: rendered_test_set(bundle, kind, count) for kind in MOVING}
+        stills = rendered_test_set(bundle, "still", few)
     figures: dict[str, Any] = {**explained(bundle, [clip for clips in sets.values() for clip in clips], seed)}
     say("one step from noise: " + ", ".join(f"{name} {figures[name]:.3f}" for name in _ASKED if name in figures))
 
     gaps, made = [], {}
     for kind, clips in sets.items():
-        made[kind] = [_video(bundle, clip, clip.controls, steps, seed) for clip in clips]
+        made[kind] = [
+            _video(bundle, clip, clip.controls, steps, seed)
+            for clip in counted(f"animating {kind}s", clips, len(clips), "videos")
+        ]
         gaps += [_first_frame_gap(bundle, clip, video) for clip, video in zip(clips, made[kind], strict=True)]
         say(f"{kind}: {len(clips)} videos")
 
-    flows = {kind: [_flows(*pair) for pair in zip(sets[kind], made[kind], strict=True)] for kind in MOVING}
+    with doing("comparing motion"):
+        flows = {kind: [_flows(*pair) for pair in zip(sets[kind], made[kind], strict=True)] for kind in MOVING}
     for name, kind in {"pan": "pan", "object": "object", "fluid": "flow"}.items():
         figures[f"{name}_flow_gain"] = _gain(flows[kind])
         figures[f"{name}_end_point_error"] = _end_point_error(flows[kind])
@@ -149,7 +155,10 @@ def measure_motion(
     fluids = [_mean_velocity(clip, video) for clip, video in zip(sets["flow"], made["flow"], strict=True)]
     shapes = [_shape(clip, video) for clip, video in zip(sets["object"], made["object"], strict=True)]
     on_path = [s["iou"] for s, clip in zip(shapes, sets["object"], strict=True) if clip.bucket <= PATH_BUCKET]
-    still = [_video(bundle, clip, clip.controls, steps, seed) for clip in stills]
+    still = [
+        _video(bundle, clip, clip.controls, steps, seed)
+        for clip in counted("animating still scenes", stills, len(stills), "videos")
+    ]
     if at_motion(bundle.recipe, 0):
         ranks, achieved = _level_ranks(bundle, [clip for clips in sets.values() for clip in clips[:1]], steps, seed)
         figures |= {"bucket_rank": _mean(ranks), "bucket_motion": {"buckets": list(GRID_BUCKETS), "motion": achieved}}
@@ -213,7 +222,8 @@ def unexplained(bundle: ModelBundle, questions: Sequence[Question], seed: int = 
     """
     method, schedule = bundle.method, bundle.method.schedule
     errors, energy, last = Counter[str](), 0.0, schedule.train_steps - 1
-    for number, question in enumerate(questions):
+    asked_one_by_one = counted("asking the network about noise", questions, len(questions), "clips")
+    for number, question in enumerate(asked_one_by_one):
         video_BCFHW = question.video_CFHW[None].to(bundle.device)
         words, controls = zip(*question.asked.values(), strict=True)
         condition = method.asked(bundle.encoders, video_BCFHW, question.picture_HWC, words, controls)
@@ -355,13 +365,14 @@ def _level_ranks(
     How fast is for the level to say: the prompt has no word for it.
     """
     ranks, achieved = [], []
-    for clip in clips:
-        prompt = clip.scene.without_speed()
-        asked = [{**clip.controls, **at_motion(bundle.recipe, level)} for level in GRID_BUCKETS]
-        videos = [_video(bundle, clip, controls, steps, seed, prompt) for controls in asked]
-        motion = [1 - mean_adjacent_ssim(video, bundle.motion.metric) for video in videos]
-        ranks.append(rank_correlation(GRID_BUCKETS, motion) or 0.0)
-        achieved.append(motion)
+    with doing("animating at every level of motion", len(clips) * len(GRID_BUCKETS), "videos") as work:
+        for clip in clips:
+            prompt = clip.scene.without_speed()
+            asked = [{**clip.controls, **at_motion(bundle.recipe, level)} for level in GRID_BUCKETS]
+            videos = [_video(bundle, clip, controls, steps, seed, prompt) for controls in work.counting(asked)]
+            motion = [1 - mean_adjacent_ssim(video, bundle.motion.metric) for video in videos]
+            ranks.append(rank_correlation(GRID_BUCKETS, motion) or 0.0)
+            achieved.append(motion)
     return ranks, achieved
 
 

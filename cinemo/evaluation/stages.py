@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import cinemo
-from cinemo import storage
+from cinemo import diagnostics, storage
+from cinemo.progress import clock, doing, indented, say
 from cinemo.types import InputError
 
 RECORD = "stages.json"
 _TAIL = 15
+_PATIENCE = 9.0  # a command speaks for itself; this is for its start and its end
 
 
 class Stages:
@@ -68,13 +70,13 @@ class Stages:
         entry = self._stored.get(name)
         if entry and entry["key"] == self._key and entry["done"] and all(map(self._exists, products)):
             self.seconds[name] = entry["seconds"]
-            print(f"== {name}: done before, in {entry['seconds']:.0f} s", flush=True)
+            say(f"== {name}: done before, in {clock(entry['seconds'])}")
             return
         interrupted = entry is not None and entry["key"] == self._key and not entry["done"]
         spent = entry["seconds"] if entry and interrupted else 0.0
         if not interrupted:
             self._remove(products)
-        print(f"== {name}", flush=True)
+        say(f"== {name}")
         begun = time.monotonic()
 
         def note(done: bool) -> None:
@@ -85,12 +87,13 @@ class Stages:
 
         note(done=False)  # at once: even one that is killed is known to have begun
         try:
-            action()
+            with indented():
+                action()
         except BaseException:
             note(done=False)
             raise
         note(done=True)
-        print(f"== {name}: {self.seconds[name]:.0f} s", flush=True)
+        say(f"== {name}: done in {clock(self.seconds[name])}")
 
     def note(self, name: str, script: str, *arguments: object) -> list[str]:
         """Remember the command of a stage for the report; returns what to run."""
@@ -106,16 +109,16 @@ class Stages:
         """
         log = self.directory / "logs" / f"{name}.log"
         lines: list[str] = []
-        with log.open("w") as file, running(words) as process:
+        with log.open("w") as file, running(words) as process, doing(name, patience=_PATIENCE):
             assert process.stdout is not None
             for line in process.stdout:
                 lines.append(line.rstrip())
                 file.write(line)
-                print(f"   {line.rstrip()}", flush=True)
+                say(line.rstrip())
             code = process.wait()
         if code:
-            print(f"== {name} failed with exit code {code}; the end of {log}:", file=sys.stderr)
-            print("\n".join(f"   {line}" for line in lines[-_TAIL:]), file=sys.stderr, flush=True)
+            tail = "".join(f"\n   {line}" for line in lines[-_TAIL:])
+            print(f"== {name} failed with exit code {code}; the end of {log}:{tail}", file=diagnostics.errors())
             raise SystemExit(code)
 
     def _exists(self, product: str) -> bool:
@@ -143,8 +146,9 @@ def running(words: Sequence[str], stdout: Any = subprocess.PIPE) -> Iterator[sub
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with doing("stopping"):
+                try:
+                    process.wait(timeout=60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()

@@ -24,6 +24,7 @@ import numpy as np
 
 from cinemo import storage
 from cinemo.media.mp4 import write_video
+from cinemo.progress import counted
 from cinemo.types import keyed_seed
 
 Canvas = np.ndarray  # HWC float32 in 0..1, periodic in both axes
@@ -162,7 +163,7 @@ def render_clips(
     """
     directory.mkdir(parents=True, exist_ok=True)
     rows = []
-    for index in range(count):
+    for index in counted("rendering", range(count), count, "clips"):
         key = f"clip-{seed}-{index:05d}"
         clip = render_clip(seed, index, size, frames, fps)
         write_video(directory / f"{key}.mp4", clip.frames_FHWC, fps)

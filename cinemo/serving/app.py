@@ -31,6 +31,7 @@ from ray.serve.schema import LoggingConfig
 from cinemo import storage, tracking
 from cinemo.bundle import ModelBundle, load_bundle, read_card
 from cinemo.data.precompute.cluster import connect
+from cinemo.progress import doing
 from cinemo.serving.engine.runner import JobRunner
 from cinemo.serving.engine.warmup import warm_up
 from cinemo.serving.ingress import ANSWER_SECONDS, HTTP_PATIENCE, Ingress, Served, listen_on_loopback
@@ -252,7 +253,8 @@ def serve_forever(
             connect()
             leaving.callback(ray.shutdown)
             _handle_signals(_interrupt)  # again: Ray's own handler of SIGTERM ends the process at once
-            serve.start(http_options={"host": host, "port": port})
+            with doing("starting the server"):
+                serve.start(http_options={"host": host, "port": port})
             # The application alone: on a shared cluster others may use Serve too.
             leaving.callback(_delete, settings)
             if standby:
@@ -280,7 +282,8 @@ def _deploy(settings: ServeSettings) -> None:
     """
     application = build(settings)
     try:
-        serve.run(application, name=_NAME)
+        with doing("loading the model and warming it up"):
+            serve.run(application, name=_NAME)
     except RuntimeError as error:
         causes = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise RunError(f"bundle {settings.bundle}: no animator could start: {causes[-1]}") from None
@@ -293,7 +296,8 @@ def _take_bundle(settings: ServeSettings, reload: Callable[[], ServeSettings] | 
         wanted = settings.model_copy(update={"bundle": asked.bundle})
         digest = read_card(wanted.bundle).digest
         _deploy(wanted)
-        served = _wait_for_update(digest)
+        with doing("waiting for the new bundle to be loaded"):
+            served = _wait_for_update(digest)
     except (InputError, RunError) as error:
         print(f"update refused: {error}; still serving the old bundle", flush=True)
         return settings
@@ -329,8 +333,9 @@ def _delete(settings: ServeSettings) -> None:
     """Remove the application, and wait for its drain."""
     serve.delete(_NAME, _blocking=False)
     deadline = time.monotonic() + settings.drain_seconds + 2 * _EXIT_SECONDS
-    while _NAME in serve.status().applications and time.monotonic() < deadline:
-        time.sleep(0.1)
+    with doing("finishing what is being animated"):
+        while _NAME in serve.status().applications and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def _handle_signals(handler: Any) -> None:

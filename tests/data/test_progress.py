@@ -47,7 +47,7 @@ def test_figures_before_the_first_shard(clock: Clock) -> None:
     run = make(meter)
     clock.now += 20
     figures = run.figures()
-    assert "starting workers, 0:00:20" in figures.line()
+    assert "starting workers, 0:00:20 gone" in figures.line()
     clock.now += 10
     meter.add("decode", 20, {"decode": 15.0}, {"missing": 2})
     meter.add("encode", 10, {"encode": 5.0}, {})
@@ -57,7 +57,7 @@ def test_figures_before_the_first_shard(clock: Clock) -> None:
     assert figures.seconds_left == pytest.approx(90)
     assert figures.use == {"decode": pytest.approx(0.75), "encode": pytest.approx(0.5)}
     assert figures.line() == (
-        "0/100 clips in 0/10 shards (decoded 20, encoded 10), 1.00 clips/s, 0.0 MB/s, 0:01:30 left, "
+        "0/100 clips in 0/10 shards (decoded 20, encoded 10), 1.00 clips/s, 0.0 MB/s, 0:00:30 gone, 0:01:30 left, "
         "busy: decode 75% encode 50%, refused 2: missing 2"
     )
     run.add(shard(10, {"missing": 2, "unreadable": 1}))
@@ -92,7 +92,7 @@ def test_a_lost_meter_leaves_what_was_committed(clock: Clock) -> None:
 
 def test_lines_come_while_nothing_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_LINE_SECONDS", 0.02)
-    monkeypatch.setattr(progress, "_REWRITE_SECONDS", 0.02)
+    monkeypatch.setattr(progress, "REWRITE_SECONDS", 0.02)
     for stream in (io.StringIO(), Terminal()):
         heard: list[Figures] = []
         meter = Meter()

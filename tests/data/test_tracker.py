@@ -61,4 +61,4 @@ def test_a_server_that_fails_is_given_up(
         tracker.close(SUMMARY, None)
         tracker.finish("FINISHED")
         assert tracker.lost
-    assert capsys.readouterr().err.count("no longer tracked") == 1
+    assert capsys.readouterr().out.count("no longer tracked") == 1

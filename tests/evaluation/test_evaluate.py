@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from hearing import STRAY
 from PIL import Image
 from ray.data import DataContext
 from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
@@ -17,7 +18,7 @@ from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
 from cinemo.animate import AnimateRequest, Animation, animate
 from cinemo.bundle import keep_beside, keep_calibration, read_card
 from cinemo.data.dataset.shards import DatasetIndex
-from cinemo.evaluation.evaluate import evaluate
+from cinemo.evaluation.evaluate import evaluate, sentences
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
 from cinemo.evaluation.measuring import Plan
 from cinemo.evaluation.protocols import PROTOCOLS
@@ -50,6 +51,10 @@ def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path
     assert psnr["value"] == pytest.approx(np.mean([row["psnr"] for row in metrics["per_sample"]]))
     assert psnr["low"] <= psnr["value"] <= psnr["high"]
     assert metrics["metrics"]["fvd"] is None
+    told = sentences(metrics)
+    assert f"PSNR to the real continuation (dB): {psnr['value']:.4g}" in told
+    assert not any("FVD" in line or STRAY.search(line) for line in told)
+    assert not any("motion control" in line for line in sentences({**metrics, "motion_spearman": None}))
     assert metrics["calls_a_video"] == 2
     assert metrics["seconds_a_video"] > 0
     assert metrics["protocol"]["videos"] == 2

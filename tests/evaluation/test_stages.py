@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cinemo.evaluation.stages import Stages
+from cinemo.progress import shown
 from cinemo.types import InputError
 
 
@@ -89,3 +90,19 @@ def test_a_failing_command_ends_with_its_code_and_its_tail(tmp_path: Path, capsy
     assert (tmp_path / "demo" / "logs" / "train.log").read_text() == "step 1\nout of luck\n"
     assert stages.commands["train"] == f"python pipelines/train.py --data '{tmp_path}/with space'"
     assert Stages(tmp_path / "demo", tmp_path / "scripts")._stored["train"]["done"] is False
+
+
+def test_a_silent_command_is_spoken_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cinemo.evaluation.stages._PATIENCE", 0.1)
+    (tmp_path / "train.py").write_text("import time\ntime.sleep(1.5)\nprint('step 1')\n")
+    stages = Stages(tmp_path / "demo", tmp_path)
+    words = stages.note("train", "train")
+    with shown():
+        stages.run("train", 1, [], lambda: stages.command("train", words))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "== train"
+    assert said[1].startswith("   train: 0:00:0")
+    assert "   step 1" in said
+    assert said[-1].startswith("== train: done in 0:00:0")

@@ -29,6 +29,7 @@ from cinemo.data.dataset.shards import DatasetIndex, Members, shard_name
 from cinemo.data.precompute import stages
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.sources import NOT_THERE
+from cinemo.progress import counted, doing
 from cinemo.types import ClipError, InputError, LatentSample, RunError, keyed_seed
 
 CANARY_SAMPLES = 8
@@ -50,7 +51,6 @@ _RECORD = {
 }
 _SIDECAR = {"shard", "fingerprint", "samples", "missing", "bytes", "members"}
 _THREADS = 4  # each holds one shard in memory
-_PROGRESS_SECONDS = 3.0
 _SHOWN = 3
 
 
@@ -99,25 +99,21 @@ def verify(uri: str, recipe: Recipe, samples: int = CANARY_SAMPLES) -> dict[str,
     if "appending" in index.info:
         raise InputError(f"{uri}: an append is not finished; run the command that began it again, then verify")
     fields = _fields(index)
-    started = printed = time.perf_counter()
-    checked: list[_Checked] = []
+    started = time.perf_counter()
     with ThreadPoolExecutor(_THREADS) as pool:
-        for shard in pool.map(lambda number: _check(index, number, fields), index.shards):
-            checked.append(shard)
-            now = time.perf_counter()
-            if now - printed >= _PROGRESS_SECONDS:
-                printed, done = now, sum(shard.bytes for shard in checked)
-                rate = done / (now - started) / 1e6
-                print(f"{len(checked)}/{len(index.shards)} shards, {done / 1e6:.0f} MB, {rate:.0f} MB/s", flush=True)
-    faults = [
-        *_strays(index, fields),
-        *(fault for shard in checked for fault in shard.faults),
-        *_disagreements(index, checked, fields),
-        *_repeated_keys(index, checked),
-        *_other_recipe(index, recipe, fields),
-    ]
+        checking = pool.map(lambda number: _check(index, number, fields), index.shards)
+        checked = list(counted("checking", checking, len(index.shards), "shards"))
+    with doing("comparing records"):
+        faults = [
+            *_strays(index, fields),
+            *(fault for shard in checked for fault in shard.faults),
+            *_disagreements(index, checked, fields),
+            *_repeated_keys(index, checked),
+            *_other_recipe(index, recipe, fields),
+        ]
     seconds = time.perf_counter() - started
-    made_again = canary(index, recipe, samples, recipe.data.seed) if samples else Canary(0)
+    with doing("making samples again"):
+        made_again = canary(index, recipe, samples, recipe.data.seed) if samples else Canary(0)
     faults += [*made_again.faults, *made_again.unreadable]
     if faults:
         more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""

@@ -19,10 +19,11 @@ import ray
 from ray._private import ray_constants
 from ray.data import DataContext
 
-from cinemo import s3, web
+from cinemo import diagnostics, s3, web
 from cinemo.config import Recipe
 from cinemo.data.precompute import pools
 from cinemo.data.precompute.progress import Figures, Meter, Progress
+from cinemo.progress import doing
 from cinemo.types import InputError, RunError
 
 _WORKER_ENVIRONMENT = {
@@ -55,7 +56,8 @@ def connect(cpus: int = 1) -> None:
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
         passed = {name: os.environ[name] for name in (s3.PATIENCE, *web.SETTINGS) if name in os.environ}
-        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | passed})
+        with doing("joining the Ray cluster"):
+            ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | passed})
         return
     # As Ray does on macOS: its processes talk over the loopback address, where they would listen on every interface.
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -63,14 +65,16 @@ def connect(cpus: int = 1) -> None:
     memory = _OBJECT_STORE_LIMIT
     if _SHARED_MEMORY.is_dir():
         memory = min(memory, shutil.disk_usage(_SHARED_MEMORY).free // 2)
-    ray.init(
-        address="local",  # never a cluster that happens to run on this machine
-        num_cpus=max(cpus, os.cpu_count() or 1),
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=bool(os.environ.get("CINEMO_DEBUG")),
-        object_store_memory=memory,
-    )
+    with doing("starting Ray"):
+        started = ray.init(
+            address="local",  # never a cluster that happens to run on this machine
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=bool(os.environ.get("CINEMO_DEBUG")),
+            object_store_memory=memory,
+        )
+    diagnostics.logs_are_in(os.path.join(started.address_info["session_dir"], "logs"))
 
 
 @contextlib.contextmanager

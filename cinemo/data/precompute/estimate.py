@@ -31,6 +31,7 @@ from cinemo.data.precompute.plan import Plan, PlannedRows, plan_manifest
 from cinemo.data.precompute.prices import Prices, money
 from cinemo.lock import HEARTBEAT_SECONDS
 from cinemo.networks.vae_cost import Encoding, encoding
+from cinemo.progress import counted
 from cinemo.types import InputError, keyed_seed
 
 SAMPLE_CLIPS = 32
@@ -148,7 +149,7 @@ def _measure(
     """
     data = recipe.data
     encoder, sample, decoding_memory, begun = None, [], 0, time.perf_counter()
-    for number, position in enumerate(positions):
+    for number, position in counted("measuring clips", enumerate(positions), len(positions), "clips"):
         if number >= _LEAST and time.perf_counter() - begun > SAMPLE_SECONDS:
             break
         place = np.array([position])

@@ -31,13 +31,13 @@ from cinemo.data.precompute.plan import PlannedRows, plan_manifest
 from cinemo.data.precompute.progress import Figures, describe
 from cinemo.lock import Lock, hold
 from cinemo.methods import method_class
+from cinemo.progress import doing
 from cinemo.types import InputError, RunError
 
 # Decoded frames of one task: small enough that a few tasks in flight fit any object store.
 _TASK_BYTES = 64 << 20
 _TASK_CLIPS = 16
 _TASK_SHARDS = 4  # of a field
-_PROGRESS_SECONDS = 3.0
 # About so many clips have their planned rows in the object store at a time.
 _WAVE_CLIPS = 1 << 20
 _SECONDS = ("decode_seconds", "score_seconds", "encode_seconds", "commit_seconds")
@@ -85,8 +85,9 @@ def run(
     totals: Counter[str] = Counter()
     capacity: dict[str, float] = {}
     with hold(dataset.uri, break_lock) as lock:
-        dataset.load()
-        rows, retried = _rows_to_do(dataset, retry_quarantine)
+        with doing("looking at what is there already"):
+            dataset.load()
+            rows, retried = _rows_to_do(dataset, retry_quarantine)
         if len(rows):
             plan.clips.check_buckets()
             dataset.begin()
@@ -101,10 +102,11 @@ def run(
                         totals.update({name: shard[name] for name in ("clips", *_SECONDS)})
                         if retried is None:
                             _check_share(progress.refused, len(dataset.plan), dataset)
-        summary = dataset.summarize()
-        _check_share(summary["reasons"], summary["clips"], dataset)
-        lock.check()
-        dataset.finish(summary)
+        with doing("writing the index"):
+            summary = dataset.summarize()
+            _check_share(summary["reasons"], summary["clips"], dataset)
+            lock.check()
+            dataset.finish(summary)
         seconds = time.perf_counter() - started
         made = add_fields(dataset, extras, lock)
     return {
@@ -273,16 +275,13 @@ def add_fields(dataset: Dataset, stores: Sequence[FieldStore], lock: Lock) -> di
             store.begin()
     total = sum(dataset.records[number]["samples"] for number in todo)
     done, started, stage_seconds = 0, time.perf_counter(), {"decode": 0.0, "encode": 0.0}
-    printed = started
-    for shard in _execute_fields(sorted(todo.items()), dataset, stores) if todo else ():
-        lock.check()
-        done += shard["samples"]
-        for stage in stage_seconds:
-            stage_seconds[stage] += shard[f"{stage}_seconds"]
-        now = time.perf_counter()
-        if now - printed >= _PROGRESS_SECONDS or done == total:
-            printed = now
-            print(f"fields: {done}/{total} samples, {done / (now - started):.2f} samples/s", flush=True)
+    with doing(f"fields {', '.join(store.field for store in stores)}", total, "samples") as work:
+        for shard in _execute_fields(sorted(todo.items()), dataset, stores) if todo else ():
+            lock.check()
+            done += shard["samples"]
+            work.advance(shard["samples"])
+            for stage in stage_seconds:
+                stage_seconds[stage] += shard[f"{stage}_seconds"]
     this_run = {"seconds": time.perf_counter() - started, "stage_seconds": stage_seconds}
     made = {name for wanted in todo.values() for name in wanted}
     return {

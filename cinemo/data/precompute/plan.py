@@ -13,6 +13,7 @@ import pyarrow as pa
 from cinemo.config import Recipe
 from cinemo.data.manifest.columns import Columns
 from cinemo.data.manifest.manifest import Manifest, read_manifest
+from cinemo.progress import doing, say
 
 
 @dataclass(frozen=True)
@@ -117,10 +118,12 @@ def plan_manifest(
     def listed(rows: int | None) -> Manifest:
         return read_manifest(uri, rows, columns, recipe.data.seed, names_as_captions)
 
-    clips = listed(limit)
+    with doing("reading the list of clips"):
+        clips = listed(limit)
     for note in clips.notes:
-        print(f"manifest: {note}", flush=True)
-    return make_plan(clips, recipe), lambda rows: listed(rows).digest
+        say(f"manifest: {note}")
+    with doing("planning shards"):
+        return make_plan(clips, recipe), lambda rows: listed(rows).digest
 
 
 def make_plan(clips: Manifest, recipe: Recipe) -> Plan:

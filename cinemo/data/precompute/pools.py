@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from cinemo.config import Recipe
+from cinemo.progress import say
 from cinemo.types import InputError, RunError
 
 # What a decoder leaks ends with its process. And options unlike an actor's keep Ray Data from decoding inside one.
@@ -124,14 +125,14 @@ def _wait(name: str, each: float, wanted: float, recipe: Recipe, what: str, way_
     request = placement_group([{name: each}] * count, strategy="PACK")
     try:
         while (waited := time.monotonic() - begun) < limit and ray.cluster_resources().get(name, 0.0) < wanted:
-            print(f"waiting for {wanted:g} {called}: {what} {have:g}; {waited:.0f} of {limit:g} s", flush=True)
+            say(f"waiting for {wanted:g} {called}: {what} {have:g}; {waited:.0f} of {limit:g} s")
             request.wait(min(_SAY_SECONDS, limit - waited))
             have = ray.cluster_resources().get(name, 0.0)
     finally:
         remove_placement_group(request)
     if have >= wanted:
-        print(f"the cluster has {have:g} {called} now", flush=True)
+        say(f"the cluster has {have:g} {called} now")
     elif have >= each:
-        print(f"going on with {have:g} {called} of {wanted:g}: no more came within {limit:g} s", flush=True)
+        say(f"going on with {have:g} {called} of {wanted:g}: no more came within {limit:g} s")
     else:
         raise RunError(f"{what} {have:g} {called}, and no more came within {limit:g} s; {way_out}")

@@ -5,7 +5,6 @@ Only the standard library: `Meter` runs in a process of its own, which must star
 
 from __future__ import annotations
 
-import datetime
 import json
 import shutil
 import sys
@@ -16,8 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from cinemo.progress import REWRITE_SECONDS, heard, rate, times
+
 _WINDOW_SECONDS = 60.0
-_LINE_SECONDS, _REWRITE_SECONDS = 5.0, 1.0
+_LINE_SECONDS = 5.0
 
 
 class Meter:
@@ -68,10 +69,9 @@ class Figures:
         if self.committed < self.encoded or self.encoded < self.decoded:
             head += f" (decoded {self.decoded}, encoded {self.encoded})"
         if not self.decoded:
-            return f"{head}, starting workers, {_clock(self.seconds)}"
-        left = self.seconds_left
-        parts = [head, f"{self.rate:.2f} clips/s", f"{self.megabytes_per_second:.1f} MB/s"]
-        parts.append(f"{_clock(self.seconds)} elapsed" if left is None else f"{_clock(left)} left")
+            return f"{head}, starting workers, {times(self.seconds)}"
+        parts = [head, rate(self.rate, 1, "clips"), f"{self.megabytes_per_second:.1f} MB/s"]
+        parts.append(times(self.seconds, self.seconds_left))
         parts.append("busy: " + " ".join(f"{stage} {share:.0%}" for stage, share in self.use.items()))
         if self.reasons:
             parts.append(f"refused {sum(self.reasons.values())}: {describe(self.reasons)}")
@@ -177,7 +177,7 @@ class Progress:
         )
 
     def _watch(self) -> None:
-        pause = _REWRITE_SECONDS if self._stream.isatty() else _LINE_SECONDS
+        pause = REWRITE_SECONDS if self._stream.isatty() else _LINE_SECONDS
         while not self._stop.wait(pause):
             self._show()
 
@@ -190,6 +190,7 @@ class Progress:
         else:
             self._stream.write(text + "\n")
         self._stream.flush()
+        heard()
         if self._listener:
             self._listener(figures)
 
@@ -199,7 +200,3 @@ def describe(reasons: Mapping[str, int]) -> str:
     return ", ".join(
         f"{reason} {count}" for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
     )
-
-
-def _clock(seconds: float) -> str:
-    return str(datetime.timedelta(seconds=round(seconds)))

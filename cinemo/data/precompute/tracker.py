@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from cinemo import tracking
 from cinemo.config import Recipe
 from cinemo.data.precompute.progress import Figures
+from cinemo.progress import say
 
 
 class Tracker:
@@ -43,7 +43,7 @@ class Tracker:
             work()
         except Exception as error:  # of whatever kind the store raises
             self.lost = True
-            print(f"mlflow: {type(error).__name__}: {error}; this run is no longer tracked", file=sys.stderr)
+            say(f"mlflow: {type(error).__name__}: {error}; this run is no longer tracked")
 
 
 @contextlib.contextmanager
@@ -57,11 +57,11 @@ def tracked(recipe: Recipe, output: str) -> Iterator[Tracker | None]:
         yield None
         return
     if importlib.util.find_spec("mlflow") is None:
-        print("MLFLOW_TRACKING_URI is set but mlflow is not installed: this run is not tracked", file=sys.stderr)
+        say("MLFLOW_TRACKING_URI is set but mlflow is not installed: this run is not tracked")
         yield None
         return
     tracker = Tracker(tracking.Run(output, "precompute", params=tracking.flatten(recipe) | {"output": output}))
-    print(tracker.run.hint)
+    say(tracker.run.hint)
     status = "FAILED"
     try:
         yield tracker

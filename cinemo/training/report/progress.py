@@ -21,6 +21,7 @@ from typing import Any
 from cinemo import s3, storage
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.progress import say, times
 from cinemo.tracking import Run, flatten
 from cinemo.training.report.metrics import COLUMNS, Report
 from cinemo.types import RunError
@@ -114,7 +115,7 @@ class Progress:
         output: str,
         dataset: str,
         fingerprint: str,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = say,
         profile: Mapping[str, Any] | None = None,
     ) -> None:
         self._recipe, self._output, self._say = recipe, output, say
@@ -221,15 +222,15 @@ class Progress:
         self._tracked(lambda run: run.finish(status))
 
     def _line(self, report: Report) -> str:
+        gone = time.monotonic() - self._begun
         left = (self._recipe.train.max_steps - report.step) * self._recipe.train.global_batch
-        minutes, seconds = divmod(round(left / report.samples_per_second), 60)
         validation = f"validation {report.val_loss:.4f}  " if math.isfinite(report.val_loss) else ""
         mfu = f"mfu {report.mfu:.0%}  " if math.isfinite(report.mfu) else ""
         skipped = f"{report.skipped:g} samples left out  " if report.skipped > 0 else ""
         return (
             f"step {report.step}/{self._recipe.train.max_steps}  loss {report.loss:.4f}  {validation}"
             f"lr {report.lr:.2e}  {report.samples_per_second:.1f} samples/s  {mfu}data wait {report.data_wait:.0%}  "
-            f"{skipped}eta {minutes}:{seconds:02d}"
+            f"{skipped}{times(gone, left / report.samples_per_second)}"
         )
 
     def _watch(self, sheet: Sheet) -> None:

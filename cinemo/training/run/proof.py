@@ -24,6 +24,7 @@ from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.loading.mix import MixedLoader
 from cinemo.data.loading.source import Source
+from cinemo.progress import doing, say
 from cinemo.recipes import override
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report import sample_log
@@ -130,11 +131,12 @@ def _train(recipe: Recipe, data: Sequence[Source], output: str, script: str, liv
         storage.write_bytes(f"{output}.json", override(recipe, [f"train.workers={life.workers}"]).to_json().encode())
         flags = [word for source in data for word in source.flags]
         command = [sys.executable, script, "--recipe", f"{output}.json", *flags, "--output", output]
-        print(f"{name}: {_say(life)}", flush=True)
+        say(f"{name}: {_say(life)}")
         with Path(f"{output}.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            code = _wait(process, output, life.killed_after)
+            with doing(f"{name}: {_say(life)}"):
+                code = _wait(process, output, life.killed_after)
         finally:
             _kill(process)
         if life.killed_after is None and code:

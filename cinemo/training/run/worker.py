@@ -31,6 +31,7 @@ from cinemo.data.precompute.cluster import connect
 from cinemo.lock import Lock, hold
 from cinemo.methods import check_trainable, image_encoder_place, method_class
 from cinemo.networks.frozen import check_image_encoder
+from cinemo.progress import Work, doing, say
 from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.checkpoint.checkpoints import CheckpointCard
@@ -89,23 +90,24 @@ def run(
     sources = [Source(data)] if isinstance(data, str) else list(data)
     sources = [replace(source, uri=storage.absolute(source.uri)) for source in sources]
     output = storage.absolute(output)
-    indexes = opened(sources)
-    for index in indexes:
-        check_dataset(index, recipe)
-    recipe = with_statistics(recipe, indexes[0])
-    check_trainable(recipe, method_class(recipe))
-    if "image_encoder" in method_class(recipe).needs:
-        check_image_encoder(image_encoder_place(recipe))
-    base_note = check_base(recipe)
-    start = _starting_point(recipe, sources, indexes, output, resume)
+    with doing("checking the dataset and the weights to start from"):
+        indexes = opened(sources)
+        for index in indexes:
+            check_dataset(index, recipe)
+        recipe = with_statistics(recipe, indexes[0])
+        check_trainable(recipe, method_class(recipe))
+        if "image_encoder" in method_class(recipe).needs:
+            check_image_encoder(image_encoder_place(recipe))
+        base_note = check_base(recipe)
+        start = _starting_point(recipe, sources, indexes, output, resume)
     summary = read_summary(output)
     if start and summary and start.step >= recipe.train.max_steps and start.uri.startswith(output):
-        print(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
+        say(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
         return summary
     shards = [[(0, len(index.shards))] for index in indexes]
     fields = method_class(recipe).stored_fields(recipe)
     for line in TrainingData(sources, indexes, shards, recipe.train, fields=fields).lines():
-        print(line)
+        say(line)
     with hold(output, break_lock) as lock:
         return _train(recipe, sources, indexes, output, resume, base_note, lock)
 
@@ -124,13 +126,15 @@ def _train(
         checkpoints.prune(output, recipe.train.keep_checkpoints)
     start = _starting_point(recipe, sources, indexes, output, resume)
     if base_note and not start:
-        print(base_note)
-    with ThreadPoolExecutor(1, "flops") as pool:
+        say(base_note)
+    with doing("counting the network's operations"), ThreadPoolExecutor(1, "flops") as pool:
         flops = pool.submit(sample_flops, recipe)
         _join_cluster(recipe)
     if recipe.train.canary and not start:
         for index in indexes:
-            print(_canary(index, recipe), flush=True)
+            with doing("making samples of the dataset again"):
+                line = _canary(index, recipe)
+            say(line)
     name = sources[0].uri if len(sources) == 1 and not sources[0].still else " + ".join(map(str, sources))
     progress = Progress(recipe, output, name, digest_of(indexes), profile=dataset_profile(indexes[0]))
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
@@ -161,8 +165,9 @@ def _train(
             failure_config=FailureConfig(max_failures=train_settings.max_failures),
         ),
     )
+    workers = f"{train_settings.workers} worker" + ("s" if train_settings.workers > 1 else "")
     try:
-        with _following(mailbox, progress, lock):
+        with doing(f"starting {workers}") as work, _following(mailbox, progress, lock, work):
             trainer.fit()
         _raise_fault(mailbox)
     except SystemExit:  # what Ray Train makes of an interrupt
@@ -184,12 +189,15 @@ def _train(
         progress.fail()
         raise
     lock.check()
-    with storage.tidying(f"{output}: checkpoints before the last {train_settings.keep_checkpoints}"):
-        checkpoints.prune(output, train_settings.keep_checkpoints)
-    latest = checkpoints.latest(output)
-    if latest is None:
-        raise RunError(f"{output}: no checkpoint is complete there: the storage has lost files that were written to it")
-    return progress.finish(latest.uri)
+    with doing("closing the run"):
+        with storage.tidying(f"{output}: checkpoints before the last {train_settings.keep_checkpoints}"):
+            checkpoints.prune(output, train_settings.keep_checkpoints)
+        latest = checkpoints.latest(output)
+        if latest is None:
+            raise RunError(
+                f"{output}: no checkpoint is complete there: the storage has lost files that were written to it"
+            )
+        return progress.finish(latest.uri)
 
 
 def _starting_point(
@@ -269,7 +277,7 @@ def _raise_fault(mailbox: Any) -> None:
 
 
 @contextmanager
-def _following(mailbox: Any, progress: Progress, lock: Lock) -> Iterator[None]:
+def _following(mailbox: Any, progress: Progress, lock: Lock, work: Work) -> Iterator[None]:
     """Hand the mailbox's events to ``progress`` from a thread, until the block ends and none are left.
 
     Once the lock is lost, nothing more is written, and the block is interrupted as a person would do it.
@@ -285,6 +293,7 @@ def _following(mailbox: Any, progress: Progress, lock: Lock) -> Iterator[None]:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
             for event in ray.get(mailbox.take.remote()):
+                work.what = "training"
                 progress.handle(pickle.loads(event))
 
     with ThreadPoolExecutor(1, "progress") as pool:
