@@ -252,6 +252,8 @@ def serve_forever(
                     os.environ.setdefault(name, value)
             connect()
             leaving.callback(ray.shutdown)
+            if standby:
+                leaving.callback(standby.detach)
             _handle_signals(_interrupt)  # again: Ray's own handler of SIGTERM ends the process at once
             with doing("starting the server"):
                 serve.start(http_options={"host": host, "port": port})

@@ -70,6 +70,8 @@ class Ingress:
         self._heard: float | None = None
         self._living: dict[str, Any] = {}
         self._draining = False
+        self._threads: list[threading.Thread] = []
+        self._detached = threading.Event()
         self._is_replica = animator is not None
         if self._is_replica:
             listen_on_loopback()
@@ -79,7 +81,14 @@ class Ingress:
         """Ask this deployment from now on."""
         self._animator = animator
         for name, work in (("cinemo-card", self._ask), ("cinemo-watch", self._watch)):
-            threading.Thread(target=work, name=name, daemon=True).start()
+            self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+            self._threads[-1].start()
+
+    def detach(self) -> None:
+        """Ask no more: whoever asks a Ray that has ended starts another."""
+        self._detached.set()
+        for thread in self._threads:
+            thread.join(ANSWER_SECONDS + 2)
 
     def drain(self) -> None:
         """Be ready for no jobs any more."""
@@ -128,7 +137,7 @@ class Ingress:
 
     def _ask(self) -> None:
         self._read_tokenizer(self._settings.bundle, self._card)
-        while True:
+        while not self._detached.is_set():
             answer = self._animator.served.remote()
             try:
                 served: Served = answer.result(timeout_s=ANSWER_SECONDS)
@@ -139,11 +148,10 @@ class Ingress:
                 self._heard = time.monotonic()
             except Exception:  # none lives, or it is just dying: asked again for ever
                 answer.cancel()
-            time.sleep(_ASK_SECONDS)
+            self._detached.wait(_ASK_SECONDS)
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(_WATCH_SECONDS)
+        while not self._detached.wait(_WATCH_SECONDS):
             for worker, actor in list(self._living.items()):
                 try:
                     ray.get(actor.__ray_ready__.remote(), timeout=_WATCH_SECONDS)

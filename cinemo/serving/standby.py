@@ -58,6 +58,10 @@ class Standby:
         """The animators are there: know from them what is served."""
         self._ingress.attach(animator)
 
+    def detach(self) -> None:
+        """Ray is about to end."""
+        self._ingress.detach()
+
     def drain(self) -> None:
         """Refuse new jobs from now on."""
         self._draining = True
