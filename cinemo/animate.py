@@ -28,6 +28,8 @@ from cinemo.media.stills import rgb
 from cinemo.media.video import probe, read_frames
 from cinemo.methods import long, method_class, run
 from cinemo.methods.controls import check_text
+from cinemo.methods.quality import QualityTable
+from cinemo.networks.adapters import Adapters, Choice
 from cinemo.types import Animation, ClipError, InputError, Sampled
 
 MAX_PIXELS = 80_000_000  # below the size at which Pillow suspects a decompression bomb
@@ -41,6 +43,7 @@ class AnimateRequest:
         image: RGB picture of any size, (H, W, 3) uint8 or PIL; it is resized and centre-cropped to the video's size.
         prompt: text; the encoder reads its first 77 tokens.
         size: (height, width) of the video; None: the recipe's. Networks make what they were trained for best.
+        lora: ``NAME`` or ``NAME:SCALE`` of an adapter that the bundle was loaded with.
         inputs: other pictures (H, W, 3) and videos (F, H, W, 3) that the bundle's method takes, uint8, by name.
         controls: what the method can be asked, by name (its ``controls_type``; Cinemo: ``motion_bucket``, ``steps``,
             ``seed``, ...). None stands for the default of the bundle's recipe.
@@ -57,9 +60,11 @@ class AnimateRequest:
         *,
         size: tuple[int, int] | None = None,
         inputs: Mapping[str, np.ndarray] | None = None,
+        lora: str | None = None,
         **controls: Any,
     ) -> None:
         check_text("prompt", prompt)
+        self.lora = lora
         self.image, self.prompt, self.size = image, prompt, size
         self.inputs, self.controls = dict(inputs or {}), controls
         for name, pixels in self.inputs.items():
@@ -67,11 +72,17 @@ class AnimateRequest:
                 got = f"{pixels.shape} {pixels.dtype}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
                 raise InputError(f"{name}: got {got}, expected uint8 (H, W, 3), or (F, H, W, 3) for a video")
 
-    def settings(self, recipe: Recipe, calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def settings(
+        self,
+        recipe: Recipe,
+        calibration: Mapping[str, Any] | None = None,
+        quality: QualityTable | None = None,
+    ) -> dict[str, Any]:
         """The prompt and every control with its value, the recipe's defaults filled in.
 
         Args:
             calibration: of the bundle (`MotionScale.calibration`), by which a motion strength is linear in motion.
+            quality: of the bundle, by which a quality that is asked for becomes steps, solver and so on.
 
         Raises:
             InputError: a control or input that the recipe's method does not have, or a value out of range.
@@ -91,8 +102,9 @@ class AnimateRequest:
                 f"{name}: is no control but a {method.inputs[name].kind}; give it as inputs={{{name!r}: ...}}"
             )
         controls = method.controls_type.of(self.controls, recipe.name)
-        calibrated = controls.calibrated(recipe, calibration)
-        return {"prompt": self.prompt, **calibrated.settings(recipe, self.inputs.keys())}
+        calibrated = controls.calibrated(recipe, calibration, quality)
+        filled = calibrated.settings(recipe, self.inputs.keys())
+        return {"prompt": self.prompt, **filled, **controls.predicted(quality)}
 
 
 def blank_inputs(recipe: Recipe) -> dict[str, np.ndarray]:
@@ -108,12 +120,13 @@ class Prepared:
     """A request made ready for the network, on the bundle's device, a batch of one.
 
     ``sampling``: asks ``calls`` times, and returns the video's latents (1, C, F, h, w). ``settings``: everything needed
-    to make the result again.
+    to make the result again. ``adapter``: that the network is to be asked with.
     """
 
     sampling: Sampling
     calls: int
     settings: Mapping[str, Any]
+    adapter: Choice | None = None
 
 
 def animate(
@@ -137,7 +150,8 @@ def sample(bundle: ModelBundle, request: AnimateRequest, progress: Callable[[int
     """As `animate`, but for the frames, which `Vae.decoding` makes a few at a time."""
     asked = prepare(bundle, request)
     report = None if progress is None else lambda done: progress(done, asked.calls)
-    video_BCFHW = run(bundle.method, asked.sampling, report)
+    with bundle.adapters.using((asked.adapter,)):
+        video_BCFHW = run(bundle.method, asked.sampling, report)
     return Sampled(video_BCFHW[0].float().cpu(), asked.settings["fps"], asked.settings)
 
 
@@ -148,12 +162,15 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     Raises:
         InputError: the request does not fit the bundle.
     """
-    recipe, settings = bundle.recipe, request.settings(bundle.recipe, bundle.motion.calibration)
+    recipe, settings = bundle.recipe, request.settings(bundle.recipe, bundle.motion.calibration, bundle.quality)
     if request.size is not None:
         recipe = bundle.method.sized(recipe, request.size)
     image = rgb(request.image) if isinstance(request.image, Image.Image) else request.image
     inputs = {name: np.ascontiguousarray(pixels) for name, pixels in {"image": image, **request.inputs}.items()}
-    sampling, calls = long.prepare(bundle.method, recipe, bundle.encoders, inputs, settings)
+    adapter = None if request.lora is None else bundle.adapters.choose(request.lora)
+    with bundle.adapters.using((adapter,)):
+        sampling, calls = long.prepare(bundle.method, recipe, bundle.encoders, inputs, settings)
+    sampling = _adapted(sampling, bundle.adapters, adapter)
     known = {
         "recipe": recipe.name,
         "bundle": bundle.digest,
@@ -163,7 +180,25 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
         "fps": recipe.sample.fps,
         **{f"{name}_sha256": hashlib.sha256(pixels.data).hexdigest() for name, pixels in inputs.items()},
     }
-    return Prepared(sampling, calls, known | settings)  # a method may know of another number of frames
+    if adapter is not None:
+        known |= {"lora": f"{adapter[0].name}:{adapter[1]:g}", "lora_sha256": adapter[0].sha256}
+    return Prepared(sampling, calls, known | settings, adapter)  # a method may know of another number of frames
+
+
+def _adapted(sampling: Sampling, adapters: Adapters, adapter: Choice | None) -> Sampling:
+    """A sampling whose own use of the network (keys and values of its text) has the adapter, too."""
+    if adapter is None:
+        return (yield from sampling)
+    with adapters.using((adapter,)):
+        query = next(sampling)
+    while True:
+        output = yield query
+        try:
+            with adapters.using((adapter,)):
+                query = sampling.send(output)
+        except StopIteration as end:
+            result: Tensor = end.value
+            return result
 
 
 def sentences(sampled: Sampled) -> list[str]:

@@ -19,7 +19,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,11 @@ from cinemo import cache, storage, tracking
 from cinemo.config import MOTION_BUCKETS, DataConfig, DiffusionConfig, Recipe, SampleConfig
 from cinemo.media.motion import MORE_MOTION, STILLER, MotionScale
 from cinemo.methods import Encoders, Method, build_method, image_encoder_place, method_class
+from cinemo.methods.quality import QualityTable
+from cinemo.networks.adapters import Adapters
+from cinemo.networks.adapters import load as load_adapters
 from cinemo.networks.frozen import ImageEncoder, Statistics, TextEncoder, Vae, normalised
+from cinemo.networks.latent_colours import latent_colours
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.tokenizer import Tokenizer
 from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles
@@ -42,18 +47,22 @@ from cinemo.types import InputError
 
 RECORD = "bundle.json"
 CALIBRATION = "calibration.json"
+QUALITY = "quality.json"
 # Pickled or duplicate weights that published folders carry beside the safetensors file.
 _NOT_COPIED = ("*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.fp16.*", "*.non_ema.*", ".*")
 
 
 @dataclass(frozen=True)
 class BundleCard:
-    """What can be said of a bundle without loading its weights."""
+    """What can be said of a bundle without loading its weights. ``quality``: where somebody measured it.
+    ``adapters``: by name the sha256 of those that it is served with."""
 
     recipe: Recipe
     motion: MotionScale
     digest: str
     provenance: Mapping[str, Any]
+    quality: QualityTable | None = None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,17 @@ class ModelBundle:
     digest: str
     location: str
     image: ImageEncoder | None = None
+    quality: QualityTable | None = None
+    adapters: Adapters = field(default_factory=Adapters)
 
     @property
     def device(self) -> torch.device:
         return next(self.method.parameters()).device
+
+    @cached_property
+    def colours(self) -> torch.Tensor:
+        """What `cinemo.networks.latent_colours` makes of the autoencoder, on the device; takes a second or a few."""
+        return latent_colours(self.vae).to(self.device)
 
     @property
     def encoders(self) -> Encoders:
@@ -189,7 +205,8 @@ def _read_card(root: Path, location: str | Path, full: bool) -> BundleCard:
         )
     calibration = _kept_calibration(root, record["digest"]) or motion["calibration"]
     scale = MotionScale(tuple(motion["bucket_edges"]), motion["metric"], calibration, motion["scale"])
-    return BundleCard(recipe, scale, record["digest"], record["provenance"])
+    quality = _kept_quality(root, record["digest"])
+    return BundleCard(recipe, scale, record["digest"], record["provenance"], quality)
 
 
 def keep_calibration(location: str | Path, calibration: Mapping[str, Any]) -> None:
@@ -211,6 +228,18 @@ def keep_calibration(location: str | Path, calibration: Mapping[str, Any]) -> No
     keep_beside(location, CALIBRATION, json.dumps(dict(calibration), indent=2).encode() + b"\n")
 
 
+def keep_quality(location: str | Path, table: QualityTable) -> None:
+    """Lay a table of qualities beside a bundle's files; like a calibration it is no part of its digest.
+
+    Raises:
+        InputError: the bundle cannot be written, or it is another one.
+    """
+    digest = read_card(location).digest
+    if table.bundle != digest:
+        raise InputError(f"bundle {location}: its digest is {digest[:12]}, but the table is of {table.bundle[:12]}")
+    keep_beside(location, QUALITY, json.dumps(table.to_json(), indent=2).encode() + b"\n")
+
+
 def keep_beside(location: str | Path, name: str, content: bytes) -> None:
     """Lay a file beside a bundle's own, which is no part of its digest.
 
@@ -227,6 +256,7 @@ def load_bundle(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     full: bool = False,
+    lora: str | None = None,
 ) -> ModelBundle:
     """Load a bundle for sampling: the method in evaluation mode and the frozen encoders, on ``device`` in ``dtype``.
 
@@ -234,9 +264,10 @@ def load_bundle(
         device: a GPU where there is one, else the CPU, unless given.
         dtype: float32 on a CPU and bfloat16 elsewhere, unless given.
         full: as `read_card`.
+        lora: a directory of LoRA adapters that requests may name (`cinemo.networks.adapters`).
 
     Raises:
-        InputError: as `read_card`, or there is no such device.
+        InputError: as `read_card`, there is no such device, or an adapter does not fit.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -252,10 +283,15 @@ def load_bundle(
         kind = method_class(card.recipe)
         networks = {part: kind.load_network(card.recipe, part, str(root / part), dtype) for part in kind.parts}
         method = build_method(card.recipe, networks).to(device).eval().requires_grad_(False)
+        adapters = load_adapters(Path(lora)) if lora else Adapters()
+        adapters.attach(method.networks)
         if card.recipe.compile:
+            if adapters.found:
+                raise InputError(f"bundle {location}: its network is compiled, which no adapter is; set compile=false")
             method.compile_networks()
         vae, decoder, text, image = _load_encoders(card.recipe, root, device, dtype)
-    return ModelBundle(card.recipe, method, vae, decoder, text, card.motion, card.digest, str(location), image)
+    motion, digest, quality = card.motion, card.digest, card.quality
+    return ModelBundle(card.recipe, method, vae, decoder, text, motion, digest, str(location), image, quality, adapters)
 
 
 def load_tokenizer(location: str | Path, recipe: Recipe) -> Tokenizer:
@@ -357,6 +393,15 @@ def _kept_calibration(root: Path, digest: str) -> Mapping[str, Any] | None:
         return found if found["bundle"] == digest else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _kept_quality(root: Path, digest: str) -> QualityTable | None:
+    """None where there is none, it is of other weights, or no such table."""
+    try:
+        table = QualityTable.from_json(json.loads((root / QUALITY).read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return table if table.bundle == digest else None
 
 
 def _localize(location: str | Path) -> Path:

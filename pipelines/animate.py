@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cinemo import cli, diagnostics, storage
-from cinemo.config import Recipe
 from cinemo.progress import doing, say
 from cinemo.recipes import load_recipe
 from cinemo.types import InputError
 
 if TYPE_CHECKING:
+    from cinemo.bundle import BundleCard
     from cinemo.methods import Method
 
 
@@ -26,6 +27,8 @@ def parser(method: type[Method]) -> argparse.ArgumentParser:
     made.add_argument("--prompt", required=True, help="what happens")
     made.add_argument("--output", required=True, metavar="FILE.mp4", help="where to write; also s3://")
     made.add_argument("--size", metavar="WxH", help="of the video, in pixels (default: what the model was trained for)")
+    made.add_argument("--lora", metavar="DIR", help="a LoRA adapter of export.py --adapter to animate with")
+    made.add_argument("--lora-scale", type=float, default=1.0, metavar="S", help="how much of it; 1 is as trained")
     cli.add_controls(made, method)
     cli.add_inputs(made, method)
     made.add_argument("--save-latents", metavar="F.npz", help="also write latents (C,F,h,w float32) and settings")
@@ -40,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from cinemo.media.saving import save_frames, save_latents
         from cinemo.methods import method_class
         from cinemo.methods.controls import size_of
+        from cinemo.networks.adapters import adapter_name
 
-        recipe = recipe_of_bundle(argv)
+        card = card_of_bundle(argv)
+        recipe = card.recipe if card else load_recipe(cli.DEFAULT_RECIPE)
     method = method_class(recipe)
     arguments, unknown = parser(method).parse_known_args(argv)
     if unknown:
@@ -58,10 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     controls = {name: getattr(arguments, name) for name in method.controls_type.model_fields}
     size = size_of(arguments.size) if arguments.size else recipe.data.size
     method.sized(recipe, size)
-    request = AnimateRequest(load_image(arguments.image), arguments.prompt, size=size, inputs=inputs, **controls)
-    request.settings(recipe)  # a fault is told before anything is loaded
+    lora = f"{adapter_name(Path(arguments.lora))}:{arguments.lora_scale:g}" if arguments.lora else None
+    request = AnimateRequest(
+        load_image(arguments.image), arguments.prompt, size=size, inputs=inputs, lora=lora, **controls
+    )
+    if card:  # a fault is told before anything is loaded
+        request.settings(recipe, card.motion.calibration, card.quality)
     storage.check_writable(arguments.output.rpartition("/")[0] or ".")
-    bundle = load_bundle(arguments.bundle, arguments.device)
+    bundle = load_bundle(arguments.bundle, arguments.device, lora=arguments.lora)
     if bundle.recipe.toy:
         height, width = bundle.recipe.data.size
         say(f"{bundle.recipe.name} is a toy of {width}x{height} pixels, to show the method at work")
@@ -78,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{arguments.output}: {told[0]}", *told[1:], sep="\n")
 
 
-def recipe_of_bundle(argv: Sequence[str] | None) -> Recipe:
-    """Of the bundle that is named, which decides what flags there are; where none is, of the default recipe."""
+def card_of_bundle(argv: Sequence[str] | None) -> BundleCard | None:
+    """Of the bundle that is named, which decides what flags there are."""
     from cinemo.bundle import read_card
 
     first = argparse.ArgumentParser(add_help=False, exit_on_error=False)
@@ -88,7 +97,7 @@ def recipe_of_bundle(argv: Sequence[str] | None) -> Recipe:
         location = first.parse_known_args(argv)[0].bundle
     except argparse.ArgumentError:
         location = None
-    return read_card(location).recipe if location else load_recipe(cli.DEFAULT_RECIPE)
+    return read_card(location) if location else None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from cinemo.evaluation.long import write_long
         from cinemo.evaluation.measuring import Plan
         from cinemo.evaluation.protocols import PROTOCOLS, protocol_of
+        from cinemo.evaluation.quality import write_quality
     parser = cli.parser(__doc__, recipe=None)
     parser.add_argument(
         "--bundle", required=True, metavar="DIR", help="folder written by pipelines/export.py, or s3://"
@@ -43,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         type=int,
         metavar="FRAMES",
         help="compare every way to make videos of so many frames, on --limit rendered pictures (long.html)",
+    )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        metavar="N",
+        help="measure on N pictures, rendered ones or those of --data, what fewer steps and other ways to do less cost "
+        "(quality.json); with --into-bundle requests can then ask for a quality",
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the files go, local or s3://")
     parser.add_argument(
@@ -82,6 +90,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="also keep the calibration and the model card in the bundle: the server's page shows what was measured",
     )
     arguments = parser.parse_args(argv)
+    if arguments.quality is not None and arguments.rendered is arguments.knobs is arguments.long is None:
+        write_quality(
+            arguments.bundle,
+            arguments.output,
+            arguments.quality,
+            arguments.data,
+            arguments.seed,
+            arguments.device,
+            arguments.into_bundle,
+        )
+        return
     if sum(each is not None for each in (arguments.data, arguments.rendered, arguments.knobs, arguments.long)) != 1:
         raise InputError(
             "--data, --rendered, --knobs and --long: expected one of them, a dataset or pictures, a number of rendered "

@@ -206,7 +206,7 @@ def named_methods(source: str) -> list[str]:
     return found
 
 
-SHARED = ("__init__", "base", "controls", "long", "sampling", "trainable")
+SHARED = ("__init__", "base", "controls", "long", "quality", "sampling", "trainable")
 ONE_METHOD = {path.stem for path in ROOT.glob("cinemo/methods/*.py")} - set(SHARED)
 
 

@@ -55,6 +55,7 @@ _READY_SECONDS, _JOB_SECONDS = 240.0, 240.0
 _UNSEEN_SEED, _UNSEEN = 1004, ("object", "pan", "flow")
 _SHOWN = (0, 7, 14)  # levels of motion of the shipped base's videos, which the README shows
 _GIVEN = 24  # samples of the dataset that they are measured on
+_QUALITIES = 2  # pictures on which less work is compared with the full number of steps
 _MEASURED = 4  # unseen clips of each kind that both models are measured on
 
 
@@ -142,6 +143,12 @@ def run_demo(output: Path, scripts: Path, settings: DemoSettings, fresh: bool = 
         ["motion.json", "base"],
         lambda: _measure(settings.recipe, base, bundle, index, measured),
     )
+
+    words_quality = stages.note(
+        "quality", "evaluate", "--bundle", bundle, "--quality", _QUALITIES, "--output", output / "quality",
+        "--into-bundle",
+    )  # fmt: skip
+    stages.run("quality", [_QUALITIES], ["quality"], lambda: stages.command("quality", words_quality))
 
     def show_base() -> None:
         levels = _levels(recipe, _SHOWN)

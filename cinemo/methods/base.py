@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from cinemo.config import DataConfig, Recipe, TrainConfig
-from cinemo.diffusion.guidance import Sampling
+from cinemo.diffusion.guidance import Query, Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.media.motion import MotionScale
 from cinemo.methods.controls import Controls, Input, check_names
@@ -302,6 +302,16 @@ class Method(nn.Module, ABC):
         without guidance. ``generator``: of fresh noise, where the recipe's ``sample.eta`` or a longer video wants it.
         ``frames``: of the video; None: those of the noise.
         """
+
+    def clean(self, query: Query, output: Tensor) -> Tensor:
+        """Latents of the video (C, F, h, w) that the network's answer to a query of `sampling` predicts, from what it
+        was told last: what one can see of it before it is done. Of a longer video, one of the parts asked for."""
+        x, output = query.x[-1:], output[-1:]
+        x_0, _ = self.schedule.predict_x0_eps(x, output, query.t)
+        scale = self.schedule.data_scale
+        if self.schedule.clean_scale is not None:
+            scale *= float(self.schedule.clean_scale[query.t])
+        return (x_0 / scale)[0]
 
     def checkpoint_activations(self, on: bool) -> None:
         """Whether networks compute layers twice in a training step to hold fewer activations, those that can."""

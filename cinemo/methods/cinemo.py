@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cinemo.config import MOTION_BUCKETS, Recipe, SampleConfig, TrainConfig
 from cinemo.diffusion.dct import dct_init
 from cinemo.diffusion.ddim import ddim_invert_steps
-from cinemo.diffusion.guidance import Sampling, guided
+from cinemo.diffusion.guidance import Query, Sampling, guided
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.motion import MotionScale, mean_adjacent_ssim, motion_bucket
 from cinemo.media.transforms import prepare_image
@@ -258,6 +258,10 @@ class CinemoMethod(Method):
         text = text.to(dtype) if isinstance(text, Tensor) else text
         output: Tensor = self.unet(frames, t, text, condition["motion_bucket"], deep)
         return output[:, :, 1:]
+
+    def clean(self, query: Query, output: Tensor) -> Tensor:
+        z_1 = query.condition["image"][-1, :, None].to(output.device)
+        return torch.cat([z_1, z_1 + super().clean(query, output)], dim=1)
 
     def asked(
         self,

@@ -30,6 +30,7 @@ from pydantic.fields import FieldInfo
 from cinemo.config import MOTION_BUCKETS, Recipe
 from cinemo.media.arrows import MAX_ARROWS
 from cinemo.media.motion import value_at
+from cinemo.methods.quality import QualityTable, decibels
 from cinemo.types import InputError
 
 MAX_PROMPT = 4000  # letters
@@ -100,7 +101,8 @@ RESERVED = frozenset(
         *("id", "object", "status", "progress", "step", "created_at", "started_at", "completed_at", "expires_at"),
         *("deadline_at", "error", "deleted", "input_reference", "model", "prompt", "size", "seconds", "timeout"),
         *("image", "inputs", "bundle", "output", "save_latents", "device", "help", "recipe"),
-        *("fps", "cinemo_version", "remixed_from_video_id", "prompt_tokens", "webhook_url"),
+        *("fps", "cinemo_version", "remixed_from_video_id", "prompt_tokens", "webhook_url", "estimated_seconds_left"),
+        *("predicted_quality", "reuse", "reused", "previews", "lora", "lora_scale"),
     )
 )
 
@@ -190,9 +192,20 @@ class Controls(BaseModel):
         """What each control is where it is not given, by name."""
         return cls().settings(recipe)
 
-    def calibrated(self, recipe: Recipe, calibration: Mapping[str, Any] | None) -> Self:
-        """With what a bundle's measured motion (`MotionScale.calibration`) makes of a strength; here there is none."""
+    def calibrated(
+        self, recipe: Recipe, calibration: Mapping[str, Any] | None, quality: QualityTable | None = None
+    ) -> Self:
+        """With what a bundle's measured motion (`MotionScale.calibration`) makes of a strength, and its measured ways
+        to sample of a quality; here there is neither.
+
+        Raises:
+            InputError: a quality is asked for, and the bundle has no table.
+        """
         return self
+
+    def predicted(self, quality: QualityTable | None) -> dict[str, Any]:
+        """What to say beside the settings where a quality is asked for: ``predicted_quality``."""
+        return {}
 
     def check_picture(self, size: tuple[int, int]) -> None:
         """Whether they fit a picture to animate of this (height, width).
@@ -298,6 +311,56 @@ class FastSampling(Controls):
         None, "run the inner layers only at every Nth step", title="Feature reuse", ge=1, le=MAX_STEPS
     )
 
+    quality: str | None = control(
+        None,
+        "in place of steps, solver, guidance range and feature reuse: draft, standard, best, or a PSNR in dB to the "
+        "model's best; the cheapest way that was measured to give it",
+        title="Quality",
+        max_length=32,
+    )
+
+    @model_validator(mode="after")
+    def _quality_alone(self) -> Self:
+        if self.quality is not None:
+            decibels(self.quality)
+            for name in ("steps", "solver", "guidance_interval", "reuse_features"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"quality and {name} are both given; give at most one of them")
+        return self
+
+    @classmethod
+    def changed(cls, kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        """A quality takes the place of what it stands for."""
+        stood = ("steps", "solver", "guidance_interval", "reuse_features") if "quality" in given else ()
+        return super().changed({name: value for name, value in kept.items() if name not in stood}, given)
+
+    @field_validator("quality", mode="before")
+    @classmethod
+    def _number_as_text(cls, value: Any) -> Any:
+        return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+    def calibrated(
+        self, recipe: Recipe, calibration: Mapping[str, Any] | None, quality: QualityTable | None = None
+    ) -> Self:
+        if self.quality is None:
+            return self
+        if quality is None:
+            raise InputError(
+                f"quality is {self.quality!r}, but {recipe.name} was not measured for it: run pipelines/evaluate.py "
+                "--bundle DIR --quality 4 --output DIR --into-bundle, or give steps"
+            )
+        return self.model_copy(update={"quality": None, **quality.choose(self.quality).controls})
+
+    def predicted(self, quality: QualityTable | None) -> dict[str, Any]:
+        if self.quality is None or quality is None:
+            return {}
+        return {"predicted_quality": quality.predicted(self.quality)}
+
+    def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
+        filled = super().settings(recipe, inputs)
+        filled.pop("quality", None)
+        return filled
+
     @field_validator("guidance_interval")
     @classmethod
     def _interval(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
@@ -336,16 +399,18 @@ class MotionStrength(FastSampling):
         other = {"motion_strength": cls.strength_of, cls.strength_of: "motion_strength"}
         return super().changed({name: value for name, value in kept.items() if other.get(name) not in given}, given)
 
-    def calibrated(self, recipe: Recipe, calibration: Mapping[str, Any] | None) -> Self:
-        known = self.motion_values(recipe)
+    def calibrated(
+        self, recipe: Recipe, calibration: Mapping[str, Any] | None, quality: QualityTable | None = None
+    ) -> Self:
+        asked, known = super().calibrated(recipe, calibration, quality), self.motion_values(recipe)
         if self.motion_strength is None or known is None or calibration is None or "curve" not in calibration:
-            return self
+            return asked
         low, high = min(known[1]), max(known[1])
         measured = all(low <= value <= high for value in calibration["values"])
         if calibration.get("control", known[0]) != known[0] or not measured:
-            return self  # measured before the recipe changed what can be asked
+            return asked  # measured before the recipe changed what can be asked
         value = value_at(self.motion_strength, known[1], calibration)
-        return self.model_copy(update={"motion_strength": None, self.strength_of: value})
+        return asked.model_copy(update={"motion_strength": None, self.strength_of: value})
 
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
         filled = super().settings(recipe, inputs)

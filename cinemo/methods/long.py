@@ -11,6 +11,7 @@ import torch
 from cinemo.config import Recipe
 from cinemo.diffusion.guidance import Sampling
 from cinemo.methods.base import Encoders, Method
+from cinemo.methods.sampling import calls, long_config
 from cinemo.types import keyed_seed
 
 
@@ -26,6 +27,16 @@ def prepare(
     sampling, calls = method.prepare(recipe, encoders, inputs, first)
     settings.update(first | {"frames": settings["frames"]})
     return _chained(method, recipe, encoders, inputs, first, sampling, lengths), calls * len(lengths)
+
+
+def expected_calls(recipe: Recipe, settings: Mapping[str, Any]) -> int:
+    """How often a video of these settings will ask the network, as far as they alone tell: longer ones to within a
+    few."""
+    steps, length = int(settings["steps"]), recipe.data.frames
+    frames = settings.get("frames", length)
+    if settings.get("long_video") == "chain":
+        return steps * len(parts(frames, length))
+    return calls(recipe.sample.model_copy(update={"long": long_config(recipe.sample, settings)}), steps, length, frames)
 
 
 def parts(frames: int, length: int) -> list[int]:

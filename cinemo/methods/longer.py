@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cinemo.config import Part, Recipe, SampleConfig, TrainConfig
-from cinemo.diffusion.guidance import Sampling
+from cinemo.diffusion.guidance import Query, Sampling
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.arrows import check_arrows, dense_field
 from cinemo.media.flow import speed
@@ -260,6 +260,10 @@ class LongerMethod(CinemoMethod):
         frames = torch.cat([z_1, z_1 + x_t], dim=2).to(self.unet.dtype)
         output: Tensor = self.unet(frames, t, condition["contexts"], None, condition["strength"], deep)
         return output[:, :, 1:]
+
+    def clean(self, query: Query, output: Tensor) -> Tensor:
+        z_1 = query.condition["image"][-1, :, None].to(output.device)
+        return torch.cat([z_1, z_1 + super().clean(query, output)], dim=1)
 
     def asked(
         self,

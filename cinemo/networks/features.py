@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+OUTER_SHARE = 0.3
+"""Of a whole pass, what one costs that runs the outermost layers alone; about, as measured in BENCHMARKS.md."""
+
 
 class DeepFeatures:
     """What the inner layers made in one call, for calls at nearby steps to use again (DeepCache, arXiv 2312.00858).

@@ -20,7 +20,7 @@ from cinemo.networks.memory import add
 from cinemo.types import InputError
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_PEFT, _DIFFUSERS = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+PEFT_FILE, DIFFUSERS_FILE = "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 
 
 class LoraLinear(nn.Linear):
@@ -114,9 +114,9 @@ def save_adapter(state: Mapping[str, Tensor], train: TrainConfig, directory: Pat
         a, b = (state[name + part].float().contiguous() for part in (_A, _B))
         peft |= {f"base_model.model.{name}{_A}": a, f"base_model.model.{name}{_B}": b}
         diffusers |= {f"unet.{name}{_A}": a, f"unet.{name}{_B}": lora_scale(train) * b}
-    save_file(peft, directory / _PEFT, {"format": "pt"})
-    save_file(diffusers, directory / _DIFFUSERS, {"format": "pt"})
-    for name in (_PEFT, _DIFFUSERS):
+    save_file(peft, directory / PEFT_FILE, {"format": "pt"})
+    save_file(diffusers, directory / DIFFUSERS_FILE, {"format": "pt"})
+    for name in (PEFT_FILE, DIFFUSERS_FILE):
         os.chmod(directory / name, 0o644)  # safetensors keeps its files to their owner
     config = {
         "peft_type": "LORA",

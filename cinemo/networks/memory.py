@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -55,9 +56,33 @@ def residual(y: Tensor, dim: int, branch: Callable[[Tensor], Tensor], widest: in
     if torch.is_grad_enabled():
         sums = [piece + branch(piece) for piece in pieces]
         return torch.cat(sums, dim) if len(sums) > 1 else sums[0]
+    if dim:
+        for piece in pieces:
+            piece += branch(piece)
+        return y
+    begin = 0
     for piece in pieces:
-        piece += branch(piece)
+        _piece.slices = (begin, begin + len(piece), len(y))
+        try:
+            piece += branch(piece)
+        finally:
+            _piece.slices = None
+        begin += len(piece)
     return y
+
+
+class _Piece(threading.local):
+    """(begin, end, whole) of the first dimension, where `residual` goes through that in pieces."""
+
+    slices: tuple[int, int, int] | None = None
+
+
+_piece = _Piece()
+
+
+def slices_of(length: int) -> tuple[int, int, int]:
+    """(begin, end, whole): which slices of a whole a layer sees that is given ``length`` of them."""
+    return _piece.slices or (0, length, length)
 
 
 def in_pieces(function: Callable[..., Tensor], inputs: Sequence[Tensor], dim: int, widest: int) -> Tensor:

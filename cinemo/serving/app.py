@@ -37,7 +37,7 @@ from cinemo.serving.engine.warmup import warm_up
 from cinemo.serving.ingress import ANSWER_SECONDS, HTTP_PATIENCE, Ingress, Served, listen_on_loopback
 from cinemo.serving.proxy import proxy_environment
 from cinemo.serving.scaling import QueueDemand
-from cinemo.serving.settings import ServeSettings, open_store, parse_settings
+from cinemo.serving.settings import ServeSettings, open_store, parse_settings, served_card
 from cinemo.serving.standby import Standby
 from cinemo.serving.store.storage_health import StorageWatch
 from cinemo.types import InputError, RunError
@@ -102,14 +102,14 @@ class Animator:
     def _begin(self, location: str) -> None:
         refused = None
         try:
-            card, bundle = read_card(location), self._load(location)
+            card, bundle = served_card(location, self._settings), self._load(location)
         except Exception as error:
             if location == self._settings.bundle:
                 raise
             # An update that was refused is still Serve's target: a replica that starts later must not fail of it.
             refused, location = f"{location}: {error}", self._settings.bundle
             log.error("bundle %s is refused; serving %s instead", refused, location)
-            card, bundle = read_card(location), self._load(location)
+            card, bundle = served_card(location, self._settings), self._load(location)
         worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         store = open_store(self._settings)
         self._runner = JobRunner(
@@ -127,7 +127,7 @@ class Animator:
             before = self._served
             self._served = replace(before, loading=True, refused=None)
             try:
-                card = read_card(location)
+                card = served_card(location, self._settings)
                 if card.digest == before.card.digest:
                     self._served = replace(before, location=location, card=card, refused=None)
                     return
@@ -142,7 +142,7 @@ class Animator:
             log.warning("now serving bundle %s (%s)", location, card.digest[:12])
 
     def _load(self, location: str) -> ModelBundle:
-        bundle = load_bundle(location)
+        bundle = load_bundle(location, lora=self._settings.lora)
         warm_up(bundle, self._settings.max_batch)
         return bundle
 
@@ -157,7 +157,7 @@ def build(args: ServeSettings | dict[str, Any]) -> serve.Application:
     if settings.bundle.startswith("models:/"):
         pinned = tracking.pinned(settings.bundle)  # the same for replicas that start later
         settings = settings.model_copy(update={"bundle": pinned})
-    card = read_card(settings.bundle)
+    card = served_card(settings.bundle, settings)
     storage.check_writable(settings.state)
     open_store(settings)  # made here once, and refused here in one line
     cpus, gpus = _resources(settings)
@@ -232,7 +232,7 @@ def serve_forever(
         InputError: as `build`, or the port is taken.
     """
     settings = settings.absolute()
-    card = read_card(settings.bundle)
+    card = served_card(settings.bundle, settings)
     _check_port(host, port)
     storage.check_writable(settings.state)
     store = open_store(settings)

@@ -14,11 +14,11 @@ from fastapi import FastAPI
 from ray._common.network_utils import is_localhost
 from ray.exceptions import ActorDiedError
 
-from cinemo.bundle import BundleCard, load_tokenizer, read_card
+from cinemo.bundle import BundleCard, load_tokenizer
 from cinemo.networks.tokenizer import Tokenizer
 from cinemo.serving.http.api import ApiSettings, build_api
 from cinemo.serving.http.webhooks import Receivers, WebhookSender
-from cinemo.serving.settings import ServeSettings, open_keys, open_store
+from cinemo.serving.settings import ServeSettings, open_keys, open_store, served_card
 from cinemo.serving.store.storage_health import StorageWatch
 from cinemo.serving.store.webhooks import WebhookQueue
 
@@ -64,7 +64,7 @@ class Ingress:
         self._store = open_store(settings)
         self._store.database.patience = HTTP_PATIENCE
         self._storage = StorageWatch(self._store, say)
-        self._card = read_card(settings.bundle)
+        self._card = served_card(settings.bundle, settings)
         self._tokenizer: Tokenizer | None = None
         self._sender: WebhookSender | None = None
         self._heard: float | None = None
@@ -106,6 +106,7 @@ class Ingress:
             cors_origins=self._settings.origins,
             requests_named=self._is_replica,  # by Serve, as the client or HAProxy did
             metrics=self._settings.metrics,
+            reuse=self._settings.reuse,
         )
         receivers = None
         if (secret := self._settings.webhook_secret) is not None:

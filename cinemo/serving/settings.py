@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,12 +12,15 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cinemo import storage
+from cinemo.bundle import BundleCard, read_card
+from cinemo.networks.adapters import digest, places
 from cinemo.serving.haproxy import ProxyLimits
 from cinemo.serving.http.signatures import read_secret
 from cinemo.serving.store.database import Database
 from cinemo.serving.store.jobs import JobStore, QueueLimits
 from cinemo.serving.store.keys import KeyStore
 from cinemo.serving.store.media import MediaStore
+from cinemo.serving.store.results import Reuse
 from cinemo.types import InputError
 
 # As browsers write it: scheme, host, port where it is unusual.
@@ -83,6 +87,14 @@ class ServeSettings(BaseModel):
     metrics: Literal["open", "key", "off"] = Field(
         "open", description="who may read /metrics: everybody, holders of a key, or nobody"
     )
+    lora: str | None = Field(
+        None, description="directory of LoRA adapters (of export.py --adapter) that requests may name"
+    )
+    reuse: Reuse = Field(
+        "own",
+        description="whose finished videos answer a request for the same again, seed included: those of the same key, "
+        "all of this server's, or nobody's (off)",
+    )
     sync_seconds: float = Field(
         300.0,
         gt=0,
@@ -148,11 +160,13 @@ class ServeSettings(BaseModel):
 
     def absolute(self) -> ServeSettings:
         """The same with absolute paths: replicas run in other working directories."""
-        places = {name: storage.absolute(getattr(self, name)) for name in ("state", "bundle") if self._is_path(name)}
+        places = {
+            name: storage.absolute(getattr(self, name)) for name in ("state", "bundle", "lora") if self._is_path(name)
+        }
         return self.model_copy(update=places)
 
     def _is_path(self, name: str) -> bool:
-        return ":/" not in getattr(self, name)
+        return getattr(self, name) is not None and ":/" not in getattr(self, name)
 
 
 def parse_settings(values: dict[str, Any]) -> ServeSettings:
@@ -216,3 +230,15 @@ def open_store(settings: ServeSettings) -> JobStore:
 def open_keys(settings: ServeSettings) -> KeyStore:
     """The API keys; they lie in the database of the jobs."""
     return KeyStore(Database(settings.database_url))
+
+
+def served_card(location: str, settings: ServeSettings) -> BundleCard:
+    """The card of a bundle, with the adapters that it is served with.
+
+    Raises:
+        InputError: no bundle, or no such directory of adapters.
+    """
+    card = read_card(location)
+    if settings.lora is None:
+        return card
+    return replace(card, adapters={name: digest(path) for name, path in places(Path(settings.lora)).items()})

@@ -129,7 +129,7 @@ def test_a_method_says_which_control_is_motion_and_which_ways_to_be_fast_it_has(
     assert [at_motion(TINY, level) for level in (0, 19)] == [{"motion_bucket": 0}, {"motion_bucket": 19}]
     assert Controls.motion is None
     assert FastSampling.model_fields.keys() - Controls.model_fields.keys() == {
-        "solver", "guidance_interval", "reuse_features",
+        "solver", "guidance_interval", "reuse_features", "quality",
     }  # fmt: skip
     assert expectation(Controls, "steps") == "a whole number 1..999"
 

@@ -6,21 +6,24 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
-from small_server import MODEL, complete_one, open_store, png, small_api
+from small_server import MODEL, always_ready, card, complete_one, open_store, png, small_api
 from tiny import FRAMES, SIZE, tiny_bundle
 
 from cinemo.animate import load_image
 from cinemo.bundle import ModelBundle, load_bundle
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe
+from cinemo.methods.quality import QualityTable, Sampled
 from cinemo.serving.engine.runner import JobRunner
-from cinemo.serving.http.api import ApiSettings
+from cinemo.serving.http.api import ApiSettings, build_api
 from cinemo.serving.http.fetch import Fetcher
 from cinemo.serving.http.schema import Video
 from cinemo.serving.store.jobs import JobStore
@@ -167,6 +170,39 @@ def test_unsupported_values_say_what_is_supported(client: TestClient) -> None:
     assert "'48x32'" in post(client, size="9x9").json()["error"]["message"]
     assert "expected a number from 0.25 to 128" in post(client, seconds="900").json()["error"]["message"]
     assert "expected 2.5" in post(client, seconds="9", frames="20").json()["error"]["message"]
+
+
+def test_quality_is_asked_by_name_where_it_was_measured(store: JobStore, client: TestClient) -> None:
+    assert post(client, quality="draft").json()["error"]["code"] == "unsupported_quality"
+    assert (refused := post(client, quality="draft", num_inference_steps="3")).status_code == 422
+    assert "quality and steps are both given" in refused.json()["error"]["message"]
+    assert post(client, quality="draft").status_code == 400
+    way = partial(Sampled, solver="ddim", guidance_interval=(0.0, 1.0), reuse_features=1, motion=0.001)
+    rows = (way(steps=3, passes=6.0, psnr=40.0, psnr_low=38.0), way(steps=9, passes=18.0, psnr=100.0, psnr_low=100.0))
+    measured = replace(card(), quality=QualityTable("d" * 64, 2, rows))
+    with TestClient(build_api(store, lambda: measured, always_ready)) as other:
+        made = post(other, quality="draft").json()
+        assert (made["num_inference_steps"], made["steps"], made["predicted_quality"]["psnr_low"]) == (3, 3, 38.0)
+        assert "quality" not in made
+        assert post(other, quality="42").json()["num_inference_steps"] == 9
+        assert post(other, quality="superb").status_code == 422
+        qualities = other.get(f"/v1/models/{MODEL}").json()["qualities"]
+    assert {name: each["passes"] for name, each in qualities.items()} == {"draft": 6, "standard": 18, "best": 18}
+
+
+def test_adapters_are_named_by_request(store: JobStore, client: TestClient) -> None:
+    none = post(client, lora="snow")
+    assert (none.status_code, none.json()["error"]["code"]) == (404, "lora_not_found")
+    served = replace(card(), adapters={"snow": "a" * 64, "rain": "b" * 64})
+    with TestClient(build_api(store, lambda: served, always_ready)) as other:
+        assert other.get(f"/v1/models/{MODEL}").json()["adapters"] == ["rain", "snow"]
+        missing = post(other, lora="fog")
+        assert missing.status_code == 404
+        assert missing.json()["error"]["message"] == "lora: there is no adapter 'fog'; there is rain, snow"
+        assert post(other, lora="snow:99").status_code == 422
+        assert post(other, lora="snow").json()["lora"] == "snow:1"
+        assert post(other, lora="rain:0.5").json()["lora"] == "rain:0.5"
+        assert "lora" not in post(other).json()
 
 
 def test_length_is_asked_in_seconds_or_frames(client: TestClient) -> None:

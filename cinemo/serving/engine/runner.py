@@ -8,6 +8,8 @@ nothing else: what is held goes on, and its end is told when the store is back.
 
 from __future__ import annotations
 
+import base64
+import io
 import logging
 import secrets
 import threading
@@ -20,15 +22,20 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from cinemo.animate import AnimateRequest, load_image
 from cinemo.bundle import ModelBundle
 from cinemo.media.saving import save_animation
 from cinemo.methods import Controls, controls_of
 from cinemo.methods.controls import size_of
+from cinemo.serving.engine.pace import Cost
 from cinemo.serving.engine.sampling import Outcome, SamplingEngine, fault_of
+from cinemo.serving.store.estimates import Pace
 from cinemo.serving.store.jobs import Job, JobStore
 from cinemo.serving.store.media import video_name
+from cinemo.serving.store.previews import Preview
+from cinemo.serving.store.results import weights_digest
 from cinemo.types import Animation, InputError, RunError
 
 log = logging.getLogger(__name__)
@@ -39,6 +46,8 @@ _SWEEP_SECONDS = 60.0
 _BEAT_SECONDS = 0.05  # at least between two beats, however short the steps
 _QUIET_SECONDS = 1.0  # at most, so that a cancelled job is dropped within a long step
 _LONGEST_PAUSE = 2.0  # between two tries where the store does not answer
+_TELL_SECONDS, _TELL_IDLE_SECONDS = 0.5, 10.0  # at least between two words about the pace
+_NEAR = 0.2  # of what is left: by less than that an estimate is not changed
 _MEDIA_SECONDS = 300.0  # for which a picture is read or a video written again after a fault of the storage
 _MEDIA_THREADS = 3
 
@@ -51,6 +60,8 @@ class _Held:
     step: int = 0
     steps: int = 0
     is_sampled: bool = False
+    ends_at: float | None = None  # an estimate, by the monotonic clock
+    sampled_at: float | None = None
     gone: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -81,7 +92,9 @@ class JobRunner:
         self._store, self._max_batch, self._poll_seconds = store, max_batch, poll_seconds
         self._max_joined = max_joined or 2 * max_batch
         self.worker = worker or f"runner-{secrets.token_hex(4)}"
-        self._engines = [SamplingEngine(bundle, max_batch)]  # the last takes new jobs, the others end theirs
+        self._engines = [self._engine(bundle)]  # the last takes new jobs, the others end theirs
+        self._tail: float | None = None  # seconds from a video's last step until it is stored
+        self._told_at = -float("inf")
         self._held: dict[str, _Held] = {}
         self._ready: deque[tuple[_Held, Pictures]] = deque()
         self._leaving: deque[str] = deque()
@@ -114,7 +127,7 @@ class JobRunner:
 
     def swap(self, bundle: ModelBundle) -> None:
         """Jobs that have not begun go to ``bundle``, running ones finish on the one they began with."""
-        fresh = SamplingEngine(bundle, self._max_batch)
+        fresh = self._engine(bundle)
         with self._changed:
             self._engines.append(fresh)
 
@@ -146,6 +159,14 @@ class JobRunner:
                     "%s: not released (%s); it will be claimed again when its lease runs out", held.job.id, error
                 )
 
+    def _engine(self, bundle: ModelBundle) -> SamplingEngine:
+        try:
+            last = self._store.last_pace(bundle.digest)
+        except RunError:  # it will be measured anew
+            last = None
+        before = None if last is None else Cost(last.per_step, last.per_row, last.rows)
+        return SamplingEngine(bundle, self._max_batch, before=before)
+
     # The device's thread.
 
     def _denoise(self) -> None:
@@ -167,7 +188,7 @@ class JobRunner:
                     for key in leaving:
                         engine.leave(key)
                     if len(engine):
-                        self._report(engine.step())
+                        self._report(engine.step(), engine.seconds_left(self._tail or 0.0))
         except Exception:
             log.exception("the device was lost; the jobs of this runner are left to others")
         finally:
@@ -182,18 +203,26 @@ class JobRunner:
             return
         try:
             request = animate_request(held.job.request, pictures, engine.bundle.method.controls_type)
-            held.steps = engine.join(held.key, request)
+            held.steps = engine.join(held.key, request, bool(held.job.request.get("previews")))
         except Exception as error:
             self._end_with(held, fault_of(error))
         self._news.set()
 
-    def _report(self, outcome: Outcome) -> None:
+    def _report(self, outcome: Outcome, seconds_left: Mapping[str, float]) -> None:
+        now = time.monotonic()
         with self._changed:
             for key, (done, steps) in outcome.progress.items():
                 if held := self._held.get(key):
                     held.step, held.steps = done, steps
+                    held.sampled_at = now if done == steps else None
+            for key, seconds in seconds_left.items():
+                if held := self._held.get(key):
+                    held.ends_at = promised(held.ends_at, now, seconds)
             finished = [(held, each) for key, each in outcome.finished.items() if (held := self._held.get(key))]
+            shown = [(held, each) for key, each in outcome.previews.items() if (held := self._held.get(key))]
             failed = [(held, each) for key, each in outcome.failed.items() if (held := self._held.get(key))]
+        for held, (step, frames) in shown:
+            self._submit(self._show, held, step, frames)
         for held, animation in finished:
             held.is_sampled = True
             self._submit(self._write, held, animation)
@@ -211,6 +240,7 @@ class JobRunner:
             try:
                 if is_news or time.monotonic() - beat_at >= _QUIET_SECONDS:
                     self._beat()
+                    self._tell()
                     beat_at = time.monotonic()
                 if time.monotonic() >= self._claim_at:
                     self._claim_at = time.monotonic() + self._poll_seconds
@@ -236,6 +266,23 @@ class JobRunner:
             if held.job.id in gone and self._forget(held):
                 log.info("%s: dropped (%s)", held.job.id, gone[held.job.id])
 
+    def _tell(self) -> None:
+        """Tell the store what steps take and when jobs will end, for those who wait."""
+        now = time.monotonic()
+        with self._changed:
+            engine, all_held = self._engines[-1], list(self._held.values())
+        cost = engine.cost()
+        if cost is None or now - self._told_at < (_TELL_SECONDS if all_held else _TELL_IDLE_SECONDS):
+            return
+        steps = (cost.per_step, cost.per_row, cost.rows)
+        pace = Pace(engine.bundle.digest, *steps, self._max_batch, self._max_joined, self._tail or 0.0)
+        left = {held.job.id: held.ends_at - now for held in all_held if held.ends_at is not None}
+        self._told_at = now
+        try:
+            self._store.tell_pace(self.worker, pace, left)
+        except Exception as error:  # nothing depends on it
+            log.warning("the pace was not stored (%s); trying again", error)
+
     def _claim(self) -> None:
         with self._changed:
             sampling = sum(not held.is_sampled for held in self._held.values())
@@ -248,7 +295,7 @@ class JobRunner:
                 earlier = [held for held in self._held.values() if held.job.id == job.id]
             for held in earlier:
                 self._forget(held)
-            held = _Held(job)
+            held = _Held(job, steps=job.steps)
             with self._changed:
                 self._held[held.key] = held
             self._submit(self._load, held)
@@ -290,6 +337,12 @@ class JobRunner:
             self._ready.append((held, pictures))
             self._changed.notify_all()
 
+    def _show(self, held: _Held, step: int, frames_FHWC: np.ndarray) -> None:
+        try:
+            self._store.show(held.job, Preview(step, tuple(map(small_picture, frames_FHWC))))
+        except Exception as error:  # a later one may come through, and nobody needs it
+            log.warning("%s: a preview was not stored (%s)", held.job.id, error)
+
     def _write(self, held: _Held, animation: Animation) -> None:
         name = video_name(held.job.id, held.job.attempts)
 
@@ -305,8 +358,12 @@ class JobRunner:
             self._fail(held, _internal(held, error))
             return
         try:
-            if not self._patiently(held, lambda: self._store.complete(held.job, name)):
+            made = weights_digest(animation.settings["bundle"], animation.settings.get("lora_sha256"))
+            if not self._patiently(held, lambda: self._store.complete(held.job, name, made)):
                 self._store.media.remove_file(name)  # another attempt's video counts
+            elif held.sampled_at is not None:
+                took = time.monotonic() - held.sampled_at
+                self._tail = took if self._tail is None else 0.8 * self._tail + 0.2 * took
         except _Gone:
             return  # the video is removed by a sweep
         except Exception:
@@ -353,6 +410,21 @@ class JobRunner:
         return was_held
 
 
+def small_picture(pixels_HWC: np.ndarray) -> str:
+    """A data URL."""
+    content = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(content, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def promised(before: float | None, now: float, seconds: float) -> float:
+    """When a job will end that needs so many seconds: as said ``before`` where that is near, so that what is left
+    falls as time goes by and does not rise with every slow step."""
+    if before is not None and abs(before - now - seconds) <= _NEAR * seconds:
+        return before
+    return now + seconds
+
+
 class _Gone(Exception):
     """The job is not ours any more."""
 
@@ -362,7 +434,7 @@ def animate_request(asked: Mapping[str, Any], pictures: Pictures, controls: type
     given = {name: asked.get(info.alias) for name, info in controls_of(controls).items()}
     others = {name: picture for name, picture in pictures.items() if name != "image"}
     size = size_of(asked["size"]) if "size" in asked else None
-    return AnimateRequest(pictures["image"], asked["prompt"], size=size, inputs=others, **given)
+    return AnimateRequest(pictures["image"], asked["prompt"], size=size, inputs=others, lora=asked.get("lora"), **given)
 
 
 def _internal(held: _Held, error: Exception) -> tuple[str, str]:

@@ -28,7 +28,7 @@ def warm_up(bundle: ModelBundle, max_batch: int) -> None:
         engine = SamplingEngine(bundle, max_batch=size)
         waiting = {f"warm-up {number}" for number in range(size)}
         for number, key in enumerate(sorted(waiting)):
-            engine.join(key, AnimateRequest(picture, "warm-up", inputs=inputs, steps=1, seed=number))
+            engine.join(key, AnimateRequest(picture, "warm-up", inputs=inputs, steps=1, seed=number), previews=True)
         while waiting:
             outcome = engine.step()
             for code, message in outcome.failed.values():

@@ -72,7 +72,7 @@ def build_api(
     add_error_answers(api)
     if settings.fetch_urls and fetcher is None:
         fetcher = Fetcher(settings.body_bytes, settings.fetch_seconds, settings.fetch_ports)
-    submission = Submission(store, settings.pixels, fetcher, receivers, tokens)
+    submission = Submission(store, settings.pixels, fetcher, receivers, tokens, settings.reuse)
     add_creation(api, store, card, submission, streams, settings.sync_seconds)
     add_jobs(api, store)
     add_events(api, store, streams)

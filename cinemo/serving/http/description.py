@@ -35,18 +35,30 @@ _MEANINGS = {
 
 FILE = {"schema": {"type": "string", "format": "binary"}}
 
+_PREVIEW = {
+    "type": "object",
+    "description": "of a job with previews=true, while it is made",
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "video.preview"},
+        "step": {"type": "integer", "description": "of the sampler, as in the video"},
+        "frames": {"type": "array", "items": {"type": "string"}, "description": "data: URLs of small WebP pictures"},
+    },
+    "required": ["id", "object", "step", "frames"],
+}
+
 EVENT = {
     "type": "object",
     "properties": {
-        "id": {"type": "string", "description": "the sampler's step, or the final status"},
-        "event": {"enum": ["progress", "completed", "failed", "cancelled", "deleted"]},
+        "id": {"type": "string", "description": "the sampler's step, or the final status; a preview has none"},
+        "event": {"enum": ["progress", "preview", "completed", "failed", "cancelled", "deleted"]},
         "data": {
             "type": "string",
             "contentMediaType": "application/json",
-            "contentSchema": {"$ref": "#/components/schemas/Video"},
+            "contentSchema": {"anyOf": [{"$ref": "#/components/schemas/Video"}, _PREVIEW]},
         },
     },
-    "required": ["id", "event", "data"],
+    "required": ["event", "data"],
 }
 """One of the events of a stream."""
 

@@ -19,6 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from cinemo.serving.http.refusals import Refused
 from cinemo.serving.http.schema import DeletedVideo, Video
 from cinemo.serving.store.jobs import FINAL, Job, JobStore
+from cinemo.serving.store.previews import Preview
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,14 @@ _LOOK_SECONDS = 1.0  # whether a client that waits for its video is still there
 class _Stream:
     job: Job | None  # the latest state; None: deleted
     job_id: str
+    preview: Preview | None = None  # the latest one that was not sent yet
+    preview_step: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def show(self, preview: Preview | None) -> None:
+        if preview is not None and preview.step != self.preview_step:
+            self.preview, self.preview_step = preview, preview.step
+            self.changed.set()
 
     def tell(self, job: Job | None) -> None:
         if _state(job) != _state(self.job):
@@ -74,10 +82,15 @@ class EventStreams:
         yield f"retry: {_RETRY_MILLISECONDS}\n\n"
         stream = self._open(job)
         try:
+            said: tuple[object, ...] | None = None
             while True:
                 stream.changed.clear()
-                latest = stream.job
-                yield _event(latest, job.id)
+                latest, preview, stream.preview = stream.job, stream.preview, None
+                if preview is not None:
+                    yield _preview_event(preview, job.id)
+                if latest is None or _state(latest) != said:
+                    yield _event(latest, job.id)
+                said = _state(latest)
                 if latest is None or latest.status in FINAL:
                     return
                 while not self._closed and not await self._change(stream):
@@ -126,11 +139,13 @@ class EventStreams:
             asked = list(self._streams)
             try:
                 found = await run_in_threadpool(self._store.many, {stream.job_id for stream in asked})
+                previews = await run_in_threadpool(self._store.previews, found.values())
             except Exception:  # the store may come back; the streams stay and are told then
                 log.exception("the state of the jobs with open event streams cannot be read")
                 await asyncio.sleep(_PAUSE_AFTER_FAULT)
                 continue
             for stream in asked:
+                stream.show(previews.get(stream.job_id))
                 stream.tell(found.get(stream.job_id))
 
 
@@ -141,6 +156,12 @@ def is_over(last_event_id: str | None) -> bool:
 
 def _state(job: Job | None) -> tuple[object, ...] | None:
     return None if job is None else (job.status, job.attempts, job.step, job.steps, job.progress)
+
+
+def _preview_event(preview: Preview, job_id: str) -> str:
+    """Without an id: who comes back is told the present state all the same."""
+    data = {"id": job_id, "object": "video.preview", "step": preview.step, "frames": preview.frames}
+    return f"event: preview\ndata: {json.dumps(data)}\n\n"
 
 
 def _event(job: Job | None, job_id: str) -> str:

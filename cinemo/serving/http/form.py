@@ -17,6 +17,8 @@ from cinemo.config import Recipe
 from cinemo.methods import Controls, method_class, served_controls
 from cinemo.methods import controls as method_controls
 from cinemo.methods.controls import MAX_FRAMES, MAX_PROMPT, MIN_FRAMES, check_text
+from cinemo.methods.long import expected_calls
+from cinemo.networks.adapters import parse_choice
 from cinemo.serving.http.fetch import MAX_URL
 from cinemo.serving.http.refusals import Refused
 from cinemo.serving.http.schema import video_seconds, video_size
@@ -67,6 +69,15 @@ class VideoForm(BaseModel):
         None, gt=0, le=MAX_TIMEOUT, allow_inf_nan=False, description="seconds from now after which the job fails"
     )
 
+    lora: Annotated[str | None, _Absent] = Field(
+        None, max_length=100, description="NAME or NAME:SCALE of an adapter in /v1/models; SCALE 1 is as it was trained"
+    )
+    previews: Annotated[bool | None, _Absent] = Field(
+        None, description="true: /events also sends a few small frames of the video while it is made"
+    )
+    reuse: Annotated[bool | None, _Absent] = Field(
+        None, description="false: make the video again, although one of the same request, seed included, is finished"
+    )
     webhook_url: Annotated[str | None, _Absent] = Field(
         None, max_length=MAX_URL, description="told when the video is completed or failed, signed; where enabled"
     )
@@ -75,6 +86,13 @@ class VideoForm(BaseModel):
     @classmethod
     def _plain(cls, value: str) -> str:
         check_text("prompt", value)
+        return value
+
+    @field_validator("lora")
+    @classmethod
+    def _named(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_choice(value)
         return value
 
     @model_validator(mode="after")
@@ -100,12 +118,24 @@ class VideoRequest:
 
     def asked(self, card: BundleCard) -> dict[str, Any]:
         """The prompt and every control with its value, the model's defaults filled in: what a job keeps."""
-        controls = self.controls.calibrated(card.recipe, card.motion.calibration)
-        settings = controls.settings(card.recipe, self.inputs)
+        settings = self.settings(card)
         values = {info.alias: settings[name] for name, info in served_controls(card.recipe).items() if name in settings}
         named = {"model": card.recipe.name, "prompt": self.form.prompt}
         seconds = video_seconds(card, settings.get("frames"))
-        return {**named, **values, "size": self.form.size or video_size(card), "seconds": seconds}
+        length = {"size": self.form.size or video_size(card), "seconds": seconds}
+        previews: dict[str, Any] = {"previews": True} if self.form.previews else {}
+        if self.form.lora is not None:
+            named["lora"] = "{}:{:g}".format(*parse_choice(self.form.lora))
+        return {**named, **values, **length, **previews, **self.controls.predicted(card.quality)}
+
+    def calls(self, card: BundleCard) -> int:
+        """How often the network will be asked, as far as can be said."""
+        return expected_calls(card.recipe, self.settings(card))
+
+    def settings(self, card: BundleCard) -> dict[str, Any]:
+        """Every control with its value. Raises `InputError`: a quality is asked for that the bundle has no table of."""
+        controls = self.controls.calibrated(card.recipe, card.motion.calibration, card.quality)
+        return controls.settings(card.recipe, self.inputs)
 
 
 async def read_body(request: Request) -> dict[str, Any]:
@@ -163,7 +193,7 @@ def parse(body: Mapping[str, Any], card: BundleCard, kept: Mapping[str, Any] | N
         if sent := sorted({*given, *(body.keys() & {PICTURE, f"{PICTURE}[image_url]"})}):
             message = f"{sent[0]}: a remix keeps the pictures of its source; create a video for another picture"
             raise Refused(422, "unknown_field", message, sent[0])
-        values = {name: kept[name] for name in ("model", "size") if name in kept} | values
+        values = {name: kept[name] for name in ("model", "size", "lora") if name in kept} | values
         before = {name: kept[alias] for alias, name in names.items() if alias in kept}
         if "seconds" in values:
             before.pop("frames", None)

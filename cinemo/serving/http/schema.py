@@ -10,6 +10,7 @@ from cinemo.bundle import BundleCard
 from cinemo.config import MOTION_BUCKETS
 from cinemo.media.motion import MotionScale
 from cinemo.methods import ControlInfo, method_class, served_controls
+from cinemo.methods.quality import NAMES
 from cinemo.serving.store.jobs import Job, Status
 
 
@@ -47,8 +48,9 @@ class PromptTokens(BaseModel):
 
 class Video(BaseModel):
     """A job. Times are Unix seconds; ``size`` is WIDTHxHEIGHT; ``progress`` is a percentage; ``step`` of ``steps`` is
-    the same in the sampler's steps (0 of 0: not begun). Beside these it has the controls of the model that it was made
-    by, under their names in the form."""
+    the same in the sampler's steps (0: not begun). ``estimated_seconds_left``: until the job is completed, from what
+    steps take on this server and the jobs before it; null where nothing was measured yet. Beside these it has the
+    controls of the model that it was made by, under their names in the form."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -58,6 +60,7 @@ class Video(BaseModel):
     progress: int = Field(ge=0, le=100)
     step: int = Field(0, ge=0)
     steps: int = Field(0, ge=0)
+    estimated_seconds_left: float | None = Field(None, ge=0)
     created_at: int
     started_at: int | None
     completed_at: int | None
@@ -79,7 +82,8 @@ class Video(BaseModel):
             for name in ("created_at", "started_at", "completed_at", "expires_at", "deadline_at")
         }
         known = {"id": job.id, "status": job.status, "progress": job.progress, "step": job.step, "steps": job.steps}
-        return cls.model_validate(dict(job.request) | known | times | {"error": error})
+        left = None if job.seconds_left is None else round(job.seconds_left, 1)
+        return cls.model_validate(dict(job.request) | known | times | {"error": error, "estimated_seconds_left": left})
 
 
 class CancelledVideo(Video):
@@ -165,7 +169,8 @@ class Picture(BaseModel):
 class Model(BaseModel):
     """An available model, with what it supports and its defaults. ``controls``: in the order in which people see them.
     ``motion``: as the ``levels`` of its motion control; empty where it has none. ``pictures``: that it takes beside
-    ``input_reference``, with what they are."""
+    ``input_reference``, with what they are. ``qualities``: by name, what is predicted of a video that asks for it;
+    empty where nobody measured. ``adapters``: names of LoRA adapters, for the field ``lora``."""
 
     id: str
     object: Literal["model"] = "model"
@@ -181,6 +186,8 @@ class Model(BaseModel):
     defaults: dict[str, Any]
     controls: list[Control]
     pictures: list[Picture]
+    qualities: dict[str, dict[str, Any]]
+    adapters: list[str]
 
     @classmethod
     def of(cls, card: BundleCard) -> Model:
@@ -223,6 +230,8 @@ class Model(BaseModel):
                 for name, about in method.inputs.items()
                 if about.kind == "image"
             ],
+            qualities={name: card.quality.predicted(name) for name in NAMES} if card.quality else {},
+            adapters=sorted(card.adapters),
         )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cinemo.serving.store.results import Reuse
+
 
 @dataclass(frozen=True)
 class ApiSettings:
@@ -22,6 +24,7 @@ class ApiSettings:
         cors_origins: of pages elsewhere that may use the interface; ``*``: any.
         requests_named: whether every answer gets an ``X-Request-Id`` from what stands before this application.
         metrics: who may read ``/metrics``: everybody, holders of an API key, or nobody.
+        reuse: whose finished videos answer a request that asks for the same.
     """
 
     body_bytes: int = 20 * 2**20
@@ -38,3 +41,4 @@ class ApiSettings:
     cors_origins: tuple[str, ...] = ()
     requests_named: bool = False
     metrics: Literal["open", "key", "off"] = "open"
+    reuse: Reuse = "own"

@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 from cinemo.bundle import BundleCard
 from cinemo.methods import method_class
 from cinemo.methods.controls import MAX_FRAMES, MIN_FRAMES, size_of
+from cinemo.networks.adapters import parse_choice, unknown
 from cinemo.serving.http.access import Client
 from cinemo.serving.http.fetch import Fetcher
 from cinemo.serving.http.form import VideoForm, VideoRequest, frames_of
@@ -23,6 +24,7 @@ from cinemo.serving.http.schema import video_seconds, video_size
 from cinemo.serving.http.uploads import PARAM, cleaned, data_url, read_header
 from cinemo.serving.http.webhooks import FIELD, Receivers
 from cinemo.serving.store.jobs import Job, JobStore, KeyReused, QueueFull, QuotaExceeded
+from cinemo.serving.store.results import Reuse, weights_digest
 from cinemo.types import InputError
 
 CountTokens = Callable[[str], tuple[int, int] | None]
@@ -38,6 +40,7 @@ class Submission:
         pixels: of a picture, at most.
         fetcher: of pictures that are given by their URL; None: they are refused.
         receivers: of webhooks; None: they are refused.
+        reuse: whose finished videos answer a request for the same, where it does not say otherwise.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class Submission:
         fetcher: Fetcher | None = None,
         receivers: Receivers | None = None,
         tokens: CountTokens | None = None,
+        reuse: Reuse = "own",
     ) -> None:
+        self._reuse: Reuse = reuse
         self._store, self._pixels, self._fetcher, self._receivers = store, pixels, fetcher, receivers
         self._tokens = tokens or (lambda _: None)
         self._places = anyio.CapacityLimiter(_PICTURES_AT_ONCE)
@@ -94,6 +99,9 @@ class Submission:
             quota=client.quota,
             drawn=("seed", "prompt_tokens") if asked.seed_drawn else ("prompt_tokens",),
             others=files,
+            steps=asked.calls(card),
+            digest=weights_digest(card.digest, _adapter(asked.form.lora, card)),
+            reuse="off" if asked.form.reuse is False else self._reuse,
             webhook_url=webhook_url,
         )
         try:
@@ -158,6 +166,12 @@ def _check_supported(asked: VideoRequest, card: BundleCard) -> None:
     frames = wanted or card.recipe.data.frames
     if form.model not in (None, card.recipe.name):
         raise no_model(str(form.model), card)
+    _adapter(form.lora, card)
+    if getattr(asked.controls, "quality", None) is not None and card.quality is None:
+        try:
+            asked.settings(card)
+        except InputError as error:
+            raise Refused(400, "unsupported_quality", str(error), "quality") from None
     if form.size is not None:
         _check_size(form.size, card)
     if form.seconds is not None and frames_of(form.seconds, card.recipe) != frames:
@@ -166,6 +180,16 @@ def _check_supported(asked: VideoRequest, card: BundleCard) -> None:
             expected = f"a number from {video_seconds(card, MIN_FRAMES)} to {video_seconds(card, MAX_FRAMES)}"
         message = f"seconds: got {form.seconds!r}, expected {expected}"
         raise Refused(400, "unsupported_seconds", message, "seconds")
+
+
+def _adapter(asked: str | None, card: BundleCard) -> str | None:
+    """The sha256 of the adapter that is asked for."""
+    if asked is None:
+        return None
+    name, _ = parse_choice(asked)
+    if name not in card.adapters:
+        raise Refused(404, "lora_not_found", str(unknown(name, card.adapters)), "lora")
+    return card.adapters[name]
 
 
 def _check_size(text: str, card: BundleCard) -> None:

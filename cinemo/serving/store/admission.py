@@ -77,6 +77,11 @@ def admit(transaction: Transaction, client: str, quota: Quota, max_queued: int, 
         if (active := int(transaction.execute(mine).scalar_one())) >= quota.max_active:
             message = f"{active} of your jobs are unfinished; this key allows {quota.max_active} at once"
             raise QuotaExceeded(message, _retry_after(transaction))
+    count_submission(transaction, client, quota, now)
+
+
+def count_submission(transaction: Transaction, client: str, quota: Quota, now: float) -> None:
+    """Count a job for ``client`` on this day, inside the lock ``submit``. Raises `QuotaExceeded`."""
     day = int(now // _DAY)
     today = (usage.c.client == client, usage.c.day == day)
     used = transaction.execute(select(usage.c.jobs).where(*today)).scalar_one_or_none()

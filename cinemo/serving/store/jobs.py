@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast
 
 from sqlalchemy import ColumnElement, Row, bindparam, delete, insert, select, update
@@ -24,15 +25,19 @@ from cinemo.serving.store.admission import (
     QuotaExceeded,
     admit,
     check_same,
+    count_submission,
     earlier,
     fingerprint,
     key_hash,
 )
 from cinemo.serving.store.counters import Statistics, count_finished, make_counters, read_statistics
 from cinemo.serving.store.database import Database, Transaction
+from cinemo.serving.store.estimates import Estimates, Pace, last_pace, tell
 from cinemo.serving.store.keys import Quota
 from cinemo.serving.store.leases import QueueLimits, choose, due, end, end_overdue, fail_late, next_turns
-from cinemo.serving.store.media import MediaStore, image_name, input_name, is_job_id
+from cinemo.serving.store.media import MediaStore, image_name, input_name, is_job_id, video_name
+from cinemo.serving.store.previews import Preview, hide, show, shown
+from cinemo.serving.store.results import Reuse, asked_key, deciding, expect, find, forget, keep
 from cinemo.serving.store.storage_health import Reserve, check_room
 from cinemo.serving.store.tables import jobs, usage
 from cinemo.serving.store.webhooks import announce, owe
@@ -55,8 +60,9 @@ _MANY = select(jobs).where(jobs.c.id.in_(bindparam("ids", expanding=True)))
 class Job:
     """One row. Times are Unix seconds; ``progress`` is 0..100; ``request`` are the controls as they were accepted.
 
-    ``step`` of ``steps`` of the sampler in this attempt; ``client`` is a key's id, or empty; ``media_name`` is the
-    video of a completed job.
+    ``step`` of ``steps`` of the sampler in this attempt (of a queued job those that are expected); ``client`` is a
+    key's id, or empty; ``media_name`` is the video of a completed job. ``seconds_left``: an estimate, of an unfinished
+    job that was asked for; None where nothing was measured.
     """
 
     number: int
@@ -77,6 +83,7 @@ class Job:
     media_name: str | None
     error_code: str | None
     error_message: str | None
+    seconds_left: float | None = field(default=None, compare=False)
 
     @property
     def files(self) -> dict[str, str]:
@@ -102,6 +109,7 @@ class JobStore:
         self.database, self.media, self.limits, self._clock = database, media, limits, clock
         self.reserve = Reserve(database.path)
         self._strays_at = -float("inf")
+        self._estimates = Estimates(database, self._time, clock or time.monotonic)
         database.transact(make_counters, lock="schema")
 
     def submit(
@@ -114,6 +122,9 @@ class JobStore:
         quota: Quota | None = None,
         drawn: Collection[str] = (),
         others: Mapping[str, bytes] | None = None,
+        steps: int = 0,
+        digest: str = "",
+        reuse: Reuse = "off",
         webhook_url: str | None = None,
     ) -> Job:
         """Queue a job. Its pictures are stored before the job can be claimed.
@@ -122,6 +133,9 @@ class JobStore:
             image: the picture to animate. ``others``: what its model takes beside it, by name.
             idempotency_key: with the same one, the same request and pictures are the same job again, while it is kept.
             timeout: seconds until its deadline.
+            steps: of the sampler, as far as can be said before it begins.
+            digest, reuse: of the bundle that would make the video; whose finished ones may stand in its place, which is
+                then a completed job at once. Nothing does where something was drawn.
             drawn: names in ``request`` that the server drew itself (a seed): no part of what the client asked for.
             webhook_url: told of its end, see `cinemo.serving.store.webhooks`.
 
@@ -138,7 +152,10 @@ class JobStore:
             check_same(rows[0], asked)
             return _job(rows[0])
         check_room(self)
-        job_id = f"video_{secrets.token_hex(12)}"
+        job_id, key = f"video_{secrets.token_hex(12)}", asked_key(request, image, others)
+        twin = None
+        if reuse != "off" and not deciding(drawn):
+            twin = self._copied(find(self.database, key, digest, client if reuse == "own" else None), job_id)
         kept = {**request, "inputs": sorted(others)} if others else dict(request)
 
         def work(transaction: Transaction) -> Row[Any]:
@@ -148,16 +165,29 @@ class JobStore:
                 check_same(row, asked)  # it came twice at once, and the other was first
                 return cast(Row[Any], row)
             now = self._now(transaction)
-            admit(transaction, client, quota or Quota(), self.limits.max_queued, now)
+            if twin is None:
+                admit(transaction, client, quota or Quota(), self.limits.max_queued, now)
+            else:  # which keeps nobody waiting
+                count_submission(transaction, client, quota or Quota(), now)
             values = {
                 "id": job_id, "client": client, "status": "queued", "created_at": now,
                 "deadline_at": None if timeout is None else now + timeout, "request": json.dumps(kept),
                 "idempotency_hash": None if idempotency_key is None else key_hash(idempotency_key),
-                "fingerprint": asked,
+                "fingerprint": asked, "steps": steps,
             }  # fmt: skip
             if webhook_url:
                 owe(transaction, job_id, client, webhook_url)
-            return cast(Row[Any], transaction.execute(insert(jobs).values(**values).returning(*jobs.c)).one())
+            if twin is not None:  # never started: its time counts in no average
+                done = {"status": "completed", "step": twin.steps, "steps": twin.steps, "completed_at": now}
+                place = {"media_name": video_name(job_id, 0), "expires_at": now + self.limits.keep_seconds}
+                values |= done | place | {"request": json.dumps(kept | {"reused": True})}
+            row = transaction.execute(insert(jobs).values(**values).returning(*jobs.c)).one()
+            expect(transaction, job_id, key)
+            if twin is not None:
+                keep(transaction, job_id, digest)
+                announce(transaction, "completed", [job_id], now)
+                count_finished(transaction, "completed", [row], now)
+            return cast(Row[Any], row)
 
         try:
             self.media.write(image_name(job_id), image)
@@ -173,19 +203,19 @@ class JobStore:
             raise
         if row.id != job_id:
             self._remove_media(job_id)
-        return _job(row)
+        return self._estimated([row])[0]
 
     def get(self, job_id: str, client: str | None = None) -> Job | None:
         """A job. Where ``client`` is given, another's job is unknown; so it is in `page`, `cancel` and `delete`."""
         if not is_job_id(job_id):
             return None
         rows = self.database.read(_GET, {"id": job_id})
-        return _job(rows[0]) if rows and client in (None, rows[0].client) else None
+        return self._estimated(rows)[0] if rows and client in (None, rows[0].client) else None
 
     def many(self, job_ids: Iterable[str]) -> dict[str, Job]:
         """Those of the jobs that there are, by id, with one query."""
         ids = [job_id for job_id in job_ids if is_job_id(job_id)]
-        return {row.id: _job(row) for row in self.database.read(_MANY, {"ids": ids})} if ids else {}
+        return {job.id: job for job in self._estimated(self.database.read(_MANY, {"ids": ids}))} if ids else {}
 
     def page(
         self, limit: int = 20, after: str | None = None, newest_first: bool = True, client: str | None = None
@@ -199,7 +229,7 @@ class JobStore:
             if start is None:
                 return []
             query = query.where(jobs.c.number < start.number if newest_first else jobs.c.number > start.number)
-        return [_job(row) for row in self.database.read(query)]
+        return self._estimated(self.database.read(query))
 
     def waiting(self) -> int:
         """Jobs that are queued."""
@@ -222,7 +252,7 @@ class JobStore:
             taken = {}
             if chosen:
                 lease = {"worker": worker, "lease_until": now + self.limits.lease_seconds, "started_at": now}
-                values = {"status": "in_progress", "step": 0, "steps": 0, "attempts": jobs.c.attempts + 1, **lease}
+                values = {"status": "in_progress", "step": 0, "attempts": jobs.c.attempts + 1, **lease}
                 statement = update(jobs).where(jobs.c.number.in_(chosen)).values(values).returning(*jobs.c)
                 taken = {row.number: row for row in transaction.execute(statement)}
                 next_turns(transaction, [taken[number].client for number in chosen])
@@ -287,9 +317,39 @@ class JobStore:
 
         return self.database.transact(work, durable=False)
 
-    def complete(self, job: Job, media_name: str) -> bool:
-        """in_progress -> completed. False: it is not this worker's any more, which then removes its video."""
-        return self._finish(job, "completed", media_name=media_name)
+    def tell_pace(self, worker: str, pace: Pace | None, left: Mapping[str, float]) -> None:
+        """Keep what a worker measured, and in how many seconds it expects each of its jobs to end, by id."""
+
+        def work(transaction: Transaction) -> None:
+            now = self._now(transaction)
+            tell(transaction, worker, now, pace, {job_id: now + seconds for job_id, seconds in left.items()})
+
+        self.database.transact(work, durable=False)
+
+    def show(self, job: Job, preview: Preview) -> None:
+        """Keep how a job's video looks by now, while it is this worker's."""
+
+        def work(transaction: Transaction) -> None:
+            if transaction.execute(select(jobs.c.id).where(*_held(job))).one_or_none():
+                show(transaction, job.id, preview)
+
+        self.database.transact(work, durable=False)
+
+    def previews(self, jobs: Iterable[Job]) -> dict[str, Preview]:
+        """By id, of those that are being made, asked for them and have one."""
+        asked = [job.id for job in jobs if job.status == "in_progress" and job.request.get("previews")]
+        return shown(self.database, asked)
+
+    def last_pace(self, digest: str) -> Pace | None:
+        """What any worker last measured of a bundle."""
+        return last_pace(self.database, digest)
+
+    def complete(self, job: Job, media_name: str, digest: str | None = None) -> bool:
+        """in_progress -> completed. False: it is not this worker's any more, which then removes its video.
+
+        ``digest``: of the bundle that made it; without, no other request is answered by it.
+        """
+        return self._finish(job, "completed", digest, media_name=media_name)
 
     def fail(self, job: Job, code: str, message: str) -> bool:
         """in_progress -> failed, with a stable code and one line for a person. False: not this worker's any more."""
@@ -299,7 +359,7 @@ class JobStore:
         """in_progress -> queued: its worker is being closed in good order, so the attempt does not count."""
 
         def work(transaction: Transaction) -> bool:
-            values = {"status": "queued", "step": 0, "steps": 0, "attempts": job.attempts - 1, "started_at": None}
+            values = {"status": "queued", "step": 0, "attempts": job.attempts - 1, "started_at": None}
             statement = update(jobs).where(*_held(job)).values(worker=None, lease_until=None, **values)
             return bool(transaction.execute(statement).rowcount)
 
@@ -333,7 +393,11 @@ class JobStore:
             statement = delete(jobs).where(jobs.c.id == job_id, jobs.c.status.in_(FINAL))
             if client is not None:
                 statement = statement.where(jobs.c.client == client)
-            return bool(transaction.execute(statement).rowcount) or transaction.repeated
+            if transaction.execute(statement).rowcount:
+                forget(transaction, [job_id])
+                hide(transaction, [job_id])
+                return True
+            return transaction.repeated
 
         deleted = self._end(work)
         if deleted:
@@ -377,12 +441,21 @@ class JobStore:
     def _time(self) -> float:
         return self.database.now() if self._clock is None else self._clock()
 
+    def _estimated(self, rows: Iterable[Row[Any]]) -> list[Job]:
+        """The jobs of ``rows``, with what is known of their ends."""
+        found = [_job(row) for row in rows]
+        unfinished = [job.id for job in found if job.status not in FINAL]
+        if not unfinished:
+            return found
+        left = self._estimates.seconds_left(unfinished)
+        return [replace(job, seconds_left=left.get(job.id)) for job in found]
+
     def _is_anything_due(self) -> bool:
         """Workers ask several times a second: they take no lock where there is nothing to do."""
         now = self._time()
         return bool(self.database.read(select(jobs.c.number).where(due(now)).limit(1)))
 
-    def _finish(self, job: Job, status: Status, **values: Any) -> bool:
+    def _finish(self, job: Job, status: Status, digest: str | None = None, **values: Any) -> bool:
         def work(transaction: Transaction) -> bool:
             now = self._now(transaction)
             statement = update(jobs).where(*_held(job)).values(
@@ -390,6 +463,10 @@ class JobStore:
             )  # fmt: skip
             row = transaction.execute(statement.returning(jobs.c.created_at, jobs.c.started_at)).one_or_none()
             if row is not None:
+                if digest is not None:
+                    keep(transaction, job.id, digest)
+                if job.request.get("previews"):
+                    hide(transaction, [job.id])
                 announce(transaction, status, [job.id], now)
                 count_finished(transaction, status, [row], now)
                 return True
@@ -410,7 +487,20 @@ class JobStore:
     def _delete_expired(self, transaction: Transaction) -> list[str]:
         expired = select(jobs.c.number).where(jobs.c.expires_at <= self._now(transaction)).limit(_AT_ONCE)
         statement = delete(jobs).where(jobs.c.number.in_(expired.with_for_update(skip_locked=True)))
-        return list(transaction.execute(statement.returning(jobs.c.id)).scalars())
+        ids = list(transaction.execute(statement.returning(jobs.c.id)).scalars())
+        forget(transaction, ids)
+        hide(transaction, ids)
+        return ids
+
+    def _copied(self, twin: Row[Any] | None, job_id: str) -> Row[Any] | None:
+        """``twin``, its video stored under a new job's name as well; None where there is none, or none any more."""
+        if twin is None:
+            return None
+        try:
+            self.media.copy(twin.media_name, video_name(job_id, 0))
+        except (OSError, InputError, RunError):  # then it is made again
+            return None
+        return twin
 
     def _remove_strays(self) -> None:
         """Remove the files of jobs that are gone, and of attempts that came to nothing. Looks now and then only."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, Double, Index, Integer, MetaData, Table, Text
 
-# Raised with every change that an older or newer server could not read.
+# Raised with every change that an older or newer server could not read. Tables that came later are made where they are
+# missing, and older servers leave them alone.
 VERSION = 1
 
 metadata = MetaData()
@@ -57,6 +58,34 @@ usage = Table(
     Column("client", Text, primary_key=True),
     Column("day", Integer, primary_key=True),
     Column("jobs", Integer, nullable=False),
+)
+
+# What every job was asked (sha256 of request and pictures, drawn numbers included), and which bundle made its video.
+results = Table(
+    "results",
+    metadata,
+    Column("job_id", Text, primary_key=True),
+    Column("key", Text, nullable=False),
+    Column("made_by", Text),
+    Index("results_by_key", "key"),
+)
+
+# Of jobs that are being made and ask for it: JSON of a few small pictures.
+previews = Table(
+    "previews",
+    metadata,
+    Column("job_id", Text, primary_key=True),
+    Column("step", Integer, nullable=False),
+    Column("frames", Text, nullable=False),
+)
+
+# What workers measured of their pace, and when their jobs will end: JSON of `cinemo.serving.store.estimates`.
+paces = Table(
+    "paces",
+    metadata,
+    Column("worker", Text, primary_key=True),
+    Column("told_at", Double, nullable=False),
+    Column("told", Text, nullable=False),
 )
 
 counters = Table(
