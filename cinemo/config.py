@@ -6,11 +6,16 @@ A machine's properties (how many nodes, which accelerator) are not here but in `
 from __future__ import annotations
 
 import json
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 MOTION_BUCKETS = 20
+MAX_SHAPES = 64
+Shape = tuple[int, int, int]
+"""Of a sample in pixels: frames, height, width."""
 
 
 class Part(BaseModel):
@@ -26,6 +31,11 @@ class DataConfig(Part):
 
     frames: int = Field(16, ge=2, description="frames per sample, including the first (given) one")
     size: tuple[int, int] = Field((320, 512), description="height and width in pixels")
+    other_shapes: tuple[Shape, ...] = Field(
+        (),
+        description="further [frames, height, width] that samples may have beside frames and size: each clip has that "
+        "of the nearest aspect ratio, of those the longest that it has frames for",
+    )
     frame_interval: tuple[int, int] = Field((3, 10), description="smallest and largest frame interval, drawn uniformly")
     views: int = Field(1, ge=1, description="independently drawn samples per clip")
     clips_per_shard: int = Field(256, ge=1)
@@ -66,6 +76,21 @@ class DataConfig(Part):
         """Whether one process decodes, scores and encodes a clip: all of it is work for the same cores."""
         return not (self.encode_gpus or self.encode_actors or self.decode_resource)
 
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """All that samples may have; the recipe's own first."""
+        return ((self.frames, *self.size), *self.other_shapes)
+
+    @property
+    def largest(self) -> Shape:
+        """The shape of most pixels."""
+        return max(self.shapes, key=math.prod)
+
+    def of_shape(self, shape: Sequence[int]) -> DataConfig:
+        """For samples of one (frames, height, width) alone."""
+        frames, height, width = shape
+        return self.model_copy(update={"frames": frames, "size": (height, width), "other_shapes": ()})
+
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
         low, high = self.frame_interval
@@ -73,6 +98,16 @@ class DataConfig(Part):
             raise ValueError(f"frame_interval is {self.frame_interval}, expected 1 <= low <= high")
         if min(self.size) < 8 or any(side % 8 for side in self.size):
             raise ValueError(f"size is {self.size}, expected multiples of 8 (the VAE halves it three times)")
+        for frames, *size in self.other_shapes:
+            if frames < 2 or min(size) < 8 or any(side % 8 for side in size):
+                raise ValueError(
+                    f"other_shapes has {[frames, *size]}, expected [frames, height, width]: at least 2, multiples of 8"
+                )
+        if len(set(self.shapes)) != len(self.shapes) or len(self.shapes) > MAX_SHAPES:
+            raise ValueError(
+                f"other_shapes is {self.other_shapes}, expected at most {MAX_SHAPES - 1} that differ from each other "
+                f"and from frames and size, {self.shapes[0]}"
+            )
         if len(self.bucket_edges) != MOTION_BUCKETS - 1 or sorted(set(self.bucket_edges)) != list(self.bucket_edges):
             raise ValueError(f"bucket_edges has {len(self.bucket_edges)} values, expected 19 strictly ascending ones")
         if len(set(self.fields)) != len(self.fields):
@@ -321,7 +356,12 @@ class SampleConfig(Part):
 
 
 # Keys that came later: a recipe's file leaves them out where nobody changed them, so that bundles keep their digests.
-_LATER = {"sample": ("long",), "encoders": ("flow",), "train": ("grow", "where"), "data": (*MACHINES, "scores")}
+_LATER = {
+    "sample": ("long",),
+    "encoders": ("flow",),
+    "train": ("grow", "where"),
+    "data": (*MACHINES, "scores", "other_shapes"),
+}
 
 
 class Recipe(Part):
@@ -340,6 +380,20 @@ class Recipe(Part):
     diffusion: DiffusionConfig = DiffusionConfig()
     train: SerializeAsAny[TrainConfig] = TrainConfig()
     sample: SerializeAsAny[SampleConfig] = SampleConfig()
+
+    @model_validator(mode="after")
+    def _takes_every_shape(self) -> Self:
+        for shape in self.data.other_shapes:
+            try:
+                type(self).model_validate(self.of_shape(shape).model_dump())
+            except ValidationError as error:
+                message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+                raise ValueError(f"data.other_shapes has {list(shape)}: {message}") from None
+        return self
+
+    def of_shape(self, shape: Sequence[int]) -> Self:
+        """For samples of one (frames, height, width) alone."""
+        return self.model_copy(update={"data": self.data.of_shape(shape)})
 
     @property
     def toy(self) -> bool:

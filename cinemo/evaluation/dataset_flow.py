@@ -8,9 +8,9 @@ import numpy as np
 
 from cinemo import storage
 from cinemo.cache import FileCache
-from cinemo.config import DataConfig
+from cinemo.config import DataConfig, Shape
 from cinemo.data.dataset import fields, sidecars
-from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.dataset.shards import DatasetIndex, pixels
 from cinemo.data.loading.reader import ShardReader
 from cinemo.evaluation.calibration import rank_correlation
 from cinemo.evaluation.figures import speed_scatter
@@ -30,8 +30,7 @@ def flow_section(dataset: DatasetIndex) -> list[str]:
     samples = _samples(dataset)
     if not samples:
         return []
-    at_512 = 512 / min(dataset.info["size"])
-    speeds = [speed(sample.fields["flow"]) * at_512 for sample in samples]
+    speeds = [speed(sample.fields["flow"]) * 512 / min(_shape(sample)[1:]) for sample in samples]
     motion = [1 - sample.ssim for sample in samples]
     rank, agree = rank_correlation(motion, speeds), _consistent(dataset, samples)
     text = (
@@ -66,16 +65,21 @@ def _samples(dataset: DatasetIndex) -> list[LatentSample]:
     return [sample for sample in found if "flow" in sample.fields]
 
 
+def _shape(sample: LatentSample) -> Shape:
+    return pixels(sample.latents_FCHW.shape)
+
+
 def _consistent(dataset: DatasetIndex, samples: Sequence[LatentSample]) -> float | None:
     """Share of pixels whose flow from the first frame to the second is undone by the one back."""
     data = DataConfig.model_validate(dataset.info["recipe"]["data"]) if "recipe" in dataset.info else DataConfig()
-    size, shares = tuple(dataset.info["size"]), []
+    shares = []
     for sample in samples[:: max(1, len(samples) // _CLIPS)][:_CLIPS]:
         view = {"uri": sample.uri, "start_frame": sample.start_frame, "frame_interval": sample.frame_interval}
         try:
-            (frames_FHWC,) = fields.decode_again([view], data, 2)
+            (frames_FHWC,) = fields.decode_again([view], data.of_shape(_shape(sample)), 2)
         except (ClipError, InputError, RunError, OSError):
             continue
+        size = frames_FHWC.shape[1:3]
         there, back = dense_flow(frames_FHWC, size)[0], dense_flow(frames_FHWC[::-1], size)[0]
         shares.append(float(consistency(there, back).mean()))
     return float(np.mean(shares)) if shares else None

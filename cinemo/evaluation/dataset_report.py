@@ -62,6 +62,7 @@ def write_dataset_report(uri: str, summary: Mapping[str, Any]) -> str | None:
     kept = html.escape(json.dumps(run), quote=False)
     body = [
         *_totals(dataset, run),
+        *_shapes(dataset),
         *_motion(dataset),
         *flow_section(dataset),
         *scores_section(dataset),
@@ -108,12 +109,28 @@ def _totals(dataset: DatasetIndex, run: Mapping[str, Any] | None) -> list[str]:
     if run:
         shown["this run"] = f"{run['clips_per_second']:.2f} clips/s"
     height, width = info["size"]
+    each = f"{info['frames']} frames at {width}×{height} per sample"
+    if len(info.get("shapes", ())) > 1:
+        each = f"Samples of {len(info['shapes'])} shapes"
     lead = (
-        f"{info['frames']} frames at {width}×{height} per sample, kept as latents with caption and raw motion score: "
+        f"{each}, kept as latents with caption and raw motion score: "
         "how much the clips move, which were refused and why, and what the last run cost."
     )
     title = html.escape(dataset.uri.rstrip("/").rsplit("/", 1)[-1])
     return [f"<h1>Dataset {title}</h1>", f'<p class="lead">{html.escape(lead)}</p>', tiles(shown)]
+
+
+def _shapes(dataset: DatasetIndex) -> list[str]:
+    """How many samples have which shape, where there are several."""
+    shapes = dataset.info.get("shapes", ())
+    if len(shapes) < 2:
+        return []
+    counts = {f"{one['size'][1]}×{one['size'][0]}, {one['frames']} frames": one["samples"] for one in shapes}
+    text = (
+        "Each clip has the shape of the nearest aspect ratio, of those the longest that it has frames for. A shard, "
+        "and a batch of a training, is of one shape."
+    )
+    return [section("Shapes", text), chart(count_bars(counts, "samples"), "Samples by shape.", narrow=True)]
 
 
 def _motion(dataset: DatasetIndex) -> list[str]:
@@ -176,24 +193,27 @@ def _extreme(dataset: DatasetIndex, largest: bool) -> list[dict[str, Any]]:
     )
     found: list[dict[str, Any]] = []
     for _, shard in ends[:SHEET_CLIPS]:
-        found += _metadata(dataset.uri, shard)
+        found += _metadata(dataset, shard)
     found.sort(key=lambda row: (sign * row["ssim"], row["clip_id"], row["view"]))
     one_view = {row["clip_id"]: row for row in reversed(found)}
     return sorted(one_view.values(), key=lambda row: (sign * row["ssim"], row["clip_id"]))[:SHEET_CLIPS]
 
 
-def _metadata(uri: str, shard: int) -> list[dict[str, Any]]:
+def _metadata(dataset: DatasetIndex, shard: int) -> list[dict[str, Any]]:
+    """What the samples of a shard say of themselves, and their ``video_shape``."""
+    uri = dataset.uri
     members = storage.read_json(shards.record_uri(uri, shard))["members"]
     tar = shards.tar_uri(uri, shard)
+    shape = shards.pixels(members["array_shape"]) if members["keys"] else None
     with ThreadPoolExecutor(_READERS if storage.is_remote(uri) else 1) as pool:
         texts = pool.map(lambda *place: storage.read_bytes(tar, *place), members["json_offset"], members["json_size"])
-        return [json.loads(text) for text in texts]
+        return [json.loads(text) | {"video_shape": shape} for text in texts]
 
 
 def _source_frames(row: Mapping[str, Any], dataset: DatasetIndex) -> np.ndarray:
     """Some frames of a sample out of its source, ``FHWC``, cropped as the sample is."""
-    height, width = dataset.info["size"]
-    steps = np.linspace(0, dataset.info["frames"] - 1, _SHEET_FRAMES).round().astype(int)
+    frames, height, width = row["video_shape"]
+    steps = np.linspace(0, frames - 1, _SHEET_FRAMES).round().astype(int)
     indices = [int(row["start_frame"] + step * row["frame_interval"]) for step in steps]
     larger = max(1, -(-160 // min(height, width)))
     data = DataConfig.model_validate(dataset.info["recipe"]["data"]) if "recipe" in dataset.info else DataConfig()

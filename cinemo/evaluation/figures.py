@@ -40,19 +40,18 @@ def contact_sheet(
 ) -> Image.Image:
     """One row per video (F, H, W, 3) uint8: a label, then up to ``columns`` frames spread over its length."""
     font = ImageFont.load_default(15)
-    height, width = videos[0].shape[1:3]
-    cell = (cell_width, round(cell_width * height / width))
     lines = [_wrap(label, font, 190) for label in labels]
     left, gap = 200, 4
     count = min(columns, max(len(video) for video in videos))
-    sheet = Image.new("RGB", (left + count * (cell[0] + gap), len(videos) * (cell[1] + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (video, text) in enumerate(zip(videos, lines, strict=True)):
-        top = gap + row * (cell[1] + gap)
-        draw.multiline_text((8, top + cell[1] / 2), text, fill=INK, font=font, anchor="lm", spacing=5)
+    heights = [round(cell_width * video.shape[1] / video.shape[2]) for video in videos]
+    sheet = Image.new("RGB", (left + count * (cell_width + gap), sum(heights) + (len(videos) + 1) * gap), "white")
+    draw, top = ImageDraw.Draw(sheet), gap
+    for video, text, height in zip(videos, lines, heights, strict=True):
+        draw.multiline_text((8, top + height / 2), text, fill=INK, font=font, anchor="lm", spacing=5)
         for column, index in enumerate(np.linspace(0, len(video) - 1, count).round().astype(int)):
-            picture = Image.fromarray(video[index]).resize(cell, Image.Resampling.BICUBIC)
-            sheet.paste(picture, (left + column * (cell[0] + gap), top))
+            picture = Image.fromarray(video[index]).resize((cell_width, height), Image.Resampling.BICUBIC)
+            sheet.paste(picture, (left + column * (cell_width + gap), top))
+        top += height + gap
     return sheet
 
 
@@ -143,7 +142,7 @@ def speed_scatter(motion: Sequence[float], speeds: Sequence[float]) -> Figure:
     return figure
 
 
-def count_bars(counts: dict[str, int]) -> Figure:
+def count_bars(counts: dict[str, int], of: str = "clips") -> Figure:
     """How often each thing happened: one bar each, in order."""
     figure, axes = _figure(6.2, 0.7 + 0.34 * len(counts))
     bars = axes.barh(list(counts), list(counts.values()), color=ACCENT, height=0.7)
@@ -152,7 +151,7 @@ def count_bars(counts: dict[str, int]) -> Figure:
     axes.margins(x=0.15)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False, axis="y")
-    axes.set(xlabel="clips")
+    axes.set(xlabel=of)
     return figure
 
 

@@ -92,10 +92,13 @@ class Scenes(Sequence[Scene]):
 
 
 class DatasetScenes(Scenes):
-    """Samples of a dataset, spread over all of its shards."""
+    """Samples of a dataset, spread over all of its shards; of one with several shapes, those of the recipe's own."""
 
     def __init__(self, uri: str, limit: int) -> None:
-        self.dataset = self._index = DatasetIndex.load(uri)
+        index = DatasetIndex.load(uri)
+        if len(index.latent_shapes) > 1:  # those of the shape that its recipe makes
+            index = index.of_shape(index.info["latent_shape"])
+        self.dataset = self._index = index
         self._ends = np.cumsum(self._index.samples_of_shards)
         super().__init__(uri, int(self._ends[-1]), limit)
 

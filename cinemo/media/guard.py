@@ -9,6 +9,7 @@ time (BENCHMARKS.md). It is a fresh interpreter, never a fork: a Ray worker has 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import resource
@@ -50,13 +51,16 @@ class Guard:
 
     def __init__(self, data: DataConfig, decode: Decode = decode_windows) -> None:
         self.data, self.decode = data, decode
-        pixels = data.views * data.frames * data.size[0] * data.size[1] * 3
-        self.at_once = max(1, min(_WINDOWS, _WINDOWS_BYTES // pixels))
+        each = [data.of_shape(shape) for shape in data.shapes]
+        self._room = max(_at_once(one) * _clip_bytes(one) for one in each)
         self.lock = threading.Lock()
         self.child: _Child | None = None
 
-    def __call__(self, path: Path, clip: Clip) -> list[Frames]:
+    def __call__(self, path: Path, clip: Clip, data: DataConfig | None = None) -> list[Frames]:
         """The views of a clip in a local file; their pixels are overwritten by the next call.
+
+        Args:
+            data: settings for one of the shapes that the guard's own have.
 
         Raises:
             ClipError: what ``decode`` raised; or ``decoder_crash``, ``decoder_hang`` (``data.clip_timeout`` seconds),
@@ -66,7 +70,7 @@ class Guard:
             for attempt in range(_ATTEMPTS):
                 fresh, begun = self._start(), time.monotonic()
                 try:
-                    [views] = self._ask(path, [clip])
+                    [views] = self._ask(path, [clip], data)
                 except _Broken as error:
                     if fresh and (error.reason or attempt == _ATTEMPTS - 1):
                         size = path.stat().st_size if path.is_file() else 0
@@ -78,43 +82,44 @@ class Guard:
                     return views
         raise AssertionError("unreachable: every attempt but the first has a fresh child")
 
-    def windows(self, path: Path, clips: Sequence[Clip]) -> Iterator[Views]:
+    def windows(self, path: Path, clips: Sequence[Clip], data: DataConfig | None = None) -> Iterator[Views]:
         """The views of clips in one local file, or why one of them is refused, exactly as one call for each would give
         them; in one pass over the file unless something goes wrong in it. Pixels are overwritten by the next step.
         """
-        for start in range(0, len(clips), self.at_once):
-            together = clips[start : start + self.at_once]
-            answer = self._in_one_pass(path, together) if len(together) > 1 else None
+        at_once = _at_once(data or self.data)
+        for start in range(0, len(clips), at_once):
+            together = clips[start : start + at_once]
+            answer = self._in_one_pass(path, together, data) if len(together) > 1 else None
             if answer is not None:
                 yield from answer
                 continue
             for clip in together:
                 try:
-                    views: Views = self(path, clip)
+                    views: Views = self(path, clip, data)
                 except ClipError as error:
                     views = error
                 yield views
 
-    def _in_one_pass(self, path: Path, clips: Sequence[Clip]) -> list[Views] | None:
+    def _in_one_pass(self, path: Path, clips: Sequence[Clip], data: DataConfig | None) -> list[Views] | None:
         """None where it failed, which is not held against any clip."""
         with self.lock:
             self._start()
             try:
-                return self._ask(path, clips)
+                return self._ask(path, clips, data)
             except (_Broken, ClipError):
                 return None
 
     def _start(self) -> bool:
         """Have a child; whether it is one that decoded nothing yet."""
         if self.child is None or self.child.process.poll() is not None:
-            self.child = _Child(self.data, self.decode, self.at_once)
+            self.child = _Child(self.data, self.decode, self._room)
         fresh, self.child.used = not self.child.used, True
         return fresh
 
-    def _ask(self, path: Path, clips: Sequence[Clip]) -> list[Views]:
+    def _ask(self, path: Path, clips: Sequence[Clip], data: DataConfig | None) -> list[Views]:
         assert self.child is not None
         try:
-            return self.child.ask(path, clips)
+            return self.child.ask(path, clips, data or self.data)
         except ClipError:
             raise
         except BaseException:
@@ -133,14 +138,13 @@ class _Broken(Exception):
 
 
 class _Child:
-    def __init__(self, data: DataConfig, decode: Decode, at_once: int) -> None:
+    def __init__(self, data: DataConfig, decode: Decode, room: int) -> None:
         self.timeout, self.used = data.clip_timeout, False
-        shape = (at_once, data.views, data.frames, *data.size, 3)
         memory = os.memfd_create("cinemo-frames")
         ours, theirs = socket.socketpair()
         try:
-            os.ftruncate(memory, int(np.prod(shape)))
-            self.frames_NVFHWC = _mapped(memory, shape)
+            os.ftruncate(memory, room)
+            self.pixels = _mapped(memory, room)
             command = "import sys; from cinemo.media.guard import serve; serve(*map(int, sys.argv[1:]))"
             self.process = subprocess.Popen(
                 [sys.executable, "-c", command, *map(str, (theirs.fileno(), memory, os.getpid()))],
@@ -154,15 +158,15 @@ class _Child:
             os.close(memory)
         self.connection = Connection(ours.detach())
         self.end = weakref.finalize(self, _end, self.process, self.connection)
-        self.connection.send((data, decode, shape))
+        self.connection.send((data.clip_memory, decode, room))
         if not self.connection.poll(_START_SECONDS) or self._receive() is not True:
             self.end()
             raise RuntimeError(f"the decoding process did not start (exit status {self.process.returncode})")
 
-    def ask(self, path: Path, clips: Sequence[Clip]) -> list[Views]:
+    def ask(self, path: Path, clips: Sequence[Clip], data: DataConfig) -> list[Views]:
         """The answer; raises `ClipError`, or `_Broken`."""
         try:
-            self.connection.send((path, clips))
+            self.connection.send((path, clips, data))
         except OSError:
             raise _Broken("", "ended while it waited") from None
         if not self.connection.poll(self.timeout):
@@ -180,7 +184,7 @@ class _Child:
             views
             if isinstance(views, ClipError)
             else [Frames(*each) for each in zip(frames_VFHWC, *views, strict=True)]
-            for frames_VFHWC, views in zip(self.frames_NVFHWC, answer, strict=False)
+            for frames_VFHWC, views in zip(_frames(self.pixels, len(clips), data), answer, strict=True)
         ]
 
     def _receive(self) -> object:
@@ -196,8 +200,23 @@ def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
 
 
-def _mapped(memory: int, shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(mmap.mmap(memory, int(np.prod(shape))), np.uint8).reshape(shape)
+def _mapped(memory: int, room: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(memory, room), np.uint8)
+
+
+def _clip_bytes(data: DataConfig) -> int:
+    """What the pixels of a clip's views take."""
+    return data.views * math.prod(data.shapes[0]) * 3
+
+
+def _at_once(data: DataConfig) -> int:
+    return max(1, min(_WINDOWS, _WINDOWS_BYTES // _clip_bytes(data)))
+
+
+def _frames(pixels: np.ndarray, clips: int, data: DataConfig) -> np.ndarray:
+    """The pixels (N, V, F, H, W, 3) of some clips."""
+    shape = clips, data.views, *data.shapes[0], 3
+    return pixels[: math.prod(shape)].reshape(shape)
 
 
 def serve(channel: int, memory: int, parent: int) -> None:
@@ -211,15 +230,15 @@ def serve(channel: int, memory: int, parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     cv2.setNumThreads(1)
     connection = Connection(channel)
-    data, decode, shape = connection.recv()
-    limit = int(data.clip_memory * (1 << 30))
+    gigabytes, decode, room = connection.recv()
+    limit = int(gigabytes * (1 << 30))
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    frames_NVFHWC = _mapped(memory, shape)
+    pixels = _mapped(memory, room)
     answer: object = True
     while True:
         connection.send(answer)
         try:
-            path, clips = connection.recv()
+            path, clips, data = connection.recv()
         except EOFError:
             return
         try:
@@ -227,7 +246,7 @@ def serve(channel: int, memory: int, parent: int) -> None:
                 views
                 if isinstance(views, ClipError)
                 else [[getattr(view, name) for view in views] for name in ("fps", "frame_interval", "start_frame")]
-                for views in decode(path, clips, data, frames_NVFHWC)
+                for views in decode(path, clips, data, _frames(pixels, len(clips), data))
             ]
         except ClipError as error:
             answer = error

@@ -149,7 +149,7 @@ def _decode_windows(
     windows: list[list[tuple[int, int]] | ClipError] = []
     places: dict[int, list[np.ndarray]] = {}
     for clip, out_VFHWC in zip(clips, out_NVFHWC, strict=False):
-        first, last = _usable(clip, timeline, stream)
+        first, last = usable(clip, timeline, stream)
         try:
             views = [draw_view(last - first, data, clip.clip_id, view) for view in range(data.views)]
         except ClipError as error:
@@ -249,7 +249,7 @@ def _with_timeline(path: str | Path, use: Callable[[Any, Any, Timeline], T]) -> 
             return use(container, stream, counted)
 
 
-def _usable(clip: Clip, timeline: Timeline, stream: Any) -> tuple[int, int]:
+def usable(clip: Clip, timeline: Timeline, stream: Any) -> tuple[int, int]:
     """The half-open range of frame numbers between a clip's ``start`` and ``end`` seconds."""
     seconds = timeline.seconds or [number / frame_rate(stream, timeline) for number in range(timeline.frames)]
     slack = 1e-6  # 1.0 s is written as 0.9999999 by some time bases

@@ -58,7 +58,7 @@ def trip_256() -> TripRecipe:
       data.decode_cpus, data.decode_resource, data.max_quarantine_share, data.encode_batch, data.encode_actors,
       data.encode_gpus, data.decode_tasks, data.wait_for_nodes.
       data.ssim, data.bucket_edges: of reports alone.
-    - Not used here. train.lora_rank, train.lora_alpha, train.lora_layers, data.fields, data.scores,
+    - Not used here. train.lora_rank, train.lora_alpha, train.lora_layers, data.fields, data.scores, data.other_shapes,
       encoders.image_encoder, encoders.flow.
     """
     return TripRecipe(

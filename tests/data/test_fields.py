@@ -152,7 +152,7 @@ def test_sources_that_are_gone_are_counted(
     finally:
         for path, content in contents.items():
             path.write_bytes(content)
-    encode = fields.Encoder(wanted, field_recipe.encoders, field_recipe.data.size, "float32")
+    encode = fields.Encoder(wanted, field_recipe.encoders, "float32")
     fields.commit(encode(made), str(copy), dict.fromkeys(wanted, "f"))
     for name in wanted:
         record = json.loads((copy / f"fields/{name}/shard-000000.json").read_text())

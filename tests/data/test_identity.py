@@ -23,6 +23,7 @@ EDGES = [round(0.5 + k * 0.02, 3) for k in range(19)]
 COVERED: dict[str, Any] = {
     "data.frames": 7,
     "data.size": [32, 56],
+    "data.other_shapes": [[5, 32, 32]],
     "data.frame_interval": [1, 4],
     "data.views": 2,
     "data.seed": 1,

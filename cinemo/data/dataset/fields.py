@@ -56,6 +56,7 @@ MADE = pa.schema(
         ("keys", pa.list_(pa.string())),
         ("captions", pa.list_(pa.string())),
         ("faults", pa.list_(pa.string())),
+        ("size", pa.list_(pa.int32())),  # height, width of its pictures
         ("pixels", pa.list_(pa.large_binary())),
         *_PAYLOADS,
         ("decode_seconds", pa.float64()),
@@ -89,6 +90,8 @@ def identity(field: str, recipe: Recipe) -> tuple[str, dict[str, Any]]:
     covers: dict[str, Any] = {"version": VERSIONS[field]}
     if field in _DECODED:
         covers |= {"size": list(data.size), "decoder": data.decoder, "resize": RESIZE}
+        if data.other_shapes:
+            covers |= {"other_shapes": [list(shape) for shape in data.other_shapes]}
     if field in encoded(encoders):
         covers |= {"dtype": encoder_dtype(recipe)}
     match field:
@@ -119,7 +122,8 @@ def identity(field: str, recipe: Recipe) -> tuple[str, dict[str, Any]]:
         case "flow":
             covers |= {"frames": data.frames, "method": raft.METHOD if encoders.flow else flow.METHOD}
             if encoders.flow:
-                check_raft(encoders.flow, data.size)
+                for _, *size in data.shapes:
+                    check_raft(encoders.flow, (size[0], size[1]))
                 covers |= {"weights": weights_digest(encoders.flow)}
     return digest(covers), covers
 
@@ -139,8 +143,10 @@ def read(todo: pa.Table, dataset: str, recipe: Recipe) -> pa.Table:
             "captions": [sample["caption"] for sample in samples],
         }
         if _DECODED & set(row["fields"]):
-            cells = members.array_shape[2], members.array_shape[3]
-            row |= _pictures(samples, row["fields"], recipe.data, cells, made_later)
+            data, cells = recipe.data, (members.array_shape[2], members.array_shape[3])
+            if samples and data.other_shapes:
+                data = data.of_shape(shards.pixels(members.array_shape))
+            row |= {"size": data.size, **_pictures(samples, row["fields"], data, cells, made_later)}
         rows.append({**row, "decode_seconds": time.perf_counter() - started, "encode_seconds": 0.0})
     return pa.Table.from_pylist(rows, MADE)
 
@@ -167,12 +173,10 @@ class Encoder:
         self,
         fields: Sequence[str],
         encoders: EncodersConfig,
-        size: tuple[int, int],
         dtype: str,
         text_layers: int | None = None,
     ) -> None:
         use_one_thread()
-        self.size = size
         device, precision = "cuda" if dtype == "float16" else "cpu", getattr(torch, dtype)
         if "text_states" in fields:
             self.text = TextEncoder(encoders.text_encoder, encoders.tokenizer, device, precision, text_layers)
@@ -187,11 +191,11 @@ class Encoder:
             if "text_states" in row["fields"]:
                 row["text_states"] = self.text_states(row["captions"])
             if "image_tokens" in row["fields"]:
-                row["image_tokens"] = self.image_tokens(row["pixels"])
+                row["image_tokens"] = self.image_tokens(row["pixels"], row["size"])
             if "frame_tokens" in row["fields"]:
-                row["frame_tokens"] = self.frame_tokens(row["pixels"])
+                row["frame_tokens"] = self.frame_tokens(row["pixels"], row["size"])
             if "flow" in row["fields"] and self.raft is not None:
-                row["flow"] = self.flow(row["pixels"])
+                row["flow"] = self.flow(row["pixels"], row["size"])
             row["pixels"] = None
             rows.append({**row, "encode_seconds": time.perf_counter() - started})
         return pa.Table.from_pylist(rows, MADE)
@@ -202,30 +206,31 @@ class Encoder:
         states = dict(zip(unique, map(_file, _in_batches(unique, _TEXTS, self.text.encode)), strict=True))
         return [states[caption] for caption in captions]
 
-    def image_tokens(self, pixels: Sequence[bytes | None]) -> list[bytes | None]:
+    def image_tokens(self, pixels: Sequence[bytes | None], size: Sequence[int]) -> list[bytes | None]:
         """A .npy file for each first frame that there is."""
-        present = [self._frames(content)[0] for content in pixels if content is not None]
+        present = [_frames(content, size)[0] for content in pixels if content is not None]
         tokens = iter(_in_batches(present, _IMAGES, self.image.encode))
         return [None if content is None else _file(next(tokens)) for content in pixels]
 
-    def frame_tokens(self, pixels: Sequence[bytes | None]) -> list[bytes | None]:
+    def frame_tokens(self, pixels: Sequence[bytes | None], size: Sequence[int]) -> list[bytes | None]:
         """A .npy file for the frames of each sample that there is."""
         return [
             None
             if content is None
-            else _file(np.stack([*_in_batches(list(self._frames(content)), _IMAGES, self.image.encode)]))
+            else _file(np.stack([*_in_batches(list(_frames(content, size)), _IMAGES, self.image.encode)]))
             for content in pixels
         ]
 
-    def flow(self, pixels: Sequence[bytes | None]) -> list[bytes | None]:
+    def flow(self, pixels: Sequence[bytes | None], size: Sequence[int]) -> list[bytes | None]:
         """A .npy file for the frames of each sample that there is."""
         assert self.raft is not None
-        cells = self.size[0] // 8, self.size[1] // 8
-        frames = (None if content is None else self._frames(content) for content in pixels)
+        cells = size[0] // 8, size[1] // 8
+        frames = (None if content is None else _frames(content, size) for content in pixels)
         return [None if each is None else _file(self.raft.dense_flow(each, cells)) for each in frames]
 
-    def _frames(self, content: bytes) -> np.ndarray:
-        return np.frombuffer(content, np.uint8).reshape(-1, *self.size, 3)
+
+def _frames(content: bytes, size: Sequence[int]) -> np.ndarray:
+    return np.frombuffer(content, np.uint8).reshape(-1, *size, 3)
 
 
 def commit(made: pa.Table, dataset: str, fingerprints: Mapping[str, str]) -> pa.Table:

@@ -16,6 +16,7 @@ from cinemo.networks.frozen import check_vae, network_digest, vae_scaling
 # Raise it when the same recipe no longer gives the same sample bytes.
 SAMPLE_VERSION = 2  # 2: swscale into planes, up to one level brighter or darker than version 1
 RESIZE = "cover, swscale area with full chroma, centre crop"
+SHAPE_RULE = "nearest aspect ratio, then most frames that the clip has, then largest without enlarging"
 INTERVAL_POLICY = "interval uniform over those that fit the clip, start uniform over those that fit the interval"
 
 
@@ -55,8 +56,11 @@ def fingerprint(recipe: Recipe) -> tuple[str, dict[str, Any]]:
         "latent": recipe.encoders.latent,
         "dtype": encoder_dtype(recipe),
     }
-    if data.scores:  # left out otherwise: datasets from before there were any keep their fingerprints
+    # Left out where there are none: datasets from before keep their fingerprints.
+    if data.scores:
         covers["scores"] = SCORES_VERSION
+    if data.other_shapes:
+        covers |= {"other_shapes": [list(shape) for shape in data.other_shapes], "shape_rule": SHAPE_RULE}
     return digest(covers), covers
 
 

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cinemo import checksums, storage
+from cinemo.config import Shape
 from cinemo.types import InputError, LatentSample, Refusal
 
 SCHEMA_VERSION = 1
@@ -77,6 +78,12 @@ class Members:
     json_size: list[int]
     array_offset: list[int]
     array_shape: list[int]
+
+
+def pixels(latent_shape: Sequence[int]) -> Shape:
+    """(frames, height, width) of the video whose latents are frames x channels x rows x columns."""
+    frames, _, rows, columns = latent_shape
+    return frames, 8 * rows, 8 * columns  # the VAE reduces each side by 8
 
 
 def encode_tar(samples: Sequence[LatentSample]) -> tuple[list[bytes | memoryview], Members]:
@@ -305,6 +312,17 @@ class DatasetIndex:
     def first(self, shards: int) -> DatasetIndex:
         """The dataset as it was when it had so many shards: whatever is added goes behind them."""
         return replace(self, table=self.table.slice(0, shards))
+
+    def of_shape(self, latent_shape: Sequence[int]) -> DatasetIndex:
+        """Its shards of one shape."""
+        same = [shape == list(latent_shape) for shape in self.table["latent_shape"].to_pylist()]
+        return replace(self, table=self.table.filter(pa.array(same, pa.bool_())))
+
+    @property
+    def latent_shapes(self) -> list[tuple[int, ...]]:
+        """All shapes that there are samples of, in the order of their first shards."""
+        rows = zip(self.table["latent_shape"].to_pylist(), self.table["samples"].to_pylist(), strict=True)
+        return list(dict.fromkeys(tuple(shape) for shape, samples in rows if samples))
 
     @property
     def shards(self) -> list[int]:

@@ -169,7 +169,8 @@ def canary(index: DatasetIndex, recipe: Recipe, samples: int, seed: int) -> Cana
         try:
             members = Members(**storage.read_json(shards.record_uri(index.uri, number))["members"])
             sample = shards.fetch_sample(index.uri, number, members, position - int(ends[place]) + len(members.keys))
-            frames_FHWC = decode_again([asdict(sample)], data, data.frames)[0]
+            own = data.of_shape(shards.pixels(sample.latents_FCHW.shape)) if data.other_shapes else data
+            frames_FHWC = decode_again([asdict(sample)], own, own.frames)[0]
             latents_FCHW = encoder.encode(frames_FHWC, sample.clip_id, sample.view)
         except ClipError as error:
             if error.reason in NOT_THERE:
@@ -325,12 +326,13 @@ def _strays(index: DatasetIndex, fields: Mapping[str, Any]) -> list[str]:
     """Files that belong to no committed shard."""
     names = [shard_name(number) for number in index.shards]
     pairs = {f"{name}.{kind}" for name in names for kind in ("tar", "json")}
+    parts = 1 + len(index.info.get("appended", ()))
     expected = {
         "": ROOT_FILES | {"shards", "quarantine", "fields", columns.DIRECTORY, "parts"},
         "shards": pairs,
         "quarantine": {f"{name}.jsonl" for name in names},
         columns.DIRECTORY: {f"{name}.parquet" for name in names},
-        "parts": {f"part-{part:06d}.parquet" for part in range(1, 1 + len(index.info.get("appended", ())))},
+        "parts": {f"part-{part:06d}.parquet" for part in range(0 if "shapes" in index.info else 1, parts)},
         "fields": {*fields, *(f"{name}.json" for name in fields)},
         **{f"fields/{name}": pairs for name in fields},
     }

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,7 @@ from cinemo.data.manifest.folders import NAMED, table_of_folder
 from cinemo.data.manifest.formats import BATCH_ROWS, COMPRESSED, open_parquet
 from cinemo.data.manifest.json_lines import JSON_COLUMN
 from cinemo.data.manifest.presets import REQUIRED
+from cinemo.data.manifest.timestamps import seconds
 from cinemo.types import InputError
 
 SCHEMA = pa.schema(
@@ -103,12 +104,30 @@ class Manifest:
 
     def clips(self, start: int, stop: int) -> pa.Table:
         """Rows ``start`` up to ``stop`` without their extra columns, which are slow to read; uris are absolute."""
+        return self.clips_at(np.arange(start, min(stop, self.rows)))
+
+    def clips_at(self, positions: np.ndarray) -> pa.Table:
+        """`clips` at some ascending positions."""
         names = [name for name in SCHEMA.names if name in self._file.schema_arrow.names]
         parts = [
             _presented(_taken(group, places), self.parent, []).select(SCHEMA.names)
-            for group, places in self._groups(np.arange(start, min(stop, self.rows)), names)
+            for group, places in self._groups(positions, names)
         ]
         return pa.concat_tables([SCHEMA.empty_table(), *parts])
+
+    def numbers(self, positions: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The numbers or times in some columns, those that there are, at some ascending positions: float64 (N,), nan
+        where there is none."""
+        there = [name for name in (*names, JSON_COLUMN) if name in self._file.schema_arrow.names]
+        found: dict[str, list[np.ndarray]] = {}
+        for group, places in self._groups(positions, there) if there else ():
+            rows = _taken(group, places)
+            columns = {name: rows[name] for name in there if name != JSON_COLUMN}
+            if JSON_COLUMN in there and (loose := [name for name in names if name not in columns]):
+                columns |= _loose(rows[JSON_COLUMN], loose)
+            for name, column in columns.items():
+                found.setdefault(name, []).append(_seconds(column))
+        return {name: np.concatenate(parts) for name, parts in found.items()}
 
     def ids(self, positions: np.ndarray) -> list[str]:
         return [
@@ -366,6 +385,26 @@ def _taken(group: pa.Table, places: pa.Array) -> pa.Table:
     except pa.ArrowNotImplementedError:
         runs = np.split(places.to_numpy(), np.flatnonzero(np.diff(places.to_numpy()) != 1) + 1)
         return pa.concat_tables([group.slice(run[0], len(run)) for run in runs])
+
+
+def _loose(texts: pa.ChunkedArray, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
+    """Numbers and texts of JSON objects by name; null where an object has none."""
+    objects = [json.loads(text or "{}") for text in texts.to_pylist()]
+    values = {name: [each.get(name) for each in objects] for name in names}
+    return {
+        name: pa.chunked_array([[str(v) if isinstance(v, int | float | str) else None for v in column]], pa.string())
+        for name, column in values.items()
+    }
+
+
+def _seconds(column: pa.ChunkedArray) -> np.ndarray:
+    """Numbers, or times as `timestamps.seconds` reads them; nan for what is neither."""
+    whole = simple(pa.concat_arrays([pa.array([], column.type), *column.chunks]))
+    try:
+        values, _ = seconds(whole)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return np.full(len(whole), np.nan)
+    return np.asarray(values.to_numpy(zero_copy_only=False), np.float64)
 
 
 def _presented(rows: pa.Table, parent: str, numeric: list[str]) -> pa.Table:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import re
 import shutil
@@ -79,7 +78,7 @@ def connect(cpus: int = 1) -> None:
 
 @contextlib.contextmanager
 def watch(
-    clips: int, recipe: Recipe, listener: Callable[[Figures], None] | None = None
+    clips: int, shards: int, recipe: Recipe, listener: Callable[[Figures], None] | None = None
 ) -> Iterator[tuple[Progress, Any]]:
     """The progress of a run, and the handle that its workers report to."""
     connect()
@@ -98,7 +97,7 @@ def watch(
     try:
         with Progress(
             clips,
-            math.ceil(clips / recipe.data.clips_per_shard),
+            shards,
             found.capacity,
             read,
             listener,
@@ -132,10 +131,10 @@ def results(graph: Any) -> Iterator[dict[str, Any]]:
         for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from table.to_pylist()
     except ray.exceptions.RayError as error:
-        raise _cause(error) from None
+        raise cause(error) from None
 
 
-def _cause(error: Exception) -> Exception:
+def cause(error: Exception) -> Exception:
     """What a worker raised for a person to read; else the error as it is. Ray keeps it as text only."""
     names = "RunError|NoRoom|InputError|AccessDenied|BadName|BadPlace|NoBucket|NotSupported|PastEnd"
     found = re.findall(rf"^cinemo\.\w+\.({names}): (.+)$", str(error), re.MULTILINE)

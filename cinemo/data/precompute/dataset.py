@@ -18,13 +18,16 @@ import numpy as np
 import pyarrow as pa
 
 from cinemo import checksums, storage
-from cinemo.config import MACHINES, Recipe
+from cinemo.config import MACHINES, DataConfig, Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.identity import differences, fingerprint
+from cinemo.data.dataset.shards import pixels
 from cinemo.data.dataset.statistics import latent_statistics
+from cinemo.data.precompute import shapes
 from cinemo.data.precompute.journal import Journal, probe
 from cinemo.data.precompute.parts import APPEND, Part, new_rows, read_rows, stored_parts, write_rows
-from cinemo.data.precompute.plan import Plan, PlannedRows
+from cinemo.data.precompute.plan import Plan, PlannedRows, cut_by_shape
+from cinemo.data.precompute.shapes import Measure
 from cinemo.types import InputError, Refusal
 
 _READERS = 16
@@ -106,7 +109,7 @@ class Dataset:
             extend = ", or --append the manifest's new clips" if here["manifest"] != there["manifest"] else ""
             raise InputError(f"{uri}: holds another dataset: {'; '.join(different)}; choose another --output{extend}")
         if number is not None:
-            plan = _plan_of_part(uri, plan, parts, number)
+            plan = _plan_of_part(uri, recipe.data, plan, parts, number)
         elif pending or not complete:
             began = f"an append of {parts[-1].clips} clips of another manifest" if pending else "the dataset"
             raise InputError(f"{uri}: {began} is not finished; run the command that began it again, then append")
@@ -158,9 +161,26 @@ class Dataset:
         if len(chosen):
             self.parts.append(Part.of(self.plan))
             self.pending = True
-            tables = self.journal
-            self.journal = _journal(self.uri, self.fingerprint, self.plan)
-            self.journal.adopt(tables.table())
+            self._begin_journal()
+
+    def shape_clips(self, measure: Measure) -> None:
+        """Give every clip its shape, where the recipe has several and the clips are not yet planned; see
+        `cinemo.data.precompute.shapes`.
+
+        Args:
+            measure: see `shapes.kinds`.
+        """
+        if not self.recipe.data.other_shapes or self.plan.kinds is not None or not len(self.plan):
+            return
+        kinds = shapes.kinds(self.plan, self.recipe.data, measure)
+        self.plan = replace(self.plan, kinds=kinds, shapes=self.recipe.data.shapes)
+        self.parts[-1] = Part.of(self.plan)
+        self._begin_journal()
+
+    def _begin_journal(self) -> None:
+        tables = self.journal
+        self.journal = _journal(self.uri, self.fingerprint, self.plan)
+        self.journal.adopt(tables.table())
 
     @property
     def checksum(self) -> str:
@@ -255,8 +275,12 @@ class Dataset:
             ids = self.plan.clips.ids(self.plan.manifest_rows(positions))
             parts.append(positions[[clip_id in refused for clip_id in ids]])
         positions = np.concatenate(parts)
+        kinds, size = self.plan.kinds_at(positions), self.plan.clips_per_shard
         first = max(self.records, default=-1) + 1
-        return PlannedRows(self.plan, positions, first + np.arange(len(positions)) // self.plan.clips_per_shard)
+        if kinds is None or not len(positions):
+            return PlannedRows(self.plan, positions, first + np.arange(len(positions)) // size)
+        order, bounds = cut_by_shape(kinds, size)
+        return PlannedRows(self.plan, positions[order], np.repeat(first + np.arange(len(bounds) - 1), np.diff(bounds)))
 
     def begin(self) -> None:
         """Say that the dataset is not complete. A finished one that only gains shards stays complete, and readers see
@@ -264,12 +288,12 @@ class Dataset:
         """
         if self.pending:
             if self.stored and "appending" not in self.stored:
-                write_rows(
-                    self.uri, len(self.parts) - 1, self.plan.manifest_rows(self.plan.positions(self.plan.numbers))
-                )
+                write_rows(self.uri, len(self.parts) - 1, self.plan)
                 self.stored = {**self.stored, "appending": self.parts[-1].to_json()}
                 storage.write_json(storage.join(self.uri, "dataset.json"), self.stored)
         elif self.missing_shards() or self.stored is None:
+            if self.stored is None and self.plan.kinds is not None:
+                write_rows(self.uri, 0, self.plan)
             measured = (self.stored or {}).get("latent_statistics")
             self._store({"complete": False, **({"latent_statistics": measured} if measured else {})})
 
@@ -279,7 +303,11 @@ class Dataset:
         reasons: Counter[str] = Counter()
         for record in records:
             reasons.update(record["reasons"])
-        shapes = {tuple(record["latent_shape"]) for record in records if record["samples"]}
+        samples: Counter[tuple[int, ...]] = Counter()
+        for record in records:
+            if record["samples"]:
+                samples[tuple(record["latent_shape"])] += record["samples"]
+        own = [shape for shape in samples if pixels(shape) == self.recipe.data.shapes[0]]
         return {
             "clips": sum(part.clips for part in self.parts),
             "samples": sum(record["samples"] for record in records),
@@ -287,8 +315,17 @@ class Dataset:
             "reasons": {reason: number for reason, number in sorted(reasons.items()) if number},
             "shards": len(records),
             "bytes": sum(record["bytes"] for record in records),
-            "latent_shape": list(shapes.pop()) if shapes else None,
+            "latent_shape": list([*own, *samples][0]) if samples else None,
+            **({"shapes": self._shapes(samples)} if self.recipe.data.other_shapes else {}),
         }
+
+    def _shapes(self, samples: Mapping[tuple[int, ...], int]) -> list[dict[str, Any]]:
+        """Samples of each shape that the recipe has."""
+        counts = {pixels(shape): count for shape, count in samples.items()}
+        return [
+            {"frames": shape[0], "size": list(shape[1:]), "samples": counts.get(shape, 0)}
+            for shape in self.recipe.data.shapes
+        ]
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write what readers need; files whose content is already right are left alone."""
@@ -305,6 +342,8 @@ class Dataset:
         self._store({**summary, "latent_statistics": self._latent_statistics(), "complete": True})
         with storage.tidying(f"{self.uri}: the journal of a finished dataset"):
             self.journal.remove()
+            if self.recipe.data.other_shapes:
+                storage.remove(storage.join(self.uri, shapes.KEPT))
         storage.sweep(self.uri, "shards", "quarantine", "columns", "parts")
 
     def _latent_statistics(self) -> dict[str, Any] | None:
@@ -325,7 +364,10 @@ class Dataset:
             "plan": self._first,
             **({"appended": [part.to_json() for part in appended]} if appended else {}),
             "recipe": self.recipe.model_dump(
-                mode="json", exclude={"data": {*MACHINES, *(() if data.scores else ("scores",))}}
+                mode="json",
+                exclude={
+                    "data": {*MACHINES, *(name for name in ("scores", "other_shapes") if not getattr(data, name))}
+                },
             ),
             "size": list(data.size),
             "frames": data.frames,
@@ -371,8 +413,15 @@ def _journal(uri: str, fingerprint: str, plan: Plan) -> Journal:
     return Journal(uri, f"{fingerprint} {json.dumps(plan.identity(), sort_keys=True)}", plan.numbers)
 
 
-def _plan_of_part(uri: str, whole: Plan, parts: list[Part], number: int) -> Plan:
+def _plan_of_part(uri: str, data: DataConfig, whole: Plan, parts: list[Part], number: int) -> Plan:
     """The plan of a part, from that of the manifest that lists it."""
     part = parts[number]
-    chosen = read_rows(uri, number) if number else None
-    return replace(whole, chosen=chosen, first_clip=part.first_clip, first_shard=part.first_shard)
+    chosen, kinds = read_rows(uri, number) if number or data.other_shapes else (None, None)
+    return replace(
+        whole,
+        chosen=chosen if number else None,
+        first_clip=part.first_clip,
+        first_shard=part.first_shard,
+        kinds=kinds,
+        shapes=data.shapes if kinds is not None else (),
+    )

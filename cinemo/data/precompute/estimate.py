@@ -6,6 +6,7 @@ Every figure comes with a range: the 5th and 95th percentile of the figure over 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import resource
@@ -13,14 +14,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from cinemo import s3, storage
 from cinemo.accelerators import DEFAULT_ACCELERATOR, Accelerator, accelerator, peak_flops
-from cinemo.config import DataConfig, Recipe
+from cinemo.config import DataConfig, Recipe, Shape
 from cinemo.data.dataset.identity import encoder_dtype
 from cinemo.data.manifest.columns import Columns
 from cinemo.data.precompute import stages
@@ -29,6 +32,8 @@ from cinemo.data.precompute.journal import SEGMENT
 from cinemo.data.precompute.nodes import Machines
 from cinemo.data.precompute.plan import Plan, PlannedRows, plan_manifest
 from cinemo.data.precompute.prices import Prices, money
+from cinemo.data.precompute.probing import measured_here
+from cinemo.data.precompute.shapes import kinds
 from cinemo.lock import HEARTBEAT_SECONDS
 from cinemo.networks.vae_cost import Encoding, encoding
 from cinemo.progress import counted
@@ -91,7 +96,11 @@ def plan_only(
     clips = len(plan)
     rng = np.random.default_rng(keyed_seed(recipe.data.seed, "estimate"))
     positions = np.sort(plan.first_clip + rng.choice(clips, min(SAMPLE_CLIPS, clips), replace=False))
-    sample, memory = _measure(recipe, plan, rng.permutation(positions), known.encoding)
+    shapes = _shapes(recipe, plan, positions)
+    known.relative_pixels = float(np.mean([math.prod(shape) for shape in shapes.values()])) / math.prod(
+        recipe.data.shapes[0]
+    )
+    sample, memory = _measure(recipe, plan, rng.permutation(positions), shapes, known.encoding)
 
     figures = known.figures(sample)
     low, high = _wilson(sum(clip["refused"] for clip in sample), len(sample))
@@ -116,6 +125,7 @@ def plan_only(
         "clips": clips,
         "shards": plan.shards,
         "measured_clips": len(sample),
+        **({"shapes": _counted(recipe.data, sample)} if recipe.data.other_shapes else {}),
         "refused_in_sample": dict(Counter(clip["reason"] for clip in sample if clip["refused"])),
         "seconds_per_clip": {**spent, "encode": spent["encode"] if known.source == MEASURED else None},
         "encode_speed": known.source,
@@ -139,12 +149,23 @@ def plan_only(
     return estimate
 
 
+def _shapes(recipe: Recipe, plan: Plan, positions: np.ndarray) -> dict[int, Shape]:
+    """The shape of the clip at each of some ascending positions."""
+    data = recipe.data
+    if not data.other_shapes:
+        return dict.fromkeys(positions.tolist(), data.shapes[0])
+    part = replace(plan, chosen=plan.manifest_rows(positions))
+    found = kinds(part, data, functools.partial(measured_here, seconds=data.clip_timeout))
+    return {place: data.shapes[kind] for place, kind in zip(positions.tolist(), found.tolist(), strict=True)}
+
+
 def _measure(
-    recipe: Recipe, plan: Plan, positions: np.ndarray, unmeasured: Encoding | None
+    recipe: Recipe, plan: Plan, positions: np.ndarray, shapes: Mapping[int, Shape], unmeasured: Encoding | None
 ) -> tuple[list[dict[str, Any]], Range]:
     """Seconds of each stage, sample bytes and fault of some clips, one after the other; and the memory of a node.
 
     Args:
+        shapes: of the clips, by position.
         unmeasured: what encoding a frame takes, where it cannot be done here.
     """
     data = recipe.data
@@ -152,8 +173,10 @@ def _measure(
     for number, position in counted("measuring clips", enumerate(positions), len(positions), "clips"):
         if number >= _LEAST and time.perf_counter() - begun > SAMPLE_SECONDS:
             break
-        place = np.array([position])
-        table = stages.score(stages.decode(PlannedRows(plan, place, plan.shards_of(place)).slice(), data), data)
+        place, shape = np.array([position]), shapes[int(position)]
+        row = PlannedRows(plan, place, plan.shards_of(place)).slice()
+        row = row.append_column("video_shape", pa.array([shape], pa.list_(pa.int32())))
+        table = stages.score(stages.decode(row, data), data)
         if encoder is None:
             decoding_memory = _peak_memory()
         if encoder is None and unmeasured is None:
@@ -162,15 +185,22 @@ def _measure(
         rows = table.drop_columns(["latents" if encoder else "frames"]).to_pylist()
         reasons = [row["reason"] for row in rows if row["reason"]]
         clip = {stage: sum(row[f"{stage}_seconds"] for row in rows) for stage in _STAGES}
-        shapes = [(data.frames, *unmeasured.latents_CHW) if unmeasured else row["shape"] for row in rows]
-        size = None if reasons else sum(map(_sample_bytes, shapes))
-        sample.append({**clip, "refused": bool(reasons), "reason": reasons[0] if reasons else None, "bytes": size})
+        latents = [_latents(shape, unmeasured) if unmeasured else row["shape"] for row in rows]
+        size = None if reasons else sum(map(_sample_bytes, latents))
+        reason = reasons[0] if reasons else None
+        sample.append({**clip, "refused": bool(reasons), "reason": reason, "bytes": size, "shape": shape})
     cores = os.cpu_count() or 1
     encoding_memory = _peak_memory() * encoders(data, cores) if encoder else 0
     processes = float(encoding_memory if data.together else cores * decoding_memory + encoding_memory)
     shard = 2 * plan.clips_per_shard * max((clip["bytes"] or 0 for clip in sample), default=0)
     full = processes + OBJECT_STORE_BYTES + shard
     return sample, {"value": full, "low": processes, "high": full}
+
+
+def _latents(shape: Shape, encoding: Encoding) -> tuple[int, ...]:
+    """The latents FCHW of a video."""
+    frames, height, width = shape
+    return frames, encoding.latents_CHW[0], height // 8, width // 8
 
 
 def encoders(data: DataConfig, cores: int) -> int:
@@ -185,6 +215,7 @@ class Known:
 
     ``encoding``: what a frame takes, where encoding cannot be measured here. ``source``: of the encoder's speed.
     ``share``: of an accelerator's peak that it reaches, low, usual and high, where it is assumed.
+    ``relative_pixels``: of a clip on average, by those of one of the recipe's own shape.
 
     Raises:
         InputError: the recipe encodes on accelerators and ``machines`` have none, or the other way round.
@@ -210,6 +241,7 @@ class Known:
         self.encoders = encoders(recipe.data, self.cores)
         self.accelerator = machines.kinds[0] if machines and machines.kinds else accelerator(DEFAULT_ACCELERATOR)
         self.encoding, self.source, self.given_speed, self.peak_here = None, MEASURED, None, 0.0
+        self.relative_pixels = 1.0
         self.share = (mfu,) * 3 if mfu else ASSUMED_SHARE
         if self.on_accelerator and torch.cuda.is_available():
             self.peak_here = peak_flops(torch.device("cuda", 0), torch.bfloat16)
@@ -269,7 +301,9 @@ class Known:
 
     @property
     def _flops(self) -> float:
-        return self.encoding.flops * self.data.frames * self.data.views if self.encoding else 0.0
+        if self.encoding is None:
+            return 0.0
+        return self.encoding.flops * self.data.frames * self.data.views * self.relative_pixels
 
     def _there(self, machines: Machines, decoding: float, encoding: float, share: float) -> dict[str, float]:
         """The machines' speed: an encoder beside an accelerator takes a core, where one is left for decoding."""
@@ -371,6 +405,12 @@ def compare(plan: Mapping[str, Any], summary: Mapping[str, Any]) -> list[dict[st
         for name, figure in plan["figures"].items()
         if name in actual
     ]
+
+
+def _counted(data: DataConfig, sample: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Measured clips of each shape."""
+    counts = Counter(clip["shape"] for clip in sample)
+    return [{"frames": shape[0], "size": list(shape[1:]), "clips": counts[shape]} for shape in data.shapes]
 
 
 def _range(value: float, resampled: Sequence[float]) -> Range:

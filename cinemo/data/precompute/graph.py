@@ -28,6 +28,7 @@ from cinemo.data.manifest.columns import Columns
 from cinemo.data.precompute import cluster, pools, stages
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.plan import PlannedRows, plan_manifest
+from cinemo.data.precompute.probing import Probe
 from cinemo.data.precompute.progress import Figures, describe
 from cinemo.lock import Lock, hold
 from cinemo.methods import method_class
@@ -87,11 +88,12 @@ def run(
     with hold(dataset.uri, break_lock) as lock:
         with doing("looking at what is there already"):
             dataset.load()
+            dataset.shape_clips(Probe(dataset.uri, recipe))
             rows, retried = _rows_to_do(dataset, retry_quarantine)
         if len(rows):
             plan.clips.check_buckets()
             dataset.begin()
-            with cluster.watch(len(rows), recipe, listener) as (progress, meter):
+            with cluster.watch(len(rows), len(np.unique(rows.shards)), recipe, listener) as (progress, meter):
                 capacity = progress.capacity
                 for wave in rows.waves(_WAVE_CLIPS):
                     for shard in _execute(wave, dataset, retried, meter):
@@ -154,7 +156,7 @@ def _execute(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
 
-    most = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * data.frames * data.size[0] * data.size[1] * 3)))
+    most = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * math.prod(data.largest) * 3)))
     size = min(most, math.ceil(len(rows) / (4 * found.decoders)))
     encoder = {
         "data": data,
@@ -301,7 +303,7 @@ def _execute_fields(
     from ray.data import DataContext
 
     cluster.connect()
-    recipe, data = dataset.recipe, dataset.recipe.data
+    recipe = dataset.recipe
     found = pools.pools(recipe)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
@@ -319,7 +321,6 @@ def _execute_fields(
             fn_constructor_kwargs={
                 "fields": names,
                 "encoders": _absolute(recipe.encoders),
-                "size": data.size,
                 "dtype": encoder_dtype(recipe),
                 "text_layers": method_class(recipe).text_layers(recipe),
             },

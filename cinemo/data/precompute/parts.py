@@ -2,7 +2,8 @@
 
 ``dataset.json`` describes the first part as its ``plan``, and each later one in ``appended``, or in ``appending`` while
 its shards are still being made. Which rows of its manifest a later part took is kept in ``parts/part-000001.parquet``,
-so that a stopped append goes on with the same ones.
+so that a stopped append goes on with the same ones; and of a recipe with several shapes, which one each clip has, also
+of the first part (``part-000000``): files that changed since do not change the plan.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cinemo.data.dataset import columns
 from cinemo.data.manifest.checks import hash_texts, refuse
 from cinemo.data.manifest.manifest import Manifest
 from cinemo.data.precompute.plan import Plan
+from cinemo.types import InputError
 
 APPEND = ("skip", "refuse")
 DIRECTORY = "parts"
@@ -78,17 +80,34 @@ def rows_uri(dataset: str, part: int) -> str:
     return storage.join(dataset, DIRECTORY, f"part-{part:06d}.parquet")
 
 
-def write_rows(dataset: str, part: int, rows: np.ndarray) -> None:
+def write_rows(dataset: str, part: int, plan: Plan) -> None:
+    """Store the rows that a plan took of its manifest, and which shape each clip has where there are several."""
     sink = io.BytesIO()
+    rows = np.arange(len(plan)) if plan.chosen is None else plan.chosen
     table = pa.table({"row": pa.array(rows, pa.int64())})
-    encodings = {"use_dictionary": False, "column_encoding": {"row": "DELTA_BINARY_PACKED"}}
+    encodings: dict[str, Any] = {"use_dictionary": False, "column_encoding": {"row": "DELTA_BINARY_PACKED"}}
+    if plan.kinds is not None:
+        table = table.append_column("shape", pa.array(plan.kinds, pa.uint8()))
+        encodings["column_encoding"]["shape"] = "PLAIN"
     pq.write_table(table, sink, compression="zstd", write_statistics=False, **encodings)
     storage.write_bytes(rows_uri(dataset, part), sink.getvalue())
 
 
-def read_rows(dataset: str, part: int) -> np.ndarray:
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(rows_uri(dataset, part))))
-    return np.asarray(table["row"], np.int64)
+def read_rows(dataset: str, part: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The inverse of `write_rows`: rows and numbers of shapes.
+
+    Raises:
+        InputError: the file is gone.
+    """
+    place = rows_uri(dataset, part)
+    try:
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(place)))
+    except FileNotFoundError:
+        raise InputError(
+            f"{place}: is missing, and nothing else says which clips are planned for which shard"
+        ) from None
+    kinds = np.asarray(table["shape"], np.uint8) if "shape" in table.column_names else None
+    return np.asarray(table["row"], np.int64), kinds
 
 
 def new_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cinemo.config import Recipe
+from cinemo.config import Recipe, Shape
 from cinemo.data.manifest.columns import Columns
 from cinemo.data.manifest.manifest import Manifest, read_manifest
 from cinemo.progress import doing, say
@@ -23,6 +24,10 @@ class Plan:
     A clip's position counts through the whole dataset: in its first part it is the row in the manifest. A part that was
     appended takes the ``chosen`` rows (ascending; None: all) of its own manifest, and begins at ``first_clip`` and
     ``first_shard``.
+
+    Where clips have several ``shapes``, ``kinds`` is the number of each clip's shape (uint8, by row). Every shard is
+    then of one shape: those of each shape are cut as if there were no other, and all are numbered in the order of their
+    first clips; the last one of each shape may be smaller. Positions follow the shards.
     """
 
     clips: Manifest
@@ -31,39 +36,57 @@ class Plan:
     chosen: np.ndarray | None = None
     first_clip: int = 0
     first_shard: int = 0
+    shapes: tuple[Shape, ...] = ()
+    kinds: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.clips) if self.chosen is None else len(self.chosen)
 
     @property
     def shards(self) -> int:
-        return math.ceil(len(self) / self.clips_per_shard)
+        return len(self._cut[1]) - 1
 
     @property
     def numbers(self) -> range:
         """The planned shards."""
         return range(self.first_shard, self.first_shard + self.shards)
 
+    @functools.cached_property
+    def _cut(self) -> tuple[np.ndarray | None, np.ndarray]:
+        """The clips in the order of their positions (None: as they are), and where shards begin and end among them."""
+        if self.kinds is not None:
+            return cut_by_shape(self.kinds, self.clips_per_shard)
+        shards = math.ceil(len(self) / self.clips_per_shard)
+        return None, np.minimum(np.arange(shards + 1) * self.clips_per_shard, len(self))
+
     def positions(self, shards: Sequence[int] | np.ndarray) -> np.ndarray:
         """Of all clips of some shards, in order."""
-        slots = np.arange(self.clips_per_shard)
-        starts = (np.asarray(shards, np.int64)[:, None] - self.first_shard) * self.clips_per_shard
-        places = (starts + slots).ravel()
-        return self.first_clip + places[places < len(self)]
+        bounds, places = self._cut[1], np.asarray(shards, np.int64) - self.first_shard
+        return self.first_clip + _ranges(bounds[places], bounds[places + 1])
 
     def rows(self, shards: Sequence[int] | np.ndarray) -> PlannedRows:
         """The clips of some shards, in order."""
-        positions = self.positions(shards)
-        return PlannedRows(self, positions, self.shards_of(positions))
+        numbers = np.asarray(shards, np.int32)
+        sizes = np.diff(self._cut[1])[numbers - self.first_shard]
+        return PlannedRows(self, self.positions(numbers), np.repeat(numbers, sizes))
 
     def shards_of(self, positions: np.ndarray) -> np.ndarray:
         """The shard of each position."""
-        return (self.first_shard + (positions - self.first_clip) // self.clips_per_shard).astype(np.int32)
+        places = np.searchsorted(self._cut[1], positions - self.first_clip, "right") - 1
+        return (self.first_shard + places).astype(np.int32)
 
     def manifest_rows(self, positions: np.ndarray) -> np.ndarray:
         """The row of the manifest at each position."""
-        places = positions - self.first_clip
-        return places if self.chosen is None else self.chosen[places]
+        clips = self._clips(positions)
+        return clips if self.chosen is None else self.chosen[clips]
+
+    def kinds_at(self, positions: np.ndarray) -> np.ndarray | None:
+        """The number of the shape at each position, where there are several."""
+        return None if self.kinds is None else self.kinds[self._clips(positions)]
+
+    def _clips(self, positions: np.ndarray) -> np.ndarray:
+        places, order = positions - self.first_clip, self._cut[0]
+        return places if order is None else order[places]
 
     def identity(self) -> dict[str, Any]:
         """What must agree for two runs to continue each other: every clip, its place, and the shape of the shards."""
@@ -75,11 +98,37 @@ class Plan:
         }
 
 
+def cut_by_shape(kinds: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clips in shards of ``size`` of one shape each, see `Plan`.
+
+    Args:
+        kinds: of each clip, the number of its shape.
+
+    Returns:
+        The clips in the order of shards, and where shards begin and end among them (one number more than shards).
+    """
+    by_shape = np.argsort(kinds, kind="stable").astype(np.int32)
+    ends = np.cumsum(np.bincount(kinds))
+    begins = np.concatenate([np.arange(begin, end, size) for begin, end in zip([0, *ends[:-1]], ends, strict=True)])
+    stops = np.minimum(begins + size, ends[np.searchsorted(ends, begins, "right")])
+    in_order = np.argsort(by_shape[begins])
+    begins, stops = begins[in_order], stops[in_order]
+    order = np.concatenate([by_shape[begin:stop] for begin, stop in zip(begins, stops, strict=True)])
+    return order, np.append(0, np.cumsum(stops - begins))
+
+
+def _ranges(begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The numbers of some half-open ranges, one range after the other."""
+    sizes = ends - begins
+    offsets = np.cumsum(sizes) - sizes
+    return np.repeat(begins - offsets, sizes) + np.arange(sizes.sum())
+
+
 @dataclass(frozen=True)
 class PlannedRows:
     """Clips that are still to be done, read from the manifest when a part of them is asked for (12 bytes a clip).
 
-    ``positions`` ascend; ``shards`` has the shard of each, which ascends too.
+    ``shards`` has the shard of each, which ascends; ``positions`` ascend within a shard.
     """
 
     plan: Plan
@@ -90,20 +139,37 @@ class PlannedRows:
         return len(self.positions)
 
     def waves(self, clips: int) -> Iterator[PlannedRows]:
-        """Parts of about ``clips`` rows, of whole shards."""
-        size = max(1, clips // self.plan.clips_per_shard) * self.plan.clips_per_shard
-        for start in range(0, len(self), size):
-            yield PlannedRows(self.plan, self.positions[start : start + size], self.shards[start : start + size])
+        """Parts of about ``clips`` rows, of whole shards, of which all but the last one of a part are full."""
+        size, most = self.plan.clips_per_shard, max(1, clips // self.plan.clips_per_shard)
+        ends = np.append(np.flatnonzero(np.diff(self.shards)) + 1, len(self))
+        begin = before = shards = 0
+        for end in ends.tolist() if len(self) else ():
+            shards += 1
+            if end - before < size or shards == most or end == len(self):
+                yield PlannedRows(self.plan, self.positions[begin:end], self.shards[begin:end])
+                begin, shards = end, 0
+            before = end
 
     def slice(self, start: int = 0, count: int | None = None) -> pa.Table:
-        """Rows of the manifest; in front ``shard``, that shard's size (``shard_clips``) and ``position``."""
+        """Rows of the manifest; in front ``shard``, that shard's size (``shard_clips``), ``position`` and, where clips
+        have several, ``video_shape``.
+        """
         stop = len(self) if count is None else start + count
         positions, shards = self.positions[start:stop], self.shards[start:stop]
         sizes = np.searchsorted(self.shards, shards, "right") - np.searchsorted(self.shards, shards, "left")
-        rows = self.plan.clips.take(self.plan.manifest_rows(positions))
+        wanted = self.plan.manifest_rows(positions)
+        ascending = np.argsort(wanted, kind="stable")
+        rows = self.plan.clips.take(wanted[ascending])
+        if (np.diff(ascending) < 0).any():
+            rows = rows.take(pa.array(np.argsort(ascending)))
         rows = rows.add_column(0, "shard", pa.array(shards, pa.int32()))
         rows = rows.add_column(1, "shard_clips", pa.array(sizes, pa.int32()))
-        return rows.add_column(2, "position", pa.array(positions, pa.int64()))
+        rows = rows.add_column(2, "position", pa.array(positions, pa.int64()))
+        kinds = self.plan.kinds_at(positions)
+        if kinds is None:
+            return rows
+        shapes = pa.array([self.plan.shapes[kind] for kind in kinds.tolist()], pa.list_(pa.int32()))
+        return rows.add_column(3, "video_shape", shapes)
 
 
 def plan_manifest(

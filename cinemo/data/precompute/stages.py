@@ -36,6 +36,7 @@ _CLIP = [
     ("shard", pa.int32()),
     ("shard_clips", pa.int32()),
     ("position", pa.int64()),
+    ("video_shape", pa.list_(pa.int32())),  # frames, height, width; null: the recipe's own
     ("clip_id", pa.string()),
     ("uri", pa.string()),
     ("caption", pa.string()),
@@ -79,6 +80,7 @@ def decode(clips: pa.Table, data: DataConfig, decode: Decode = decode_windows) -
     """
     use_one_thread()
     guard = _guard(data, decode)
+    data = of_block(clips, data)
     rows: list[Row] = []
     frames_NFHWC = np.empty((clips.num_rows * data.views, data.frames, *data.size, 3), np.uint8)
     count = 0
@@ -88,7 +90,7 @@ def decode(clips: pa.Table, data: DataConfig, decode: Decode = decode_windows) -
             same = list(group)
             names = ("clip_id", "uri", "caption", "start", "end")
             windows = [Clip(**{name: planned[name] for name in names}) for planned in same]
-            for planned, found in zip(same, _windows(sources, guard, uri, windows), strict=True):
+            for planned, found in zip(same, _windows(sources, guard, uri, windows, data), strict=True):
                 views = [_fault(found)] * data.views if isinstance(found, ClipError) else []
                 for view in found if isinstance(found, list) else ():
                     frames_NFHWC[count] = view.frames_FHWC
@@ -106,15 +108,21 @@ def decode(clips: pa.Table, data: DataConfig, decode: Decode = decode_windows) -
     return pa.Table.from_pylist(rows, pa.schema(_ROW)).append_column(DECODED.field("frames"), frames)
 
 
-def _windows(sources: Sources, guard: Guard, uri: str, clips: list[Clip]) -> Iterator[Views]:
+def _windows(sources: Sources, guard: Guard, uri: str, clips: list[Clip], data: DataConfig) -> Iterator[Views]:
     """The views of some clips of one source, or why each is refused."""
     try:
         # Fetched here, so that the time limit is the decoder's and not the storage's.
         with sources.file(uri) as path:
-            for views in guard.windows(path, clips):
+            for views in guard.windows(path, clips, data):
                 yield naming_source(views, path, uri) if isinstance(views, ClipError) else views
     except ClipError as error:
         yield from [error] * len(clips)
+
+
+def of_block(rows: pa.Table, data: DataConfig) -> DataConfig:
+    """The settings for rows of one shape."""
+    found = rows["video_shape"][0].as_py() if "video_shape" in rows.column_names else None
+    return data if found is None else data.of_shape(found)
 
 
 @functools.lru_cache(maxsize=1)
@@ -130,7 +138,7 @@ def score(decoded: pa.Table, data: DataConfig) -> pa.Table:
         started = time.perf_counter()
         mean = found = None
         if not row["reason"]:
-            frames_FHWC = _pixels(row["frames"], data)
+            frames_FHWC = _pixels(row, data)
             mean, lowest = adjacent_ssim(frames_FHWC, data.ssim)
             found = json.dumps(clip_scores(frames_FHWC, lowest)) if data.scores else None
         means.append(mean)
@@ -160,10 +168,9 @@ class Encoder:
         rows = []
         for row in _rows(decoded, "frames"):
             started = time.perf_counter()
-            frames = row.pop("frames")
             if not row["reason"]:
                 try:
-                    latents_FCHW = self.encode(_pixels(frames, self.data), row["clip_id"], row["view"])
+                    latents_FCHW = self.encode(_pixels(row, self.data), row["clip_id"], row["view"])
                     row |= {"latents": latents_FCHW, "shape": latents_FCHW.shape}
                 except ClipError as error:
                     row |= _fault(error)
@@ -258,8 +265,8 @@ def _fault(error: ClipError) -> Row:
     return {"stage": error.stage, "reason": error.reason, "detail": error.detail}
 
 
-def _pixels(buffer: pa.Buffer, data: DataConfig) -> np.ndarray:
-    return np.frombuffer(buffer, np.uint8).reshape(data.frames, *data.size, 3)
+def _pixels(row: Row, data: DataConfig) -> np.ndarray:
+    return np.frombuffer(row["frames"], np.uint8).reshape(*(row["video_shape"] or data.shapes[0]), 3)
 
 
 def _rows(table: pa.Table, heavy: str) -> Iterator[Row]:

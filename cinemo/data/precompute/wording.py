@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cinemo import storage
@@ -40,6 +40,8 @@ def plan_lines(plan: Mapping[str, Any], output: str) -> list[str]:
         f"clip: {spent}; encode speed {plan['encode_speed']})",
         *_summary(plan),
     ]
+    if "shapes" in plan:
+        lines.append("shapes among them: " + shape_counts(plan["shapes"], "clips"))
     if plan["refused_in_sample"]:
         lines.append("refused among them: " + _counts(plan["refused_in_sample"]))
     lines += _ranges({_SHOWN[name]: value for name, value in plan["figures"].items()})
@@ -105,6 +107,8 @@ def summary_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{summary['samples']} samples in {summary['shards']} shards ({summary['bytes'] / 1e6:.1f} MB), "
         f"{summary['quarantined']} of {summary['clips']} clips refused{refused}"
     ]
+    if "shapes" in summary:
+        lines.append("samples by shape: " + shape_counts(summary["shapes"], "samples"))
     if summary["done"]:
         stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in summary["stage_seconds"].items())
         lines.append(
@@ -141,6 +145,11 @@ def read_plan(output: str) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return plan if isinstance(plan, dict) and "figures" in plan else None
+
+
+def shape_counts(shapes: Sequence[Mapping[str, Any]], what: str) -> str:
+    """What there is of each shape."""
+    return ", ".join(f"{one['size'][1]}x{one['size'][0]}x{one['frames']} {one[what]}" for one in shapes)
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -5,12 +5,15 @@ FLOPs are counted from shapes, nothing is computed.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cinemo.config import Recipe
+from cinemo.config import Recipe, Shape
+from cinemo.data.dataset.shards import DatasetIndex, pixels
 from cinemo.methods import build_method, mark_trainable
 from cinemo.training.run.batch import blank_condition, blank_example, latent_shape
 from cinemo.types import LatentBatch
@@ -28,6 +31,18 @@ class SampleFlops:
     forward: int
     training: int
     executed: int
+
+
+def training_flops(recipe: Recipe, indexes: Sequence[DatasetIndex]) -> float:
+    """FLOPs of training on one sample, in the mean over the shapes of some datasets' samples."""
+    counts: Counter[Shape] = Counter()
+    for index in indexes if recipe.data.other_shapes else ():
+        for shape in index.latent_shapes:
+            counts[pixels(shape)] += int(index.of_shape(shape).samples_of_shards.sum())
+    if not counts:
+        return float(sample_flops(recipe).training)
+    costs = {shape: sample_flops(recipe.of_shape(shape)).training for shape in counts}
+    return sum(costs[shape] * count for shape, count in counts.items()) / counts.total()
 
 
 def sample_flops(recipe: Recipe) -> SampleFlops:

@@ -72,6 +72,8 @@ def plan_training(
     Raises:
         InputError: an unknown accelerator, a share out of range, a step too large to be measured here.
     """
+    largest = recipe.data.largest if recipe.data.other_shapes else None
+    recipe = recipe.of_shape(largest) if largest else recipe
     train = recipe.train
     if mfu is not None and not 0 < mfu <= 1:
         raise InputError(f"--mfu is {mfu:g}, expected a share of the peak above 0 and up to 1")
@@ -105,6 +107,7 @@ def plan_training(
         figures["accelerator_hours"] = hours * train.workers * train.gpus_per_worker
     estimate: dict[str, Any] = {
         "recipe": recipe.name,
+        "largest_shape": list(largest) if largest else None,
         "parameters": asdict(parameters),
         "text_encoder": {"parameters": encoder, "source": encoder_source},
         "image_encoder": {"parameters": image_encoder, "source": image_source} if image_encoder else None,

@@ -26,6 +26,14 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
             for name in ("text_encoder", "image_encoder")
             if plan[name]
         ),
+        *(
+            [
+                "planned as if every sample had the largest of the recipe's shapes, "
+                f"{shape[0]} frames of {shape[2]}x{shape[1]}"
+            ]
+            if (shape := plan["largest_shape"])
+            else []
+        ),
         f"FLOPs: forward {_tera(flops['forward'])} per sample; a step of {plan['samples_per_step']} samples "
         f"{_tera(step['training'])}, executed {_tera(step['executed'])}{again}",
         f"memory of each of {plan['workers']} workers in GB, micro batch {plan['micro_batch']}, "

@@ -289,7 +289,7 @@ class Progress:
 def dataset_profile(index: DatasetIndex) -> dict[str, Any]:
     """What MLflow is told of a dataset beside its place and digest."""
     rows = hashlib.sha256(storage.read_bytes(storage.join(index.uri, "index.parquet"))).hexdigest()
-    known = ("samples", "quarantined", "size", "frames", "latent_shape", "bucket_edges", "fields")
+    known = ("samples", "quarantined", "size", "frames", "shapes", "latent_shape", "bucket_edges", "fields")
     return {
         "fingerprint": index.info["fingerprint"],
         "index_sha256": rows,

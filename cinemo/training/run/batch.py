@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cinemo.config import Recipe
+from cinemo.data.dataset.shards import pixels
 from cinemo.media.motion import motion_bucket
 from cinemo.media.stills import jpeg, jpeg_strip
 from cinemo.methods import Example, Method, image_encoder_place, method_class
@@ -72,8 +73,9 @@ def host_batch(
     offset noise", N. Guttenberg, 2023), so that the network also learns to move a picture's mean.
 
     Raises:
-        InputError: a sample has another shape than the recipe asks for.
+        InputError: a sample has another shape than the first one, or than the recipe asks for.
     """
+    recipe = recipe_of(samples[0], recipe)
     train, expected, method = recipe.train, latent_shape(recipe), method_class(recipe)
     shifted = train.timestep_shift_steps is None or step < train.timestep_shift_steps
     shift = train.timestep_shift if shifted else 1.0
@@ -142,6 +144,12 @@ def drawn_timestep(train_steps: int, shift: float, generator: torch.Generator) -
     share = torch.rand((), generator=generator, dtype=torch.float64)
     moved = shift * share / (1 + (shift - 1) * share)
     return (moved * train_steps).long().clamp(max=train_steps - 1)
+
+
+def recipe_of(sample: LatentSample, recipe: Recipe) -> Recipe:
+    """A recipe for samples of one's shape alone, where it has several."""
+    shape = pixels(sample.latents_FCHW.shape)
+    return recipe.of_shape(shape) if recipe.data.other_shapes and shape in recipe.data.shapes else recipe
 
 
 def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:

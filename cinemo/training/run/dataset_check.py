@@ -23,10 +23,13 @@ def check_dataset(index: DatasetIndex, recipe: Recipe) -> None:
     Raises:
         InputError: the geometry of its latents differs, or another part of its fingerprint; each is named.
     """
-    shape, expected = tuple(index.info["latent_shape"]), latent_shape(recipe)
-    if shape != expected:
+    several = recipe.data.other_shapes
+    expected = [latent_shape(recipe.of_shape(shape)) for shape in recipe.data.shapes]
+    shapes = index.latent_shapes if several else [tuple(index.info["latent_shape"])]
+    if foreign := [shape for shape in shapes if shape not in expected]:
         raise InputError(
-            f"dataset {index.uri}: latents {dimensions(shape)}, recipe {recipe.name} expects {dimensions(expected)} "
+            f"dataset {index.uri}: latents {dimensions(foreign[0])}, recipe {recipe.name} expects "
+            f"{' or '.join(map(dimensions, expected))} "
             "(frames x channels x rows x columns); precompute it with this recipe, or train with the recipe it was "
             "made with"
         )

@@ -7,6 +7,7 @@ samples follows from the checkpoint and the indexes, whenever a dataset grew and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ from cinemo import storage
 from cinemo.config import TrainConfig
 from cinemo.data.dataset import sidecars
 from cinemo.data.dataset.filters import select
-from cinemo.data.dataset.shards import DatasetIndex
-from cinemo.data.loading.loader import LatentLoader
+from cinemo.data.dataset.shards import DatasetIndex, pixels
+from cinemo.data.loading.loader import LatentLoader, first_held_out
 from cinemo.data.loading.mix import MixedLoader
+from cinemo.data.loading.shapes import ShapesLoader
 from cinemo.data.loading.source import Source
 from cinemo.training.report.progress import Grown, dataset_profile
 from cinemo.training.run.dataset_check import dataset_digest, shards_of
@@ -87,18 +89,48 @@ class TrainingData:
         self._sources, self._train, self._fields, self._once = sources, train, fields, once
         self._refused = [0] * len(sources)
         self.generations = [list(one[:1]) for one in generations]
-        loaders = []
-        for source, index, ((_, shards), *_) in zip(sources, indexes, generations, strict=True):
-            first = index.first(shards)
-            loaders.append(LatentLoader.of(first, train, rank, world, fields, self._kept(first), source.still))
-        self.loader = MixedLoader(loaders, [source.weight for source in sources])
+        self.indexes = [index.first(one[0][1]) for index, one in zip(indexes, generations, strict=True)]
+        make = functools.partial(LatentLoader.of, rank=rank, world=world, fields=fields)
+        shapes = list(dict.fromkeys(shape for index in self.indexes for shape in index.latent_shapes))
+        self._several = len(shapes) > 1
+        if self._several:
+            self.loader: MixedLoader = ShapesLoader(self._by_shape(make))
+            return
+        self.loader = MixedLoader(
+            [
+                make(index, train, kept=self._kept(index), still=source.still)
+                for source, index in zip(sources, self.indexes, strict=True)
+            ],
+            [source.weight for source in sources],
+        )
         for number, (index, later) in enumerate(zip(indexes, generations, strict=True)):
             for epoch, shards in later[1:]:
                 self._use(number, index.first(shards), epoch)
 
-    @property
-    def indexes(self) -> list[DatasetIndex]:
-        return [loader.index for loader in self.loader.loaders]
+    def _by_shape(self, make: Callable[..., LatentLoader]) -> list[LatentLoader]:
+        """A loader for each shape of the only dataset that is seen at all."""
+        if len(self._sources) > 1:
+            raise InputError(
+                "--data: the samples of these datasets have several shapes, which a mix cannot have; train on one of "
+                "them, or precompute all clips into one dataset"
+            )
+        (index,), train = self.indexes, self._train.model_copy(update={"held_out_shards": 0})
+        seen = index.first(first_held_out(index, self._train.held_out_shards))
+        kept = self._kept(index)
+        loaders = []
+        for shape in seen.latent_shapes:
+            own = seen.of_shape(shape)
+            mine = None
+            if kept is not None:
+                mine = kept[: int(seen.samples_of_shards.sum())][
+                    np.repeat(np.isin(seen.shards, own.shards), seen.samples_of_shards)
+                ]
+                if not mine.any():
+                    continue
+            loaders.append(make(own, train, kept=mine, still=self._sources[0].still))
+        if not loaders:
+            raise InputError("the dataset has no samples to train on")
+        return loaders
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -109,6 +141,9 @@ class TrainingData:
     def lines(self) -> Iterator[str]:
         """What is worth saying about the data before the training."""
         loaders, where = self.loader.loaders, self._train.where
+        if self._several:
+            yield from self._lines_by_shape()
+            return
         for source, loader in zip(self._sources, loaders, strict=True):
             held_out = min(self._train.held_out_shards, len(loader.index.shards))
             everything = (
@@ -121,6 +156,18 @@ class TrainingData:
                 yield f"{source.uri}: {loader.order.samples} of {everything} clips are seen, where {where}"
             if loader.note and len(loaders) == 1:
                 yield f"{source.uri}: {loader.note}"
+
+    def _lines_by_shape(self) -> Iterator[str]:
+        loaders = self.loader.loaders
+        total = sum(loader.order.samples for loader in loaders)
+        if self._train.where:
+            yield f"{self._sources[0].uri}: {total} clips are seen, where {self._train.where}"
+        for loader in loaders:
+            frames, height, width = pixels(loader.index.latent_shapes[0])
+            yield (
+                f"{loader.order.samples / total:.1%} of steps: {loader.order.samples} samples of {frames} frames, "
+                f"{width}x{height}" + (f"; {loader.note}" if loader.note else "")
+            )
 
     def follow(self, step: int, ahead: int) -> list[Grown]:
         """Take up what the datasets have gained, from the next epoch on of which nothing was read; the same on all
@@ -154,6 +201,8 @@ class TrainingData:
                 return shards, "its shards are others than before"
         except (InputError, RunError, OSError, ValueError):
             return None
+        if self._several or len(index.latent_shapes) > 1:
+            return shards, "samples of several shapes are dealt out when a training begins"
         try:
             for field in self._fields:
                 sidecars.require(index, field)
@@ -177,6 +226,7 @@ class TrainingData:
 
     def _use(self, number: int, index: DatasetIndex, epoch: int) -> None:
         self.loader.loaders[number].grow(index, epoch, self._kept(index))
+        self.indexes[number] = index
         earlier = [one for one in self.generations[number] if one[0] < epoch]
         self.generations[number] = [*earlier, (epoch, len(index.shards))]
 

@@ -30,7 +30,7 @@ from cinemo.training.report.progress import Event, Resumed, Saved
 from cinemo.training.report.sheets import first_samples, sheet_latents, write_samples
 from cinemo.training.report.validation import Validation
 from cinemo.training.run.base_weights import base_networks
-from cinemo.training.run.batch import FrozenStates
+from cinemo.training.run.batch import FrozenStates, recipe_of
 from cinemo.training.run.engine import Engine
 from cinemo.training.run.growth import Generations, TrainingData, generations_of, opened
 from cinemo.training.run.loop import AHEAD, train
@@ -135,12 +135,13 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     samples = first_samples(begun[0], recipe.train.sample_count, recipe.train.held_out_shards, stored)
 
     def on_sheet(done: int) -> None:
+        shown = recipe_of(samples[0], recipe)
         if rank == 0 or engine.sharded:
-            animated = sheet_latents(recipe, method, frozen, samples, device)
+            animated = sheet_latents(shown, method, frozen, samples, device)
         if rank == 0:
             encoders = recipe.encoders
             vae = Vae(encoders.vae_decoder or encoders.vae, device, engine.dtype, encoders.statistics)
-            post(write_samples(output, recipe, done, vae, samples, animated))
+            post(write_samples(output, shown, done, vae, samples, animated))
 
     post(Resumed(step, tuple(history)))
     if step:

@@ -35,7 +35,7 @@ from cinemo.progress import Work, doing, say
 from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.checkpoint.checkpoints import CheckpointCard
-from cinemo.training.plan.cost import sample_flops
+from cinemo.training.plan.cost import training_flops
 from cinemo.training.report.mailbox import Mailbox
 from cinemo.training.report.progress import (
     Progress,
@@ -63,6 +63,7 @@ _FIXED = (
         "encoders.latents_std",
         "data.frames",
         "data.size",
+        "data.other_shapes",
         "data.bucket_edges",
     ),
     *("train.precision", "train.global_batch", "train.lanes", "train.seed", "train.where"),
@@ -128,7 +129,7 @@ def _train(
     if base_note and not start:
         say(base_note)
     with doing("counting the network's operations"), ThreadPoolExecutor(1, "flops") as pool:
-        flops = pool.submit(sample_flops, recipe)
+        flops = pool.submit(training_flops, recipe, indexes)
         _join_cluster(recipe)
     if recipe.train.canary and not start:
         for index in indexes:
@@ -148,7 +149,7 @@ def _train(
             "output": output,
             "start": start.uri if start else None,
             "shards": [len(index.shards) for index in indexes],
-            "flops": flops.result().training,
+            "flops": flops.result(),
             "mailbox": mailbox,
         },
         torch_config=TorchConfig(backend="nccl" if train_settings.gpus_per_worker else "gloo"),

@@ -1,0 +1,382 @@
+"""Several sizes and lengths in one dataset: one shape a clip, one a shard, one a batch, in the order of ever."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data.small_data import digests, film, make_sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cinemo import storage
+from cinemo.config import DataConfig, Recipe
+from cinemo.data.dataset import shards
+from cinemo.data.dataset.shards import DatasetIndex, pixels
+from cinemo.data.dataset.verify import verify
+from cinemo.data.loading.source import Source
+from cinemo.data.manifest.manifest import SCHEMA, Manifest, manifest_of, read_manifest
+from cinemo.data.precompute import stages
+from cinemo.data.precompute.dataset import Dataset
+from cinemo.data.precompute.plan import Plan, cut_by_shape
+from cinemo.data.precompute.probing import extents_of
+from cinemo.data.precompute.shapes import kinds, nearest, stated
+from cinemo.media.mp4 import write_video
+from cinemo.recipes import override
+from cinemo.training.run.growth import TrainingData
+from cinemo.training.run.proof import _against_index
+from cinemo.types import Clip, InputError, LatentSample
+
+WIDE, TALL, SHORT = (6, 32, 48), (6, 48, 32), (3, 32, 48)
+
+
+@pytest.fixture(scope="module")
+def recipe(small_recipe: Recipe) -> Recipe:
+    """6 frames of 48x32 or 32x48, or 3 of 48x32, at interval 1-3; four clips a shard."""
+    return override(small_recipe, [f"data.other_shapes={[list(TALL), list(SHORT)]}"])
+
+
+# --- which shape a clip has ------------------------------------------------------------------------------------------
+
+one_shape = st.tuples(st.integers(2, 32), *[st.integers(1, 8).map(lambda cells: 8 * cells)] * 2)
+
+
+@given(
+    st.lists(one_shape, min_size=1, max_size=6, unique=True),
+    st.integers(1, 4),
+    st.lists(st.tuples(*[st.integers(1, 200)] * 3), min_size=1, max_size=5),
+)
+def test_every_clip_has_the_shape_that_fits_it_best(
+    shapes: list[tuple[int, int, int]], interval: int, clips: list[tuple[int, int, int]]
+) -> None:
+    found = nearest(shapes, interval, np.array(clips, np.float64))
+    for (width, height, frames), number in zip(clips, found.tolist(), strict=True):
+        own = shapes[number]
+
+        def off(shape: tuple[int, int, int], aspect: float = width / height) -> float:
+            return abs(math.log(aspect) - math.log(shape[2] / shape[1]))
+
+        near = [shape for shape in shapes if off(shape) <= min(map(off, shapes)) + 1e-9]
+        fitting = [shape[0] for shape in near if (shape[0] - 1) * interval + 1 <= frames]
+        assert own in near
+        assert own[0] == (max(fitting) if fitting else min(shape[0] for shape in near))
+        alike = [shape for shape in near if shape[0] == own[0]]
+        kept = [shape for shape in alike if shape[1] <= height and shape[2] <= width]
+        areas = [shape[1] * shape[2] for shape in kept or alike]
+        assert own[1] * own[2] == (max(areas) if kept else min(areas))
+
+
+def test_a_clip_of_which_nothing_is_known_has_the_recipes_own_shape() -> None:
+    unknown = np.array([[np.nan, np.nan, np.nan], [np.nan, 100, 50]])
+    assert nearest([WIDE, TALL], 1, unknown).tolist() == [0, 0]
+
+
+def rows_of(tmp_path: Path, suffix: str, clips: list[dict[str, Any]]) -> Manifest:
+    table = [{"clip_id": f"c{k}", "uri": f"/{k}.mp4", "caption": "x", **clip} for k, clip in enumerate(clips)]
+    path = tmp_path / f"clips{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in table))
+    elif suffix == ".csv":
+        names = list(table[0])
+        lines = [",".join("" if row[name] is None else str(row[name]) for name in names) for row in table]
+        path.write_text("\n".join([",".join(names), *lines]) + "\n")
+    else:
+        pq.write_table(pa.Table.from_pylist(table), path)
+    return read_manifest(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_columns_tell_what_they_tell(tmp_path: Path, suffix: str) -> None:
+    none = dict.fromkeys(("start", "end", "duration", "num_frames", "fps", "width", "height"))
+    size = none | {"width": 64, "height": 48}
+    listed = rows_of(
+        tmp_path,
+        suffix,
+        [
+            size | {"fps": 25.0, "duration": 2.0 if suffix == ".parquet" else "00:00:02"},
+            size | {"fps": 25.0, "start": 100, "end": 101.0, "duration": 1.0},
+            size | {"fps": 25.0, "start": 1, "duration": 4.0},  # the file's or the clip's, nobody knows
+            size | {"num_frames": 31},
+            size | {"num_frames": 31, "start": 0.5, "end": 1},
+            none | {"width": 0, "height": 48, "num_frames": 10},
+        ],
+    )
+    several, same = DataConfig(other_shapes=((8, 320, 512),)), DataConfig(other_shapes=((16, 512, 320),))
+    nan = np.nan
+    expected = [(64, 48, 50), (64, 48, 25), (64, 48, nan), (64, 48, 31), (64, 48, nan), (nan, 48, 10)]
+    np.testing.assert_equal(stated(listed, np.arange(6), several), np.array(expected))
+    assert np.isinf(stated(listed, np.arange(6), same)[:, 2]).all()  # length makes no difference
+
+
+def test_files_tell_it_where_columns_do_not(tmp_path: Path) -> None:
+    write_video(tmp_path / "wide.mp4", film("a", 20), 10)
+    write_video(tmp_path / "tall.mp4", film("b", 7, 64, 48), 10)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    clips = [
+        Clip("a", str(tmp_path / "wide.mp4"), ""),
+        Clip("b", str(tmp_path / "wide.mp4"), "", start=0.5, end=1.1),
+        Clip("c", str(tmp_path / "tall.mp4"), ""),
+        Clip("d", str(tmp_path / "broken.mp4"), ""),
+        Clip("e", str(tmp_path / "nowhere.mp4"), ""),
+    ]
+    found = np.array(extents_of(clips, 60))
+    nothing = (np.nan,) * 3
+    np.testing.assert_equal(found, np.array([(64, 48, 20), (64, 48, 6), (48, 64, 7), nothing, nothing]))
+
+
+# --- which shard it is in --------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=80), st.integers(1, 7))
+def test_shards_are_pure_and_hold_every_clip_once(of_clips: list[int], size: int) -> None:
+    order, bounds = cut_by_shape(np.array(of_clips, np.uint8), size)
+    assert sorted(order.tolist()) == list(range(len(of_clips)))
+    parts = [order[begin:end].tolist() for begin, end in itertools.pairwise(bounds)]
+    assert all(part == sorted(part) and len({of_clips[clip] for clip in part}) == 1 for part in parts)
+    assert [part[0] for part in parts] == sorted(part[0] for part in parts)
+    for kind in set(of_clips):
+        sizes = [len(part) for part in parts if of_clips[part[0]] == kind]
+        assert all(count == size for count in sizes[:-1])
+        assert 0 < sizes[-1] <= size
+    plain = cut_by_shape(np.zeros(len(of_clips), np.uint8), size)  # one shape is the plan of ever
+    assert plain[0].tolist() == list(range(len(of_clips)))
+
+
+def manifest(extents: list[tuple[int, int, int]], first: int = 0) -> Manifest:
+    """Clips whose columns say their width, height and frames."""
+    rows = [
+        {"clip_id": f"clip-{k}", "uri": f"/{k}.mp4", "caption": f"c{k}", "start": None, "end": None}
+        | dict(zip(("width", "height", "num_frames"), extent, strict=True))
+        for k, extent in enumerate(extents, first)
+    ]
+    schema = pa.schema([*SCHEMA, *((name, pa.int64()) for name in ("width", "height", "num_frames"))])
+    return manifest_of(pa.Table.from_pylist(rows, schema))
+
+
+def unmeasured(plan: Plan, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    raise AssertionError("the columns say everything")
+    yield
+
+
+def test_rows_of_a_plan_say_their_shape(recipe: Recipe) -> None:
+    extents = [(64, 48, 20), (48, 64, 20), (64, 48, 4)] * 5 + [(64, 48, 20)]
+    plan, data = Plan(manifest(extents), 4, 1), recipe.data
+    numbers = kinds(plan, data, unmeasured)
+    assert numbers.tolist() == [0, 1, 2] * 5 + [0]
+    shaped = Plan(plan.clips, 4, 1, kinds=numbers, shapes=data.shapes)
+    rows = shaped.rows(shaped.numbers)
+    table = rows.slice().to_pylist()
+    assert [row["position"] for row in table] == list(range(16))
+    assert {row["clip_id"]: tuple(row["video_shape"]) for row in table} == {
+        f"clip-{k}": data.shapes[number] for k, number in enumerate(numbers.tolist())
+    }
+    assert all(len({tuple(row["video_shape"]) for row in table if row["shard"] == k}) == 1 for k in shaped.numbers)
+    for wave in rows.waves(1000):  # a commit takes `clips_per_shard` rows: only the last shard of a wave may be smaller
+        sizes = list(Counter(wave.shards.tolist()).values())
+        assert set(sizes[:-1]) <= {4}
+    assert pa.concat_tables(wave.slice() for wave in rows.waves(5)) == rows.slice()
+
+
+# --- a dataset of them -----------------------------------------------------------------------------------------------
+
+
+def encoded(planned: pa.Table) -> pa.Table:
+    """What decoding, scoring and encoding would hand on; every seventh clip is refused."""
+    made = []
+    for row in planned.to_pylist():
+        sample, bad = make_sample(int(row["clip_id"].removeprefix("clip-"))), row["clip_id"].endswith("7")
+        frames, height, width = row["video_shape"]
+        latents = np.resize(sample.latents_FCHW, (frames, 4, height // 8, width // 8))
+        fault = {"stage": "open", "reason": "missing", "detail": "no such file"} if bad else {}
+        stored = {} if bad else {"latents": latents.tobytes(), "shape": latents.shape}
+        view = {"view": 0, "fps": 24.0, "frame_interval": 3, "start_frame": 0, "ssim": sample.ssim}
+        seconds = dict.fromkeys(("decode_seconds", "score_seconds", "encode_seconds"), 0.0)
+        made.append(row | view | seconds | fault | stored)
+    return pa.Table.from_pylist(made, stages.ENCODED)
+
+
+def precompute(
+    output: Path, recipe: Recipe, listed: Manifest, append: str | None = None, stop_after: int = 10**6
+) -> Dataset:
+    """What `graph.run` does, without Ray around the stages."""
+    dataset = Dataset.open(str(output), recipe, Plan(listed, recipe.data.clips_per_shard, 1), append)
+    dataset.load()
+    dataset.shape_clips(unmeasured)
+    missing = dataset.missing_shards()
+    if missing:
+        dataset.begin()
+    for number in missing[:stop_after]:
+        planned = encoded(dataset.plan.rows([number]).slice())
+        row = stages.commit(planned, str(output), dataset.fingerprint, 1).to_pylist()[0]
+        dataset.committed(json.loads(row["index"]))
+    if stop_after >= len(missing):
+        dataset.finish(dataset.summarize())
+    return dataset
+
+
+MIXED = [(64, 48, 20), (48, 64, 20), (64, 48, 20), (64, 48, 4)] * 9 + [(64, 48, 1)]
+
+
+@pytest.fixture(scope="module")
+def dataset(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("shapes") / "dataset"
+    precompute(directory, recipe, manifest(MIXED))
+    return directory
+
+
+def test_what_a_dataset_says_of_its_shapes(dataset: Path, recipe: Recipe) -> None:
+    info, index = json.loads((dataset / "dataset.json").read_text()), DatasetIndex.load(str(dataset))
+    assert (info["frames"], info["size"], info["latent_shape"]) == (6, [32, 48], [6, 4, 4, 6])
+    assert info["shapes"] == [
+        {"frames": 6, "size": [32, 48], "samples": 18},
+        {"frames": 6, "size": [48, 32], "samples": 9 - 1},  # clip-17
+        {"frames": 3, "size": [32, 48], "samples": 10 - 2},  # clip-7 and clip-27; too short is for the decoder to say
+    ]
+    assert [pixels(shape) for shape in index.latent_shapes] == [WIDE, TALL, SHORT]
+    assert sum(index.of_shape(shape).samples_of_shards.sum() for shape in index.latent_shapes) == info["samples"] == 34
+    assert verify(str(dataset), recipe, 0)["samples"] == 34
+
+
+def test_a_stopped_run_goes_on_with_its_plan_whatever_columns_say(
+    dataset: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    for _ in range(20):
+        made = precompute(again, recipe, manifest(MIXED), stop_after=2)
+        if not made.missing_shards():
+            break
+    precompute(again, recipe, manifest(MIXED))
+    assert digests(again) == digests(dataset)
+    reopened = Dataset.open(str(again), recipe, Plan(manifest(MIXED), 4, 1))
+    assert reopened.plan.kinds is not None  # from parts/, without a look at columns or files
+    (again / "parts/part-000000.parquet").unlink()
+    with pytest.raises(InputError, match=r"part-000000.parquet: is missing"):
+        Dataset.open(str(again), recipe, Plan(manifest(MIXED), 4, 1))
+
+
+def test_an_append_is_shaped_and_older_shards_stay(dataset: Path, recipe: Recipe, tmp_path: Path) -> None:
+    grown = tmp_path / "grown"
+    precompute(grown, recipe, manifest(MIXED))
+    before = digests(grown)
+    more = manifest([(48, 64, 20), (64, 48, 20)] * 3, len(MIXED))
+    precompute(grown, recipe, more, append="skip", stop_after=1)
+    precompute(grown, recipe, more)
+    after, info = digests(grown), json.loads((grown / "dataset.json").read_text())
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"dataset.json", "index.parquet"}
+    assert [one["samples"] for one in info["shapes"]] == [18 + 3, 8 + 3 - 1, 8]
+    assert verify(str(grown), recipe, 0)["samples"] == info["samples"]
+
+
+def test_refused_clips_are_tried_again_in_shards_of_one_shape(dataset: Path, recipe: Recipe) -> None:
+    opened = Dataset.open(str(dataset), recipe, Plan(manifest(MIXED), 4, 1))
+    opened.load()
+    rows = opened.rows_to_retry(opened.retryable("missing"))
+    table = rows.slice().to_pylist()
+    assert sorted(row["clip_id"] for row in table) == ["clip-17", "clip-27", "clip-7"]
+    by_shard: dict[int, set[tuple[int, ...]]] = {}
+    for row in table:
+        by_shard.setdefault(row["shard"], set()).add(tuple(row["video_shape"]))
+    assert all(len(shapes) == 1 for shapes in by_shard.values())
+    assert sorted(by_shard) == list(range(max(opened.records) + 1, max(opened.records) + 3))
+
+
+# --- a training on it ------------------------------------------------------------------------------------------------
+
+
+def data_of(dataset: Path | str, recipe: Recipe, rank: int = 0, world: int = 1, *more: str) -> TrainingData:
+    train = override(recipe, ["train.workers=1", "train.lanes=4", "train.global_batch=4", "train.micro_batch=4", *more])
+    index = DatasetIndex.load(str(dataset))
+    return TrainingData([Source(str(dataset))], [index], [[(0, len(index.shards))]], train.train, rank, world)
+
+
+STEPS = 40
+
+
+def shape_of(samples: list[LatentSample]) -> tuple[int, ...]:
+    (shape,) = {sample.latents_FCHW.shape for sample in samples}
+    return tuple(shape)
+
+
+def test_batches_are_of_one_shape_on_every_rank_and_any_number_of_ranks_sees_the_same(
+    dataset: Path, recipe: Recipe
+) -> None:
+    whole = [data_of(dataset, recipe).loader.batch(step) for step in range(STEPS)]
+    shapes = [shape_of(batch.samples) for batch in whole]
+    assert set(Counter(shapes)) == set(DatasetIndex.load(str(dataset)).latent_shapes)
+    for world in (2, 4):
+        ranks = [data_of(dataset, recipe, rank, world).loader for rank in range(world)]
+        for step in reversed(range(STEPS)):  # any step, without those before it
+            got = [rank.batch(step) for rank in ranks]
+            assert tuple(key for batch in got for key in batch.keys) == whole[step].keys
+            assert {shape_of(batch.samples) for batch in got} == {shapes[step]}
+            assert [epoch for batch in got for epoch in batch.epochs or []] == whole[step].epochs
+    log = {step: list(batch.keys) for step, batch in enumerate(whole)}
+    assert list(_against_index(data_of(dataset, recipe).loader, log, STEPS)) == []
+    log[3], log[4] = log[4], log[3]
+    assert list(_against_index(data_of(dataset, recipe).loader, log, STEPS))
+
+
+@given(st.data())
+@settings(max_examples=40)
+def test_every_sample_comes_once_in_each_epoch_and_shapes_keep_pace(dataset: Path, recipe: Recipe, data: Any) -> None:
+    seed, lanes = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([1, 2, 4]))
+    made = data_of(dataset, recipe, 0, 1, f"train.seed={seed}", f"train.lanes={lanes}").loader
+    steps = data.draw(st.integers(1, 60))
+    seen: Counter[tuple[int, int, int, int]] = Counter()
+    turns: Counter[int] = Counter()
+    for step in range(steps):
+        places = made.places(step)
+        turns[places[0].source] += 1
+        assert len({one.source for one in places}) == 1
+        seen.update((one.source, one.place.epoch, one.place.shard, one.place.index) for one in places)
+    assert set(seen.values()) == {1}
+    total = sum(loader.order.samples for loader in made.loaders)
+    for source, loader in enumerate(made.loaders):
+        assert abs(turns[source] - steps * loader.order.samples / total) < len(made.loaders)
+        finished = loader.order.epoch_before(made.read_before(steps, source))
+        by_epoch = Counter(key[1] for key in seen if key[0] == source)
+        assert all(by_epoch[epoch] == loader.order.samples for epoch in range(finished))
+        assert made.epoch(steps, source) in (finished, finished + 1)
+
+
+def test_held_out_and_filtered_samples_are_not_seen(dataset: Path, recipe: Recipe) -> None:
+    index = DatasetIndex.load(str(dataset))
+    held_out = set()
+    for shard in index.shards[-2:]:
+        held_out |= set(storage.read_json(shards.record_uri(str(dataset), shard))["members"]["keys"])
+    made = data_of(dataset, recipe, 0, 1, "train.held_out_shards=2", 'train.where="ssim < 0.8"')
+    seen = [sample for step in range(STEPS) for sample in made.loader.batch(step).samples]
+    assert held_out.isdisjoint(sample.key for sample in seen)
+    assert max(sample.ssim for sample in seen) < 0.8
+    assert sum(loader.order.samples for loader in made.loader.loaders) == len({sample.key for sample in seen})
+    assert [line.split(":")[0].split("%")[-1] for line in made.lines()][-1] == " of steps"
+
+
+def test_what_cannot_be_is_refused_in_one_line(dataset: Path, recipe: Recipe, tmp_path: Path) -> None:
+    index = DatasetIndex.load(str(dataset))
+    twice = [Source(str(dataset)), Source(str(dataset))]
+    with pytest.raises(InputError, match="have several shapes, which a mix cannot have"):
+        TrainingData(twice, [index] * 2, [[(0, len(index.shards))]] * 2, recipe.train)
+    grown = tmp_path / "grown"
+    precompute(grown, recipe, manifest(MIXED))
+    running = data_of(grown, recipe)
+    precompute(grown, recipe, manifest([(48, 64, 20)] * 3, len(MIXED)), append="skip")
+    (news,) = running.follow(1, 3)
+    assert "goes on without the new ones: samples of several shapes are dealt out when a training begins" in news.text
+
+
+def test_recipes_refuse_shapes_that_their_networks_cannot_make(recipe: Recipe) -> None:
+    assert recipe.of_shape(SHORT).data.shapes == (SHORT,)
+    for wrong in ("[[6, 32, 48]]", "[[1, 32, 48]]", "[[6, 30, 48]]", "[[5, 32, 48], [5, 32, 48]]"):
+        with pytest.raises(InputError, match="other_shapes"):
+            override(recipe, [f"data.other_shapes={wrong}"])
