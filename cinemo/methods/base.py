@@ -166,7 +166,7 @@ class Method(nn.Module, ABC):
             InputError: they cannot make such videos.
         """
         try:
-            data = DataConfig.model_validate(recipe.data.model_dump() | {"size": size})
+            data = DataConfig.model_validate(recipe.data.model_dump() | {"size": size, "other_shapes": ()})
         except ValidationError as error:
             message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
             raise InputError(f"size {size[1]}x{size[0]}: {message}") from None

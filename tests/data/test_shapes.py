@@ -133,6 +133,33 @@ def test_files_tell_it_where_columns_do_not(tmp_path: Path) -> None:
     np.testing.assert_equal(found, np.array([(64, 48, 20), (64, 48, 6), (48, 64, 7), nothing, nothing]))
 
 
+def test_stages_make_what_a_recipe_of_that_shape_alone_makes(recipe: Recipe, tmp_path: Path) -> None:
+    """Also where the processes that decode and encode have just done another shape."""
+    paths = [str(tmp_path / name) for name in ("wide.mp4", "tall.mp4", "short.mp4")]
+    for path, kind in zip(paths, ((20, 48, 64), (20, 64, 48), (4, 48, 64)), strict=True):
+        write_video(path, film(path[-8:], *kind), 25)
+    rows = [
+        {"shard": k, "shard_clips": 1, "position": k, "clip_id": f"c{k}", "uri": path, "caption": "x"}
+        for k, path in enumerate(paths)
+    ]
+    encoder = stages.Encoder(recipe.data, recipe.encoders.vae, "sample", "float32")
+    decoded = []
+    for row, shape in zip(rows * 2, recipe.data.shapes * 2, strict=True):
+        planned = pa.Table.from_pylist([row | {"start": None, "end": None, "extra": None, "video_shape": list(shape)}])
+        decoded.append(stages.score(stages.decode(planned, recipe.data), recipe.data))
+    made = encoder(pa.concat_tables(decoded)).to_pylist()  # rows of several shapes in one batch
+    for row, shape in zip(made, recipe.data.shapes * 2, strict=True):
+        assert row["reason"] is None
+        assert row["shape"] == [shape[0], 4, shape[1] // 8, shape[2] // 8]
+    assert [row["latents"] for row in made[3:]] == [row["latents"] for row in made[:3]]
+    alone = recipe.of_shape(TALL).data
+    planned = pa.Table.from_pylist([rows[1] | {"start": None, "end": None, "extra": None}])
+    expected = encoder.encode(
+        np.frombuffer(stages.decode(planned, alone)["frames"][0].as_py(), np.uint8).reshape(*TALL, 3), "c1", 0
+    )
+    assert made[1]["latents"] == expected.tobytes()
+
+
 # --- which shard it is in --------------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,7 @@ def test_a_batch_is_what_the_recipe_of_its_shape_makes(small: Recipe) -> None:
         for name in ("video_BCFHW", "noise_BCFHW", "t_B"):
             torch.testing.assert_close(getattr(made, name), getattr(expected, name), rtol=0, atol=0)
     foreign, wide = override(small, ["data.size=[32,48]"]), samples_of(recipe.of_shape((4, 64, 32)))
+    assert method_class(recipe).sized(recipe, (64, 32)).data.shapes == ((4, 64, 32),)  # one to be sampled
     with pytest.raises(InputError, match=r"latents are 4x4x4x6, recipe cinemo-tiny expects 4x4x4x4"):
         host_batch(samples_of(foreign), 5, recipe)
     with pytest.raises(InputError, match=r"latents are 4x4x4x4, recipe cinemo-tiny expects 4x4x8x4"):

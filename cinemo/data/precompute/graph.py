@@ -93,7 +93,7 @@ def run(
         if len(rows):
             plan.clips.check_buckets()
             dataset.begin()
-            with cluster.watch(len(rows), len(np.unique(rows.shards)), recipe, listener) as (progress, meter):
+            with cluster.watch(len(rows), rows.count_shards(), recipe, listener) as (progress, meter):
                 capacity = progress.capacity
                 for wave in rows.waves(_WAVE_CLIPS):
                     for shard in _execute(wave, dataset, retried, meter):

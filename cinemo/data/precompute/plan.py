@@ -138,6 +138,9 @@ class PlannedRows:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def count_shards(self) -> int:
+        return int(np.count_nonzero(np.diff(self.shards))) + bool(len(self))
+
     def waves(self, clips: int) -> Iterator[PlannedRows]:
         """Parts of about ``clips`` rows, of whole shards, of which all but the last one of a part are full."""
         size, most = self.plan.clips_per_shard, max(1, clips // self.plan.clips_per_shard)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import multiprocessing
 import signal
 import time
@@ -30,6 +31,8 @@ from cinemo.types import Clip, InputError, RunError
 
 _PART_CLIPS = 1 << 14  # of which the results are kept together
 _TASK_CLIPS = 16
+Measured = tuple[float, float, float]  # width, height, frames
+UNKNOWN: Measured = (math.nan, math.nan, math.nan)
 _ATTEMPTS = 2  # at a clip that ended its process: something else may have
 _SAY_SECONDS = 3.0
 
@@ -67,13 +70,20 @@ class Probe:
         resources = {data.decode_resource: data.decode_cpus} if data.decode_resource else None
         task: Any = ray.remote(num_cpus=data.decode_cpus, resources=resources, max_retries=0)(extents_of)
 
-        def answers(clips: list[Clip], attempts: int) -> list[tuple[float, float, float]]:
+        # Of the process, whatever ended it; or of its node.
+        lost = (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.NodeDiedError,
+        )
+
+        def answers(clips: list[Clip], attempts: int) -> list[Measured]:
             try:
                 return list(ray.get(task.remote(clips, data.clip_timeout)))
-            except ray.exceptions.WorkerCrashedError:
+            except lost:
                 if len(clips) > 1:
                     return [answer for clip in clips for answer in answers([clip], _ATTEMPTS)]
-                return answers(clips, attempts - 1) if attempts > 1 else [(np.nan,) * 3]
+                return answers(clips, attempts - 1) if attempts > 1 else [UNKNOWN]
             except ray.exceptions.RayError as error:
                 raise cluster.cause(error) from None
 
@@ -86,13 +96,15 @@ class Probe:
 
 def measured_here(plan: Plan, rows: np.ndarray, seconds: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A `Measure` for a few clips, in a process beside this one."""
-    for row, clip in zip(rows, _clips(plan, rows), strict=True):
+    extents, clips = list[Measured](), _clips(plan, rows)
+    while len(extents) < len(clips):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as beside:
             try:
-                extents = beside.submit(extents_of, [clip], seconds).result()
+                for clip in clips[len(extents) :]:
+                    extents += beside.submit(extents_of, [clip], seconds).result()
             except BrokenProcessPool:
-                extents = [(np.nan,) * 3]
-        yield np.array([row]), np.array(extents, np.float64)
+                extents.append(UNKNOWN)
+    yield rows, np.array(extents, np.float64)
 
 
 def _clips(plan: Plan, rows: np.ndarray) -> list[Clip]:
@@ -100,12 +112,12 @@ def _clips(plan: Plan, rows: np.ndarray) -> list[Clip]:
     return [Clip(**{name: row[name] for name in names}) for row in plan.clips.clips_at(rows).to_pylist()]
 
 
-def extents_of(clips: list[Clip], seconds: float) -> list[tuple[float, float, float]]:
+def extents_of(clips: list[Clip], seconds: float) -> list[Measured]:
     """(width, height, frames) of clips, nan for those that cannot be read; clips of one file that follow each other are
     read at once. A file that takes longer than ``seconds`` ends the process.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    found: list[tuple[float, float, float]] = []
+    found: list[Measured] = []
     with Sources() as sources:
         for uri, group in itertools.groupby(clips, key=lambda clip: clip.uri):
             same = list(group)
@@ -116,7 +128,7 @@ def extents_of(clips: list[Clip], seconds: float) -> list[tuple[float, float, fl
             except (InputError, RunError):
                 raise
             except Exception:  # `ClipError`, or whatever a library raises: decoding it will say more
-                found += [(np.nan,) * 3] * len(same)
+                found += [UNKNOWN] * len(same)
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
     return found
