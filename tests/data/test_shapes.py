@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from cinemo.data.manifest.manifest import SCHEMA, Manifest, manifest_of, read_ma
 from cinemo.data.precompute import stages
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.plan import Plan, cut_by_shape
-from cinemo.data.precompute.probing import extents_of
+from cinemo.data.precompute.probing import Probe, extents_of, measured_here
 from cinemo.data.precompute.shapes import kinds, nearest, stated
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import override
@@ -158,6 +159,31 @@ def test_stages_make_what_a_recipe_of_that_shape_alone_makes(recipe: Recipe, tmp
         np.frombuffer(stages.decode(planned, alone)["frames"][0].as_py(), np.uint8).reshape(*TALL, 3), "c1", 0
     )
     assert made[1]["latents"] == expected.tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_file_that_ends_its_reader_is_left_to_the_decoder(ray_session: None, recipe: Recipe, tmp_path: Path) -> None:
+    for number in range(2):
+        write_video(tmp_path / f"{number}.mp4", film(str(number), 9), 10)
+    clips = [{"clip_id": str(k), "uri": str(tmp_path / f"{k}.mp4"), "caption": ""} for k in range(2)]
+    listed = manifest_of(pa.Table.from_pylist(clips))
+    plan, rows, output = Plan(listed, 4, 1), np.arange(2), str(tmp_path / "output")
+    known, unknown = np.array([(64, 48, 9)] * 2), np.full((2, 3), np.nan)
+    hostile = override(recipe, ["data.clip_timeout=0.00001"])  # any file ends the process by its alarm
+    for measure in (Probe(output, hostile), partial(measured_here, seconds=hostile.data.clip_timeout)):
+        ((part, extents),) = measure(plan, rows)
+        np.testing.assert_equal((part, extents), (rows, unknown))
+        assert kinds(plan, recipe.data, measure).tolist() == [0, 0]
+    kept = list((tmp_path / "output/.shapes").iterdir())
+    assert len(kept) == 1
+    kept[0].unlink()
+    for measure in (Probe(output, recipe), partial(measured_here, seconds=60)):
+        ((_, extents),) = measure(plan, rows)
+        np.testing.assert_equal(extents, known)
+    (tmp_path / "0.mp4").unlink()
+    ((_, again),) = Probe(output, recipe)(plan, rows)  # not read a second time
+    np.testing.assert_equal(again, known)
 
 
 # --- which shard it is in --------------------------------------------------------------------------------------------

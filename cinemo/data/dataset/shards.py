@@ -321,6 +321,8 @@ class DatasetIndex:
     @property
     def latent_shapes(self) -> list[tuple[int, ...]]:
         """All shapes that there are samples of, in the order of their first shards."""
+        if "latent_shape" not in self.table.column_names:  # of the first versions
+            return [tuple(self.info["latent_shape"])]
         rows = zip(self.table["latent_shape"].to_pylist(), self.table["samples"].to_pylist(), strict=True)
         return list(dict.fromkeys(tuple(shape) for shape, samples in rows if samples))
 

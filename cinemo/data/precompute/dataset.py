@@ -21,7 +21,6 @@ from cinemo import checksums, storage
 from cinemo.config import MACHINES, DataConfig, Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.identity import differences, fingerprint
-from cinemo.data.dataset.shards import pixels
 from cinemo.data.dataset.statistics import latent_statistics
 from cinemo.data.precompute import shapes
 from cinemo.data.precompute.journal import Journal, probe
@@ -307,7 +306,7 @@ class Dataset:
         for record in records:
             if record["samples"]:
                 samples[tuple(record["latent_shape"])] += record["samples"]
-        own = [shape for shape in samples if pixels(shape) == self.recipe.data.shapes[0]]
+        own = [shape for shape in samples if shards.pixels(shape) == self.recipe.data.shapes[0]]
         return {
             "clips": sum(part.clips for part in self.parts),
             "samples": sum(record["samples"] for record in records),
@@ -321,7 +320,7 @@ class Dataset:
 
     def _shapes(self, samples: Mapping[tuple[int, ...], int]) -> list[dict[str, Any]]:
         """Samples of each shape that the recipe has."""
-        counts = {pixels(shape): count for shape, count in samples.items()}
+        counts = {shards.pixels(shape): count for shape, count in samples.items()}
         return [
             {"frames": shape[0], "size": list(shape[1:]), "samples": counts.get(shape, 0)}
             for shape in self.recipe.data.shapes
