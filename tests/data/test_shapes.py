@@ -28,9 +28,11 @@ from cinemo.data.loading.source import Source
 from cinemo.data.manifest.manifest import SCHEMA, Manifest, manifest_of, read_manifest
 from cinemo.data.precompute import stages
 from cinemo.data.precompute.dataset import Dataset
+from cinemo.data.precompute.estimate import plan_only
 from cinemo.data.precompute.plan import Plan, cut_by_shape
 from cinemo.data.precompute.probing import Probe, extents_of, measured_here
 from cinemo.data.precompute.shapes import kinds, nearest, stated
+from cinemo.data.precompute.wording import plan_lines
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import override
 from cinemo.training.run.growth import TrainingData
@@ -184,6 +186,20 @@ def test_a_file_that_ends_its_reader_is_left_to_the_decoder(ray_session: None, r
     (tmp_path / "0.mp4").unlink()
     ((_, again),) = Probe(output, recipe)(plan, rows)  # not read a second time
     np.testing.assert_equal(again, known)
+
+
+def test_a_plan_measures_clips_as_they_will_be(recipe: Recipe, tmp_path: Path) -> None:
+    clips = []
+    for number, (frames, height, width) in enumerate([(20, 48, 64), (20, 64, 48), (4, 48, 64)] * 2):
+        write_video(tmp_path / f"{number}.mp4", film(str(number), frames, height, width), 25)
+        clips.append({"uri": f"{number}.mp4", "width": width, "height": height, "num_frames": frames})
+    rows_of(tmp_path, ".csv", clips)
+    plan = plan_only(recipe, str(tmp_path / "clips.csv"), str(tmp_path / "output"))
+    assert plan["shapes"] == [{"frames": shape[0], "size": list(shape[1:]), "clips": 2} for shape in recipe.data.shapes]
+    assert "shapes among them: 48x32x6 2, 32x48x6 2, 48x32x3 2" in plan_lines(plan, "output")
+    assert plan["figures"]["quarantine_share"]["value"] == 0
+    latents = [4 * math.prod(shape) // 64 * 2 for shape in recipe.data.shapes]  # float16
+    assert 0 < plan["figures"]["bytes"]["value"] / 2 - sum(latents) < 3 * 2560  # headers and metadata in blocks of 512
 
 
 # --- which shard it is in --------------------------------------------------------------------------------------------

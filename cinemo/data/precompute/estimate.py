@@ -93,7 +93,7 @@ def plan_only(
         if not len(plan):
             raise InputError(f"{output}: has all clips of {manifest} already; there is nothing to append")
         known = Known(recipe, plan, output, given, machines, mfu)
-    clips = len(plan)
+    plan, clips = replace(plan, kinds=None), len(plan)  # of the measured clips it is found out below
     rng = np.random.default_rng(keyed_seed(recipe.data.seed, "estimate"))
     positions = np.sort(plan.first_clip + rng.choice(clips, min(SAMPLE_CLIPS, clips), replace=False))
     shapes = _shapes(recipe, plan, positions)
