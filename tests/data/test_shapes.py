@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -18,10 +19,11 @@ import pytest
 from data.small_data import digests, film, make_sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from cinemo import storage
 from cinemo.config import DataConfig, Recipe
-from cinemo.data.dataset import shards
+from cinemo.data.dataset import fields, shards
 from cinemo.data.dataset.shards import DatasetIndex, pixels
 from cinemo.data.dataset.verify import verify
 from cinemo.data.loading.source import Source
@@ -357,6 +359,31 @@ def test_refused_clips_are_tried_again_in_shards_of_one_shape(dataset: Path, rec
         by_shard.setdefault(row["shard"], set()).add(tuple(row["video_shape"]))
     assert all(len(shapes) == 1 for shapes in by_shard.values())
     assert sorted(by_shard) == list(range(max(opened.records) + 1, max(opened.records) + 3))
+
+
+def test_fields_have_the_shapes_of_their_samples(recipe: Recipe, tmp_path: Path) -> None:
+    rows = []
+    for number, (frames, height, width) in enumerate([(20, 48, 64), (20, 64, 48), (4, 48, 64)]):
+        write_video(tmp_path / f"{number}.mp4", film(str(number), frames, height, width), 25)
+        rows.append({"uri": f"{number}.mp4", "width": width, "height": height, "num_frames": frames})
+    with_fields = override(recipe, ['data.fields=["first_frame","frames","flow"]'])
+    made = Dataset.open(str(tmp_path / "output"), with_fields, Plan(rows_of(tmp_path, ".csv", rows), 4, 1))
+    made.load()
+    made.shape_clips(unmeasured)
+    data, encoder = recipe.data, stages.Encoder(recipe.data, recipe.encoders.vae, "mode", "float32")
+    for number in made.missing_shards():
+        decoded = stages.decode(made.plan.rows([number]).slice(), data)
+        stages.commit(encoder(stages.score(decoded, data)), made.uri, made.fingerprint, 1)
+    todo = pa.Table.from_pylist([{"shard": k, "fields": list(with_fields.data.fields)} for k in range(3)], fields.TODO)
+    for row, shape in zip(fields.read(todo, made.uri, with_fields).to_pylist(), data.shapes, strict=True):
+        frames, *size = shape
+        assert (row["faults"], row["size"]) == ([None], size)
+        assert Image.open(io.BytesIO(row["first_frame"][0])).size == (size[1], size[0])
+        assert Image.open(io.BytesIO(row["frames"][0])).size == (size[1], frames * size[0])
+        assert np.load(io.BytesIO(row["flow"][0])).shape == (frames - 1, 2, size[0] // 8, size[1] // 8)
+    alone = with_fields.of_shape(data.shapes[0])
+    assert fields.identity("flow", with_fields)[0] != fields.identity("flow", alone)[0]
+    assert fields.identity("text_states", with_fields)[0] == fields.identity("text_states", alone)[0]
 
 
 # --- a training on it ------------------------------------------------------------------------------------------------
