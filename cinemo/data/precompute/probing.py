@@ -11,7 +11,6 @@ import itertools
 import math
 import multiprocessing
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +26,7 @@ from cinemo.data.precompute.plan import Plan
 from cinemo.data.precompute.shapes import KEPT
 from cinemo.media.extent import clip_extents
 from cinemo.media.sources import Sources
+from cinemo.progress import doing
 from cinemo.types import Clip, InputError, RunError
 
 _PART_CLIPS = 1 << 14  # of which the results are kept together
@@ -34,7 +34,6 @@ _TASK_CLIPS = 16
 Measured = tuple[float, float, float]  # width, height, frames
 UNKNOWN: Measured = (math.nan, math.nan, math.nan)
 _ATTEMPTS = 2  # at a clip that ended its process: something else may have
-_SAY_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,19 @@ class Probe:
     recipe: Recipe
 
     def __call__(self, plan: Plan, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        said = time.monotonic()
-        for start in range(0, len(rows), _PART_CLIPS):
-            part = rows[start : start + _PART_CLIPS]
-            place = storage.join(self.dataset, KEPT, f"{plan.clips.digest[:16]}-{part[0]:09d}-{len(part)}.npy")
-            if storage.exists(place):
-                extents = np.load(io.BytesIO(storage.read_bytes(place)))
-            else:
-                extents = self._measured(plan, part)
-                content = io.BytesIO()
-                np.save(content, extents)
-                storage.write_bytes(place, content.getvalue())
-            if time.monotonic() - said > _SAY_SECONDS or start + len(part) == len(rows):
-                said = time.monotonic()
-                print(f"shapes: {start + len(part)}/{len(rows)} files looked at", flush=True)
-            yield part, extents
+        with doing("reading the sizes and lengths of videos", len(rows), "clips") as work:
+            for start in range(0, len(rows), _PART_CLIPS):
+                part = rows[start : start + _PART_CLIPS]
+                place = storage.join(self.dataset, KEPT, f"{plan.clips.digest[:16]}-{part[0]:09d}-{len(part)}.npy")
+                if storage.exists(place):
+                    extents = np.load(io.BytesIO(storage.read_bytes(place)))
+                else:
+                    extents = self._measured(plan, part)
+                    content = io.BytesIO()
+                    np.save(content, extents)
+                    storage.write_bytes(place, content.getvalue())
+                work.advance(len(part))
+                yield part, extents
 
     def _measured(self, plan: Plan, rows: np.ndarray) -> np.ndarray:
         import ray
