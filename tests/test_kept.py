@@ -99,7 +99,7 @@ def test_jobs_are_shown_and_a_waiting_one_is_finished(kept: Path) -> None:
     assert (shown["solver"], shown["guidance_interval"]) == ("multistep", [0.1, 0.9])
     # The same form is still the same request: an Idempotency-Key from before finds its job.
     controls = CinemoControls(motion_bucket=3, seed=1, solver="multistep", guidance_interval=(0.1, 0.9), steps=3)
-    asked = VideoRequest(VideoForm(prompt="waves"), controls, {}, seed_drawn=False)
+    asked = VideoRequest(VideoForm(prompt="waves"), controls, {}, frozenset(), seed_drawn=False)
     assert asked.asked(read_card(kept / "bundle")) == job.request
     picture = store.media.read(job.files["image"])
     assert fingerprint(job.request, picture, ()) == _stored_fingerprint(store, job.id)

@@ -112,6 +112,7 @@ class Client(_Connection):
         webhook_url: str | None = None,
         previews: bool | None = None,
         reuse: bool | None = None,
+        lora: str | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
@@ -125,12 +126,13 @@ class Client(_Connection):
             timeout: seconds from now after which the video fails if it is not finished.
             webhook_url: told when it is completed or failed; `cinemo.client.webhooks` reads what it is told.
             previews: whether `wait` can tell previews. ``reuse``: whether a finished video of the same request will do.
+            lora: an adapter of the server (`Model.adapters`), as ``NAME`` or ``NAME:SCALE``.
             pictures: more pictures that the model takes, by name (`Model.pictures`).
             idempotency_key: two creations with the same one make one video; None: a fresh one.
             controls: of the model (`Model.controls`), such as ``seed=7``.
         """
         fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout}
-        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, **controls}
+        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, "lora": lora, **controls}
         ask = flows.create("/v1/videos", picture, pictures or {}, {**fields, **others}, idempotency_key)
         return self._run(flows.created(ask, self.max_retries))
 
@@ -146,13 +148,14 @@ class Client(_Connection):
         webhook_url: str | None = None,
         previews: bool | None = None,
         reuse: bool | None = None,
+        lora: str | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
     ) -> RenderedVideo:
         """As `create`, and returns when the video is made. Raises `VideoFailed` beside the others."""
         fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout}
-        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, **controls}
+        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, "lora": lora, **controls}
         ask = flows.create(
             "/v1/videos/sync",
             picture,
@@ -318,13 +321,14 @@ class AsyncClient(_Connection):
         webhook_url: str | None = None,
         previews: bool | None = None,
         reuse: bool | None = None,
+        lora: str | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
     ) -> Video:
         """As `Client.create`."""
         fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout}
-        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, **controls}
+        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, "lora": lora, **controls}
         ask = flows.create("/v1/videos", picture, pictures or {}, {**fields, **others}, idempotency_key)
         return await self._run(flows.created(ask, self.max_retries))
 
@@ -340,13 +344,14 @@ class AsyncClient(_Connection):
         webhook_url: str | None = None,
         previews: bool | None = None,
         reuse: bool | None = None,
+        lora: str | None = None,
         pictures: Mapping[str, Picture] | None = None,
         idempotency_key: str | None = None,
         **controls: ControlValue,
     ) -> RenderedVideo:
         """As `Client.create_sync`."""
         fields = {"prompt": prompt, "model": model, "size": size, "seconds": seconds, "timeout": timeout}
-        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, **controls}
+        others = {"webhook_url": webhook_url, "previews": previews, "reuse": reuse, "lora": lora, **controls}
         ask = flows.create(
             "/v1/videos/sync",
             picture,

@@ -167,7 +167,8 @@ class PictureInput(Answer):
 
 class Model(Answer):
     """A model, with what it supports and its defaults. ``controls``: in the order in which people see them.
-    ``qualities``: by name, what is predicted of a video that asks for it; empty where nobody measured."""
+    ``qualities``: by name, what is predicted of a video that asks for it; empty where nobody measured.
+    ``adapters``: what ``lora`` may name."""
 
     id: str
     object: str = "model"
@@ -184,6 +185,7 @@ class Model(Answer):
     controls: list[Control] = []
     pictures: list[PictureInput] = []
     qualities: dict[str, dict[str, Any]] = {}
+    adapters: list[str] = []
 
 
 class ModelList(Answer):
