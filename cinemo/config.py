@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
@@ -19,7 +19,10 @@ Shape = tuple[int, int, int]
 
 
 class Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=1)]
 
 
 # Keys of `DataConfig` about the machines of a run, which leave no trace in what it makes.
@@ -50,13 +53,13 @@ class DataConfig(Part):
     fields: tuple[Literal["text_states", "first_frame", "frames", "image_tokens", "frame_tokens", "flow"], ...] = Field(
         (), description="what else is stored with the latents, in separate tars; may be added to a finished dataset"
     )
-    bucket_edges: tuple[float, ...] = Field(
+    bucket_edges: tuple[Annotated[float, Field(ge=-1, le=1)], ...] = Field(
         tuple(round(k / MOTION_BUCKETS, 6) for k in range(1, MOTION_BUCKETS)),
         description="19 ascending SSIM values between buckets; the default is uniform (Cinemo section 3.2)",
     )
     max_quarantine_share: float = Field(1.0, ge=0, le=1, description="stop when a larger share of clips is refused")
     encode_batch: int = Field(1, ge=1, description="clips handed to an encoder at a time; each is encoded on its own")
-    decode_cpus: float = Field(1.0, gt=0, description="cores that one decoding process reserves")
+    decode_cpus: float = Field(1.0, ge=1e-4, description="cores that one decoding process reserves")
     decode_resource: str | None = Field(
         None, description="Ray resource of the nodes that decode (one unit per core); null: wherever a core is free"
     )
@@ -66,7 +69,7 @@ class DataConfig(Part):
     encode_actors: int = Field(
         0, ge=0, description="encoder processes at most; 0: as many as the cluster has accelerators, or cores, for"
     )
-    encode_gpus: float = Field(0.0, ge=0, description="share of an accelerator for each encoder process")
+    encode_gpus: float = Field(0.0, ge=0, le=1, description="share of an accelerator for each encoder process")
     wait_for_nodes: float = Field(
         900.0, ge=0, description="seconds that a cluster has to add the accelerators or cores that are missing"
     )
@@ -160,9 +163,9 @@ class EncodersConfig(Part):
 class DiffusionConfig(Part):
     """Noise schedule. LaVie and Cinemo: linear betas, epsilon prediction."""
 
-    train_steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    train_steps: int = Field(1000, ge=2)
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
     beta_schedule: Literal["linear", "scaled_linear"] = "linear"
     prediction: Literal["epsilon", "v"] = "epsilon"
     data_scale: float = Field(
@@ -180,6 +183,8 @@ class DiffusionConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> DiffusionConfig:
+        if self.beta_start > self.beta_end:
+            raise ValueError(f"beta_start is {self.beta_start}, expected at most beta_end = {self.beta_end}")
         if self.zero_terminal_snr and self.prediction != "v":
             raise ValueError(
                 "zero_terminal_snr is true with prediction epsilon, expected v: noise alone says nothing about the data"
@@ -191,8 +196,8 @@ class TrainConfig(Part):
     """Optimisation (Cinemo section 4.1) and the shape of the worker group."""
 
     workers: int = Field(8, ge=1)
-    cpus_per_worker: float = 1
-    gpus_per_worker: float = 0
+    cpus_per_worker: float = Field(1, ge=0)
+    gpus_per_worker: float = Field(0, ge=0, le=1, multiple_of=1, description="1: each rank drives a device of its own")
     global_batch: int = Field(80, ge=1)
     micro_batch: int = Field(
         10, ge=1, description="samples a worker holds at once; the rest of its batch is accumulated"
@@ -201,8 +206,8 @@ class TrainConfig(Part):
     lr: float = Field(1e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine"] = "constant"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, description="0 is the paper's Adam; above 0 it is AdamW")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0, description="0 is the paper's Adam; above 0 it is AdamW")
     grad_clip: float = Field(1.0, ge=0, description="0 switches clipping off")
     prompt_dropout: float = Field(0.5, ge=0, le=1, description="share of samples whose prompt is empty")
     min_snr_gamma: float | None = Field(
@@ -274,7 +279,7 @@ class TrainConfig(Part):
     keep_checkpoints: int = Field(3, ge=1)
     sample_every: int = Field(1000, ge=0, description="steps between sample contact sheets; 0 = only at the end")
     sample_count: int = Field(2, ge=1)
-    max_failures: int = Field(3, description="worker-group restarts before the run fails; -1 = no limit")
+    max_failures: int = Field(3, ge=-1, description="worker-group restarts before the run fails; -1 = no limit")
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -394,6 +399,17 @@ class Recipe(Part):
     def of_shape(self, shape: Sequence[int]) -> Self:
         """For samples of one (frames, height, width) alone."""
         return self.model_copy(update={"data": self.data.of_shape(shape)})
+
+    def _steps_exist(self) -> Self:
+        sample, steps = self.sample, self.diffusion.train_steps
+        least = 2 if sample.solver == "multistep" else 1
+        most = steps - (sample.spacing == "leading")
+        if not least <= sample.steps <= most:
+            raise ValueError(
+                f"sample.steps is {sample.steps}, expected {least}..{most} with diffusion.train_steps {steps}, "
+                f"solver {sample.solver} and spacing {sample.spacing}"
+            )
+        return self
 
     @property
     def toy(self) -> bool:

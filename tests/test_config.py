@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cinemo import tracking
 from cinemo.config import Recipe, keys
 from cinemo.methods.cinemo import CinemoRecipe, CinemoTrain
 from cinemo.recipes import RECIPES, load_recipe, override, parse_recipe
@@ -127,6 +130,102 @@ def test_every_listed_key_can_be_set_to_its_own_value(key: str) -> None:
         assert isinstance(value, dict)
         value = value[part]
     assert override(recipe, [f"{key}={json.dumps(value)}"]) == recipe
+
+
+def _numbers(schema: dict[str, Any], node: dict[str, Any], key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every place of a number in a recipe's JSON schema, with what is said of it there."""
+    node = node | (schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else {})
+    for name, inner in node.get("properties", {}).items():
+        yield from _numbers(schema, inner, f"{key}.{name}" if key else name)
+    for inner in node.get("anyOf", ()):
+        yield from _numbers(schema, inner, key)
+    for place, inner in enumerate([node["items"]] if "items" in node else node.get("prefixItems", ())):
+        yield from _numbers(schema, inner, f"{key}.{place}")
+    if node.get("type") in ("integer", "number") and "enum" not in node:
+        yield key, node
+
+
+def _every_number() -> list[tuple[str, str, dict[str, Any]]]:
+    one_of_each = {type(load_recipe(name)): name for name in RECIPES}
+    schemas = {name: kind.model_json_schema() for kind, name in one_of_each.items()}
+    found = [(name, key, node) for name, schema in schemas.items() for key, node in _numbers(schema, schema)]
+    # Of several networks that a method may be built on, the one that its recipe has.
+    return [one for one in found if re.sub(r"\.\d+$", "", one[1]) in tracking.flatten(load_recipe(one[0]))]
+
+
+_NUMBERS = _every_number()
+# Checked against each other, not one by one; any whole number is a seed.
+_PAIRS = (
+    "data.size",
+    "data.frame_interval",
+    "sample.guidance_interval",
+    "encoders.latents_mean",
+    "encoders.latents_std",
+)
+
+
+def test_every_number_has_a_range() -> None:
+    loose = {key for _, key, node in _NUMBERS if "minimum" not in node and "exclusiveMinimum" not in node}
+    assert {key for key in loose if not key.startswith(_PAIRS)} == {"data.seed", "train.seed"}
+
+
+@given(st.sampled_from(_NUMBERS), st.floats(1e-3, 1e6), st.booleans(), st.sampled_from([math.nan, math.inf, None]))
+def test_what_lies_outside_a_range_is_refused_in_one_line(
+    place: tuple[str, str, dict[str, Any]], distance: float, above: bool, no_number: float | None
+) -> None:
+    name, key, node = place
+    low = node.get("minimum", node.get("exclusiveMinimum"))
+    high = node.get("maximum", node.get("exclusiveMaximum"))
+    whole = node["type"] == "integer"
+    step = math.ceil(distance) if whole else distance
+    if no_number is not None:
+        value: float = no_number
+    elif above and high is not None:
+        value = high + (step if "maximum" in node or whole else step - 1e-3)
+    elif low is not None:
+        value = low - (step if "minimum" in node or whole else step - 1e-3)
+    else:
+        value = 0.5 if whole else math.nan
+    recipe = load_recipe(name)
+    values: Any = recipe.model_dump(mode="json")
+    *path, leaf = key.split(".")
+    if leaf.isdigit():
+        *path, leaf = path
+        for part in path:
+            values = values[part]
+        entries = list(values[leaf] or [1.0])
+        entries[min(int(key.rpartition(".")[2]), len(entries) - 1)] = value
+        value_text = json.dumps(entries)
+    else:
+        value_text = json.dumps(value)
+    with pytest.raises(InputError) as caught:
+        override(recipe, [f"{'.'.join([*path, leaf])}={value_text}"])
+    message = str(caught.value)
+    assert "\n" not in message
+    told = message.partition(": ")[2]
+    assert leaf in told
+    assert repr(value) in told
+    assert re.search(r"should be|expected", told)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.gpus_per_worker=0.5", "train.gpus_per_worker: Input should be a multiple of 1 (got 0.5)"),
+        ("train.gpus_per_worker=2", "train.gpus_per_worker: Input should be less than or equal to 1 (got 2)"),
+        ("train.gpus_per_worker=-1", "train.gpus_per_worker: Input should be greater than or equal to 0 (got -1)"),
+        ("train.cpus_per_worker=-2", "train.cpus_per_worker: Input should be greater than or equal to 0 (got -2)"),
+        ("train.betas=[0.9, 5]", "train.betas.1: Input should be less than 1 (got 5)"),
+        ("train.lr=NaN", "train.lr: Input should be a finite number"),
+        ("diffusion.beta_start=0.5", "beta_start is 0.5, expected at most beta_end = 0.02"),
+        ("sample.steps=1000", "sample.steps is 1000, expected 1..999 with diffusion.train_steps 1000"),
+        ("sample.dct_tau=1000", "sample.dct_tau is 1000, expected less than diffusion.train_steps = 1000"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(assignment: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe("cinemo-tiny", [assignment])
+    assert message in str(caught.value)
 
 
 def test_recipes_are_frozen() -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cinemo.config import MOTION_BUCKETS, Recipe, SampleConfig, TrainConfig
@@ -41,14 +41,14 @@ class CinemoSample(SampleConfig):
     """Sampling defaults (sections 3.3 and 4.1; values the paper leaves open are the published code's)."""
 
     dct_init: bool = True
-    dct_tau: int = Field(975, description="diffusion step of the layout guidance")
+    dct_tau: int = Field(975, ge=0, description="diffusion step of the layout guidance")
     dct_keep: float = Field(0.23, ge=0, le=1, description="share of each axis that is kept as low frequency")
     dct_mode: Literal["spatial", "3d", "fft"] = Field(
         "spatial", description="spatial = published, 3d = the paper's text"
     )
     motion_bucket: int = Field(10, ge=0, lt=MOTION_BUCKETS)
     edit_guidance_scale: float = Field(1.0, ge=1, description="for editing: the published code's; the paper says 7.5")
-    edit_dct_tau: int = Field(985, description="for editing: the published code's step of the layout guidance")
+    edit_dct_tau: int = Field(985, ge=0, description="for editing: the published code's step of the layout guidance")
 
 
 class CinemoRecipe(Recipe):
@@ -58,6 +58,16 @@ class CinemoRecipe(Recipe):
     model: UNetConfig = UNetConfig()
     train: CinemoTrain = CinemoTrain()
     sample: CinemoSample = CinemoSample()
+
+    @model_validator(mode="after")
+    def _noise_of_a_step(self) -> Self:
+        for name in ("dct_tau", "edit_dct_tau"):
+            if getattr(self.sample, name) >= self.diffusion.train_steps:
+                raise ValueError(
+                    f"sample.{name} is {getattr(self.sample, name)}, expected less than diffusion.train_steps = "
+                    f"{self.diffusion.train_steps}"
+                )
+        return self
 
 
 class CinemoControls(MotionStrength, LongVideo):

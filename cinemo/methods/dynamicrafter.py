@@ -41,7 +41,7 @@ class DynamiCrafterModel(Part):
 
     unet: DynamiCrafterConfig = DynamiCrafterConfig()
     resampler: ResamplerConfig = ResamplerConfig()
-    text_layers: int | None = Field(23, description="layers of the text encoder that run; null: all")
+    text_layers: int | None = Field(23, ge=1, description="layers of the text encoder that run; null: all")
     image_tokens: int = Field(257, ge=1, description="tokens that the image encoder makes of a picture")
     rate: Literal["stride", "fps"] = Field(
         "stride", description="what it is told: the interval of a clip's frames, or how many it has in a second"

@@ -125,7 +125,7 @@ class TripUNet(Part):
 
     backbone: Literal["lavie", "dynamicrafter"] = Field("lavie", description="whose UNet")
     unet: UNetConfig | DynamiCrafterConfig = Field(UNetConfig(), validate_default=True, description="its arguments")
-    text_layers: int | None = Field(None, description="layers of the text encoder that run; null: all")
+    text_layers: int | None = Field(None, ge=1, description="layers of the text encoder that run; null: all")
     layout: Layout = Field("trip", description="where the UNet sees the picture: a frame before, behind, ...")
 
     @field_validator("unet", mode="before")

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cinemo.config import Part
+from cinemo.config import Count, Part
 from cinemo.networks.blocks import Upsample, sinusoid
 from cinemo.networks.dynamicrafter_blocks import (
     GROUPS,
@@ -75,21 +75,23 @@ def is_image_context(name: str) -> bool:
 class DynamiCrafterConfig(Part):
     """Arguments of `DynamiCrafterUNet`, by their published names; the defaults are the 256x256 model."""
 
-    in_channels: int = Field(8, description="4 noisy latents, then 4 of the image; 4 for a text-to-video model")
-    out_channels: int = 4
-    model_channels: int = Field(320, description="width of the outermost level")
-    attention_resolutions: tuple[int, ...] = Field((4, 2, 1), description="downscalings of the levels with attention")
+    in_channels: int = Field(8, ge=1, description="4 noisy latents, then 4 of the image; 4 for a text-to-video model")
+    out_channels: int = Field(4, ge=1)
+    model_channels: int = Field(320, ge=1, description="width of the outermost level")
+    attention_resolutions: tuple[Count, ...] = Field((4, 2, 1), description="downscalings of the levels with attention")
     num_res_blocks: int = Field(2, ge=1)
-    channel_mult: tuple[int, ...] = Field((1, 2, 4, 4), description="width of each level / model_channels")
+    channel_mult: tuple[Count, ...] = Field(
+        (1, 2, 4, 4), min_length=1, description="width of each level / model_channels"
+    )
     num_head_channels: int = Field(64, ge=1)
     transformer_depth: int = Field(1, ge=1)
-    context_dim: int = Field(1024, description="width of text states and image tokens")
+    context_dim: int = Field(1024, ge=1, description="width of text states and image tokens")
     use_linear: bool = Field(True, description="how the projections around attention are stored: linear or 1x1")
     addition_attention: bool = Field(True, description="attention along time behind the first convolution")
     image_cross_attention: bool = Field(True, description="False: a text-to-video model")
     image_cross_attention_scale_learnable: bool = Field(True, description="False for the 512 and 1024 models")
     fs_condition: bool = Field(True, description="whether frames per second (or their stride) are an input")
-    default_fs: int = Field(3, description="where none are given")
+    default_fs: int = Field(3, ge=0, description="where none are given")
 
 
 class DynamiCrafterUNet(nn.Module):

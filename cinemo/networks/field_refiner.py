@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from cinemo.config import Part
+from cinemo.config import Count, Part
 from cinemo.networks.weights import find_weights, load_network, read_tensors
 
 L1_WEIGHT = 100.0  # beside the critic's opinion, as pix2pix has it
@@ -25,8 +25,10 @@ _FIELD, _PICTURE = 2, 3  # channels
 class RefinerConfig(Part):
     """Arguments of `FieldRefiner`."""
 
-    widths: tuple[int, ...] = Field((64, 128, 256, 512), min_length=1, description="of the levels, each half as large")
-    critic_widths: tuple[int, ...] = Field((64, 128, 256), min_length=1, description="of the critic's levels")
+    widths: tuple[Count, ...] = Field(
+        (64, 128, 256, 512), min_length=1, description="of the levels, each half as large"
+    )
+    critic_widths: tuple[Count, ...] = Field((64, 128, 256), min_length=1, description="of the critic's levels")
     scale: float = Field(20.0, gt=0, description="pixels a frame that are 1 in the loss and to the critic")
 
 

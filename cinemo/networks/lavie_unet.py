@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cinemo.config import Part
+from cinemo.config import Count, Part
 from cinemo.networks.attention import ROTARY_DIM, TextKeysValues
 from cinemo.networks.blocks import (
     Downsample,
@@ -59,14 +59,14 @@ def is_temporal(name: str) -> bool:
 class UNetConfig(Part):
     """Arguments of `LavieUNet`; the defaults are the published network."""
 
-    in_channels: int = 4
-    out_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    norm_num_groups: int = 32
-    cross_attention_dim: int = 768
-    attention_head_dim: int = Field(8, description="number of heads (the published name is a misnomer)")
-    addition_time_embed_dim: int = 256
+    in_channels: int = Field(4, ge=1)
+    out_channels: int = Field(4, ge=1)
+    block_out_channels: tuple[Count, ...] = Field((320, 640, 1280, 1280), min_length=1)
+    layers_per_block: int = Field(2, ge=1)
+    norm_num_groups: int = Field(32, ge=1)
+    cross_attention_dim: int = Field(768, ge=1)
+    attention_head_dim: int = Field(8, ge=1, description="number of heads (the published name is a misnomer)")
+    addition_time_embed_dim: int = Field(256, ge=2, multiple_of=2)
 
 
 class LavieUNet(nn.Module):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from cinemo.config import Count
 from cinemo.networks.attention import TextKeysValues
 from cinemo.networks.blocks import TransformerBlock
 from cinemo.networks.features import DeepFeatures
@@ -26,7 +27,9 @@ from cinemo.networks.weights import compare, fresh_motion, read_tensors, weight_
 class FieldUNetConfig(UNetConfig):
     """Arguments of `FieldUNet`."""
 
-    field_widths: tuple[int, ...] = Field((64, 128), description="of the motion encoder before the UNet's own")
+    field_widths: tuple[Count, ...] = Field(
+        (64, 128), min_length=1, description="of the motion encoder before the UNet's own"
+    )
     field_tokens: int = Field(
         4096, ge=1, description="attention over frames and cells at once up to so many; above, over cells, then frames"
     )

@@ -22,15 +22,17 @@ from cinemo.types import InputError
 class ResamplerConfig(Part):
     """Arguments of `Resampler`, by their published names; the defaults are the published network."""
 
-    dim: int = 1024
+    dim: int = Field(1024, ge=1)
     depth: int = Field(4, ge=1)
     dim_head: int = Field(64, ge=1)
     heads: int = Field(12, ge=1)
     num_queries: int = Field(16, ge=1, description="tokens that come out, for each frame")
-    embedding_dim: int = Field(1280, description="width of the tokens that go in")
-    output_dim: int = Field(1024, description="width of those that come out: the UNet's context_dim")
+    embedding_dim: int = Field(1280, ge=1, description="width of the tokens that go in")
+    output_dim: int = Field(1024, ge=1, description="width of those that come out: the UNet's context_dim")
     ff_mult: int = Field(4, ge=1)
-    video_length: int | None = Field(16, description="frames with queries of their own; None: one set for all frames")
+    video_length: int | None = Field(
+        16, ge=1, description="frames with queries of their own; None: one set for all frames"
+    )
 
 
 class Resampler(nn.Module):

@@ -12,7 +12,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -258,6 +258,18 @@ def _join_cluster(recipe: Recipe) -> None:
                 f"train.workers is {workers} with {each:g} {name} each, but the cluster has {there.get(name, 0):g} "
                 f"{name}; lower train.workers or train.{name.lower()}s_per_worker, or add nodes"
             )
+    places = sum(_places(node["Resources"], _resources(recipe)) for node in ray.nodes() if node["Alive"])
+    if places < workers:
+        wanted = " and ".join(f"{each:g} {name}" for name, each in _resources(recipe).items())
+        raise InputError(
+            f"train.workers is {workers} with {wanted} each on one node, but the nodes have room for {places:g}; lower "
+            "train.workers or train.cpus_per_worker, or add nodes"
+        )
+
+
+def _places(node: Mapping[str, float], wanted: Mapping[str, float]) -> float:
+    """How many workers a node has room for."""
+    return min((node.get(name, 0) // each for name, each in wanted.items() if each), default=math.inf)
 
 
 def _canary(index: DatasetIndex, recipe: Recipe) -> str:
