@@ -261,6 +261,18 @@ class TrainConfig(Part):
     lanes: int = Field(8, ge=1, description="reading lanes of the canonical order; must be a multiple of workers")
     on_damaged: Literal["stop", "skip"] = Field("stop", description="what to do about a missing or damaged shard")
     cache_gb: float = Field(20.0, gt=0, description="GB of disk per node for cached shards of an s3:// dataset")
+    max_skipped_steps: int = Field(
+        10,
+        ge=1,
+        description="steps in a row whose gradient is not finite, and which therefore move no weights, before the run "
+        "stops",
+    )
+    skip_steps: tuple[Annotated[str, Field(pattern=r"^[1-9]\d*(-[1-9]\d*)?$")], ...] = Field(
+        (), description="steps to pass over, as reports count them: 1203-1210; the same as --skip-steps"
+    )
+    skip_samples: tuple[str, ...] = Field(
+        (), description="ids of samples to leave out, as the sample log has them; the same as --skip-sample"
+    )
     held_out_shards: int = Field(
         0, ge=0, description="shards at the end of the index, used for the validation loss alone"
     )
@@ -293,6 +305,10 @@ class TrainConfig(Part):
                 f"lanes is {self.lanes}, expected a multiple of workers ({self.workers}) "
                 f"that divides global_batch ({self.global_batch})"
             )
+        for steps in self.skip_steps:
+            first, _, last = steps.partition("-")
+            if int(last or first) < int(first):
+                raise ValueError(f"skip_steps has {steps}, expected FIRST-LAST with FIRST <= LAST")
         least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < least:
             raise ValueError(
@@ -364,7 +380,7 @@ class SampleConfig(Part):
 _LATER = {
     "sample": ("long",),
     "encoders": ("flow",),
-    "train": ("grow", "where"),
+    "train": ("grow", "where", "max_skipped_steps", "skip_steps", "skip_samples"),
     "data": (*MACHINES, "scores", "other_shapes"),
 }
 

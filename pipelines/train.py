@@ -44,6 +44,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="auto: continue what --output holds, or start; never: insist on an empty --output; URI: start a new run "
         "from a checkpoint",
     )
+    parser.add_argument(
+        "--skip-steps",
+        action="append",
+        metavar="FIRST[-LAST]",
+        help="steps to pass over, as reports count them, when a run goes on from a checkpoint before them; repeatable; "
+        "the same as --set train.skip_steps=[...]",
+    )
+    parser.add_argument(
+        "--skip-sample",
+        action="append",
+        metavar="ID",
+        help="a sample to leave out from here on, as the log in order/ names it; repeatable; the same as "
+        "--set train.skip_samples=[...]",
+    )
     cli.add_break_lock(parser)
     parser.add_argument(
         "--verify-resume",
@@ -78,6 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"the following arguments are required: {', '.join(missing)}")
     if arguments.where is not None:
         arguments.assignments.append(f"train.where={json.dumps(arguments.where)}")
+    for key, value in (("skip_steps", arguments.skip_steps), ("skip_samples", arguments.skip_sample)):
+        if value is not None:
+            arguments.assignments.append(f"train.{key}={json.dumps(value)}")
     if arguments.max_steps is not None:
         arguments.assignments.append(f"train.max_steps={arguments.max_steps}")
     recipe = cli.recipe_of(arguments)
@@ -99,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = worker.run(recipe, sources, arguments.output, arguments.resume, arguments.break_lock)
     print(
         f"{summary.steps} steps, loss {summary.first_loss:.4f} -> {summary.last_loss:.4f}, "
-        f"{summary.samples_per_second:.1f} samples/s; checkpoint: {summary.checkpoint}"
+        f"{summary.samples_per_second:.1f} samples/s; "
+        + (f"{summary.skipped_steps} steps skipped, their gradient was not finite; " if summary.skipped_steps else "")
+        + f"checkpoint: {summary.checkpoint}"
     )
 
 

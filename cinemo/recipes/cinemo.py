@@ -46,6 +46,7 @@ def cinemo_320x512() -> CinemoRecipe:
       sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.gradient_checkpointing: ten samples hold 71 GB of activations in bf16
       without it, 14 GB with it. train.zero_stage, train.offload, train.cpus_per_worker, train.lanes, train.on_damaged,
+      train.max_skipped_steps, train.skip_steps, train.skip_samples,
       train.cache_gb, train.max_failures, ``compile``. train.seed, data.seed. train.log_every, train.checkpoint_every,
       train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards, train.validate_every,
       train.grow, train.where, train.canary. data.clips_per_shard, data.decoder, data.clip_timeout, data.clip_memory,

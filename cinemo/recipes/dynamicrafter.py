@@ -64,7 +64,8 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
       3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:
       sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.workers, train.micro_batch, train.gpus_per_worker, train.cpus_per_worker,
-      train.gradient_checkpointing, train.zero_stage, train.offload, train.lanes, train.on_damaged, train.cache_gb,
+      train.gradient_checkpointing, train.zero_stage, train.offload, train.lanes, train.on_damaged,
+      train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb,
       train.max_failures, train.image_tokens, ``compile``. train.seed, data.seed. train.log_every,
       train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,
       train.validate_every, train.grow, train.where, train.canary.

@@ -41,8 +41,9 @@ def longer_320x512() -> LongerRecipe:
       train.grad_clip: 1. train.ema_decay: no average. train.precision: bf16.
       data.ssim, data.views. sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.gradient_checkpointing, train.zero_stage, train.offload,
-      train.cpus_per_worker, train.lanes, train.on_damaged, train.cache_gb, train.max_failures, ``compile``. train.seed,
-      data.seed. train.log_every, train.checkpoint_every, train.keep_checkpoints, train.sample_every,
+      train.cpus_per_worker, train.lanes, train.on_damaged,
+      train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb, train.max_failures, ``compile``.
+      train.seed, data.seed. train.log_every, train.checkpoint_every, train.keep_checkpoints, train.sample_every,
       train.sample_count, train.held_out_shards, train.validate_every, train.grow, train.where, train.canary.
       data.clips_per_shard, data.decoder,
       data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource, data.max_quarantine_share,

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,14 @@ from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.statistics import latent_statistics, with_statistics
 from cinemo.data.loading.loader import LatentLoader, StepBatch
+from cinemo.data.loading.mix import MixedLoader
 from cinemo.methods import build_method
 from cinemo.networks.frozen import Vae
 from cinemo.training.report.metrics import Report
 from cinemo.training.run import batch as batches
 from cinemo.training.run.dataset_check import check_dataset
 from cinemo.training.run.engine import Engine
+from cinemo.training.run.left_out import LeftOut
 from cinemo.training.run.loop import prefetch, train
 from cinemo.types import InputError, RunError
 from tests.training.conftest import moving_samples
@@ -295,20 +298,76 @@ def test_what_is_called_when(small: Recipe, dataset: str) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_a_loss_that_is_no_number_stops_the_run(small: Recipe, dataset: str) -> None:
-    recipe = _changed(small, max_steps=8, log_every=4)
-    made = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
-    clean = made.loss
+def test_a_loss_that_is_no_number_moves_nothing_is_told_and_stops_the_run_when_it_stays(
+    small: Recipe, dataset: str
+) -> None:
+    def run(spoilt: range, limit: int) -> list[Report]:
+        recipe = _changed(small, max_steps=8, log_every=4, max_skipped_steps=limit)
+        made = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
+        clean, calls = made.loss, iter(range(100))
 
-    def spoiled(*arguments: object) -> torch.Tensor:
-        spoiled.calls += 1  # type: ignore[attr-defined]
-        loss = clean(*arguments)  # type: ignore[arg-type]
-        return loss * float("nan") if spoiled.calls == 5 else loss  # type: ignore[attr-defined]
+        def spoiled(*arguments: object) -> torch.Tensor:
+            loss = clean(*arguments)  # type: ignore[arg-type]
+            return loss * torch.tensor([1.0, float("nan")]) if next(calls) in spoilt else loss
 
-    spoiled.calls = 0  # type: ignore[attr-defined]
-    made.loss = spoiled  # type: ignore[method-assign]
-    with pytest.raises(RunError, match="step 3: the loss is nan"):  # two micro batches a step
-        _train(recipe, dataset, made=made)
+        made.loss = spoiled  # type: ignore[method-assign]
+        return _train(recipe, dataset, made=made)
+
+    loader = LatentLoader(DatasetIndex.load(dataset), global_batch=4, lanes=2, seed=0)
+    keys = loader.batch(2).keys
+    first, second = run(range(4, 5), 1 + 1)  # two micro batches a step
+    assert (first.step, first.skipped_steps, first.unmoved) == (4, 1, {3: (keys[1],)})
+    assert math.isfinite(first.loss)
+    assert math.isfinite(first.grad_norm)
+    assert (second.skipped_steps, second.unmoved) == (0, {})
+    wanted = "steps 3-4: the gradient is not finite in 2 steps in a row .*samples " + ", ".join(
+        key for step in (2, 3) for key in loader.batch(step).keys[1::2]
+    )
+    with pytest.raises(RunError, match=wanted) as stopped:
+        run(range(4, 100), 2)
+    assert "--skip-steps 3-4" in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_what_the_recipe_passes_over_leaves_no_trace(small: Recipe, dataset: str) -> None:
+    """Neither in weights nor in moments; a sample that is no number is left out of its batch and of nothing else."""
+    index = DatasetIndex.load(dataset)
+    plain = MixedLoader([LatentLoader(index, global_batch=4, lanes=2, seed=0)], [Fraction(1)])
+    gone = plain.batch(1).keys[2]
+
+    class Poisoned(MixedLoader):
+        def batch(self, step: int) -> StepBatch:
+            made = super().batch(step)
+            nan = np.full_like(made.samples[0].latents_FCHW, np.nan)
+            samples = [one.changed(latents_FCHW=nan) if one.key == gone else one for one in made.samples]
+            return replace(made, samples=samples)
+
+    loader = Poisoned(plain.loaders, [Fraction(1)])
+    recipe = _changed(small, max_steps=5, skip_steps=("1", "4-5"), skip_samples=(gone,))
+    left_out = LeftOut.of(recipe.train)
+    batches_seen = [left_out.batch(loader, step) for step in range(5)]
+    assert [len(one.keys) for one in batches_seen] == [0, 3, 4, 0, 0]
+    assert [list(one.keys) for one in batches_seen] == [left_out.seen(s, plain.batch(s).keys) for s in range(5)]
+
+    text = batches.FrozenStates.of(recipe)
+
+    def trained(steps: list[StepBatch], recipe: Recipe) -> tuple[list[Report], torch.Tensor]:
+        torch.manual_seed(0)
+        made, reports = Engine(build_method(recipe), recipe.train, torch.device("cpu")), list[Report]()
+        train(recipe, made, steps, text, on_report=reports.append)
+        return reports, torch.cat([p.detach().flatten() for p in made.method.parameters()])
+
+    reports, weights = trained(batches_seen, recipe)
+    assert [math.isfinite(report.loss) for report in reports] == [False, True, True, False, False]
+    assert not any(report.skipped_steps for report in reports)
+    # Of the same draws: steps that are passed over count.
+    stand_in = plain.batch(1).samples[0]
+    there = [stand_in if one.key == gone else one for one in plain.batch(1).samples]
+    weighted = StepBatch(1, 0, there, [float(one.key != gone) for one in plain.batch(1).samples])
+    by_hand = [StepBatch(0, 0, []), weighted, plain.batch(2), StepBatch(3, 0, []), StepBatch(4, 0, [])]
+    _, expected = trained(by_hand, recipe)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.usefixtures("process_group")

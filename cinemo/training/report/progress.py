@@ -23,7 +23,7 @@ from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.progress import say, times
 from cinemo.tracking import Run, flatten
-from cinemo.training.report.metrics import COLUMNS, Report
+from cinemo.training.report.metrics import COLUMNS, Report, names_of
 from cinemo.types import RunError
 
 RUN_FILE, SUMMARY_FILE, LOSS_FILE, MOTION_FILE = "run.json", "train.json", "loss.csv", "motion.json"
@@ -77,7 +77,8 @@ class TrainSummary:
     ``first_loss``, ``last_loss``: means over the first and the last tenth of all reports. ``start_step``: where this
     invocation took up. ``seconds``: of this invocation, its workers' start-up included. ``samples_per_second``
     and ``mfu``: medians of the reports. ``memory_gb``: the most any rank held. ``val_loss``, ``val_loss_t0`` ..: the
-    last ones that were measured. ``checkpoint``: URI of the latest one. None stands for what is not known.
+    last ones that were measured. ``checkpoint``: URI of the latest one. ``skipped_steps``: those of the whole training
+    that moved no weights, see `Report`. None stands for what is not known.
     """
 
     steps: int
@@ -97,6 +98,7 @@ class TrainSummary:
     val_loss_t3: float | None = None
     mfu: float | None = None
     memory_gb: float | None = None
+    skipped_steps: int | None = None
 
 
 class Progress:
@@ -155,6 +157,11 @@ class Progress:
         """Take up one event, in the order they were posted."""
         if isinstance(event, Report):
             self._rows.append(event)
+            for step, samples in event.unmoved.items():
+                self._say(
+                    f"warning: step {step} moved no weights: its gradient is not finite; samples {names_of(samples)} "
+                    f"(--skip-steps {step} or --skip-sample leaves them out when an earlier checkpoint is resumed)"
+                )
             self._say(self._line(event))
             self._tracked(lambda run: run.log(event.step, event.metrics()))
             if time.monotonic() > self._csv_due:
@@ -203,6 +210,7 @@ class Progress:
             mlflow_uri=self._record["mlflow_uri"],
             mfu=statistics.median(mfu) if mfu else None,
             memory_gb=round(max(memory), 3) if memory else None,
+            skipped_steps=int(sum(row.skipped_steps for row in self._rows if math.isfinite(row.skipped_steps))),
             **validation,
         )
         storage.write_json(storage.join(self._output, SUMMARY_FILE), asdict(summary))
@@ -227,6 +235,7 @@ class Progress:
         validation = f"validation {report.val_loss:.4f}  " if math.isfinite(report.val_loss) else ""
         mfu = f"mfu {report.mfu:.0%}  " if math.isfinite(report.mfu) else ""
         skipped = f"{report.skipped:g} samples left out  " if report.skipped > 0 else ""
+        skipped += f"{report.skipped_steps:g} steps skipped  " if report.skipped_steps > 0 else ""
         return (
             f"step {report.step}/{self._recipe.train.max_steps}  loss {report.loss:.4f}  {validation}"
             f"lr {report.lr:.2e}  {report.samples_per_second:.1f} samples/s  {mfu}data wait {report.data_wait:.0%}  "

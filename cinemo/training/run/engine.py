@@ -99,6 +99,7 @@ class Engine:
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self._micro, self._micros = 0, accumulation(train)
         self._norm: Tensor | float | None = None
+        self.moved = True  # whether the last optimizer step moved the weights: its gradient was finite, on every rank
         os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # Ray Train sets it; DeepSpeed insists on it
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         method.to(device)
@@ -106,6 +107,7 @@ class Engine:
             if parameter.dim() == 0:
                 raise TypeError(f"{name} has no dimension, which DeepSpeed cannot broadcast; give it the shape (1,)")
         self._adam = optimizer(train, parameter_groups(method, train))
+        self._adam.register_step_pre_hook(_without_gradients)
         self._engine, _, _, self._schedule = deepspeed.initialize(
             model=method,
             optimizer=self._adam,
@@ -137,22 +139,30 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """The gradient norm of the last optimiser step, before clipping. Waits for the device."""
-        norm = self._norm if self._norm is not None else self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        """The gradient norm of the last optimiser step that moved weights, before clipping. Waits for the device."""
+        return float("nan") if self._norm is None else float(self._norm)
 
     def loss(self, batch: LatentBatch, t_B: Tensor, noise_BCFHW: Tensor) -> Tensor:
         """The method's loss of each sample of a micro batch (B,)."""
         return self._engine(batch, t_B, noise_BCFHW, reduction="none")  # type: ignore[no-any-return]
 
     def step(self, loss: Tensor) -> None:
-        """Backward of one micro batch's scalar loss; the last one of a step also moves the weights and the schedule."""
+        """Backward of one micro batch's scalar loss; the last one of a step also moves the weights and the schedule,
+        unless its gradient is not finite on some rank (`moved`).
+        """
         self._engine.backward(loss)
         self._micro = (self._micro + 1) % self._micros
+        norm = None
         if self._micro == 0 and self.train.zero_stage == 0 and self.train.precision == "fp32":
-            # Plain data parallel has no optimiser wrapper that would keep the norm; the gradients are reduced by now.
-            self._norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+            # Plain data parallel has no optimiser wrapper that would keep the norm and look at it; the gradients are
+            # reduced by now, so that every rank sees the same.
+            norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
+            self._adam.overflow = not bool(norm.isfinite())  # type: ignore[attr-defined]  # DeepSpeed asks for it
         self._engine.step()
+        if self._micro == 0:
+            self.moved = self._engine.was_step_applied()
+            if self.moved:
+                self._norm = self._engine.get_global_grad_norm() if norm is None else norm
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks of a tensor of the same shape on each."""
@@ -203,6 +213,12 @@ class Engine:
         self._schedule.load_state_dict(self._schedule.state_dict() | {"last_epoch": steps, "_last_lr": rates})
         for group, lr in zip(self._adam.param_groups, rates, strict=True):
             group["lr"] = lr
+
+
+def _without_gradients(adam: Any, *_: object) -> None:
+    """Adam leaves alone what has no gradient; DeepSpeed's wrappers do not even ask it, where the gradient overflows."""
+    if getattr(adam, "overflow", False):
+        adam.zero_grad(set_to_none=True)
 
 
 def import_deepspeed(accelerator: str) -> Any:

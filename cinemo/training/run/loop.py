@@ -45,7 +45,8 @@ def train(
     """Train from ``start_step`` to ``recipe.train.max_steps``.
 
     Args:
-        batches: this rank's samples of ``start_step``, ``start_step + 1``, ... (they may go on for ever).
+        batches: this rank's samples of ``start_step``, ``start_step + 1``, ... (they may go on for ever). A step
+            without samples, which is one on every rank, is passed over.
         on_report: called every ``log_every`` steps, before a checkpoint and at the end. Only then the loop waits for
             the device.
         on_checkpoint: called with the number of steps done, every ``checkpoint_every`` steps and at the end.
@@ -55,10 +56,12 @@ def train(
         sample_seconds: see `cinemo.training.report.metrics.Window`.
 
     Raises:
-        RunError: the loss is not finite (the step is named), or the data ended early.
+        RunError: too many steps in a row have no finite gradient (they and their samples are named), or the data ended
+            early.
     """
     settings = recipe.train
     window = Window(engine, recipe, sample_seconds)
+    missing = settings.on_damaged == "skip" or bool(settings.skip_samples)
     engine.method.train()
     with closing(prefetch(_prepare(batches, recipe, pin=engine.device.type == "cuda"))) as ready:
         for step in range(start_step, settings.max_steps):
@@ -68,15 +71,15 @@ def train(
                 raise RunError(f"data: expected the batch of step {step}, got {'none' if got is None else got[0]}")
             window.waited += time.perf_counter() - asked
             lr = engine.lr
-            # Where damaged shards are left out, the mean is over the samples that are there, on all ranks together.
-            share = _share(engine, settings.global_batch, got[1]) if settings.on_damaged == "skip" else 1.0
+            # Where samples are left out, the mean is over the samples that are there, on all ranks together.
+            share = _share(engine, settings.global_batch, got[1]) if got[1] and missing else 1.0
             for micro, weights_B in got[1]:
                 losses_B = engine.loss(*on_device(micro, frozen, engine.device, engine.dtype))
                 engine.step((losses_B * weights_B.to(losses_B)).mean() / share)
                 window.add(losses_B, micro, weights_B)
-            window.end_step()
-
             done = step + 1
+            window.end_step(done, moved=engine.moved or not got[1])
+
             checkpoint = _due(done, settings.checkpoint_every, settings.max_steps)
             sheet = _due(done, settings.sample_every, settings.max_steps)
             validation = validate is not None and _due(done, settings.validate_every, settings.max_steps)
@@ -144,7 +147,7 @@ def _prepare(batches: Iterable[StepBatch], recipe: Recipe, pin: bool) -> Iterato
         samples, turns = batch.samples, [epoch - batch.epoch for epoch in batch.epochs or []]
         starts = range(0, len(samples), size)
         micros = [host_batch(samples[i : i + size], batch.step, recipe, turns[i : i + size]) for i in starts]
-        weights = torch.split(torch.tensor(batch.weights or [1.0] * len(batch.samples)), size)
+        weights = torch.split(torch.tensor(batch.weights or [1.0] * len(batch.samples)), size) if samples else ()
         yield batch.step, list(zip([micro.pin() for micro in micros] if pin else micros, weights, strict=True))
 
 

@@ -29,6 +29,7 @@ from cinemo.recipes import override
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report import sample_log
 from cinemo.training.run.growth import TrainingData, opened
+from cinemo.training.run.left_out import NOTHING, LeftOut
 from cinemo.types import InputError, RunError
 
 STRAIGHT, INTERRUPTED = "straight", "interrupted"
@@ -83,17 +84,21 @@ def verify_resume(recipe: Recipe, data: Sequence[Source], output: str, script: s
     there, here = (sample_log.read(storage.join(root, name)) for name in (STRAIGHT, INTERRUPTED))
     faults = [
         *_differences(there, here, steps),
-        *_against_index(loader, here, steps),
+        *_against_index(loader, here, steps, LeftOut.of(recipe.train)),
     ]
     seen = sum(len(keys) for keys in here.values())
     of_epoch = min(samples, seen)
+    passed = len(there) * recipe.train.global_batch - seen
     loss = _loss_difference(root)
     lines = [
         f"straight:     {recipe.train.workers} workers, {steps} steps",
         "interrupted:  " + ", ".join(_say(life) for life in lives),
         f"sample ids:   {sum(map(len, there.values()))} and {seen}, in order "
         + ("equal" if there == here else "DIFFERENT"),
-        f"first epoch:  {of_epoch} of {samples} samples, " + ("NOT " if faults else "") + "each exactly once",
+        f"first epoch:  {of_epoch} of {samples} samples, "
+        + ("NOT " if faults else "")
+        + "each exactly once"
+        + (f"; {passed} left out in {len(there)} steps, as train.skip_* says" if passed else ""),
         f"loss:         the two curves differ by at most {loss:.1e} of their value",
     ]
     storage.write_json(
@@ -185,8 +190,12 @@ def _differences(there: dict[int, list[str]], here: dict[int, list[str]], steps:
             yield f"step {step}: {STRAIGHT} saw {there[step][:3]}..., {INTERRUPTED} {here[step][:3]}..."
 
 
-def _against_index(loader: MixedLoader, log: dict[int, list[str]], steps: int) -> Iterator[str]:
-    """What was seen against what the indexes say was to be seen, and the first epoch of each against all there is."""
+def _against_index(
+    loader: MixedLoader, log: dict[int, list[str]], steps: int, left_out: LeftOut = NOTHING
+) -> Iterator[str]:
+    """What was seen against what the indexes say was to be seen, without what the recipe leaves out; and the first
+    epoch of each, what is left out included, against all there is.
+    """
     keys = [
         [storage.read_json(shards.record_uri(one.index.uri, shard))["members"]["keys"] for shard in one.index.shards]
         for one in loader.loaders
@@ -195,7 +204,7 @@ def _against_index(loader: MixedLoader, log: dict[int, list[str]], steps: int) -
     for step in range(steps):
         mixed = loader.places(step)
         expected = [loader.key(one.source, keys[one.source][one.place.shard][one.place.index]) for one in mixed]
-        if expected != log.get(step):
+        if left_out.seen(step, expected) != log.get(step):
             yield f"step {step}: the samples are not those of the canonical order"
         views = [one.order.views for one in loader.loaders]
         places = [(one.source, one.place.shard, one.place.index // views[one.source], one.place.epoch) for one in mixed]

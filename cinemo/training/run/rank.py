@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from cinemo.training.run.base_weights import base_networks
 from cinemo.training.run.batch import FrozenStates, recipe_of
 from cinemo.training.run.engine import Engine
 from cinemo.training.run.growth import Generations, TrainingData, generations_of, opened
+from cinemo.training.run.left_out import LeftOut
 from cinemo.training.run.loop import AHEAD, train
 from cinemo.types import InputError, RunError, keyed_seed
 
@@ -89,7 +91,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
         return engine.gather(call() if rank == 0 else None)[0]
 
     data = TrainingData(sources, indexes, generations, recipe.train, rank, world, stored, once)
-    loader = data.loader
+    loader, left_out = data.loader, LeftOut.of(recipe.train)
 
     def follow(done: int, ahead: int) -> None:
         for news in data.follow(done, ahead) if recipe.train.grow else ():
@@ -155,7 +157,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     train(
         recipe,
         engine,
-        noted(loader.batches(step)),
+        noted(left_out.batch(loader, number) for number in count(step)),
         frozen,
         step,
         on_report,

@@ -48,6 +48,7 @@ from cinemo.training.run import rank
 from cinemo.training.run.base_weights import check_base
 from cinemo.training.run.dataset_check import check_canary, check_dataset
 from cinemo.training.run.growth import TrainingData, digest_of, generations_of, opened
+from cinemo.training.run.left_out import steps_of
 from cinemo.types import InputError, RunError
 
 # A checkpoint can be continued only with these unchanged: they decide its tensors, the order of data, or every draw.
@@ -224,6 +225,13 @@ def _starting_point(
     # Parsed, so that keys that are younger than the checkpoint have their defaults.
     old = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}").model_dump(mode="json")
     new = recipe.model_dump(mode="json")
+    done = [steps for steps in recipe.train.skip_steps if steps_of(steps)[-1] <= card.step]
+    done = [steps for steps in done if steps not in old["train"]["skip_steps"]]
+    if done:
+        raise InputError(
+            f"checkpoint {card.uri}: has done {card.step} steps, so train.skip_steps {', '.join(done)} cannot be "
+            "passed over any more; start from an earlier one (--resume URI and another --output)"
+        )
     changed = [f"{key} {_pick(old, key)} -> {_pick(new, key)}" for key in _FIXED if _pick(old, key) != _pick(new, key)]
     if changed:
         raise InputError(
