@@ -6,23 +6,27 @@ else, for an s3:// output, the same two in the current directory. mlflow is impo
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
 import json
 import logging
 import math
 import os
 import re
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cinemo import cache, storage
+from cinemo import __version__, cache, storage
 from cinemo.config import Recipe
 from cinemo.types import InputError
 
 EXPERIMENT = "cinemo"
+_SHOWN = 80  # of a value that changed
 _FLUSH_COUNT, _FLUSH_SECONDS = 200, 5.0
 _PARAM_LENGTH, _BATCH = 500, 100  # MLflow servers before 2.8 refuse longer values; 100 parameters per request
 _SQLITE = "sqlite:///"
@@ -62,8 +66,43 @@ def flatten(recipe: Recipe) -> dict[str, str]:
     return found
 
 
+def changes(old: Recipe, new: Recipe) -> dict[str, str]:
+    """What differs between two recipes: by dotted key ``old -> new``."""
+    before, after = flatten(old), flatten(new)
+    differing = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return {key: f"{_short(before.get(key))} -> {_short(after.get(key))}" for key in differing}
+
+
+def _short(value: str | None) -> str:
+    text = "nothing" if value is None else value
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def run_name(kind: str, recipe: str, *places: str) -> str:
+    """What tells a run apart in a list of runs: kind, recipe, the last names of its places, and the time (UTC)."""
+    names = [place.rstrip("/").rpartition("/")[2] for place in places]
+    return " ".join([kind, recipe, *names, time.strftime("%Y-%m-%d %H:%M", time.gmtime())])
+
+
+def code_tags() -> dict[str, str]:
+    """The package's version and, where it runs from a git checkout, the commit: tags of every run."""
+    tags, root = {"cinemo.version": __version__}, Path(__file__).parent.parent
+    if (root / ".git").exists():  # else the commit may be that of whatever lies around an installed package
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+            tags["mlflow.source.git.commit"] = done.stdout.strip()
+    return tags
+
+
+def preload() -> None:
+    """Import mlflow, which takes seconds, before it is needed; where it cannot be imported, `Run` will say so."""
+    with contextlib.suppress(Exception):
+        importlib.import_module("mlflow.tracking")
+
+
 class Run:
-    """One MLflow run, started or continued.
+    """One MLflow run, started or continued. A new one carries `code_tags`.
 
     Not thread-safe; metrics are kept and sent in batches (a call per metric is a hundred times dearer). The steps
     of a metric only ever grow: what a resumed training does again, from its checkpoint on, is there already and is left
@@ -74,6 +113,7 @@ class Run:
         name: what the run is called in the list of runs.
         run_id: continue this run; a new one is started where it does not exist any more.
         params: written once, for a new run.
+        parent: the run in which a new one is nested.
     """
 
     def __init__(
@@ -83,6 +123,7 @@ class Run:
         run_id: str | None = None,
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
+        parent: str | None = None,
     ) -> None:
         for variable, value in _PATIENCE.items():
             os.environ.setdefault(variable, value)
@@ -93,7 +134,7 @@ class Run:
         self._metrics: list[Any] = []
         self._reached: dict[str, int] = {}
         self._flushed = time.monotonic()
-        self.run_id = (self._continue(run_id) if run_id else None) or self._start(name, artifacts, params or {})
+        self.run_id = (self._continue(run_id) if run_id else None) or self._start(name, artifacts, params or {}, parent)
         for key, value in (tags or {}).items():
             self._client.set_tag(self.run_id, key, value)
 
@@ -110,7 +151,7 @@ class Run:
         self._reached = {metric.key: metric.step for metric in known}
         return run_id
 
-    def _start(self, name: str, artifacts: str | None, params: Mapping[str, str]) -> str:
+    def _start(self, name: str, artifacts: str | None, params: Mapping[str, str], parent: str | None) -> str:
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
@@ -122,7 +163,8 @@ class Run:
                 experiment_id = self._client.get_experiment_by_name(EXPERIMENT).experiment_id
         else:
             experiment_id = experiment.experiment_id
-        run_id = str(self._client.create_run(experiment_id, run_name=name).info.run_id)
+        tags = code_tags() | ({"mlflow.parentRunId": parent} if parent else {})
+        run_id = str(self._client.create_run(experiment_id, tags=tags, run_name=name).info.run_id)
         entries = [Param(key, value[:_PARAM_LENGTH]) for key, value in sorted(params.items())]
         for start in range(0, len(entries), _BATCH):
             self._client.log_batch(run_id, params=entries[start : start + _BATCH])

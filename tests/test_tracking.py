@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from cinemo import tracking
+from cinemo import __version__, tracking
+from cinemo.recipes import override
 from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.types import InputError
 
@@ -43,11 +46,25 @@ def test_a_run_is_stored_and_continued(tmp_path: Path) -> None:
     assert stored.data.params["data.size"] == "[64, 96]"
     assert stored.data.params["long"] == "x" * 500
     assert stored.data.tags["a"] == "b"
+    assert stored.data.tags["cinemo.version"] == __version__
+    root = Path(tracking.__file__).parent.parent
+    if (root / ".git").exists():
+        head = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+        assert stored.data.tags["mlflow.source.git.commit"] == head.stdout.strip()
     assert (stored.info.status, stored.info.run_name) == ("FINISHED", "first")
     assert client.get_experiment(stored.info.experiment_id).name == "cinemo"
     assert [item.path for item in client.list_artifacts(run.run_id, "samples")] == ["samples/sheet.png"]
     assert (tmp_path / "run" / "mlartifacts").is_dir()
     assert run.hint == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/run/mlflow.db"
+
+
+def test_names_tell_runs_apart_and_changes_are_words() -> None:
+    name = tracking.run_name("train", "cinemo-tiny", "s3://bucket/webvid/", "/runs/third")
+    assert re.fullmatch(r"train cinemo-tiny webvid third 20\d\d-\d\d-\d\d \d\d:\d\d", name)
+    old, new = cinemo_tiny(), override(cinemo_tiny(), ["train.lr=3e-5", "train.workers=1"])
+    lr, workers = old.train.lr, old.train.workers
+    assert tracking.changes(old, new) == {"train.lr": f"{lr} -> 3e-05", "train.workers": f"{workers} -> 1"}
+    assert tracking.changes(old, old) == {}
 
 
 def test_a_run_that_is_gone_is_started_anew(tmp_path: Path) -> None:

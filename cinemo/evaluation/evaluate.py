@@ -151,7 +151,7 @@ def _drift(result: Result, other: Result) -> Drift | None:
 
 def _track(output: str, result: Result, metrics: Mapping[str, Any], scenes: Scenes, say: Say) -> None:
     params = {"output": output, "bundle": result.digest, "recipe": result.name, "steps": str(result.steps)}
-    run = tracking.Run(output, "evaluate", params=params)
+    run = tracking.Run(output, tracking.run_name("evaluate", result.name, scenes.uri, output), params=params)
     run.dataset(scenes.uri, scenes.fingerprint[:36], {"samples": metrics["samples"]}, context="evaluation")
     run.log(0, {name: estimate.value for name, estimate in result.estimates.items()})
     run.log(0, {f"obedience_{name}": value for name, value in (metrics["obedience"] or {}).items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.recipes import override
 from cinemo.training.report.metrics import COLUMNS, Losses, Report
 from cinemo.training.report.progress import (
     Progress,
@@ -146,6 +148,67 @@ def test_what_mlflow_missed_is_sent_when_a_run_goes_on(
     assert run.data.params["train.lr"] == str(small.train.lr)
 
 
+def test_settings_that_changed_are_a_nested_run_with_what_changed(
+    tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run keeps the settings that it began with; nothing of the curve is lost, whoever resumes how often."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    gentle = override(small, ["train.lr=3e-5"])
+    lines: list[str] = []
+
+    def life(recipe: Recipe, steps: range, previous: Recipe | None) -> str | None:
+        progress = Progress(recipe, str(tmp_path), "/sets/clips", "digest", lines.append, previous=previous)
+        progress.track(steps.start)
+        progress.handle(Resumed(steps.start, tuple(_report(step) for step in range(1, steps.start + 1))))
+        for step in steps:
+            progress.handle(_report(step + 1))
+        return progress.finish("/checkpoint").mlflow_run
+
+    run = life(small, range(2), None)
+    assert "resuming" not in " ".join(lines)
+    assert life(gentle, range(2, 4), small) == run
+    assert [line for line in lines if "resuming" in line] == ["resuming with train.lr 0.002 -> 3e-05"]
+    assert life(gentle, range(4, 5), gentle) == run  # as it was: the same nested run goes on
+    assert len([line for line in lines if "resuming" in line]) == 1
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("cinemo").experiment_id])
+    by_parent = {one.data.tags.get("mlflow.parentRunId"): one for one in runs}
+    assert by_parent.keys() == {None, run}
+    whole, nested = by_parent[None], by_parent[run]
+    assert (whole.data.params["train.lr"], nested.data.params["train.lr"]) == ("0.002", "3e-05")
+    assert (nested.data.tags["changed"], nested.data.tags["resumed_at_step"]) == ("train.lr 0.002 -> 3e-05", "2")
+    assert "changed" not in whole.data.tags
+    assert {one.info.status for one in runs} == {"FINISHED"}
+    assert all(one.info.run_name.startswith(f"train {small.name} clips {tmp_path.name} 20") for one in runs)
+    for one, steps in ((whole, [1, 2, 3, 4, 5]), (nested, [3, 4, 5])):
+        assert [metric.step for metric in client.get_metric_history(one.info.run_id, "loss")] == steps
+
+
+def test_a_skipped_step_is_told_everywhere(tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    lines: list[str] = []
+    progress = Progress(small, str(tmp_path), "/data", "digest", lines.append)
+    progress.track()
+    before = replace(_report(1), skipped_steps=1.0)  # of an earlier life: a checkpoint has it
+    progress.handle(Resumed(1, (Report.of_kept(before.kept()),)))
+    progress.handle(replace(_report(4), skipped_steps=2.0, unmoved={3: ("clip7",), 4: ("clip7", "clip8")}))
+    summary = progress.finish("/checkpoint")
+    assert [line.partition(" (--skip")[0] for line in lines if "warning" in line] == [
+        "warning: step 3 moved no weights: its gradient is not finite; samples clip7",
+        "warning: step 4 moved no weights: its gradient is not finite; samples clip7, clip8",
+    ]
+    assert "2 steps skipped" in lines[-1]
+    assert summary.skipped_steps == 3
+    with (tmp_path / "loss.csv").open() as file:
+        assert [row["skipped_steps"] for row in csv.DictReader(file)] == ["1", "2"]
+    history = MlflowClient(summary.mlflow_uri).get_metric_history(summary.mlflow_run, "skipped_steps")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1), (4, 2)]
+
+
 def test_every_value_finds_its_way(tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.tracking import MlflowClient
 
@@ -170,7 +233,11 @@ def test_every_value_finds_its_way(tmp_path: Path, small: Recipe, monkeypatch: p
     assert list(rows[0]) == list(COLUMNS)
     assert (rows[0]["loss_t2"], rows[0]["val_loss_t1"], rows[1]["val_loss"]) == ("", "0.8", "")
     stored = MlflowClient(summary.mlflow_uri).get_run(summary.mlflow_run).data.metrics
-    assert stored.keys() == {*COLUMNS[1:], "loss_bucket_07", "val_loss_bucket_07"} - {"loss_t2", "skipped"}
+    assert stored.keys() == {*COLUMNS[1:], "loss_bucket_07", "val_loss_bucket_07"} - {
+        "loss_t2",
+        "skipped",
+        "skipped_steps",
+    }
     assert (stored["val_loss_bucket_07"], stored["memory_gb"]) == (0.6, 2.5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -15,11 +16,22 @@ from cinemo.progress import say
 
 
 class Tracker:
-    """Sends figures and results to a run; a server that fails is given up with a note, never the precompute run."""
+    """Sends figures and results to a run, which begins with the first of them: by then all input has been checked.
 
-    def __init__(self, run: tracking.Run) -> None:
-        self.run = run
+    A server that fails is given up with a note, never the precompute run.
+    """
+
+    def __init__(self, begin: Callable[[], tracking.Run]) -> None:
+        self._begin = begin
+        self.begun = False
         self.lost = False
+
+    @functools.cached_property
+    def run(self) -> tracking.Run:
+        run = self._begin()
+        self.begun = True
+        say(run.hint)
+        return run
 
     def __call__(self, figures: Figures) -> None:
         self._try(lambda: self.run.log(int(figures.seconds), figures.metrics()))
@@ -34,7 +46,8 @@ class Tracker:
             self._try(lambda: self.run.text("report.html", report))
 
     def finish(self, status: str) -> None:
-        self._try(lambda: self.run.finish(status))
+        if self.begun:
+            self._try(lambda: self.run.finish(status))
 
     def _try(self, work: Callable[[], None]) -> None:
         if self.lost:
@@ -48,7 +61,7 @@ class Tracker:
 
 @contextlib.contextmanager
 def tracked(recipe: Recipe, output: str) -> Iterator[Tracker | None]:
-    """An MLflow run named "precompute" where ``MLFLOW_TRACKING_URI`` is set, else None.
+    """An MLflow run where ``MLFLOW_TRACKING_URI`` is set, else None.
 
     Without a server there is none: its database would be a stray file inside the dataset. A dataset is made on machines
     without mlflow as well, and a tracker that cannot be reached stops no run.
@@ -60,8 +73,8 @@ def tracked(recipe: Recipe, output: str) -> Iterator[Tracker | None]:
         say("MLFLOW_TRACKING_URI is set but mlflow is not installed: this run is not tracked")
         yield None
         return
-    tracker = Tracker(tracking.Run(output, "precompute", params=tracking.flatten(recipe) | {"output": output}))
-    say(tracker.run.hint)
+    name, params = tracking.run_name("precompute", recipe.name, output), tracking.flatten(recipe) | {"output": output}
+    tracker = Tracker(lambda: tracking.Run(output, name, params=params))
     status = "FAILED"
     try:
         yield tracker

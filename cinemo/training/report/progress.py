@@ -22,9 +22,10 @@ from cinemo import s3, storage
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.progress import say, times
-from cinemo.tracking import Run, flatten
+from cinemo.recipes import parse_recipe
+from cinemo.tracking import Run, changes, flatten, run_name
 from cinemo.training.report.metrics import COLUMNS, Report, names_of
-from cinemo.types import RunError
+from cinemo.types import InputError, RunError
 
 RUN_FILE, SUMMARY_FILE, LOSS_FILE, MOTION_FILE = "run.json", "train.json", "loss.csv", "motion.json"
 _CSV_SECONDS = 5.0
@@ -109,6 +110,8 @@ class Progress:
         dataset: its URI. ``fingerprint``: of its content, see `cinemo.training.run.dataset_check.dataset_digest`.
         say: takes the lines for a person.
         profile: what else there is to know of the dataset, for MLflow (`dataset_profile`).
+        previous: the recipe of the checkpoint that it goes on from. Where ``run.json`` has that of the invocation
+            before (a job may be killed before its first checkpoint), that one counts.
     """
 
     def __init__(
@@ -119,35 +122,57 @@ class Progress:
         fingerprint: str,
         say: Callable[[str], None] = say,
         profile: Mapping[str, Any] | None = None,
+        previous: Recipe | None = None,
     ) -> None:
         self._recipe, self._output, self._say = recipe, output, say
         self._dataset, self._fingerprint, self._profile = dataset, fingerprint, profile or {}
         self._begun = time.monotonic()
-        self._record = {"dataset": dataset, "fingerprint": fingerprint, "mlflow_run": None, "mlflow_uri": None}
+        self._record: dict[str, Any] = {
+            "dataset": dataset,
+            "fingerprint": fingerprint,
+            "mlflow_run": None,
+            "mlflow_uri": None,
+        }
         self._record |= read_run(output) or {}
+        previous = _recipe_of(self._record) or previous
+        self._changed = changes(previous, recipe) if previous else {}
+        if self._changed:
+            say("resuming with " + "; ".join(f"{key} {change}" for key, change in self._changed.items()))
         storage.write_json(storage.join(output, RUN_FILE), self._record)
         self._rows: list[Report] = []
         self._start: int | None = None
         self._csv_due = 0.0
         self._run: Run | None = None
+        self._nested: Run | None = None
+        self._opened = False
 
-    def track(self) -> None:
-        """Open the MLflow run (seconds: import and database) with the recipe and the dataset it reads.
+    def track(self, step: int = 0) -> None:
+        """Open the MLflow run (seconds: import and database) with the recipe and the dataset it reads; once.
 
-        A tracking fault never stops a training.
+        A run that goes on keeps the settings that it began with; where some have changed, a nested run has the new
+        ones, what changed, and the curves from here on. A tracking fault never stops a training.
         """
+        if self._opened:
+            return
+        self._opened, name = True, run_name("train", self._recipe.name, self._dataset, self._output)
+        params = flatten(self._recipe)
+        tags = {"output": self._output, "dataset": self._dataset, "fingerprint": self._fingerprint}
         try:
-            self._run = Run(
-                self._output,
-                f"train {self._recipe.name}",
-                run_id=self._record["mlflow_run"],
-                params=flatten(self._recipe),
-                tags={"output": self._output, "dataset": self._dataset, "fingerprint": self._fingerprint},
-            )
+            self._run = Run(self._output, name, self._record["mlflow_run"], params, tags)
+            nested = self._record.get("mlflow_nested")
+            if self._run.run_id != self._record["mlflow_run"]:
+                nested = None
+            elif self._changed or nested:
+                change = "; ".join(f"{key} {change}" for key, change in self._changed.items())
+                tags |= {"changed": change, "resumed_at_step": str(step)} if change else {}
+                again = None if change else nested
+                self._nested = Run(self._output, name, again, params, tags, parent=self._run.run_id)
+                nested = self._nested.run_id
         except Exception as error:
             self._lost(error)
             return
-        self._record |= {"mlflow_run": self._run.run_id, "mlflow_uri": self._run.uri}
+        self._record |= {"mlflow_run": self._run.run_id, "mlflow_uri": self._run.uri, "mlflow_nested": nested}
+        self._record |= {"recipe": self._recipe.model_dump(mode="json")}
         storage.write_json(storage.join(self._output, RUN_FILE), self._record)
         self._say(self._run.hint)
         self._tracked(lambda run: run.text("recipe.json", self._recipe.to_json()))
@@ -163,7 +188,7 @@ class Progress:
                     f"(--skip-steps {step} or --skip-sample leaves them out when an earlier checkpoint is resumed)"
                 )
             self._say(self._line(event))
-            self._tracked(lambda run: run.log(event.step, event.metrics()))
+            self._log((event.step, event.metrics()))
             if time.monotonic() > self._csv_due:
                 self._write_csv()
         elif isinstance(event, Resumed):
@@ -174,7 +199,7 @@ class Progress:
             self._start = event.step if self._start is None else self._start
             self._rows = list(event.history)
             # What a killed job had not yet sent, or could not; what is there already is left out.
-            self._tracked(lambda run: run.log_all((row.step, row.metrics()) for row in event.history))
+            self._log(*((row.step, row.metrics()) for row in event.history))
         elif isinstance(event, Saved):
             self._write_csv()
         elif isinstance(event, Grown):
@@ -218,16 +243,16 @@ class Progress:
         def end(run: Run) -> None:
             for name in (LOSS_FILE, SUMMARY_FILE):
                 _store(run, storage.join(self._output, name))
-            run.finish()
 
         self._tracked(end)
+        self._end("FINISHED")
         return summary
 
     def fail(self, status: str = "FAILED") -> None:
         """Keep what is known of a training that did not get to its end (MLflow status ``FAILED`` or ``KILLED``)."""
         if self._rows:
             self._write_csv()
-        self._tracked(lambda run: run.finish(status))
+        self._end(status)
 
     def _line(self, report: Report) -> str:
         gone = time.monotonic() - self._begun
@@ -252,7 +277,7 @@ class Progress:
         except (RunError, OSError, ValueError, TypeError) as error:  # not worth a training, as the curve is not
             self._say(f"{MOTION_FILE}: cannot be kept ({error}); training goes on")
         metrics = {f"sample_motion_{name}": value for name, value in sheet.motion.items()}
-        self._tracked(lambda run: run.log(sheet.step, metrics))
+        self._log((sheet.step, metrics))
         lost = motion_lost(kept.get("0", {}), sheet.motion)
         if lost is not None:
             self._say(
@@ -279,6 +304,18 @@ class Progress:
     def _folder(self, uri: str) -> str:
         """Where an artifact of the output directory lies in the run's artifacts."""
         return uri.removeprefix(self._output).strip("/").rpartition("/")[0]
+
+    def _log(self, *entries: tuple[int, Mapping[str, float]]) -> None:
+        """To the run, and what lies behind its beginning to the nested one."""
+        self._tracked(lambda run: run.log_all(entries))
+        if self._nested is not None:
+            nested, begun = self._nested, self._start or 0
+            self._tracked(lambda _: nested.log_all(entry for entry in entries if entry[0] > begun))
+
+    def _end(self, status: str) -> None:
+        for run in (self._nested, self._run):
+            if run is not None:
+                self._tracked(lambda _, run=run: run.finish(status))  # type: ignore[misc]
 
     def _tracked(self, call: Callable[[Run], None]) -> None:
         if self._run is None:
@@ -318,6 +355,14 @@ def motion_lost(before: Mapping[str, float], now: Mapping[str, float]) -> float 
     most = max(variants, key=lambda name: variants[name])
     left = now[most] / max(before[most], 1e-9)
     return left if before[most] > 0.005 and left < 0.5 else None
+
+
+def _recipe_of(record: Mapping[str, Any]) -> Recipe | None:
+    """The recipe that ``run.json`` remembers; None where an earlier version wrote it, or it is not read any more."""
+    try:
+        return parse_recipe(record["recipe"], RUN_FILE) if "recipe" in record else None
+    except InputError:
+        return None
 
 
 def _known(value: float) -> float | None:

@@ -33,12 +33,14 @@ from cinemo.methods import check_trainable, image_encoder_place, method_class
 from cinemo.networks.frozen import check_image_encoder
 from cinemo.progress import Work, doing, say
 from cinemo.recipes import parse_recipe
+from cinemo.tracking import preload
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.checkpoint.checkpoints import CheckpointCard
 from cinemo.training.plan.cost import training_flops
 from cinemo.training.report.mailbox import Mailbox
 from cinemo.training.report.progress import (
     Progress,
+    Resumed,
     TrainSummary,
     dataset_profile,
     read_run,
@@ -138,7 +140,9 @@ def _train(
                 line = _canary(index, recipe)
             say(line)
     name = sources[0].uri if len(sources) == 1 and not sources[0].still else " + ".join(map(str, sources))
-    progress = Progress(recipe, output, name, digest_of(indexes), profile=dataset_profile(indexes[0]))
+    before = parse_recipe(dict(start.recipe), f"checkpoint {start.uri}") if start else None
+    profile = dataset_profile(indexes[0])
+    progress = Progress(recipe, output, name, digest_of(indexes), profile=profile, previous=before)
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
@@ -306,7 +310,7 @@ def _following(mailbox: Any, progress: Progress, lock: Lock, work: Work) -> Iter
     over = threading.Event()
 
     def follow() -> None:
-        progress.track()
+        preload()
         ending = False
         while not ending:
             ending = over.wait(0.3)
@@ -315,7 +319,10 @@ def _following(mailbox: Any, progress: Progress, lock: Lock, work: Work) -> Iter
                 return
             for event in ray.get(mailbox.take.remote()):
                 work.what = "training"
-                progress.handle(pickle.loads(event))
+                found = pickle.loads(event)
+                if isinstance(found, Resumed):  # its networks and data are there: nothing of its input is refused now
+                    progress.track(found.step)
+                progress.handle(found)
 
     with ThreadPoolExecutor(1, "progress") as pool:
         following = pool.submit(follow)
