@@ -15,6 +15,7 @@ from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.methods.cinemo import CinemoTrain
+from cinemo.recipes import override
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report import sample_log
 from cinemo.training.run import worker
@@ -66,9 +67,12 @@ def test_a_changed_shard_is_left_out_where_the_recipe_says_so(recipe: Recipe, da
     assert float(skipped) >= 24 - sum(map(len, log.values()))  # those read ahead count as well
 
 
-def test_a_sample_that_is_no_number_stops_the_run_before_a_checkpoint_holds_it(
-    recipe: Recipe, small: Recipe, dataset: str, tmp_path: Path
+def test_a_sample_that_is_no_number_is_named_and_can_be_left_out(
+    recipe: Recipe, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """On two workers: its steps move nothing, and a resume without it sees everything else as ever."""
+    from mlflow.tracking import MlflowClient
+
     data = shutil.copytree(dataset, tmp_path / "data")
     samples = moving_samples(12)
     poisoned = dataclasses.replace(samples[5], latents_FCHW=np.full_like(samples[5].latents_FCHW, np.nan))
@@ -78,10 +82,43 @@ def test_a_sample_that_is_no_number_stops_the_run_before_a_checkpoint_holds_it(
         for k in range(3)
     ]
     storage.write_bytes(str(data / "index.parquet"), shards.index_bytes(records))
-    with pytest.raises(RunError, match=r"step \d: the loss is nan"):
-        worker.run(recipe, str(data), str(tmp_path / "run"))
-    for keys in sample_log.read(str(tmp_path / "run")).values():
-        assert poisoned.key not in keys, "no checkpoint comes after the poison"
+    output = str(tmp_path / "run")
+    two = override(recipe, ["train.workers=2", "train.micro_batch=1"])
+    loader = LatentLoader.of(DatasetIndex.load(str(data)), recipe.train)
+    whole = {step: list(loader.batch(step).keys) for step in range(9)}
+    struck = [step + 1 for step in range(6) if poisoned.key in whole[step]]
+    assert len(struck) == 2
+
+    summary = worker.run(two, str(data), output)
+    told = capsys.readouterr().out
+    for step in struck:
+        assert f"step {step} moved no weights: its gradient is not finite; samples {poisoned.key} " in told
+    assert (summary.steps, summary.skipped_steps) == (6, 2)
+    assert sample_log.read(output) == {step: whole[step] for step in range(6)}
+
+    without = override(two, ["train.max_steps=9", f'train.skip_samples=["{poisoned.key}"]', "train.lr=1e-3"])
+    summary = worker.run(without, str(data), output)
+    told = capsys.readouterr().out
+    assert (
+        f"resuming with train.max_steps 6 -> 9; train.lr 0.002 -> 0.001; train.skip_samples [] -> ['{poisoned.key}'"
+        in (told)
+    )
+    assert "moved no weights" not in told
+    assert (summary.steps, summary.skipped_steps) == (9, 2)
+    expected = {step: [key for key in whole[step] if step < 6 or key != poisoned.key] for step in range(9)}
+    assert sample_log.read(output) == expected
+    client = MlflowClient(summary.mlflow_uri)
+    runs = client.search_runs([client.get_experiment_by_name("cinemo").experiment_id])
+    assert {(run.data.tags.get("mlflow.parentRunId"), run.data.params["train.lr"]) for run in runs} == {
+        (None, "0.002"),
+        (summary.mlflow_run, "0.001"),
+    }
+
+
+def test_a_mistyped_init_leaves_no_mlflow_run(recipe: Recipe, dataset: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.init: .*nowhere"):
+        worker.run(override(recipe, [f"train.init={tmp_path / 'nowhere'}"]), dataset, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / "mlflow.db").exists()
 
 
 def test_another_recipe_than_the_datasets_is_refused_field_by_field(

@@ -92,7 +92,7 @@ def test_a_window(small: Recipe) -> None:
             batches.append(host_batch(samples[start : start + 2], step, small))
             losses.append(torch.tensor([1.0, 2.0]) * (step + 1))
             window.add(losses[-1], batches[-1])
-        window.end_step()
+        window.end_step(8 + step, moved=True)
     report = window.close(10, 0.5)
     assert (report.step, report.loss, report.lr) == (10, pytest.approx(3.0), 0.5)
     t = torch.cat([batch.t_B for batch in batches])
@@ -107,11 +107,21 @@ def test_a_window(small: Recipe) -> None:
     assert 0 < report.memory_gb <= peak_memory(engine.device) / 1e9
 
     window.add(torch.tensor([1.0, 1.0]), batches[0])
-    window.end_step()
+    window.end_step(11, moved=True)
     window.add(torch.tensor([1.0, math.inf]), batches[0])
-    window.end_step()
-    with pytest.raises(RunError, match="step 12: the loss is inf; resume"):
-        window.close(12, 0.5)
+    window.end_step(12, moved=False)
+    report = window.close(12, 0.5)
+    assert (report.loss, report.skipped_steps, report.unmoved) == (1.0, 1, {12: batches[0].keys[1:]})
+    window.add(torch.tensor([1.0, 1.0]), batches[0])
+    window.end_step(13, moved=False)
+    report = window.close(13, 0.5)
+    assert report.unmoved == {13: batches[0].keys}, "where every loss is finite, all are to blame"
+    assert math.isnan(report.loss)
+
+    window.add(torch.tensor([1.0, math.inf]), batches[0])
+    window.end_step(14, moved=True)
+    with pytest.raises(RunError, match="step 14: the loss is inf; resume"):
+        window.close(14, 0.5)
 
 
 @pytest.mark.slow

@@ -394,6 +394,9 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     refused(r"train\.global_batch 4 -> 8; use", changed(workers=2, micro_batch=1, global_batch=8))
     refused(r"train\.trainable all -> lora", changed(trainable="lora"))
     refused(r"train\.lora_rank 16 -> 4", changed(lora_rank=4))
+    refused(
+        r"has done 3 steps, so train\.skip_steps 2-3 cannot be passed over any more", changed(skip_steps=("2-3", "3-4"))
+    )
     refused("checkpoint .*elsewhere: none there", output=tmp_path / "new", resume=str(tmp_path / "elsewhere"))
     refused("no dataset there", data=str(tmp_path))
     with lock.hold(str(tmp_path / "held")):
