@@ -416,6 +416,7 @@ class Recipe(Part):
         """For samples of one (frames, height, width) alone."""
         return self.model_copy(update={"data": self.data.of_shape(shape)})
 
+    @model_validator(mode="after")
     def _steps_exist(self) -> Self:
         sample, steps = self.sample, self.diffusion.train_steps
         least = 2 if sample.solver == "multistep" else 1
