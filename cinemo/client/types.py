@@ -19,7 +19,7 @@ Picture = str | os.PathLike[str] | bytes | BinaryIO
 ControlValue = str | int | float | bool | None | tuple[Any, ...] | list[Any]
 """The value of a control of the model; None: as if it were not given."""
 
-Variant = Literal["video", "thumbnail", "spritesheet"]
+Variant = Literal["video", "thumbnail", "spritesheet", "gif"]
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 FINAL = ("completed", "failed", "cancelled")
 
@@ -165,10 +165,18 @@ class PictureInput(Answer):
     required: bool
 
 
+class PictureLimits(Answer):
+    """What a server takes: ``bytes`` of a whole request, ``pixels`` of each picture in it."""
+
+    bytes: int
+    pixels: int
+
+
 class Model(Answer):
     """A model, with what it supports and its defaults. ``controls``: in the order in which people see them.
     ``qualities``: by name, what is predicted of a video that asks for it; empty where nobody measured.
-    ``adapters``: what ``lora`` may name."""
+    ``adapters``: what ``lora`` may name. ``toy``: its videos
+    show the method at work, not what it can do."""
 
     id: str
     object: str = "model"
@@ -184,6 +192,8 @@ class Model(Answer):
     defaults: dict[str, Any] = {}
     controls: list[Control] = []
     pictures: list[PictureInput] = []
+    picture_limits: PictureLimits | None = None
+    toy: bool = False
     qualities: dict[str, dict[str, Any]] = {}
     adapters: list[str] = []
 

@@ -31,11 +31,12 @@ from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.manifest.manifest import read_manifest
 from cinemo.diagnostics import errors
 from cinemo.evaluation.dataset_report import equal_population_edges
-from cinemo.evaluation.figures import animated_sheet, contact_sheet, save_animated
+from cinemo.evaluation.figures import animated_sheet, contact_sheet
 from cinemo.evaluation.next_steps import closing_lines
 from cinemo.evaluation.rendered import explained_samples, measure_motion
 from cinemo.evaluation.report import DemoFacts, Sample, write_demo_report
 from cinemo.evaluation.stages import Stages, running
+from cinemo.media.gif import write_gif
 from cinemo.media.motion import motion_bucket
 from cinemo.media.saving import save_animation
 from cinemo.media.sources import fetched
@@ -192,7 +193,7 @@ def _animated(
     frames = range(recipe.data.frames)
     rows = [[read_frames(videos / _video_name(picture, level), frames) for level in levels] for picture in pictures]
     sheet = animated_sheet(rows, [_said(level) for level in levels], [picture.prompt for picture in pictures])
-    save_animated(target, sheet, recipe.sample.fps)
+    write_gif(target, sheet, recipe.sample.fps)
 
 
 def _video_name(picture: _Picture, controls: Mapping[str, Any]) -> str:

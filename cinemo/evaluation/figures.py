@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -83,13 +82,6 @@ def animated_sheet(
                 sheet.paste(picture, (left + column * (cell[0] + gap), y))
         pictures.append(sheet)
     return pictures
-
-
-def save_animated(path: str | Path, pictures: Sequence[Image.Image], fps: float) -> None:
-    """A GIF that plays for ever."""
-    palette = pictures[len(pictures) // 2].quantize(255)
-    frames = [picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for picture in pictures]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(1000 / fps), loop=0)
 
 
 def motion_histogram(dataset: DatasetIndex, edges: Sequence[float] | None = None) -> Figure:

@@ -1,4 +1,4 @@
-"""Small pictures that stand for a video."""
+"""Small pictures that stand for a video, still or moving."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cinemo.media.gif import write_gif
 from cinemo.media.video import probe, read_frames
 
 COLUMNS = ROWS = 4  # of a sprite sheet
-_THUMBNAIL_SIDE, _SPRITE_SIDE = 512, 256  # pixels of the longer side, at most
+_THUMBNAIL_SIDE, _SPRITE_SIDE, _GIF_SIDE = 512, 256, 480  # pixels of the longer side, at most
+_GIF_FRAMES = 64
 
 
 def thumbnail(path: Path) -> bytes:
@@ -35,9 +37,22 @@ def spritesheet(path: Path) -> bytes:
     return _written(sheet.swapaxes(1, 2).reshape(rows * height, COLUMNS * width, 3), "JPEG", quality=85)
 
 
+def gif(path: Path) -> bytes:
+    """A video as a GIF: its own frames or, of a longer one, `_GIF_FRAMES` evenly spread over it, in the same time.
+    Raises `ClipError`: it cannot be read."""
+    info = probe(path)
+    count = min(info.frames, _GIF_FRAMES)
+    chosen = np.linspace(0, info.frames, count, endpoint=False).astype(int).tolist()
+    frames = read_frames(path, chosen, _within(info.height, info.width, _GIF_SIDE))
+    buffer = io.BytesIO()
+    write_gif(buffer, [Image.fromarray(frame) for frame in frames], info.fps * count / info.frames)
+    return buffer.getvalue()
+
+
 PREVIEWS: dict[str, tuple[str, str, Callable[[Path], bytes]]] = {
     "thumbnail": ("thumbnail.webp", "image/webp", thumbnail),
     "spritesheet": ("spritesheet.jpg", "image/jpeg", spritesheet),
+    "gif": ("animation.gif", "image/gif", gif),
 }
 """By name: the end of its file's name, its media type, and what makes it."""
 

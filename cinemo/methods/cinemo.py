@@ -79,14 +79,14 @@ class CinemoControls(MotionStrength, LongVideo):
     motion_bucket: int | None = control(
         None,
         "larger = more motion; 0 stays still",
-        title="Motion",
+        title="How much it moves",
         place="front",
         words={0: "almost still", 4: "gentle", 8: "moderate", 12: "lively", 16: "strong", 19: "maximum"},
         ge=0,
         le=MOTION_BUCKETS - 1,
     )
     dct_init: bool | None = control(
-        None, "begin from the picture's own layout: steadier motion", title="DCTInit", place="folded"
+        None, "begin from the picture's own layout, so that less flickers", title="Steadier motion", place="folded"
     )
     source_prompt: str = control(
         "", "what the source video shows", title="Source prompt", of="source", max_length=MAX_PROMPT

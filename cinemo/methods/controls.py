@@ -179,7 +179,7 @@ class Controls(BaseModel):
         le=MAX_STEPS,
     )
     guidance_scale: float | None = control(
-        None, "how closely to follow the text, 1 = off", title="Guidance", place="folded", ge=1, le=50
+        None, "how closely to follow the text, 1 = off", title="Follow the words", place="folded", ge=1, le=50
     )
 
     @classmethod
@@ -279,7 +279,7 @@ class LongVideo(Controls):
         None,
         "how more frames than the model makes at once come about: phased: segments share their first steps; windows: "
         "they overlap; chain: each begins with the last frame of the one before",
-        title="Long videos",
+        title="How long videos are made",
         place="folded",
     )
 
@@ -302,7 +302,7 @@ class FastSampling(Controls):
     """Less work for a video, for methods whose samplers can: see `cinemo.config.SampleConfig`."""
 
     solver: Literal["ddim", "multistep"] | None = control(
-        None, "multistep: DPM-Solver++, which needs about 20 steps", title="Solver"
+        None, "multistep: DPM-Solver++, which needs about 20 steps", title="Sampling method"
     )
     guidance_interval: Pair | None = control(
         None, "part of the noise range 0..1 in which guidance acts; a step outside costs half", title="Guidance range"
@@ -382,7 +382,7 @@ class MotionStrength(FastSampling):
     motion_strength: float | None = control(
         None,
         "how much moves on a scale of 0..1, in place of the control that says it in its own units",
-        title="Motion strength",
+        title="How much it moves, 0 to 1",
         ge=0,
         le=1,
     )

@@ -129,7 +129,7 @@ class FrameRate(MotionStrength):
         le=60,
     )
     image_guidance_scale: float | None = control(
-        None, "how closely to follow the picture, where it is not as the text", title="Image guidance", ge=1, le=50
+        None, "how closely to follow the picture, where it is not as the text", title="Follow the picture", ge=1, le=50
     )
 
     @classmethod

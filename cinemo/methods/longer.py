@@ -110,7 +110,7 @@ class LongerControls(MotionStrength, LongVideo):
         le=MAX_SPEED,
     )
     motion_guidance_scale: float | None = control(
-        None, "how closely to follow arrows and speed, 1 = off", title="Motion guidance", place="folded", ge=1, le=50
+        None, "how closely to follow arrows and speed, 1 = off", title="Follow the arrows", place="folded", ge=1, le=50
     )
 
     @classmethod

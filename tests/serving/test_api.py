@@ -422,7 +422,9 @@ def test_content_whole_in_ranges_and_not_at_all(client: TestClient, store: JobSt
     answer = client.get(url)
     assert (answer.status_code, answer.content) == (200, whole)
     assert answer.headers["content-length"] == str(len(whole))
-    assert answer.headers["content-disposition"] == f'attachment; filename="{video_id}.mp4"'
+    assert answer.headers["content-disposition"] == 'attachment; filename="waves-seed{}.mp4"'.format(
+        job.request["seed"]
+    )
     assert answer.headers["accept-ranges"] == "bytes"
     etag, size = answer.headers["etag"], len(whole)
     for asked, part in [

@@ -20,7 +20,7 @@ from small_server import SIZE, Worker, complete_one, make_keys, open_store, png,
 
 from cinemo.animate import load_image
 from cinemo.media.mp4 import write_video
-from cinemo.media.previews import COLUMNS, spritesheet, thumbnail
+from cinemo.media.previews import COLUMNS, gif, spritesheet, thumbnail
 from cinemo.serving.http.api import ApiSettings
 from cinemo.serving.store.jobs import JobStore
 from cinemo.serving.store.media import image_name
@@ -67,8 +67,64 @@ def test_previews_show_the_videos_own_frames(tmp_path: Path, frames: int, rows: 
     assert (places[len(shown) :] < 3).all(), "the rest is black"
 
 
+@pytest.mark.parametrize("frames", [1, 6, 150])
+def test_a_gif_lasts_as_long_as_its_video_and_is_small(tmp_path: Path, frames: int) -> None:
+    shades = np.linspace(20, 235, frames).round().astype(np.uint8)
+    write_video(tmp_path / "a.mp4", np.broadcast_to(shades[:, None, None, None], (frames, 160, 640, 3)), 8)
+    with Image.open(io.BytesIO(gif(tmp_path / "a.mp4"))) as made:
+        assert (made.size, made.info.get("loop", 0)) == ((480, 120), 0)
+        seen, seconds = [], 0.0
+        for place in range(made.n_frames):
+            made.seek(place)
+            seen.append(float(np.asarray(made.convert("L")).mean()))
+            seconds += made.info.get("duration", 0) / 1000
+    count = min(frames, 64)
+    assert len(seen) == count
+    np.testing.assert_allclose(seen, shades[np.arange(count) * frames // count], atol=6)
+    if frames > 1:
+        assert seconds == pytest.approx(frames / 8, abs=0.01)
+
+
 @pytest.mark.parametrize(
-    ("variant", "media_type", "form"), [("thumbnail", "image/webp", "WEBP"), ("spritesheet", "image/jpeg", "JPEG")]
+    ("prompt", "name", "everywhere"),
+    [
+        ("A fox in snow!", "a-fox-in-snow-seed7", None),
+        ('"../../etc\\passwd"\r\nSet-Cookie: a=b', "etc-passwd-set-cookie-a-b-seed7", None),
+        ("a very long prompt " * 20, "a-very-long-prompt-a-very-long-prompt-a-very-long-prompt-a-seed7", None),
+        ("x" * 300, "x" * 60 + "-seed7", None),
+        ("Ein Café", "ein-cafe-seed7", "ein-caf%C3%A9-seed7"),
+        ("雪の中の狐", "seed7", "%E9%9B%AA%E3%81%AE%E4%B8%AD%E3%81%AE%E7%8B%90-seed7"),
+        ("🚤", "video-seed7", None),
+    ],
+)
+def test_downloads_are_named_after_what_was_asked(
+    client: TestClient, store: JobStore, prompt: str, name: str, everywhere: str | None
+) -> None:
+    video_id = client.post(
+        "/v1/videos", data={"prompt": prompt.replace("\r\n", " "), "seed": "7"}, files={"input_reference": png()}
+    ).json()["id"]
+    complete_one(store)
+    for path, ending in [
+        ("content", ".mp4"), ("content?variant=gif", "-animation.gif"),
+        ("content?variant=thumbnail", "-thumbnail.webp"), ("input", "-input.png"),
+    ]:  # fmt: skip
+        told = client.get(f"/v1/videos/{video_id}/{path}").headers["content-disposition"]
+        also = f"; filename*=UTF-8''{everywhere}{ending}" if everywhere else ""
+        assert told == f'attachment; filename="{name}{ending}"{also}'
+
+
+def test_a_model_says_how_large_pictures_may_be_and_whether_it_is_a_toy(store: JobStore) -> None:
+    with TestClient(small_api(store, ApiSettings(body_bytes=5_000_000, pixels=900_000))) as client:
+        (model,) = client.get("/v1/models").json()["data"]
+        assert model["picture_limits"] == {"bytes": 5_000_000, "pixels": 900_000}
+        assert model["toy"] is True, "48x32"
+        too_large = client.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": png(1000, 901)})
+        assert fault(too_large) == (413, "image_too_large")
+
+
+@pytest.mark.parametrize(
+    ("variant", "media_type", "form"),
+    [("thumbnail", "image/webp", "WEBP"), ("spritesheet", "image/jpeg", "JPEG"), ("gif", "image/gif", "GIF")],
 )
 def test_a_preview_is_answered_as_a_video_is(
     client: TestClient, store: JobStore, variant: str, media_type: str, form: str
@@ -88,7 +144,7 @@ def test_a_preview_is_answered_as_a_video_is(
     assert client.get(url, params=params, headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
     assert fault(client.get(url, params={"variant": "poster"})) == (400, "unsupported_variant")
     message = client.get(url, params={"variant": "poster"}).json()["error"]["message"]
-    assert message == "variant: got 'poster', expected video or thumbnail or spritesheet"
+    assert message == "variant: got 'poster', expected video or thumbnail or spritesheet or gif"
 
 
 def test_previews_stay_with_their_video_and_go_with_it(client: TestClient, store: JobStore) -> None:
@@ -321,9 +377,9 @@ def test_the_interface_describes_what_is_beside(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     paths, schemas = document["paths"], document["components"]["schemas"]
     content = paths["/v1/videos/{video_id}/content"]["get"]
-    assert set(content["responses"]["200"]["content"]) == {"video/mp4", "image/webp", "image/jpeg"}
+    assert set(content["responses"]["200"]["content"]) == {"video/mp4", "image/webp", "image/jpeg", "image/gif"}
     (variant,) = [each for each in content["parameters"] if each["name"] == "variant"]
-    assert variant["schema"]["enum"] == ["video", "thumbnail", "spritesheet"]
+    assert variant["schema"]["enum"] == ["video", "thumbnail", "spritesheet", "gif"]
     assert list(paths["/v1/videos/{video_id}/remix"]["post"]["requestBody"]["content"]) == ["application/json"]
     assert "input_reference" not in schemas["RemixJson"]["properties"]
     assert schemas["VideoJson"]["required"] == ["prompt", "input_reference"]

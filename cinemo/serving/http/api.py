@@ -22,6 +22,7 @@ from cinemo.serving.http.exposition import Exposition, Observed
 from cinemo.serving.http.fetch import Fetcher
 from cinemo.serving.http.operation import add_models, add_operation
 from cinemo.serving.http.refusals import BodyLimit, Unexpected, add_error_answers
+from cinemo.serving.http.schema import PictureLimits
 from cinemo.serving.http.settings import ApiSettings
 from cinemo.serving.http.submission import CountTokens, Submission
 from cinemo.serving.http.videos import add_events, add_jobs
@@ -76,7 +77,7 @@ def build_api(
     add_creation(api, store, card, submission, streams, settings.sync_seconds)
     add_jobs(api, store)
     add_events(api, store, streams)
-    add_models(api, card)
+    add_models(api, card, PictureLimits(bytes=settings.body_bytes, pixels=settings.pixels))
     add_operation(api, store, ready, exposition if settings.metrics != "off" else None)
     add_page(api)
     describe_webhooks(api)

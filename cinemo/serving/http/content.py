@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import tempfile
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
@@ -15,6 +17,7 @@ from cinemo.serving.http.refusals import Refused
 from cinemo.serving.store.jobs import Job
 from cinemo.serving.store.media import MediaStore, preview_name
 
+_STEM_LETTERS = 60  # of a prompt in the name of its download
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 
 
@@ -30,13 +33,13 @@ class File:
 
 def video_file(job: Job) -> File:
     """The video of a completed job."""
-    return File(str(job.media_name), f"{job.id}-{job.attempts}", f"{job.id}.mp4", "video/mp4")
+    return File(str(job.media_name), f"{job.id}-{job.attempts}", f"{_stem(job)}.mp4", "video/mp4")
 
 
 def input_file(job: Job, name: str) -> File:
     """A picture that a job came with, as it is kept: a PNG of every pixel."""
     label = "input" if name == "image" else f"input-{name}"
-    return File(job.files[name], f"{job.id}-{label}", f"{job.id}-{label}.png", "image/png")
+    return File(job.files[name], f"{job.id}-{label}", f"{_stem(job)}-{label}.png", "image/png")
 
 
 def preview_file(media: MediaStore, job: Job, variant: str) -> File:
@@ -47,7 +50,7 @@ def preview_file(media: MediaStore, job: Job, variant: str) -> File:
     """
     ending, media_type, make = PREVIEWS[variant]
     name = preview_name(job.id, job.attempts, ending)
-    file = File(name, f"{job.id}-{job.attempts}-{variant}", f"{job.id}-{ending}", media_type)
+    file = File(name, f"{job.id}-{job.attempts}-{variant}", f"{_stem(job)}-{ending}", media_type)
     try:
         media.size(name)
     except FileNotFoundError:
@@ -79,7 +82,7 @@ def file_answer(media: MediaStore, file: File, asked: Headers, body: bool = True
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
         "X-Content-Type-Options": "nosniff",
-        "Content-Disposition": f'attachment; filename="{file.shown}"',
+        "Content-Disposition": _attachment(file.shown),
     }
     known = [tag.strip().removeprefix("W/") for tag in asked.get("if-none-match", "").split(",")]
     if etag in known or "*" in known:
@@ -92,6 +95,24 @@ def file_answer(media: MediaStore, file: File, asked: Headers, body: bool = True
     if not body:
         return Response(status_code=status, headers=headers, media_type=file.media_type)
     return StreamingResponse(media.pieces(file.name, start, length), status, headers, media_type=file.media_type)
+
+
+def _stem(job: Job) -> str:
+    """What a download of a job is called, before its ending: ``a-fox-in-snow-seed7``."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFC", str(job.request.get("prompt", ""))).lower())
+    name = "-".join(words)
+    if len(name) > _STEM_LETTERS:  # whole words, where the first is not longer by itself
+        name = name[: _STEM_LETTERS + 1].rpartition("-")[0] or name[:_STEM_LETTERS]
+    seed = job.request.get("seed")
+    return f"{name or 'video'}-seed{seed}" if seed is not None else name or job.id
+
+
+def _attachment(name: str) -> str:
+    """The header that names a download: plain letters for old clients, all of them for the others (RFC 6266)."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    plain = re.sub(r"[^\w.]+", "-", plain).strip("-")
+    simple = f'attachment; filename="{plain}"'
+    return simple if plain == name else f"{simple}; filename*=UTF-8''{quote(name)}"
 
 
 def _part(asked: str, size: int) -> tuple[int, int] | None:

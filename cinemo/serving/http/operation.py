@@ -13,15 +13,15 @@ from cinemo.bundle import BundleCard
 from cinemo.serving.http.description import answers
 from cinemo.serving.http.exposition import Exposition
 from cinemo.serving.http.refusals import Refused
-from cinemo.serving.http.schema import Health, Model, ModelList
+from cinemo.serving.http.schema import Health, Model, ModelList, PictureLimits
 from cinemo.serving.store.jobs import JobStore
 
 
-def add_models(api: FastAPI, card: Callable[[], BundleCard]) -> None:
+def add_models(api: FastAPI, card: Callable[[], BundleCard], limits: PictureLimits) -> None:
     @api.get("/v1/models", responses=answers(401))
     def models() -> ModelList:
         """The available models: one per server."""
-        return ModelList(data=[Model.of(card())])
+        return ModelList(data=[Model.of(card(), limits)])
 
     @api.get("/v1/models/{model}", responses=answers(401, 404))
     def model(model: str) -> Model:
@@ -29,7 +29,7 @@ def add_models(api: FastAPI, card: Callable[[], BundleCard]) -> None:
         served = card()
         if model != served.recipe.name:
             raise no_model(model, served)
-        return Model.of(served)
+        return Model.of(served, limits)
 
 
 def add_operation(

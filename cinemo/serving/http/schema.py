@@ -13,6 +13,8 @@ from cinemo.methods import ControlInfo, method_class, served_controls
 from cinemo.methods.quality import NAMES
 from cinemo.serving.store.jobs import Job, Status
 
+_TOY_SIDE = 128  # pixels
+
 
 class Fault(BaseModel):
     """``code``: a stable slug for programs. ``message``: one line for a person. ``param``: the field it is about.
@@ -166,11 +168,20 @@ class Picture(BaseModel):
     required: bool
 
 
+class PictureLimits(BaseModel):
+    """What a server takes: ``bytes`` of a whole request, ``pixels`` of each picture in it."""
+
+    bytes: int
+    pixels: int
+
+
 class Model(BaseModel):
     """An available model, with what it supports and its defaults. ``controls``: in the order in which people see them.
     ``motion``: as the ``levels`` of its motion control; empty where it has none. ``pictures``: that it takes beside
     ``input_reference``, with what they are. ``qualities``: by name, what is predicted of a video that asks for it;
-    empty where nobody measured. ``adapters``: names of LoRA adapters, for the field ``lora``."""
+    empty where nobody measured. ``adapters``: names of LoRA adapters, for the field ``lora``. ``picture_limits``: how large
+    each picture may be. ``toy``: its videos have a side of less than 128 pixels: they show the method at work, not what
+    it can do."""
 
     id: str
     object: Literal["model"] = "model"
@@ -188,9 +199,11 @@ class Model(BaseModel):
     pictures: list[Picture]
     qualities: dict[str, dict[str, Any]]
     adapters: list[str]
+    picture_limits: PictureLimits
+    toy: bool
 
     @classmethod
-    def of(cls, card: BundleCard) -> Model:
+    def of(cls, card: BundleCard, limits: PictureLimits) -> Model:
         method = method_class(card.recipe)
         infos = served_controls(card.recipe)
         settings, usual = method.controls_type().settings(card.recipe), method.controls_type.defaults(card.recipe)
@@ -232,6 +245,8 @@ class Model(BaseModel):
             ],
             qualities={name: card.quality.predicted(name) for name in NAMES} if card.quality else {},
             adapters=sorted(card.adapters),
+            picture_limits=limits,
+            toy=min(card.recipe.data.size) < _TOY_SIDE,
         )
 
 

@@ -88,7 +88,8 @@ def add_jobs(api: FastAPI, store: JobStore) -> None:
     )
     async def content(request: Request, video_id: str, client: Asking, variant: _Variant = "video") -> Response:
         """The mp4 of a completed job, or a picture for it: the whole, or one range. ``thumbnail``: a WebP of the frame
-        in the middle; ``spritesheet``: a JPEG of up to 16 frames, four in a row."""
+        in the middle; ``spritesheet``: a JPEG of up to 16 frames, four in a row; ``gif``: the video as a GIF, at
+        most 480 pixels on its longer side."""
         if variant not in VARIANTS:
             message = f"variant: got {variant[:32]!r}, expected {' or '.join(VARIANTS)}"
             raise Refused(400, "unsupported_variant", message, "variant")
