@@ -171,7 +171,7 @@ class Controls(BaseModel):
     seed: int = control(0, "determines every random draw", title="Seed", place="front", ge=0, le=MAX_SEED)
     steps: int | None = control(
         None,
-        "denoising steps: more are finer and slower",
+        "more are finer and slower",
         title="Steps",
         place="folded",
         alias="num_inference_steps",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from serving.test_page import DESKTOP, PHONE, Server, Tab
+from serving.test_page import DESKTOP, PHONE, Server, Tab, until
 from tiny import tiny_longer_bundle
 
 from cinemo.bundle import ModelBundle, load_bundle, read_card
@@ -114,7 +114,15 @@ def test_what_is_drawn_is_what_the_server_is_asked_for(open_tab: Callable[..., T
     tab.page.get_by_role("button", name="Clear").click()
     assert said(tab) == "0 arrows"
     tab.page.get_by_role("button", name="Use settings").click()
-    tab.see("document.querySelector('.drawing .tools .note').textContent", "1 arrow, 1 pin")
+    tab.see("document.querySelector('.drawing .tools .note').textContent", "1 arrow, 1 pin, brush")
+    tab.page.reload()
+    tab.ready().done()
+    tab.page.get_by_role("button", name="Use settings").click()
+    tab.see("document.querySelector('.drawing .tools .note').textContent", "1 arrow, 1 pin, brush")
+    tab.page.click("#animate")
+    until(lambda: len(server.store.page()) == 2)
+    again = np.asarray(Image.open(io.BytesIO(server.store.media.read(input_name(server.store.page()[0].id, "mask")))))
+    assert np.mean((again > 127) != (mask > 127)) < 0.01, "painted as before"
 
 
 def test_the_field_that_is_shown_is_the_servers(open_tab: Callable[..., Tab]) -> None:

@@ -67,6 +67,14 @@ export const page = (after, limit) =>
 export const create = (form, once) =>
   json("v1/videos", { method: "POST", body: form, headers: { "Idempotency-Key": once } });
 
+// A video of the same pictures and settings, changed by those given; the server has the pictures.
+export const remix = (id, change, once) =>
+  json(`${at(id)}/remix`, {
+    method: "POST",
+    body: JSON.stringify(change),
+    headers: { "Content-Type": "application/json", "Idempotency-Key": once },
+  });
+
 export function newIdempotencyKey() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
@@ -74,9 +82,24 @@ export function newIdempotencyKey() {
 const KEPT = 32;
 const contents = new Map();
 
-// The mp4 as a Blob. Fetched, because an address in <video src> would carry no key; the last few are kept.
+// A download as a File, under the name that the server has for it (RFC 6266).
+async function file(path) {
+  const answer = await request(path);
+  const content = await answer.blob();
+  const told = answer.headers.get("Content-Disposition") ?? "";
+  const encoded = told.match(/filename\*=UTF-8''([^;]+)/)?.[1];
+  const name = encoded ? decodeURIComponent(encoded) : told.match(/filename="([^"]+)"/)?.[1];
+  return new File([content], name ?? "download", { type: content.type });
+}
+
+export const thumbnail = (id) => file(`${at(id)}/content?variant=thumbnail`);
+export const gif = (id) => file(`${at(id)}/content?variant=gif`);
+// The picture that a video was made of, every pixel as it was sent; or one of those beside it.
+export const picture = (id, name = "input_reference") => file(`${at(id)}/input?name=${encodeURIComponent(name)}`);
+
+// The mp4. Fetched, because an address in <video src> would carry no key; the last few are kept.
 export function content(id) {
-  const kept = contents.get(id) ?? request(`${at(id)}/content`).then((answer) => answer.blob());
+  const kept = contents.get(id) ?? file(`${at(id)}/content`);
   contents.delete(id);
   contents.set(id, kept);
   kept.catch(() => contents.delete(id));
@@ -89,7 +112,8 @@ const SILENCE = 40000;
 let streams = 0;
 let streaming = true;
 
-// Yields {video} at every change until it is final, and {lost: Fault} while the server cannot be asked.
+// Yields {video} at every change until it is final, {preview} where a video shows how it will look, and {lost: Fault}
+// while the server cannot be asked.
 // A browser opens six connections to a server, for all tabs together: so one stream a tab, and none in a hidden one.
 export async function* changes(id, signal) {
   let pause = 500;
@@ -98,7 +122,8 @@ export async function* changes(id, signal) {
       if (streaming && streams === 0 && !document.hidden) {
         for await (const changed of stream(id, signal)) {
           pause = 500;
-          yield { video: changed };
+          const isPreview = changed.object === "video.preview";
+          yield isPreview ? { preview: changed } : { video: changed };
           if (FINAL.has(changed.status)) return;
         }
       } else {

@@ -1,8 +1,9 @@
 // The widgets of a model's controls, made from what /v1/models says of them; see schema.Control.
 
-import { byId, icon, make } from "./dom.js";
+import { byId, help, icon, make } from "./dom.js";
 import { DrawingField } from "./drawing.js";
 import { LevelsField } from "./motion.js";
+import { checkPicture } from "./picture.js";
 import { drawSeed } from "./seed.js";
 
 const NUMBERS = ["integer", "number"];
@@ -28,7 +29,7 @@ export class ControlFields {
     byId("folded-controls").replaceChildren(...this.arranged(folded));
     byId("more").hidden = folded.length === 0;
     const pictures = model.pictures.filter((picture) => picture !== mask);
-    byId("pictures").replaceChildren(...pictures.map(pictureField));
+    byId("pictures").replaceChildren(...pictures.map((each) => pictureField(each, model.picture_limits)));
     this.pictures = pictures.map(({ name }) => name);
   }
 
@@ -55,6 +56,16 @@ export class ControlFields {
       const value = settings[control.name] ?? settings[control.setting];
       if (value !== undefined && value !== null && this.fields.has(control.name)) this.fields.get(control.name).value = value;
     }
+  }
+
+  // files: {name: File} of an earlier video; what it did not have is emptied.
+  async takePictures(files) {
+    for (const name of this.pictures) {
+      const transfer = new DataTransfer();
+      if (files[name]) transfer.items.add(files[name]);
+      byId(name).files = transfer.files;
+    }
+    await this.board?.takeMask(files[this.board.maskName] ?? null);
   }
 
   // Two small fields share a line.
@@ -115,8 +126,10 @@ class SeedField extends TextField {
       this.input.dispatchEvent(new Event("input", { bubbles: true }));
     });
     const label = make("label", { for: control.name }, control.title);
+    const [button, about] = help(control.title, `${control.name}-note`, "The number that chance starts from. "
+      + "Another one gives another video; the same one, with all else the same, gives this video again.");
     const line = make("div", { className: "with-button" }, this.input, dice);
-    this.root = make("div", { className: "field" }, label, line, error(control));
+    this.root = make("div", { className: "field" }, make("div", { className: "named" }, label, button), line, about, error(control));
   }
 }
 
@@ -157,8 +170,12 @@ class ChoiceField {
   }
 }
 
-function pictureField({ name, description: text }) {
-  const file = make("input", { id: name, type: "file", accept: "image/png,image/jpeg,image/webp" });
+function pictureField({ name, description: text }, limits) {
+  const file = make("input", { id: name, type: "file", accept: "image/png,image/jpeg,image/webp", "aria-describedby": `${name}-error` });
+  file.addEventListener("change", () => file.files[0] && checkPicture(file.files[0], limits).catch((fault) => {
+    file.value = "";
+    file.dispatchEvent(new CustomEvent("refused", { bubbles: true, detail: fault.message }));
+  }));
   const label = make("label", { for: name }, `${text.charAt(0).toUpperCase()}${text.slice(1)}`);
   return make("div", { className: "field" }, label, file, error({ name }));
 }

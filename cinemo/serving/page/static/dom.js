@@ -28,4 +28,18 @@ export function announce(text) {
   if (place.textContent !== text) place.textContent = text;
 }
 
+// A "?" that shows an explanation and hides it again: its button and its paragraph.
+export function help(about, id, text = "") {
+  const paragraph = make("p", { className: "note explanation", id, hidden: true }, text);
+  const button = make("button", { type: "button", className: "help", title: "What is this?" }, "?");
+  button.setAttribute("aria-label", `What is this: ${about}`);
+  button.setAttribute("aria-expanded", "false");
+  button.setAttribute("aria-controls", id);
+  button.addEventListener("click", () => {
+    paragraph.hidden = !paragraph.hidden;
+    button.setAttribute("aria-expanded", String(!paragraph.hidden));
+  });
+  return [button, paragraph];
+}
+
 export const calm = matchMedia("(prefers-reduced-motion: reduce)");

@@ -91,6 +91,37 @@ export class DrawingField {
     return new File([content], "mask.png", { type: "image/png" });
   }
 
+  // What may move, as an earlier video had it; null: nothing is painted.
+  async takeMask(file) {
+    this.wipe();
+    if (!file) return this.show();
+    const picture = await createImageBitmap(file);
+    this.beginMask();
+    const { width, height } = this.mask;
+    const scale = Math.max(width / picture.width, height / picture.height); // until it covers what the model sees
+    const context = this.mask.getContext("2d");
+    const [wide, high] = [picture.width * scale, picture.height * scale];
+    context.drawImage(picture, (width - wide) / 2, (height - high) / 2, wide, high);
+    const pixels = context.getImageData(0, 0, width, height);
+    for (let at = 0; at < pixels.data.length; at += 4) {
+      pixels.data[at + 3] = pixels.data[at];
+      pixels.data.fill(255, at, at + 3);
+    }
+    context.putImageData(pixels, 0, 0);
+    return this.show();
+  }
+
+  beginMask() {
+    this.mask.width = MASK_WIDTH;
+    this.mask.height = Math.round(MASK_WIDTH / this.crop.shape);
+    this.painted = true;
+  }
+
+  wipe() {
+    this.painted = false;
+    this.mask.getContext("2d").clearRect(0, 0, this.mask.width, this.mask.height);
+  }
+
   // How the picture is cut to the model's shape: pixels of it that the board is wide, and its corner.
   get crop() {
     const [width, height] = [this.image.naturalWidth, this.image.naturalHeight];
@@ -179,8 +210,7 @@ export class DrawingField {
 
   clear() {
     this.strokes = [];
-    this.painted = false;
-    this.mask.getContext("2d").clearRect(0, 0, this.mask.width, this.mask.height);
+    this.wipe();
     this.changed();
   }
 
@@ -200,11 +230,7 @@ export class DrawingField {
   }
 
   paint({ x, y }) {
-    if (!this.painted) {
-      this.mask.width = MASK_WIDTH;
-      this.mask.height = Math.round(MASK_WIDTH / this.crop.shape);
-      this.painted = true;
-    }
+    if (!this.painted) this.beginMask();
     const context = this.mask.getContext("2d");
     context.fillStyle = "#fff";
     context.beginPath();

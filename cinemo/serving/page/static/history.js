@@ -1,8 +1,8 @@
-// Earlier jobs, the newest first: a card each, with a thumbnail from the video itself.
+// Earlier jobs, the newest first: a card each, with a frame of the video.
 
 import * as api from "./api.js";
 import { byId, calm, icon, make } from "./dom.js";
-import { frameOf } from "./picture.js";
+import { letGo } from "./picture.js";
 
 const PAGE = 12;
 const PERIOD = 2000; // milliseconds between two looks while something runs
@@ -34,7 +34,7 @@ export class History {
     document.addEventListener("visibilitychange", () => document.hidden || this.refresh());
   }
 
-  // Cards say the level of motion, where the model has a control of it.
+  // Cards say how much moves, where the model has a control of it.
   setModel(model) {
     this.on.control = model.controls.find(({ levels }) => levels.length);
   }
@@ -69,7 +69,7 @@ export class History {
     const known = new Set(videos.map((video) => video.id));
     for (const [id, card] of this.cards) {
       if (!known.has(id)) {
-        card.root.remove();
+        card.close();
         this.cards.delete(id);
       }
     }
@@ -130,7 +130,7 @@ class Card {
   update(video) {
     this.title.textContent = video.prompt || "(no prompt)";
     const { control } = this.on;
-    const level = control && video[control.name] !== undefined ? `${control.title} ${video[control.name]}` : "";
+    const level = control?.words.findLast(([from]) => from <= video[control.name])?.[1] ?? "";
     this.meta.textContent = [level, ago(video.created_at)].filter(Boolean).join(" · ");
     this.compare.setAttribute("aria-label", `Compare with: ${video.prompt}`);
     const badges = { queued: "queued", in_progress: `${video.progress} %`, failed: "failed", cancelled: "cancelled" };
@@ -150,14 +150,20 @@ class Card {
     this.compare.hidden = this.status !== "completed" || !ids.length || ids.includes(this.id);
   }
 
+  close() {
+    this.rest();
+    this.root.remove();
+    if (this.still) URL.revokeObjectURL(this.still.src);
+  }
+
   // The middle frame; asked for when the card comes into sight.
   async picture() {
     if (this.status !== "completed" || this.drawn) return;
     this.drawn = true;
     try {
-      const canvas = await frameOf(await api.content(this.id), 0.5);
-      this.still = canvas;
-      this.thumb.replaceChildren(canvas);
+      const src = URL.createObjectURL(await api.thumbnail(this.id));
+      this.still = make("img", { alt: "", src });
+      this.thumb.replaceChildren(this.still);
     } catch {
       this.drawn = false; // asked for again when it is next seen
     }
@@ -175,8 +181,7 @@ class Card {
 
   rest() {
     if (!this.video) return;
-    URL.revokeObjectURL(this.video.src);
-    this.video.pause();
+    letGo(this.video);
     this.video = null;
     this.thumb.replaceChildren(this.still);
   }

@@ -1,7 +1,7 @@
 // The slider of the control that says how much moves, with its calibration: one bar a level, as high as the motion that
 // it stands for.
 
-import { make } from "./dom.js";
+import { help, make } from "./dom.js";
 
 export class LevelsField {
   // control.levels: per value {bucket, ssim: [low, high], measured: 1 - SSIM or null}; see schema.MotionLevel.
@@ -13,12 +13,13 @@ export class LevelsField {
     this.input.addEventListener("input", () => this.show());
     this.word = make("span", { id: "motion-word" });
     this.reading = make("output", { id: "motion-value", for: name });
-    this.note = make("p", { id: "motion-note", className: "note" });
+    const [button, note] = help(title, "motion-note");
+    this.note = note;
     this.bars = this.drawn();
     const chart = make("div", { id: "motion-chart", className: "chart", "aria-hidden": "true" }, ...this.bars);
     this.root = make("div", { className: "field motion" },
       make("div", { className: "line" },
-        make("label", { for: name }, title),
+        make("span", { className: "named" }, make("label", { for: name }, title), button),
         make("span", { className: "reading" }, this.word, " ", this.reading)),
       chart, this.input, this.note, make("p", { id: `${name}-error`, className: "error", hidden: true }));
     this.input.setAttribute("aria-describedby", `motion-note ${name}-error`);
@@ -80,12 +81,12 @@ export class LevelsField {
       const much = percent(between(points, bucket));
       const spread = here.interval ? `, in nine of ten videos by ${here.interval.map(percent).join(" to ")}` : "";
       return here.measured === null
-        ? `Between two measured settings: neighbouring frames differ by about ${much} (1\u00a0−\u00a0SSIM).`
-        : `Measured on this model: neighbouring frames differ by ${much}${spread} (1\u00a0−\u00a0SSIM).`;
+        ? `The bars show how much this model's videos moved when they were measured. Here, between two measured settings, one frame and the next differ by about ${much}.`
+        : `The bars show how much this model's videos moved when they were measured. Here one frame and the next differ by ${much}${spread}.`;
     }
     const [low, high] = here.ssim;
     const range = `${percent(1 - high)} to ${percent(1 - low)}`;
-    return `Asks for neighbouring frames that differ by ${range} (1\u00a0−\u00a0SSIM). Not yet measured on this model.`;
+    return `Here the model is asked for one frame and the next to differ by ${range}. How well it keeps to that has not been measured.`;
   }
 }
 

@@ -2,9 +2,11 @@
 
 import * as api from "./api.js";
 import { announce, byId, calm, make } from "./dom.js";
+import { cutOf } from "./facts.js";
 import { History } from "./history.js";
 import { ControlFields } from "./controls.js";
 import { PictureField } from "./picture.js";
+import { drawSeed } from "./seed.js";
 import { Stage } from "./stage.js";
 
 const form = byId("form");
@@ -14,16 +16,21 @@ const note = byId("form-note");
 const STALE = new Set(["unknown_field", "model_not_found"]);
 
 let model = null;
+let sending = false;
 
 const controls = new ControlFields();
 const picture = new PictureField({
-  report: (message) => tellField("input_reference", message),
+  report: (message) => {
+    tellField("input_reference", message);
+    if (message) announce(message);
+    allow();
+  },
   onSettings: (settings) => {
     fill(settings);
     tell("The settings of that video are filled in, with its first frame as the picture.");
   },
 });
-const stage = new Stage({ reuse, variant: send, changed, removed: () => history.started(), shown });
+const stage = new Stage({ reuse, remix, changed, removed: () => history.started(), shown });
 const history = new History({ show: (id) => look([id]), compare: (id) => look([stage.ids[0], id]) });
 
 form.addEventListener("submit", async (event) => {
@@ -34,23 +41,55 @@ form.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
 form.addEventListener("input", (event) => event.target.id && tellField(event.target.id, ""));
+form.addEventListener("refused", (event) => tellField(event.target.id, event.detail)); // a picture, before it is sent
 byId("forget-key").addEventListener("click", () => {
   api.key.set("");
   location.reload();
 });
 window.addEventListener("hashchange", () => stage.show(fromAddress()));
 
+// While a picture cannot be used, or is being looked at, nothing can be sent.
+function allow() {
+  button.disabled = !model || sending || ["checking", "bad"].includes(picture.state);
+}
+
 async function submit() {
   tell("");
   for (const name of ["input_reference", "prompt", ...controls.names]) tellField(name, "");
+  if (button.disabled) return picture.input.focus();
   if (!picture.file) return fault({ param: "input_reference", message: "Choose a picture first." });
-  button.disabled = true;
   const settings = { prompt: byId("prompt").value, ...await controls.whole() };
-  const made = await send(settings, picture.file, { note, fault, again: submit });
-  button.disabled = false;
-  if (!made) return;
-  stage.show([made.id]);
-  announce("Sent");
+  return sendAll(seeds(settings.seed).map((seed) => ({ ...settings, seed })), picture.file);
+}
+
+// One for each video that is wanted: the one that was entered, or one that is drawn, and those that follow it.
+function seeds(entered) {
+  const count = Number(byId("count").value);
+  if (count === 1 || (entered && !/^\d+$/.test(entered))) return [entered];
+  const first = entered ? Number(entered) : drawSeed();
+  return Array.from({ length: count }, (_, at) => String(first + at));
+}
+
+// orders: settings of the videos that are still to be asked for; ids: of those that were.
+async function sendAll(orders, file, ids = []) {
+  sending = true;
+  allow();
+  const again = () => (ids.length ? sendAll(orders, file, ids) : submit());
+  let cut = "";
+  for (; orders.length; orders = orders.slice(1)) {
+    const [settings] = orders;
+    const made = await send((once) => api.create(bodyOf(settings, file), once), { note, fault, again });
+    if (!made) break;
+    ids = [...ids, made.id];
+    stage.pictures.set(made.id, file);
+    cut = cutOf(made);
+  }
+  sending = false;
+  allow();
+  if (!ids.length) return;
+  stage.show(ids);
+  announce(cut || (ids.length > 1 ? `${ids.length} sent` : "Sent"));
+  if (cut && ids.length > 1) tell(cut); // a single one says so beside its settings
   if (matchMedia("(max-width: 899px)").matches) {
     byId("stage").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth", block: "start" });
   }
@@ -58,21 +97,32 @@ async function submit() {
 
 const entered = () => ({ prompt: byId("prompt").value, ...controls.values });
 
-// Resolves to the new job, or null where the fault has been shown in place: {note, fault?, again?}.
-async function send(settings, file, place) {
+function bodyOf(settings, file) {
   const body = new FormData();
   for (const [name, value] of Object.entries(settings)) if (value !== "" || name === "prompt") body.append(name, value);
   body.append("input_reference", file, file.name || "picture");
+  return body;
+}
+
+// The same pictures and settings with one change.
+async function remix(video, change, form) {
+  const made = await send((once) => api.remix(video.id, change, once), form);
+  const sent = stage.pictures.get(video.id);
+  if (made && sent) stage.pictures.set(made.id, sent);
+  return made;
+}
+
+// request(idempotencyKey) asks for a job. Resolves to it, or to null where the fault has been shown in place: {note,
+// fault?, again?}.
+async function send(request, place) {
   const once = api.newIdempotencyKey();
   try {
-    const video = await api.create(body, once).catch(async (error) => {
+    const video = await request(once).catch(async (error) => {
       if (error.status !== 0) throw error;
       await api.sleep(1500); // perhaps only the answer was lost: with the same key nothing is made twice
-      return api.create(body, once);
+      return request(once);
     });
     place.note.replaceChildren();
-    stage.pictures.set(video.id, file);
-    stage.others.set(video.id, Object.fromEntries(Object.entries(settings).filter(([, each]) => each instanceof File)));
     history.started();
     return video;
   } catch (error) {
@@ -132,19 +182,21 @@ function sentence(message, param) {
   return plain.charAt(0).toUpperCase() + plain.slice(1);
 }
 
-// The settings of an earlier video, and its picture: the file itself where this tab sent it, else the first frame.
+// The settings of an earlier video, and its pictures as they were sent.
 async function reuse(video) {
   fill(video);
-  const own = stage.pictures.has(video.id);
+  form.scrollIntoView({ behavior: calm.matches ? "auto" : "smooth", block: "start" });
+  byId("prompt").focus({ preventScroll: true });
   try {
+    const others = (video.inputs ?? []).map(async (name) => [name, await api.picture(video.id, name)]);
     const file = await stage.pictureOf(video);
-    await picture.show(file, own ? file.name : "First frame of that video");
-    tell(own ? "Settings and picture are filled in." : "Filled in, with the video's first frame as the picture.");
+    const isFrame = file.name === "first-frame.png";
+    if (!await picture.show(file, isFrame ? "First frame of that video" : file.name)) return;
+    await controls.takePictures(Object.fromEntries(await Promise.all(others)));
+    tell(isFrame ? "Filled in. The picture itself is gone; the video's first frame stands in for it." : "Settings and picture are filled in.");
   } catch {
     tell("The settings are filled in. Choose a picture.");
   }
-  form.scrollIntoView({ behavior: calm.matches ? "auto" : "smooth", block: "start" });
-  byId("prompt").focus({ preventScroll: true });
 }
 
 function fill(settings) {
@@ -154,7 +206,7 @@ function fill(settings) {
 }
 
 // What is on the stage is in the address, so that it can be kept, shared, and left with the back button.
-const fromAddress = () => location.hash.slice(1).split("+").filter((id) => /^video_\w+$/.test(id)).slice(0, 2);
+const fromAddress = () => location.hash.slice(1).split("+").filter((id) => /^video_\w+$/.test(id)).slice(0, 4);
 
 function look(ids) {
   stage.show(ids);
@@ -204,8 +256,10 @@ function setModel(known) {
   const [width, height] = model.size.split("x").map(Number);
   document.documentElement.style.setProperty("--shape", `${width} / ${height}`);
   const length = `${model.frames} frames, ${Number(model.seconds)} s`;
-  const toy = Math.min(width, height) < 128 ? " · a toy, to show the method at work" : "";
-  byId("model").textContent = `${model.id} · ${width} × ${height} · ${length}${toy}`;
+  byId("model").textContent = `${model.id} · ${width} × ${height} · ${length}`;
+  byId("toy").hidden = !model.toy;
+  byId("toy-size").textContent = `${width} × ${height}`;
+  picture.limits = model.picture_limits;
   controls.setModel(model);
   history.setModel(model);
 }
@@ -237,6 +291,6 @@ for (;;) {
 }
 tell("");
 byId("forget-key").hidden = !api.key.get();
-button.disabled = false;
+allow();
 stage.show(fromAddress());
 history.refresh();

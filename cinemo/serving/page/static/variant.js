@@ -3,6 +3,8 @@
 import { make } from "./dom.js";
 import { drawSeed } from "./seed.js";
 
+const MAX_PROMPT = 4000; // letters
+
 // [name, title, what to begin with, properties of the input, how to read it]
 function choice(control, now) {
   const { name, kind, minimum, maximum } = control;
@@ -32,8 +34,8 @@ export class VariantForm {
     this.note = make("div", { className: "form-note", role: "alert" });
     const cancel = make("button", { type: "button", className: "button quiet" }, "Close");
     cancel.addEventListener("click", () => this.close());
-    this.root = make("form", { className: "variant", noValidate: false },
-      make("p", {}, "Change one setting, and both play side by side."),
+    this.root = make("form", { className: "panel variant" },
+      make("p", {}, "The same picture and settings with one change; both play side by side."),
       make("div", { className: "variant-row" },
         make("span", {}, make("label", { for: "variant-name" }, "Change"), this.select),
         make("span", {}, make("label", { for: "variant-value" }, "to"), this.place)),
@@ -50,9 +52,11 @@ export class VariantForm {
   }
 
   open(video, model) {
-    this.choices = model.controls
+    const words = ["prompt", "the words", video.prompt, { long: true, maxLength: MAX_PROMPT, required: true }, (input) => input.value];
+    const settings = model.controls
       .filter(({ name, kind, place }) => place !== "api" && !["text", "pair", "vectors"].includes(kind) && ![undefined, null].includes(video[name]))
       .map((control) => choice(control, video[control.name]));
+    this.choices = [words, ...settings];
     this.select.replaceChildren(...this.choices.map(([name, title]) => make("option", { value: name }, title)));
     this.note.replaceChildren();
     this.root.hidden = false;
@@ -67,10 +71,11 @@ export class VariantForm {
 
   offer() {
     const [, , value, properties] = this.choices[this.select.selectedIndex];
-    const { options, ...plain } = properties;
-    this.input = options
-      ? make("select", { id: "variant-value" }, ...options.map((each) => make("option", { value: each }, each)))
-      : make("input", { id: "variant-value", required: properties.type === "number", ...plain });
+    const { options, long, ...plain } = properties;
+    this.root.classList.toggle("worded", Boolean(long));
+    if (options) this.input = make("select", { id: "variant-value" }, ...options.map((each) => make("option", { value: each }, each)));
+    else if (long) this.input = make("textarea", { id: "variant-value", rows: 2, ...plain });
+    else this.input = make("input", { id: "variant-value", required: properties.type === "number", ...plain });
     if (properties.type === "checkbox") this.input.checked = value;
     else this.input.value = value;
     this.place.replaceChildren(this.input);
