@@ -42,7 +42,7 @@ def test_arrows_are_kept_as_numbers(client: TestClient) -> None:
     [
         ("1,2,3", False, "expected four numbers x0,y0,x1,y1"),
         ("[[1,2", False, "expected a list of arrows"),
-        ("1,2,3,nan", False, "finite number"),
+        ("1,2,3,nan", False, "arrows of four numbers x0,y0,x1,y1"),
         ("60,2,3,4", False, "arrow 1: starts at 60,2, expected a place in the picture, which is 60x40"),
         (";".join(["1,2,3,4"] * 65), False, "at most 64"),
         ("", True, "mask: says where arrows move the picture, but there are none"),

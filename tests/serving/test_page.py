@@ -282,13 +282,16 @@ def test_a_video_from_picture_to_file(
     page.wait_for_selector(".pane[data-status=queued]")
     assert page.text_content(".status") == "Waiting in the queue"
     server.work()
-    seen = set()
+    seen, glimpses = set(), set()
     while not page.query_selector(".pane[data-status=completed]"):
         seen.add(page.evaluate("document.querySelector('.pane progress')?.value ?? 0"))
+        glimpses.add(page.evaluate("document.querySelector('.glimpse:not([hidden])')?.src ?? ''"))
         time.sleep(0.02)
+    assert any(each.startswith("data:image/webp") for each in glimpses), "it is seen while it is made"
     assert len(seen) >= 5, f"progress was seen to move through {sorted(seen)}"
     assert any(url.endswith("/events") for url in tab.requests)
     tab.done()
+    assert page.is_hidden(".glimpse")
     # It plays by itself, in a loop, and is scrubbed frame by frame.
     video = "document.querySelector('.pane .screen video')"
     assert tab.page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [SIZE[1], SIZE[0]]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import File, Request, UploadFile
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from starlette.datastructures import UploadFile as SentFile
 from starlette.exceptions import HTTPException
 
 from cinemo.bundle import BundleCard
@@ -222,7 +223,7 @@ def parse(body: Mapping[str, Any], card: BundleCard, kept: Mapping[str, Any] | N
     for name, about in method.inputs.items():
         if about.kind == "image" and about.required and name not in inputs:
             faults.append({"type": "missing", "loc": (name,), "msg": "", "input": None})
-        elif name in given and not isinstance(given[name], UploadFile | str):
+        elif name in given and not isinstance(given[name], SentFile | str):
             faults.append({"type": "picture", "loc": (name,), "msg": "", "input": given[name]})
     if faults or form is None or controls is None:
         raise _refused(faults[0], card.recipe)

@@ -179,9 +179,9 @@ class Model(BaseModel):
     """An available model, with what it supports and its defaults. ``controls``: in the order in which people see them.
     ``motion``: as the ``levels`` of its motion control; empty where it has none. ``pictures``: that it takes beside
     ``input_reference``, with what they are. ``qualities``: by name, what is predicted of a video that asks for it;
-    empty where nobody measured. ``adapters``: names of LoRA adapters, for the field ``lora``. ``picture_limits``: how large
-    each picture may be. ``toy``: its videos have a side of less than 128 pixels: they show the method at work, not what
-    it can do."""
+    empty where nobody measured. ``adapters``: names of LoRA adapters, for the field ``lora``. ``picture_limits``: how
+    large each picture may be. ``toy``: its videos have a side of less than 128 pixels: they show the method at work,
+    not what it can do."""
 
     id: str
     object: Literal["model"] = "model"

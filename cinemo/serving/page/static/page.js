@@ -58,7 +58,7 @@ async function submit() {
   for (const name of ["input_reference", "prompt", ...controls.names]) tellField(name, "");
   if (button.disabled) return picture.input.focus();
   if (!picture.file) return fault({ param: "input_reference", message: "Choose a picture first." });
-  const settings = { prompt: byId("prompt").value, ...await controls.whole() };
+  const settings = { prompt: byId("prompt").value, ...await controls.whole(), previews: true };
   return sendAll(seeds(settings.seed).map((seed) => ({ ...settings, seed })), picture.file);
 }
 

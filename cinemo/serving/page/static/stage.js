@@ -58,7 +58,7 @@ export class Stage {
 
   async startVariant({ name, value }, form) {
     const [pane] = this.panes;
-    const change = { model: this.model.id, prompt: pane.video.prompt, [name]: value };
+    const change = { model: this.model.id, prompt: pane.video.prompt, previews: true, [name]: value };
     const made = await this.on.remix(pane.video, change, form);
     if (made) this.show([pane.id, made.id]);
   }
