@@ -170,7 +170,8 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     adapter = None if request.lora is None else bundle.adapters.choose(request.lora)
     with bundle.adapters.using((adapter,)):
         sampling, calls = long.prepare(bundle.method, recipe, bundle.encoders, inputs, settings)
-    sampling = _adapted(sampling, bundle.adapters, adapter)
+    if adapter is not None:
+        sampling = _adapted(sampling, bundle.adapters, adapter)
     known = {
         "recipe": recipe.name,
         "bundle": bundle.digest,
@@ -185,10 +186,8 @@ def prepare(bundle: ModelBundle, request: AnimateRequest) -> Prepared:
     return Prepared(sampling, calls, known | settings, adapter)  # a method may know of another number of frames
 
 
-def _adapted(sampling: Sampling, adapters: Adapters, adapter: Choice | None) -> Sampling:
+def _adapted(sampling: Sampling, adapters: Adapters, adapter: Choice) -> Sampling:
     """A sampling whose own use of the network (keys and values of its text) has the adapter, too."""
-    if adapter is None:
-        return (yield from sampling)
     with adapters.using((adapter,)):
         query = next(sampling)
     while True:
