@@ -14,13 +14,14 @@ from data.test_plan import clips
 
 from cinemo import checksums, s3, storage
 from cinemo.config import Recipe
-from cinemo.data.dataset import shards
+from cinemo.data.dataset import identity, shards, verify
+from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.precompute import dataset as dataset_module
 from cinemo.data.precompute import journal
 from cinemo.data.precompute.dataset import Dataset
 from cinemo.data.precompute.plan import Plan
 from cinemo.recipes import override
-from cinemo.types import Refusal
+from cinemo.types import InputError, Refusal
 
 SHARDS = 17
 
@@ -138,6 +139,31 @@ def test_a_dataset_begun_with_sha256_goes_on_with_it(
     assert {name for name in whole if whole[name] != undisturbed[name]} == {
         "/dataset.json", "/index.parquet", *(f"shards/shard-{number:06d}.json" for number in range(SHARDS))
     }  # fmt: skip
+
+
+def test_a_dataset_keeps_the_version_of_its_scores(output: str, small_recipe: Recipe, monkeypatch: Any) -> None:
+    """It stays finished; only what would mix two versions is refused."""
+    recipe = override(small_recipe, ["data.scores=true"])
+    with monkeypatch.context() as before:
+        before.setattr(identity, "SCORES_VERSION", 1)
+        before.setattr(dataset_module, "SCORES_VERSION", 1)
+        whole = finished(f"{output}-whole", recipe)
+        commit(opened(output, recipe), range(12))
+    assert b'"scores": 1' in whole["/dataset.json"]
+    dataset = opened(f"{output}-whole", recipe)
+    assert dataset.missing_shards() == []
+    dataset.finish(dataset.summarize())
+    assert files(f"{output}-whole") == whole
+    assert verify._other_recipe(DatasetIndex.load(f"{output}-whole"), recipe, {}) == []
+    for refused in (
+        lambda: opened(output, recipe),
+        lambda: dataset.rows_to_retry(dataset.retryable("")),
+        lambda: Dataset.open(f"{output}-whole", recipe, Plan(clips(2 * SHARDS + 2), 2, 1), "skip").load(),
+    ):
+        with pytest.raises(InputError, match="holds scores of version 1, new shards would have version 2"):
+            refused()
+    with pytest.raises(InputError, match="scores is 1 there and None here"):
+        opened(output, small_recipe)
 
 
 @pytest.mark.slow

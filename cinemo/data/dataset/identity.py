@@ -64,6 +64,14 @@ def fingerprint(recipe: Recipe) -> tuple[str, dict[str, Any]]:
     return digest(covers), covers
 
 
+def as_begun(covers: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fingerprint covers, with the version of the scores that a dataset was begun with: one that is finished
+    keeps its own, and only new shards would mix two.
+    """
+    both = "scores" in covers and "scores" in stored
+    return {**covers, **({"scores": stored["scores"]} if both else {})}
+
+
 def digest(covers: Mapping[str, Any]) -> str:
     """sha256 (hex) of JSON values by name."""
     return hashlib.sha256(json.dumps(covers, sort_keys=True).encode()).hexdigest()

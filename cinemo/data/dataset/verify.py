@@ -24,7 +24,7 @@ from cinemo import checksums, storage
 from cinemo.config import Recipe
 from cinemo.data.dataset import columns, shards, sidecars
 from cinemo.data.dataset.fields import decode_again, identity
-from cinemo.data.dataset.identity import differences, encoder_dtype, fingerprint
+from cinemo.data.dataset.identity import as_begun, differences, encoder_dtype, fingerprint
 from cinemo.data.dataset.shards import DatasetIndex, Members, shard_name
 from cinemo.data.precompute import stages
 from cinemo.media.motion import mean_adjacent_ssim
@@ -403,10 +403,9 @@ def _hashed(key: str) -> int:
 
 def _other_recipe(index: DatasetIndex, recipe: Recipe, fields: Mapping[str, Any]) -> list[str]:
     """What this recipe would make otherwise; fields only where it asks for them."""
-    faults = [
-        f"dataset.json: {difference}"
-        for difference in differences(index.info.get("computed_from", {}), fingerprint(recipe)[1])
-    ]
+    stored = index.info.get("computed_from", {})
+    here = as_begun(fingerprint(recipe)[1], stored)
+    faults = [f"dataset.json: {difference}" for difference in differences(stored, here)]
     for name in recipe.data.fields:
         if name not in fields:
             faults.append(f"fields/{name}.json: is missing")

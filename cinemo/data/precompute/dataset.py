@@ -20,13 +20,14 @@ import pyarrow as pa
 from cinemo import checksums, storage
 from cinemo.config import MACHINES, DataConfig, Recipe
 from cinemo.data.dataset import shards
-from cinemo.data.dataset.identity import differences, fingerprint
+from cinemo.data.dataset.identity import as_begun, differences, digest, fingerprint
 from cinemo.data.dataset.statistics import latent_statistics
 from cinemo.data.precompute import shapes
 from cinemo.data.precompute.journal import Journal, probe
 from cinemo.data.precompute.parts import APPEND, Part, new_rows, read_rows, stored_parts, write_rows
 from cinemo.data.precompute.plan import Plan, PlannedRows, cut_by_shape
 from cinemo.data.precompute.shapes import Measure
+from cinemo.media.scores import SCORES_VERSION
 from cinemo.types import InputError, Refusal
 
 _READERS = 16
@@ -80,7 +81,7 @@ class Dataset:
         Raises:
             InputError: it cannot be written, or belongs to another recipe or manifest, or cannot be extended.
         """
-        digest, covers = fingerprint(recipe)
+        identity, covers = fingerprint(recipe)
         place = storage.join(uri, "dataset.json")
         if append is not None and append not in APPEND:
             raise InputError(f"--append {append}: expected {' or '.join(APPEND)}")
@@ -88,10 +89,11 @@ class Dataset:
             if append:
                 raise InputError(f"{uri}: no dataset there to append to; make it without --append first")
             storage.check_writable(uri)
-            parts, journal = [Part.of(plan)], _journal(uri, digest, plan)
-            return cls(uri, recipe, plan, digest, covers, parts, None, journal)
+            parts, journal = [Part.of(plan)], _journal(uri, identity, plan)
+            return cls(uri, recipe, plan, identity, covers, parts, None, journal)
         try:
             stored = storage.read_json(place)
+            covers = as_begun(covers, stored["computed_from"])
             different = differences(stored["computed_from"], covers)
             parts = stored_parts(stored)
             pending, complete = "appending" in stored, bool(stored["complete"])
@@ -113,8 +115,9 @@ class Dataset:
             began = f"an append of {parts[-1].clips} clips of another manifest" if pending else "the dataset"
             raise InputError(f"{uri}: {began} is not finished; run the command that began it again, then append")
         append = append if number is None else None
-        journal = _journal(uri, digest, plan)
-        return cls(uri, recipe, plan, digest, covers, parts, stored, journal, pending, append, prefix)
+        identity = digest(covers)
+        journal = _journal(uri, identity, plan)
+        return cls(uri, recipe, plan, identity, covers, parts, stored, journal, pending, append, prefix)
 
     def load(self) -> None:
         """Find the shards that are committed, from the index or the journal, and after them record by record; and the
@@ -124,7 +127,8 @@ class Dataset:
 
         Raises:
             InputError: another job has changed the dataset since it was opened, shards are missing that another
-                manifest is needed for, or a manifest cannot be appended (`cinemo.data.precompute.parts.new_rows`).
+                manifest is needed for or that would have scores of another version, or a manifest cannot be appended
+                (`cinemo.data.precompute.parts.new_rows`).
         """
         place = storage.join(self.uri, "dataset.json")
         if (storage.read_json(place) if storage.exists(place) else None) != self.stored:
@@ -148,6 +152,17 @@ class Dataset:
             raise InputError(
                 f"{self.uri}: {len(foreign)} shards are missing that the given manifest has no clips of (the first is "
                 f"{shards.shard_name(foreign[0])}); give the manifest that they were made from"
+            )
+        if self.missing_shards():
+            self._check_scores()
+
+    def _check_scores(self) -> None:
+        """Refuse to make shards whose scores would be of another version than those that are there."""
+        there = self.covers.get("scores", SCORES_VERSION)
+        if there != SCORES_VERSION:
+            raise InputError(
+                f"{self.uri}: holds scores of version {there}, new shards would have version {SCORES_VERSION}; what is "
+                "finished of it stays usable; choose another --output for more"
             )
 
     def _extend(self) -> None:
@@ -267,7 +282,12 @@ class Dataset:
         return found
 
     def rows_to_retry(self, refused: dict[str, tuple[int, str]]) -> PlannedRows:
-        """Planned rows of refused clips, in plan order, for new shards after the last one."""
+        """Planned rows of refused clips, in plan order, for new shards after the last one.
+
+        Raises:
+            InputError: they would have scores of another version than the dataset.
+        """
+        self._check_scores()
         parts = [np.empty(0, np.int64)]
         for shard in sorted({shard for shard, _ in refused.values()}):
             positions = self.plan.positions([shard])
