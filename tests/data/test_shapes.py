@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cinemo import storage
+from cinemo.cache import Damaged
 from cinemo.config import DataConfig, Recipe
 from cinemo.data.dataset import fields, shards
 from cinemo.data.dataset.shards import DatasetIndex, pixels
@@ -36,6 +38,7 @@ from cinemo.data.precompute.probing import Probe, extents_of, measured_here
 from cinemo.data.precompute.shapes import kinds, nearest, stated
 from cinemo.data.precompute.wording import plan_lines
 from cinemo.media.mp4 import write_video
+from cinemo.progress import Work
 from cinemo.recipes import override
 from cinemo.training.run.growth import TrainingData
 from cinemo.training.run.proof import _against_index
@@ -120,6 +123,39 @@ def test_columns_tell_what_they_tell(tmp_path: Path, suffix: str) -> None:
     expected = [(64, 48, 50), (64, 48, 25), (64, 48, nan), (64, 48, 31), (64, 48, nan), (nan, 48, 10)]
     np.testing.assert_equal(stated(listed, np.arange(6), several), np.array(expected))
     assert np.isinf(stated(listed, np.arange(6), same)[:, 2]).all()  # length makes no difference
+
+
+def test_columns_of_any_type_tell_numbers(tmp_path: Path) -> None:
+    """One value that is none leaves the others as they are."""
+    names = {name: [f"{name}{k}" for k in range(3)] for name in ("clip_id", "uri", "caption")}
+    columns = {
+        "width": pa.array(["64", "64px", None], pa.large_string()),
+        "height": pa.array([48, 2**64 - 1, 0], pa.uint64()),
+        "num_frames": pa.array(["20", "x", "-1"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table({**names, **columns}), tmp_path / "clips.parquet")
+    found = stated(
+        read_manifest(str(tmp_path / "clips.parquet")), np.arange(3), DataConfig(other_shapes=((8, 320, 512),))
+    )
+    np.testing.assert_equal(found, [(64, 48, 20), (np.nan, 2.0**64, np.nan), (np.nan, np.nan, np.nan)])
+
+
+def test_what_was_measured_is_kept_for_those_clips_only(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another recipe may have to measure as many, beginning with the same one."""
+    clips = [{"clip_id": str(k), "uri": f"/{k}.mp4", "caption": ""} for k in range(4)]
+    plan, asked = Plan(manifest_of(pa.Table.from_pylist(clips)), 4, 1), list[list[int]]()
+
+    def measured(self: Probe, plan: Plan, rows: np.ndarray, work: Work) -> np.ndarray:
+        asked.append(rows.tolist())
+        return np.repeat(rows[:, None], 3, 1).astype(np.float64)
+
+    monkeypatch.setattr(Probe, "_measured", measured)
+    for rows in ([0, 1, 3], [0, 2, 3], [0, 1, 3]):
+        ((_, extents),) = Probe(str(tmp_path / "output"), recipe)(plan, np.array(rows))
+        assert extents[:, 0].tolist() == rows
+    assert asked == [[0, 1, 3], [0, 2, 3]]
 
 
 def test_files_tell_it_where_columns_do_not(tmp_path: Path) -> None:
@@ -456,6 +492,25 @@ def test_held_out_and_filtered_samples_are_not_seen(dataset: Path, recipe: Recip
     assert max(sample.ssim for sample in seen) < 0.8
     assert sum(loader.order.samples for loader in made.loader.loaders) == len({sample.key for sample in seen})
     assert [line.split(":")[0].split("%")[-1] for line in made.lines()][-1] == " of steps"
+
+
+def test_a_shape_whose_shards_are_all_damaged_stops_nothing(dataset: Path, recipe: Recipe, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    index = DatasetIndex.load(str(copy))
+    for shard in index.of_shape(index.latent_shapes[1]).shards:
+        Path(shards.tar_uri(str(copy), shard)).unlink()
+    whole = data_of(dataset, recipe).loader
+    skipping = data_of(copy, recipe, 0, 1, "train.on_damaged=skip").loader
+    for step in range(STEPS):
+        batch, expected = skipping.batch(step), whole.batch(step)
+        lost = shape_of(expected.samples) == index.latent_shapes[1]
+        assert batch.keys == (() if lost else expected.keys)
+        assert (batch.step, batch.epoch, batch.epochs) == (step, expected.epoch, expected.epochs)
+        assert len(batch.samples) == len(expected.samples)
+        assert len(shape_of(batch.samples)) == 4  # of one shape, whichever
+    with pytest.raises(Damaged, match="No such file"):
+        [data_of(copy, recipe).loader.batch(step) for step in range(STEPS)]
 
 
 def test_what_cannot_be_is_refused_in_one_line(dataset: Path, recipe: Recipe, tmp_path: Path) -> None:

@@ -50,6 +50,10 @@ class Skipped:
     samples: int
 
 
+class NothingLeft(RunError):
+    """Every shard that could be read from is damaged or missing."""
+
+
 class LatentLoader:
     """Reads one rank's share of every global batch.
 
@@ -301,4 +305,4 @@ class _Samples:
             except Damaged:
                 continue
             return self._any
-        raise RunError(f"{self._reader.index.uri}: every shard is damaged or missing; run precompute.py again")
+        raise NothingLeft(f"{self._reader.index.uri}: every shard is damaged or missing; run precompute.py again")

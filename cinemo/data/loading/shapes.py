@@ -9,11 +9,12 @@ samples, follows from the step alone.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from cinemo.data.loading.loader import LatentLoader, StepBatch
+from cinemo.data.loading.loader import LatentLoader, NothingLeft, StepBatch
 from cinemo.data.loading.mix import MixedLoader, MixedPlace, Shares
 
 
@@ -45,4 +46,12 @@ class ShapesLoader(MixedLoader):
 
     def batch(self, step: int) -> StepBatch:
         source, own = self.turn(step)
-        return replace(self.loaders[source].batch(own), step=step)
+        try:
+            return replace(self.loaders[source].batch(own), step=step)
+        except NothingLeft:  # of this shape: samples of another one stand in, which do not count
+            for loader in self.loaders:
+                with contextlib.suppress(NothingLeft):
+                    found = loader.batch(0).samples
+                    epoch = self.loaders[source].order.epoch(own)
+                    return StepBatch(step, epoch, found, [0.0] * len(found), [epoch] * len(found))
+            raise

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cinemo import cache, s3, storage
@@ -401,6 +402,10 @@ def _seconds(column: pa.ChunkedArray) -> np.ndarray:
     """Numbers, or times as `timestamps.seconds` reads them; nan for what is neither."""
     whole = simple(pa.concat_arrays([pa.array([], column.type), *column.chunks]))
     try:
+        if pa.types.is_large_string(whole.type):
+            whole = whole.cast(pa.string())
+        elif pa.types.is_integer(whole.type):
+            whole = pc.cast(whole, pa.float64(), safe=False)
         values, _ = seconds(whole)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return np.full(len(whole), np.nan)

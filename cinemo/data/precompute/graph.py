@@ -89,6 +89,7 @@ def run(
         with doing("looking at what is there already"):
             dataset.load()
             dataset.shape_clips(Probe(dataset.uri, recipe))
+            lock.check()  # which may have taken hours
             rows, retried = _rows_to_do(dataset, retry_quarantine)
         if len(rows):
             plan.clips.check_buckets()

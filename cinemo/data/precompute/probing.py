@@ -6,6 +6,7 @@ does not read those files again. A file that crashes or hangs its reader costs t
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import math
@@ -26,7 +27,7 @@ from cinemo.data.precompute.plan import Plan
 from cinemo.data.precompute.shapes import KEPT
 from cinemo.media.extent import clip_extents
 from cinemo.media.sources import Sources
-from cinemo.progress import doing
+from cinemo.progress import Work, doing
 from cinemo.types import Clip, InputError, RunError
 
 _PART_CLIPS = 1 << 14  # of which the results are kept together
@@ -47,18 +48,19 @@ class Probe:
         with doing("reading the sizes and lengths of videos", len(rows), "clips") as work:
             for start in range(0, len(rows), _PART_CLIPS):
                 part = rows[start : start + _PART_CLIPS]
-                place = storage.join(self.dataset, KEPT, f"{plan.clips.digest[:16]}-{part[0]:09d}-{len(part)}.npy")
+                name = hashlib.sha256(plan.clips.digest.encode() + part.astype("<i8").tobytes()).hexdigest()[:32]
+                place = storage.join(self.dataset, KEPT, f"{name}.npy")
                 if storage.exists(place):
                     extents = np.load(io.BytesIO(storage.read_bytes(place)))
+                    work.advance(len(part))
                 else:
-                    extents = self._measured(plan, part)
+                    extents = self._measured(plan, part, work)
                     content = io.BytesIO()
                     np.save(content, extents)
                     storage.write_bytes(place, content.getvalue())
-                work.advance(len(part))
                 yield part, extents
 
-    def _measured(self, plan: Plan, rows: np.ndarray) -> np.ndarray:
+    def _measured(self, plan: Plan, rows: np.ndarray, work: Work) -> np.ndarray:
         import ray
 
         cluster.connect()
@@ -87,7 +89,7 @@ class Probe:
         clips = _clips(plan, rows)
         groups = [clips[start : start + _TASK_CLIPS] for start in range(0, len(clips), _TASK_CLIPS)]
         with ThreadPoolExecutor(max(1, min(len(groups), 4 * int(ray.cluster_resources().get("CPU", 1))))) as waiting:
-            found = waiting.map(lambda group: answers(group, _ATTEMPTS), groups)
+            found = work.counting(waiting.map(lambda group: answers(group, _ATTEMPTS), groups), len)
             return np.array(list(itertools.chain.from_iterable(found)), np.float64)
 
 
