@@ -384,6 +384,42 @@ def test_an_append_is_shaped_and_older_shards_stay(dataset: Path, recipe: Recipe
     assert verify(str(grown), recipe, 0)["samples"] == info["samples"]
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_appends_that_are_killed_at_any_write_end_in_the_same_bytes(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lists = [MIXED[:10], [(48, 64, 20), (64, 48, 4), (64, 48, 20)] * 3, [(64, 48, 4)]]
+    firsts = [0, 10, 19]
+    left = [math.inf]
+
+    def killing(write: Any) -> Any:
+        def wrapped(*args: Any, **named: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+            return write(*args, **named)
+
+        return wrapped
+
+    for name in ("write_bytes", "write_json"):
+        monkeypatch.setattr(storage, name, killing(getattr(storage, name)))
+    for name, kills in (("undisturbed", False), ("killed", True)):
+        for extents, first in zip(lists, firsts, strict=True):
+            for writes in itertools.count(0) if kills else [math.inf]:
+                left[0] = writes
+                try:
+                    precompute(tmp_path / name, recipe, manifest(extents, first), append="skip" if first else None)
+                    break
+                except Killed:
+                    pass
+            assert writes > 3
+    assert digests(tmp_path / "killed") == digests(tmp_path / "undisturbed")
+    assert verify(str(tmp_path / "killed"), recipe, 0)["samples"] == 10 - 1 + 9 - 1 + 1
+
+
 def test_refused_clips_are_tried_again_in_shards_of_one_shape(dataset: Path, recipe: Recipe) -> None:
     opened = Dataset.open(str(dataset), recipe, Plan(manifest(MIXED), 4, 1))
     opened.load()

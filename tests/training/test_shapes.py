@@ -170,7 +170,7 @@ def precomputed(recipe: Recipe, videos: Path, output: Path) -> str:
     encoder = stages.Encoder(recipe.data, recipe.encoders.vae, recipe.encoders.latent, "float32")
     for number in made.missing_shards():
         scored = stages.score(stages.decode(made.plan.rows([number]).slice(), recipe.data), recipe.data)
-        (total,) = stages.commit(encoder(scored), made.uri, made.fingerprint, 1).to_pylist()
+        (total,) = stages.commit(encoder(scored), made.uri, made.fingerprint, recipe.data.views).to_pylist()
         made.committed(json.loads(total["index"]))
     made.finish(made.summarize())
     return made.uri
