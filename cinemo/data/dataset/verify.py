@@ -20,13 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from cinemo import checksums, storage
+from cinemo import checksums, lock, storage
 from cinemo.config import Recipe
 from cinemo.data.dataset import columns, shards, sidecars
 from cinemo.data.dataset.fields import decode_again, identity
 from cinemo.data.dataset.identity import as_begun, differences, encoder_dtype, fingerprint
 from cinemo.data.dataset.shards import DatasetIndex, Members, shard_name
 from cinemo.data.precompute import stages
+from cinemo.data.precompute.shapes import KEPT
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.sources import NOT_THERE
 from cinemo.progress import counted, doing
@@ -323,12 +324,12 @@ def _members(tar: bytes) -> dict[str, tuple[int, int]]:
 
 
 def _strays(index: DatasetIndex, fields: Mapping[str, Any]) -> list[str]:
-    """Files that belong to no committed shard."""
+    """Files that belong to no committed shard, nor to a job that was stopped before it changed anything."""
     names = [shard_name(number) for number in index.shards]
     pairs = {f"{name}.{kind}" for name in names for kind in ("tar", "json")}
-    parts = 1 + len(index.info.get("appended", ()))
+    parts = 2 + len(index.info.get("appended", ()))  # one more: of an append that was stopped as it began
     expected = {
-        "": ROOT_FILES | {"shards", "quarantine", "fields", columns.DIRECTORY, "parts"},
+        "": ROOT_FILES | {"shards", "quarantine", "fields", columns.DIRECTORY, "parts", lock.NAME, KEPT},
         "shards": pairs,
         "quarantine": {f"{name}.jsonl" for name in names},
         columns.DIRECTORY: {f"{name}.parquet" for name in names},
