@@ -53,6 +53,8 @@ def downloaded(video: Video | str, target: Path, variant: str, max_retries: int)
                 if (yield Do(part.exists)):
                     continue  # an earlier download of the same broke off: only the rest is asked for
             start, size = _extent(response)
+            if start not in (0, have):
+                raise UnexpectedAnswer(f"GET {name} was answered from byte {start} on, expected {have}")
             broken = yield from _written(part, start, size)
             if broken is None:
                 yield Do(partial(os.replace, part, target))
@@ -95,7 +97,7 @@ def _extent(response: httpx.Response) -> tuple[int, int | None]:
     if part:
         return int(part[1]), int(part[2])
     length = response.headers.get("content-length", "")
-    return 0, int(length) if length.isdigit() else None
+    return 0, int(length) if length.isdecimal() else None
 
 
 def _strong(tag: str) -> str:

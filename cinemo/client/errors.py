@@ -67,7 +67,7 @@ class APIError(VideoServerError):
         self.request_id: str | None = response.headers.get("x-request-id")
         self.video_id: str | None = response.headers.get("x-video-id")
         after = response.headers.get("retry-after", "")
-        self.retry_after = float(after) if after.isdigit() else None
+        self.retry_after = float(after) if after.isdecimal() else None
         request = f" (request {self.request_id})" if self.request_id else ""
         super().__init__(f"{self.status} {self.code}: {self.message}{request}")
 

@@ -14,6 +14,7 @@ from cinemo.client.errors import (
     APIError,
     ConnectionFailed,
     NotFound,
+    UnexpectedAnswer,
     VideoFailed,
     WaitTimeout,
 )
@@ -107,7 +108,10 @@ def page(after: str | None, limit: int, order: str, max_retries: int) -> Flow[Vi
     query: dict[str, str | int] = {"limit": limit, "order": order}
     if after is not None:
         query["after"] = after
-    return (yield from parsed(VideoList, Ask("GET", "/v1/videos", query), max_retries))
+    answer = yield from parsed(VideoList, Ask("GET", "/v1/videos", query), max_retries)
+    if answer.has_more and after is not None and after in (answer.last_id, *(video.id for video in answer.data[-1:])):
+        raise UnexpectedAnswer(f"the page of videos after {after} ends with it, and says that there are more")
+    return answer
 
 
 def cancelled(video: Video | str, max_retries: int) -> Flow[Video]:

@@ -48,6 +48,13 @@ def check_text(name: str, value: Any) -> None:
         raise InputError(f"{name}: holds a null character or half a surrogate pair, expected plain text")
 
 
+def number_as_text(value: Any) -> Any:
+    """A number, as JSON may have it, where a form has its text; other values as they are."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
 def size_of(text: str) -> tuple[int, int]:
     """(height, width) of ``WIDTHxHEIGHT``. Raises `InputError`: it is something else."""
     match = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text, re.ASCII)
@@ -139,14 +146,14 @@ def _arrows(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.lstrip().startswith("[[") else value.strip(" ;").split(";")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError("expected a list of arrows, such as [[10, 20, 60, 20]]") from None
     if not isinstance(value, list | tuple):
         return value
     arrows = [arrow.split(",") if isinstance(arrow, str) else arrow for arrow in value]
     try:
         made = tuple(tuple(float(number) for number in arrow) for arrow in arrows)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError("expected four numbers x0,y0,x1,y1 for each arrow, such as 10,20,60,20") from None
     if any(len(arrow) != 4 for arrow in made):
         raise ValueError("expected four numbers x0,y0,x1,y1 for each arrow, such as 10,20,60,20")
@@ -240,8 +247,8 @@ class Controls(BaseModel):
             if not name:
                 raise InputError(message) from None
             if fault["type"] == "value_error":
-                message = message if message.startswith(f"{name}: ") else f"{name} is {_shown(plain[name])}; {message}"
-                raise InputError(message) from None
+                named = message.startswith((f"{name}: ", f"{name} is "))
+                raise InputError(message if named else f"{name} is {_shown(plain[name])}; {message}") from None
             raise InputError(f"{name} is {_shown(plain[name])}, expected {expectation(cls, name)}") from None
 
     @classmethod
@@ -322,7 +329,6 @@ class FastSampling(Controls):
     @model_validator(mode="after")
     def _quality_alone(self) -> Self:
         if self.quality is not None:
-            decibels(self.quality)
             for name in ("steps", "solver", "guidance_interval", "reuse_features"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"quality and {name} are both given; give at most one of them")
@@ -336,8 +342,15 @@ class FastSampling(Controls):
 
     @field_validator("quality", mode="before")
     @classmethod
-    def _number_as_text(cls, value: Any) -> Any:
-        return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+    def _number(cls, value: Any) -> Any:
+        return number_as_text(value)
+
+    @field_validator("quality")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None:
+            decibels(value)
+        return value
 
     def calibrated(
         self, recipe: Recipe, calibration: Mapping[str, Any] | None, quality: QualityTable | None = None
@@ -450,7 +463,7 @@ def expectation(controls: type[Controls], name: str) -> str:
         return " or ".join(info.choices)
     what = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "pair": "two numbers"}
     if info.kind == "vectors":
-        return f"at most {MAX_ARROWS} arrows of four numbers x0,y0,x1,y1"
+        return f"at most {MAX_ARROWS} arrows of four finite numbers x0,y0,x1,y1"
     if info.kind == "text":
         return f"a text of at most {info.maximum:g} characters" if info.maximum else "a text"
     limits = "" if info.minimum is None or info.maximum is None else f" {info.minimum:g}..{info.maximum:g}"

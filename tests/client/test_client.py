@@ -359,6 +359,19 @@ def test_what_is_no_server_of_videos_is_said(faked: Make) -> None:
     assert issubclass(UnexpectedAnswer, VideoServerError)
 
 
+def test_odd_headers_of_strangers_break_nothing(faked: Make) -> None:
+    client, _ = faked(in_turn(*[httpx.Response(503, headers=[(b"retry-after", b"\xb2")])] * 2)[0], max_retries=1)
+    with pytest.raises(ServerFault):
+        client.retrieve("v1")
+
+
+def test_pages_that_never_end_are_an_error(faked: Make) -> None:
+    page = {"object": "list", "data": [video()], "has_more": True, "first_id": None, "last_id": None}
+    client, _ = faked(in_turn(*[httpx.Response(200, json=page)] * 2)[0])
+    with pytest.raises(UnexpectedAnswer, match="says that there are more"):
+        list(client.videos())
+
+
 # --- other servers, and newer ones -----------------------------------------------------------------------------------
 
 
@@ -588,6 +601,21 @@ def test_a_download_of_another_size_is_an_error(faked: Make, tmp_path: Path) -> 
     with pytest.raises(UnexpectedAnswer, match="5 bytes, expected 9000"):
         faked(answer, max_retries=1)[0].download("v1", tmp_path / "a.mp4")
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("begin", [2000, 5000])
+def test_a_part_that_begins_elsewhere_leaves_no_hole(faked: Make, tmp_path: Path, begin: int) -> None:
+    honest, _ = file_server([3000, None])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        response = honest(request)
+        if response.status_code == 206:
+            response.headers["content-range"] = f"bytes {begin}-{len(CONTENT) - 1}/{len(CONTENT)}"
+        return response
+
+    with pytest.raises(UnexpectedAnswer, match=f"from byte {begin} on, expected 3000"):
+        faked(answer)[0].download("v1", tmp_path / "a.mp4")
+    assert "a.mp4" not in names(tmp_path)
 
 
 def test_a_download_needs_its_directory(faked: Make, tmp_path: Path) -> None:

@@ -222,7 +222,9 @@ def test_how_arrows_are_written(text: Any, expected: Any) -> None:
     assert LongerControls.of({"arrows": [list(arrow) for arrow in expected]}, "x").arrows == expected
 
 
-@pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "[[1, 2]]", "[[1, 2", [[1, 2, 3, 4]] * 65, "1,2,3,nan"])
+@pytest.mark.parametrize(
+    "text", ["1,2,3", "a,b,c,d", "[[1, 2]]", "[[1, 2", [[1, 2, 3, 4]] * 65, "1,2,3,nan", [[10**400] * 4], "[" * 9999]
+)
 def test_what_no_arrow_is(text: Any) -> None:
     with pytest.raises(InputError, match=r"arrows is .*; expected four numbers|arrows is .*expected"):
         LongerControls.of({"arrows": text}, "x")

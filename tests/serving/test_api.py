@@ -166,6 +166,19 @@ def test_bad_fields(
     assert store.page() == []
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400), [1], {"a": 1}])
+@pytest.mark.parametrize(
+    "field", ["quality", "seconds", "size", "seed", "timeout", "guidance_interval", "input_reference", "lora"]
+)
+def test_bad_values_in_json_are_refused_in_words(client: TestClient, store: JobStore, field: str, value: Any) -> None:
+    body = {"prompt": "waves", "input_reference": "data:image/png;base64,AAAA", field: value}
+    answer = client.post("/v1/videos", json=body)
+    error = answer.json()["error"]
+    assert answer.status_code == 422, error
+    assert error["param"].startswith(field), error
+    assert "received" not in error["message"]
+
+
 def test_unsupported_values_say_what_is_supported(client: TestClient) -> None:
     assert "'48x32'" in post(client, size="9x9").json()["error"]["message"]
     assert "expected a number from 0.25 to 128" in post(client, seconds="900").json()["error"]["message"]
@@ -185,7 +198,9 @@ def test_quality_is_asked_by_name_where_it_was_measured(store: JobStore, client:
         assert (made["num_inference_steps"], made["steps"], made["predicted_quality"]["psnr_low"]) == (3, 3, 38.0)
         assert "quality" not in made
         assert post(other, quality="42").json()["num_inference_steps"] == 9
-        assert post(other, quality="superb").status_code == 422
+        refused = post(other, quality="superb").json()["error"]
+        assert refused["param"] == "quality"
+        assert refused["message"].startswith("quality is 'superb', expected draft")
         qualities = other.get(f"/v1/models/{MODEL}").json()["qualities"]
     assert {name: each["passes"] for name, each in qualities.items()} == {"draft": 6, "standard": 18, "best": 18}
 
@@ -199,7 +214,8 @@ def test_adapters_are_named_by_request(store: JobStore, client: TestClient) -> N
         missing = post(other, lora="fog")
         assert missing.status_code == 404
         assert missing.json()["error"]["message"] == "lora: there is no adapter 'fog'; there is rain, snow"
-        assert post(other, lora="snow:99").status_code == 422
+        refused = post(other, lora="snow:99").json()["error"]
+        assert refused["message"].startswith("lora is 'snow:99', expected NAME"), refused
         assert post(other, lora="snow").json()["lora"] == "snow:1"
         assert post(other, lora="rain:0.5").json()["lora"] == "rain:0.5"
         assert "lora" not in post(other).json()

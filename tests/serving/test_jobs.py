@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from cinemo.serving.store.database import Database
 from cinemo.serving.store.jobs import FINAL, Job, JobStore, KeyReused, QueueFull, QueueLimits, Quota, QuotaExceeded
 from cinemo.serving.store.media import MediaStore, image_name, input_name, video_name
+from cinemo.serving.store.previews import Preview
+from cinemo.serving.store.tables import previews
 
 REQUEST = {"prompt": "waves", "seed": 3}
 LIMITS = QueueLimits(max_queued=5, max_attempts=3, keep_seconds=100, lease_seconds=30, stray_seconds=3600)
@@ -219,6 +222,27 @@ def test_cancelling_reaches_the_worker_at_its_next_beat(store: JobStore) -> None
     assert store.statistics().finished["cancelled"] == 2
     assert store.delete(running.id)
     assert store.beat("a", {running.id: (6, 10)}) == {running.id: "lost"}
+
+
+@pytest.mark.parametrize("end", ["cancel", "beat", "sweep", "complete", "fail", "release", "lapse"])
+def test_previews_go_with_the_attempt_that_made_them(store: JobStore, clock: Clock, end: str) -> None:
+    job = store.submit({**REQUEST, "previews": True}, b"", timeout=50)
+    [claimed] = store.claim("a", 1)
+    store.show(claimed, Preview(3, ("data:,",)))
+    assert store.previews([claimed])[job.id].step == 3
+    if end in ("beat", "sweep"):
+        clock.now += 50
+        store.beat("a", {job.id: (4, 10)}) if end == "beat" else store.sweep()
+    elif end == "cancel":
+        store.cancel(job.id)
+    elif end == "complete":
+        store.complete(claimed, "video")
+    elif end == "fail":
+        store.fail(claimed, "a", "b")
+    else:
+        store.release(claimed) if end == "release" else store.expire("a")
+        assert store.claim("b", 1)
+    assert store.database.read(select(previews)) == []
 
 
 @pytest.mark.parametrize("notices", ["claim", "beat", "sweep"])

@@ -154,7 +154,7 @@ class Fetcher:
             raise Refused(415, "unsupported_image", "the URL did not return a PNG, JPEG or WebP picture", PARAM)
         length = fields.get(b"content-length", "0")
         content = bytearray()
-        if length.isdigit() and len(length) < 18 and int(length) <= self._max_bytes:
+        if length.isdecimal() and len(length) < 18 and int(length) <= self._max_bytes:
             async for piece in answer.aiter_stream():
                 content += piece
                 if len(content) > self._max_bytes:

@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import File, Request, UploadFile
+import fastapi
+from fastapi import File, Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
-from starlette.datastructures import UploadFile as SentFile
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from cinemo.bundle import BundleCard
 from cinemo.config import Recipe
 from cinemo.methods import Controls, method_class, served_controls
 from cinemo.methods import controls as method_controls
-from cinemo.methods.controls import MAX_FRAMES, MAX_PROMPT, MIN_FRAMES, check_text
+from cinemo.methods.controls import MAX_FRAMES, MAX_PROMPT, MIN_FRAMES, check_text, number_as_text
 from cinemo.methods.long import expected_calls
 from cinemo.networks.adapters import parse_choice
 from cinemo.serving.http.fetch import MAX_URL
@@ -37,11 +38,6 @@ def _blank_is_absent(value: Any) -> Any:
     return None if value == "" else value
 
 
-def _as_text(value: Any) -> Any:
-    """A number, as JSON may have it, where a form has its text."""
-    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
 _Absent = BeforeValidator(_blank_is_absent)
 
 
@@ -51,7 +47,7 @@ class VideoForm(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     input_reference: Annotated[
-        UploadFile | str | None,
+        fastapi.UploadFile | str | None,  # which knows its schema; a form's files are of the class below it
         _Absent,
         File(description="picture to animate: a PNG, JPEG or WebP file, or its URL (data:, or http(s): where enabled)"),
     ] = None
@@ -63,7 +59,7 @@ class VideoForm(BaseModel):
     size: Annotated[str | None, _Absent] = Field(
         None, max_length=32, description="WIDTHxHEIGHT of no more pixels than the model's own size, which it makes best"
     )
-    seconds: Annotated[str | None, _Absent, BeforeValidator(_as_text)] = Field(
+    seconds: Annotated[str | None, _Absent, BeforeValidator(number_as_text)] = Field(
         None, max_length=32, description="length; or give frames"
     )
     timeout: Annotated[float | None, _Absent] = Field(
@@ -200,6 +196,8 @@ def parse(body: Mapping[str, Any], card: BundleCard, kept: Mapping[str, Any] | N
             before.pop("frames", None)
         asked = method.controls_type.changed(before, asked)
     faults: list[Any] = []
+    if not isinstance(values.get(PICTURE, ""), UploadFile | str):
+        faults.append({"type": "picture", "loc": (PICTURE,), "msg": "", "input": values.pop(PICTURE)})
     form = controls = None
     try:
         form = VideoForm.model_validate(values)
@@ -223,7 +221,7 @@ def parse(body: Mapping[str, Any], card: BundleCard, kept: Mapping[str, Any] | N
     for name, about in method.inputs.items():
         if about.kind == "image" and about.required and name not in inputs:
             faults.append({"type": "missing", "loc": (name,), "msg": "", "input": None})
-        elif name in given and not isinstance(given[name], SentFile | str):
+        elif name in given and not isinstance(given[name], UploadFile | str):
             faults.append({"type": "picture", "loc": (name,), "msg": "", "input": given[name]})
     if faults or form is None or controls is None:
         raise _refused(faults[0], card.recipe)

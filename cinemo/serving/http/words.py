@@ -28,7 +28,7 @@ def explained(fault: Mapping[str, Any], name: str, expected: str) -> tuple[str, 
     message = str(fault["msg"])
     if fault["type"] == "value_error":  # a validator of ours, which has its own words
         message = message.removeprefix("Value error, ")
-        if name == "the body" or message.startswith(f"{name}:"):
+        if name == "the body" or message.startswith((f"{name}:", f"{name} is ")):
             return code, message
         return code, f"{name}: got {shown(fault['input'])}, {message}"
     return code, f"{name}: got {shown(fault['input'])}, expected {expected}"
@@ -48,7 +48,7 @@ def expectation(schema: Schema) -> str:
         return ("a whole number" if kind == "integer" else "a number") + _limits(schema)
     if kind == "boolean":
         return "true or false"
-    if schema.get("format") == "binary":
+    if schema.get("format") == "binary" or "contentMediaType" in schema:
         return "a picture"
     low, high = schema.get("minLength"), schema.get("maxLength")
     if high is None:

@@ -13,8 +13,8 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 from sqlalchemy import ColumnElement, Row, bindparam, delete, insert, select, update
 
@@ -30,9 +30,11 @@ from cinemo.serving.store.admission import (
     fingerprint,
     key_hash,
 )
-from cinemo.serving.store.counters import Statistics, count_finished, make_counters, read_statistics
+from cinemo.serving.store.counters import Statistics, make_counters, read_statistics
 from cinemo.serving.store.database import Database, Transaction
+from cinemo.serving.store.endings import settle
 from cinemo.serving.store.estimates import Estimates, Pace, last_pace, tell
+from cinemo.serving.store.job import FINAL, Job, Status, job_of
 from cinemo.serving.store.keys import Quota
 from cinemo.serving.store.leases import QueueLimits, choose, due, end, end_overdue, fail_late, next_turns
 from cinemo.serving.store.media import MediaStore, image_name, input_name, is_job_id, video_name
@@ -40,56 +42,28 @@ from cinemo.serving.store.previews import Preview, hide, show, shown
 from cinemo.serving.store.results import Reuse, asked_key, deciding, expect, find, forget, keep
 from cinemo.serving.store.storage_health import Reserve, check_room
 from cinemo.serving.store.tables import jobs, usage
-from cinemo.serving.store.webhooks import announce, owe
+from cinemo.serving.store.webhooks import owe
 from cinemo.types import InputError, NoRoom, RunError
 
-__all__ = ["FINAL", "Job", "JobStore", "KeyReused", "QueueFull", "QueueLimits", "Quota", "QuotaExceeded", "Statistics"]
+__all__ = [
+    "FINAL",
+    "Job",
+    "JobStore",
+    "KeyReused",
+    "QueueFull",
+    "QueueLimits",
+    "Quota",
+    "QuotaExceeded",
+    "Statistics",
+    "Status",
+]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
-FINAL: tuple[Status, ...] = ("completed", "failed", "cancelled")
-
 _AT_ONCE = 200  # rows of one sweeping transaction
 _GET = select(jobs).where(jobs.c.id == bindparam("id"))
 _MANY = select(jobs).where(jobs.c.id.in_(bindparam("ids", expanding=True)))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row. Times are Unix seconds; ``progress`` is 0..100; ``request`` are the controls as they were accepted.
-
-    ``step`` of ``steps`` of the sampler in this attempt (of a queued job those that are expected); ``client`` is a
-    key's id, or empty; ``media_name`` is the video of a completed job. ``seconds_left``: an estimate, of an unfinished
-    job that was asked for; None where nothing was measured.
-    """
-
-    number: int
-    id: str
-    client: str
-    status: Status
-    progress: int
-    step: int
-    steps: int
-    attempts: int
-    worker: str | None
-    created_at: float
-    started_at: float | None
-    completed_at: float | None
-    expires_at: float | None
-    deadline_at: float | None
-    request: Mapping[str, Any]
-    media_name: str | None
-    error_code: str | None
-    error_message: str | None
-    seconds_left: float | None = field(default=None, compare=False)
-
-    @property
-    def files(self) -> dict[str, str]:
-        """What the job came with: by name (``image``, and what its model takes beside it), the media store's names."""
-        others = {name: input_name(self.id, name) for name in self.request.get("inputs", ())}
-        return {"image": image_name(self.id), **others}
 
 
 class JobStore:
@@ -150,7 +124,7 @@ class JobStore:
         same_key = None if idempotency_key is None else earlier(client, idempotency_key)
         if same_key is not None and (rows := self.database.read(same_key)):
             check_same(rows[0], asked)
-            return _job(rows[0])
+            return job_of(rows[0])
         check_room(self)
         job_id, key = f"video_{secrets.token_hex(12)}", asked_key(request, image, others)
         twin = None
@@ -185,8 +159,7 @@ class JobStore:
             expect(transaction, job_id, key)
             if twin is not None:
                 keep(transaction, job_id, digest)
-                announce(transaction, "completed", [job_id], now)
-                count_finished(transaction, "completed", [row], now)
+                settle(transaction, "completed", [row], now)
             return cast(Row[Any], row)
 
         try:
@@ -247,7 +220,6 @@ class JobStore:
         def work(transaction: Transaction) -> list[Row[Any]]:
             now = self._now(transaction)
             ended = end_overdue(transaction, now, self.limits)
-            announce(transaction, "failed", [row.id for row in ended], now)
             chosen = choose(transaction, worker, count, now, self.limits)
             taken = {}
             if chosen:
@@ -255,11 +227,12 @@ class JobStore:
                 values = {"status": "in_progress", "step": 0, "attempts": jobs.c.attempts + 1, **lease}
                 statement = update(jobs).where(jobs.c.number.in_(chosen)).values(values).returning(*jobs.c)
                 taken = {row.number: row for row in transaction.execute(statement)}
+                hide(transaction, [row.id for row in taken.values()])  # of an earlier attempt
                 next_turns(transaction, [taken[number].client for number in chosen])
-            count_finished(transaction, "failed", ended, now)
+            settle(transaction, "failed", ended, now)
             return [taken[number] for number in chosen]
 
-        return [_job(row) for row in self.database.transact(work, lock="claim")]
+        return [job_of(row) for row in self.database.transact(work, lock="claim")]
 
     def beat(self, worker: str, progress: Mapping[str, tuple[int, int]]) -> dict[str, str]:
         """Note how far a worker's jobs are and renew their leases.
@@ -298,8 +271,7 @@ class JobStore:
                 transaction.execute(update(jobs).where(jobs.c.number == bindparam("row")).values(renewed), mine)
             if late:
                 fail_late(transaction, late, now, self.limits)
-                announce(transaction, "failed", [row.id for row in late], now)
-                count_finished(transaction, "failed", late, now)
+                settle(transaction, "failed", late, now)
             return gone
 
         return self.database.transact(work, durable=False)
@@ -378,8 +350,7 @@ class JobStore:
                 return transaction.repeated and row.status == "cancelled"
             now = self._now(transaction)
             end(transaction, [row], now, self.limits.keep_seconds, status="cancelled")
-            announce(transaction, "cancelled", [job_id], now)
-            count_finished(transaction, "cancelled", [row], now)
+            settle(transaction, "cancelled", [row], now)
             return True
 
         return self._end(work)
@@ -395,7 +366,6 @@ class JobStore:
                 statement = statement.where(jobs.c.client == client)
             if transaction.execute(statement).rowcount:
                 forget(transaction, [job_id])
-                hide(transaction, [job_id])
                 return True
             return transaction.repeated
 
@@ -443,7 +413,7 @@ class JobStore:
 
     def _estimated(self, rows: Iterable[Row[Any]]) -> list[Job]:
         """The jobs of ``rows``, with what is known of their ends."""
-        found = [_job(row) for row in rows]
+        found = [job_of(row) for row in rows]
         unfinished = [job.id for job in found if job.status not in FINAL]
         if not unfinished:
             return found
@@ -461,14 +431,13 @@ class JobStore:
             statement = update(jobs).where(*_held(job)).values(
                 status=status, completed_at=now, expires_at=now + self.limits.keep_seconds, lease_until=None, **values
             )  # fmt: skip
-            row = transaction.execute(statement.returning(jobs.c.created_at, jobs.c.started_at)).one_or_none()
+            row = transaction.execute(
+                statement.returning(jobs.c.id, jobs.c.created_at, jobs.c.started_at)
+            ).one_or_none()
             if row is not None:
                 if digest is not None:
                     keep(transaction, job.id, digest)
-                if job.request.get("previews"):
-                    hide(transaction, [job.id])
-                announce(transaction, status, [job.id], now)
-                count_finished(transaction, status, [row], now)
+                settle(transaction, status, [row], now)
                 return True
             # It may have been this very call before, whose answer was lost.
             row = transaction.execute(_GET, {"id": job.id}).one_or_none()
@@ -480,16 +449,13 @@ class JobStore:
     def _tidy(self, transaction: Transaction) -> None:
         now = self._now(transaction)
         transaction.execute(delete(usage).where(usage.c.day < int(now // 86400) - 1))
-        ended = end_overdue(transaction, now, self.limits)
-        announce(transaction, "failed", [row.id for row in ended], now)
-        count_finished(transaction, "failed", ended, now)
+        settle(transaction, "failed", end_overdue(transaction, now, self.limits), now)
 
     def _delete_expired(self, transaction: Transaction) -> list[str]:
         expired = select(jobs.c.number).where(jobs.c.expires_at <= self._now(transaction)).limit(_AT_ONCE)
         statement = delete(jobs).where(jobs.c.number.in_(expired.with_for_update(skip_locked=True)))
         ids = list(transaction.execute(statement.returning(jobs.c.id)).scalars())
         forget(transaction, ids)
-        hide(transaction, ids)
         return ids
 
     def _copied(self, twin: Row[Any] | None, job_id: str) -> Row[Any] | None:
@@ -545,12 +511,3 @@ def _why_gone(row: Row[Any] | None) -> str:
 def _storable(text: str) -> str:
     """PostgreSQL stores no NUL, and nobody stores half a surrogate."""
     return text.replace("\0", "").encode("utf-8", "replace").decode()
-
-
-def _job(row: Row[Any]) -> Job:
-    progress = 100 if row.status == "completed" else min(99, 100 * row.step // max(1, row.steps))
-    return Job(
-        row.number, row.id, row.client, row.status, progress, row.step, row.steps, row.attempts, row.worker,
-        row.created_at, row.started_at, row.completed_at, row.expires_at, row.deadline_at, json.loads(row.request),
-        row.media_name, row.error_code, row.error_message,
-    )  # fmt: skip
