@@ -104,7 +104,8 @@ class AnimateRequest:
         controls = method.controls_type.of(self.controls, recipe.name)
         calibrated = controls.calibrated(recipe, calibration, quality)
         filled = calibrated.settings(recipe, self.inputs.keys())
-        return {"prompt": self.prompt, **filled, **controls.predicted(quality)}
+        is_measured = self.lora is None and self.size in (None, recipe.data.size) and "frames" not in filled
+        return {"prompt": self.prompt, **filled, **(controls.predicted(quality) if is_measured else {})}
 
 
 def blank_inputs(recipe: Recipe) -> dict[str, np.ndarray]:

@@ -64,6 +64,11 @@ class BundleCard:
     quality: QualityTable | None = None
     adapters: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def weights(self) -> tuple[str, Mapping[str, str]]:
+        """What decides a video beside its request: the digest, and the adapters."""
+        return self.digest, self.adapters
+
 
 @dataclass(frozen=True)
 class ModelBundle:
@@ -285,13 +290,19 @@ def load_bundle(
         method = build_method(card.recipe, networks).to(device).eval().requires_grad_(False)
         adapters = load_adapters(Path(lora)) if lora else Adapters()
         adapters.attach(method.networks)
+        if adapters.found:
+            check_takes_adapters(card.recipe, location)
         if card.recipe.compile:
-            if adapters.found:
-                raise InputError(f"bundle {location}: its network is compiled, which no adapter is; set compile=false")
             method.compile_networks()
         vae, decoder, text, image = _load_encoders(card.recipe, root, device, dtype)
     motion, digest, quality = card.motion, card.digest, card.quality
     return ModelBundle(card.recipe, method, vae, decoder, text, motion, digest, str(location), image, quality, adapters)
+
+
+def check_takes_adapters(recipe: Recipe, location: str | Path) -> None:
+    """Raise `InputError` where a bundle with this recipe cannot be asked with LoRA adapters."""
+    if recipe.compile:
+        raise InputError(f"bundle {location}: its network is compiled, which no adapter is; set compile=false")
 
 
 def load_tokenizer(location: str | Path, recipe: Recipe) -> Tokenizer:

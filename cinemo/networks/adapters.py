@@ -176,8 +176,12 @@ def load(directory: Path) -> Adapters:
 
 
 def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of an adapter's file. Raises `InputError`: it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"adapter {path}: cannot be read ({error.strerror})") from None
 
 
 def _read(name: str, path: Path) -> Adapter:
@@ -189,7 +193,7 @@ def _read(name: str, path: Path) -> Adapter:
         if path.name == PEFT_FILE:
             config = json.loads((path.parent / "adapter_config.json").read_bytes())
             scale = config["lora_alpha"] / config["r"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"adapter {name}: {path} cannot be read ({error})") from None
     prefix = _PREFIXES.get(path.name, _PREFIXES[DIFFUSERS_FILE])
     plain = {key.removeprefix(prefix): value for key, value in tensors.items()}

@@ -29,7 +29,7 @@ from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from cinemo import storage, tracking
-from cinemo.bundle import ModelBundle, load_bundle, read_card
+from cinemo.bundle import BundleCard, ModelBundle, load_bundle
 from cinemo.data.precompute.cluster import connect
 from cinemo.progress import doing
 from cinemo.serving.engine.runner import JobRunner
@@ -74,7 +74,7 @@ class Animator:
 
         The first call returns when it is loaded and warm. A later one returns at once, for Serve sends a replica no
         requests before: the old bundle goes on while the new one is loaded beside it. Serve calls at a change of
-        ``user_config`` only; where a bundle changed in its place, ``digest`` says so.
+        ``user_config`` only; where a bundle or adapters changed in their place, ``digest`` and ``adapters`` say so.
         """
         location = str(user_config["bundle"])
         self._asked += 1
@@ -128,7 +128,7 @@ class Animator:
             self._served = replace(before, loading=True, refused=None)
             try:
                 card = served_card(location, self._settings)
-                if card.digest == before.card.digest:
+                if card.weights == before.card.weights:
                     self._served = replace(before, location=location, card=card, refused=None)
                     return
                 bundle = self._load(location)
@@ -168,7 +168,7 @@ def build(args: ServeSettings | dict[str, Any]) -> serve.Application:
         Animator,
         name="animator",
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-        user_config={"bundle": settings.bundle, "digest": card.digest},
+        user_config={"bundle": settings.bundle, "digest": card.digest, "adapters": dict(card.adapters)},
         max_ongoing_requests=64,
         graceful_shutdown_timeout_s=settings.drain_seconds + _EXIT_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
@@ -296,15 +296,15 @@ def _take_bundle(settings: ServeSettings, reload: Callable[[], ServeSettings] | 
     try:
         asked = reload().absolute() if reload else settings
         wanted = settings.model_copy(update={"bundle": asked.bundle})
-        digest = read_card(wanted.bundle).digest
+        card = served_card(wanted.bundle, wanted)
         _deploy(wanted)
         with doing("waiting for the new bundle to be loaded"):
-            served = _wait_for_update(digest)
+            served = _wait_for_update(card)
     except (InputError, RunError) as error:
         print(f"update refused: {error}; still serving the old bundle", flush=True)
         return settings
-    if served.card.digest == digest:
-        print(f"{served.card.recipe.name} ({digest[:12]}) is now being served", flush=True)
+    if served.card.weights == card.weights:
+        print(f"{card.recipe.name} ({card.digest[:12]}) is now being served", flush=True)
         return wanted
     print(f"update refused: {served.refused}; still serving {served.card.digest[:12]}", flush=True)
     with contextlib.suppress(
@@ -314,7 +314,7 @@ def _take_bundle(settings: ServeSettings, reload: Callable[[], ServeSettings] | 
     return settings
 
 
-def _wait_for_update(digest: str) -> Served:
+def _wait_for_update(card: BundleCard) -> Served:
     """The first word of an animator on an update: it has the bundle, or refuses it.
 
     Raises:
@@ -325,10 +325,10 @@ def _wait_for_update(digest: str) -> Served:
     while time.monotonic() < deadline:
         with contextlib.suppress(Exception):  # one that is being replaced does not answer
             served: Served = animator.served.remote().result(timeout_s=ANSWER_SECONDS)
-            if served.card.digest == digest or served.refused:
+            if served.card.weights == card.weights or served.refused:
                 return served
         time.sleep(0.2)
-    raise RunError(f"no animator has loaded bundle {digest[:12]} within {_UPDATE_SECONDS:g} s")
+    raise RunError(f"no animator has loaded bundle {card.digest[:12]} within {_UPDATE_SECONDS:g} s")
 
 
 def _delete(settings: ServeSettings) -> None:

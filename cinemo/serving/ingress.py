@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import threading
 import time
@@ -11,7 +12,6 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI
-from ray._common.network_utils import is_localhost
 from ray.exceptions import ActorDiedError
 
 from cinemo.bundle import BundleCard, load_tokenizer
@@ -177,6 +177,10 @@ def listen_on_loopback() -> None:
     which takes what it is sent for pickles, and for which Serve names every interface."""
     from ray.serve._private import replica
 
-    bind = replica.add_port_to_grpc_server
-    if is_localhost(ray.util.get_node_ip_address()):
-        replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))
+    if not ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+        return
+    bind = getattr(replica, "add_port_to_grpc_server", None)
+    if bind is None:  # no part of Ray's interface: a later version may have it elsewhere
+        log.error("Ray %s: the server between replicas listens on every interface; close its ports", ray.__version__)
+        return
+    replica.add_port_to_grpc_server = lambda server, address: bind(server, address.replace("[::]", "127.0.0.1"))

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cinemo import storage
-from cinemo.bundle import BundleCard, read_card
+from cinemo.bundle import BundleCard, check_takes_adapters, read_card
 from cinemo.networks.adapters import digest, places
 from cinemo.serving.haproxy import ProxyLimits
 from cinemo.serving.http.signatures import read_secret
@@ -144,8 +144,8 @@ class ServeSettings(BaseModel):
 
     @property
     def origins(self) -> tuple[str, ...]:
-        """Those of ``cors_origins``."""
-        return tuple(filter(None, (origin.strip() for origin in (self.cors_origins or "").split(","))))
+        """Those of ``cors_origins``, in small letters, as browsers send them."""
+        return tuple(filter(None, (origin.strip().lower() for origin in (self.cors_origins or "").split(","))))
 
     @property
     def proxy_limits(self) -> ProxyLimits:
@@ -236,9 +236,12 @@ def served_card(location: str, settings: ServeSettings) -> BundleCard:
     """The card of a bundle, with the adapters that it is served with.
 
     Raises:
-        InputError: no bundle, or no such directory of adapters.
+        InputError: no bundle, no such directory of adapters, or the bundle takes none.
     """
     card = read_card(location)
     if settings.lora is None:
         return card
-    return replace(card, adapters={name: digest(path) for name, path in places(Path(settings.lora)).items()})
+    adapters = {name: digest(path) for name, path in places(Path(settings.lora)).items()}
+    if adapters:
+        check_takes_adapters(card.recipe, location)
+    return replace(card, adapters=adapters)

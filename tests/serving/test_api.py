@@ -166,7 +166,7 @@ def test_bad_fields(
     assert store.page() == []
 
 
-@pytest.mark.parametrize("value", [10**400, -(10**400), [1], {"a": 1}])
+@pytest.mark.parametrize("value", [10**400, -(10**400), [1], {"a": 1}], ids=["huge", "negative", "list", "object"])
 @pytest.mark.parametrize(
     "field", ["quality", "seconds", "size", "seed", "timeout", "guidance_interval", "input_reference", "lora"]
 )
@@ -203,6 +203,14 @@ def test_quality_is_asked_by_name_where_it_was_measured(store: JobStore, client:
         assert refused["message"].startswith("quality is 'superb', expected draft")
         qualities = other.get(f"/v1/models/{MODEL}").json()["qualities"]
     assert {name: each["passes"] for name, each in qualities.items()} == {"draft": 6, "standard": 18, "best": 18}
+
+
+@pytest.mark.parametrize("beyond", [{"size": "32x32"}, {"frames": "12"}, {"lora": "snow"}])
+def test_a_quality_is_not_predicted_where_it_was_not_measured(store: JobStore, beyond: dict[str, str]) -> None:
+    row = Sampled(3, "ddim", (0.0, 1.0), 1, passes=6.0, psnr=100.0, psnr_low=100.0, motion=0.0)
+    served = replace(card(), quality=QualityTable("d" * 64, 2, (row,)), adapters={"snow": "a" * 64})
+    made = post(TestClient(build_api(store, lambda: served, always_ready)), quality="draft", **beyond).json()
+    assert (made["num_inference_steps"], "predicted_quality" in made) == (3, False)
 
 
 def test_adapters_are_named_by_request(store: JobStore, client: TestClient) -> None:

@@ -20,8 +20,9 @@ from small_server import SIZE, Worker, complete_one, make_keys, open_store, png,
 
 from cinemo.animate import load_image
 from cinemo.media.mp4 import write_video
-from cinemo.media.previews import COLUMNS, gif, spritesheet, thumbnail
+from cinemo.media.variants import COLUMNS, gif, spritesheet, thumbnail
 from cinemo.serving.http.api import ApiSettings
+from cinemo.serving.settings import ServeSettings
 from cinemo.serving.store.jobs import JobStore
 from cinemo.serving.store.media import image_name
 
@@ -355,10 +356,17 @@ def test_every_answer_has_one_request_id(client: TestClient, store: JobStore, mo
 
 
 def test_pages_of_other_origins(store: JobStore) -> None:
+    origins = ServeSettings(bundle="b", cors_origins="https://A.example").origins
     keys, _ = make_keys(store, "someone")
     ours, theirs = {"Origin": "https://a.example"}, {"Origin": "https://b.example"}
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-stainless-os"}
-    client = TestClient(small_api(store, ApiSettings(cors_origins=("https://a.example",)), keys=keys))
+    client = TestClient(
+        small_api(
+            store,
+            ApiSettings(cors_origins=origins),
+            keys=keys,
+        )
+    )
     answer = client.options("/v1/videos", headers=ours | asks)
     assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://a.example")
     assert "x-stainless-os" in answer.headers["access-control-allow-headers"]

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 
-from cinemo.media.previews import PREVIEWS
+from cinemo.media.variants import PREVIEWS
 from cinemo.serving.http.refusals import Refused
 from cinemo.serving.store.jobs import Job
 from cinemo.serving.store.media import MediaStore, preview_name

@@ -123,7 +123,9 @@ class VideoRequest:
         previews: dict[str, Any] = {"previews": True} if self.form.previews else {}
         if self.form.lora is not None:
             named["lora"] = "{}:{:g}".format(*parse_choice(self.form.lora))
-        return {**named, **values, **length, **previews, **self.controls.predicted(card.quality)}
+        is_measured = self.form.lora is None and self.form.size in (None, video_size(card)) and "frames" not in settings
+        predicted = self.controls.predicted(card.quality) if is_measured else {}
+        return {**named, **values, **length, **previews, **predicted}
 
     def calls(self, card: BundleCard) -> int:
         """How often the network will be asked, as far as can be said."""

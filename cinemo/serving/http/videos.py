@@ -9,7 +9,7 @@ from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from cinemo.media.previews import PREVIEWS
+from cinemo.media.variants import PREVIEWS
 from cinemo.serving.http.access import Asking, Client
 from cinemo.serving.http.content import file_answer, input_file, preview_file, video_file
 from cinemo.serving.http.description import EVENT, FILE, answers
