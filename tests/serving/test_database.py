@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 from postgres_server import PostgresServer
 from sqlalchemy import select, text, update
+from sqlalchemy.schema import DropTable
 
 from cinemo.serving.store.counters import make_counters
 from cinemo.serving.store.database import Database, Transaction
-from cinemo.serving.store.tables import about, counters
+from cinemo.serving.store.jobs import JobStore
+from cinemo.serving.store.media import MediaStore
+from cinemo.serving.store.tables import about, counters, paces, previews, results, webhooks
 from cinemo.types import InputError, RunError
 
 
@@ -157,3 +160,19 @@ def test_a_directory_that_may_not_be_written_is_bad_input(tmp_path: Path) -> Non
             Database(f"sqlite:///{path}")
     finally:
         tmp_path.chmod(stat.S_IRWXU)
+
+
+def test_a_database_without_the_later_tables_is_taken_over_with_its_jobs(
+    database_url: str, tmp_path: Path, open_database: Callable[..., Database]
+) -> None:
+    database, media = open_database(database_url), MediaStore(str(tmp_path / "media"))
+    ids = [JobStore(database, media).submit({"prompt": "waves", "previews": True}, b"").id for _ in range(2)]
+    for table in (results, previews, paces, webhooks):
+        database.transact(lambda transaction, table=table: transaction.execute(DropTable(table)).rowcount)
+    store = JobStore(open_database(database_url), media)
+    first, second = store.claim("worker", 2)
+    assert [first.id, second.id] == ids
+    assert store.complete(first, "video", "digest")
+    assert store.fail(second, "code", "why")
+    assert store.delete(first.id)
+    assert [job.status for job in store.page()] == ["failed"]

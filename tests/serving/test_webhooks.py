@@ -19,7 +19,9 @@ from small_server import complete_one, make_keys, open_store, png, small_api
 
 from cinemo.serving.http.signatures import read_secret, secret_of
 from cinemo.serving.http.webhooks import Receivers, WebhookSender
+from cinemo.serving.store.database import Database
 from cinemo.serving.store.jobs import JobStore
+from cinemo.serving.store.media import MediaStore
 from cinemo.serving.store.webhooks import WebhookQueue
 from cinemo.types import InputError
 
@@ -302,3 +304,17 @@ def test_an_idempotency_key_knows_the_webhook(store: JobStore, receiver: Receive
 def test_secrets_that_are_none(text: str) -> None:
     with pytest.raises(InputError, match="webhook_secret"):
         read_secret(text)
+
+
+def test_one_clients_many_receivers_delay_nobody_else(
+    database_url: str, tmp_path: Path, open_database: Callable[..., Database]
+) -> None:
+    store = JobStore(open_database(database_url), MediaStore(str(tmp_path / "media")))
+    for client in ("many", "many", "many", "one", "other"):
+        store.submit({"prompt": "waves"}, b"", client, webhook_url=f"https://{client}.example/")
+    for _ in range(5):
+        complete_one(store)
+    queue = WebhookQueue(store.database)
+    assert sorted(delivery.client for delivery in queue.claim(3)) == ["many", "one", "other"]
+    assert [delivery.client for delivery in queue.claim(9)] == ["many", "many"]
+    assert queue.claim(9) == []

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, func, insert, select, update
 
 from cinemo.serving.store.database import Database, Transaction
 from cinemo.serving.store.tables import webhooks
@@ -59,16 +59,25 @@ class WebhookQueue:
         self._database, self._lease_seconds, self._clock = database, lease_seconds, clock
 
     def claim(self, count: int) -> list[Delivery]:
-        """Up to ``count`` events that are due, the longest first; each is the caller's for the lease."""
+        """Up to ``count`` events that are due, each the caller's for the lease: of every client the one that is due
+        longest, then every client's next, so that whose receivers answer slowly delays nobody else's."""
         now = self._database.now() if self._clock is None else self._clock()
-        due = select(webhooks.c.number).where(webhooks.c.due_at <= now).order_by(webhooks.c.due_at).limit(count)
-        if count < 1 or not self._database.read(due.limit(1)):
+        is_due = webhooks.c.due_at <= now
+        if count < 1 or not self._database.read(select(webhooks.c.number).where(is_due).limit(1)):
             return []
+        place = func.row_number().over(partition_by=webhooks.c.client, order_by=webhooks.c.due_at).label("place")
+        due = select(webhooks.c.number, webhooks.c.due_at, place).where(is_due).subquery()
+        first = select(due.c.number).order_by(due.c.place, due.c.due_at).limit(count)
 
         def work(transaction: Transaction) -> list[Delivery]:
-            chosen = due.with_for_update(skip_locked=True)
+            chosen = select(webhooks.c.number).where(webhooks.c.number.in_(first), is_due)
             values = {"due_at": now + self._lease_seconds, "attempts": webhooks.c.attempts + 1}
-            statement = update(webhooks).where(webhooks.c.number.in_(chosen)).values(values).returning(*webhooks.c)
+            statement = (
+                update(webhooks)
+                .where(webhooks.c.number.in_(chosen.with_for_update(skip_locked=True)))
+                .values(values)
+                .returning(*webhooks.c)
+            )
             return [
                 Delivery(row.event_id, row.type, row.job_id, row.client, row.url, row.attempts, row.created_at)
                 for row in transaction.execute(statement)
