@@ -463,7 +463,7 @@ def expectation(controls: type[Controls], name: str) -> str:
         return " or ".join(info.choices)
     what = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "pair": "two numbers"}
     if info.kind == "vectors":
-        return f"at most {MAX_ARROWS} arrows of four finite numbers x0,y0,x1,y1"
+        return f"at most {MAX_ARROWS} arrows of four numbers x0,y0,x1,y1"
     if info.kind == "text":
         return f"a text of at most {info.maximum:g} characters" if info.maximum else "a text"
     limits = "" if info.minimum is None or info.maximum is None else f" {info.minimum:g}..{info.maximum:g}"

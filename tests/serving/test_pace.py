@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_server import card, png, small_api
+from sqlalchemy import select, update
 from starlette.testclient import TestClient
 from tiny import tiny_bundle
 
@@ -24,6 +25,7 @@ from cinemo.serving.store import estimates
 from cinemo.serving.store.database import Database
 from cinemo.serving.store.jobs import FINAL, JobStore, QueueLimits
 from cinemo.serving.store.media import MediaStore
+from cinemo.serving.store.tables import paces
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
 
@@ -119,6 +121,21 @@ def test_an_engine_knows_when_its_videos_end(bundle: ModelBundle, ahead: int) ->
 def open_store(directory: Path, clock: Clock, **limits: Any) -> JobStore:
     database = Database(f"sqlite:///{directory}/state.sqlite")
     return JobStore(database, MediaStore(str(directory / "media")), QueueLimits(lease_seconds=1e6, **limits), clock)
+
+
+def test_what_another_version_tells_is_passed_over(tmp_path: Path) -> None:
+    clock = Clock()
+    store = open_store(tmp_path, clock)
+    job = store.submit({"prompt": "waves"}, b"x", steps=4)
+    store.tell_pace("w", estimates.Pace("d", 0.0, 0.5, 1.0, places=1, joined=1, tail=0.0), {})
+    told = store.database.read(select(paces.c.told))[0][0]
+    for later in (told.replace("per_row", "per_token"), told.replace('"tail"', '"new": 1, "tail"')):
+        store.database.transact(
+            lambda transaction, text=later: transaction.execute(update(paces).values(told=text)).rowcount
+        )
+        clock.now += 1
+        (found,) = store.page()
+        assert (found.id, found.seconds_left, store.last_pace("d")) == (job.id, None, None)
 
 
 def test_waiting_jobs_end_when_the_queue_says(tmp_path: Path) -> None:

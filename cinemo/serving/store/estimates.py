@@ -45,8 +45,12 @@ class Pace:
     tail: float
 
     @classmethod
-    def read(cls, told: Mapping[str, Any]) -> Self:
-        return cls(**told)
+    def read(cls, told: Mapping[str, Any] | None) -> Self | None:
+        """None where nothing was told, or another version told it."""
+        try:
+            return cls(**told) if told else None
+        except TypeError:
+            return None
 
     def seconds(self, calls: int, company: int) -> float:
         """From a video's start to its end where ``company`` videos take turns, itself among them."""
@@ -68,8 +72,8 @@ def tell(transaction: Transaction, worker: str, now: float, pace: Pace | None, e
 
 def last_pace(database: Database, digest: str) -> Pace | None:
     """What was told last of a bundle, by whichever worker."""
-    told = (json.loads(row.told)["pace"] for row in database.read(_PACES))
-    return next((Pace.read(pace) for pace in told if pace and pace["digest"] == digest), None)
+    found = (Pace.read(json.loads(row.told)["pace"]) for row in database.read(_PACES))
+    return next((pace for pace in found if pace and pace.digest == digest), None)
 
 
 class Estimates:
@@ -93,7 +97,7 @@ class Estimates:
 
     def _ends(self, now: float) -> dict[str, float]:
         told = [(row, json.loads(row.told)) for row in self._database.read(_PACES)]
-        pace = next((Pace.read(each["pace"]) for _, each in told if each["pace"]), None)
+        pace = next((pace for _, each in told if (pace := Pace.read(each["pace"]))), None)
         if pace is None:
             return {}
         said = {(row.worker, job_id): end for row, each in told for job_id, end in each["ends"].items()}
