@@ -13,12 +13,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from cinemo import storage
 from cinemo.bundle import save_bundle
-from cinemo.config import DataConfig, EncodersConfig, Recipe
+from cinemo.config import DataConfig, EncodersConfig, Recipe, TrainConfig
 from cinemo.data.dataset.shards import commit, index_bytes
 from cinemo.methods.cinemo import CinemoRecipe, CinemoSample
 from cinemo.methods.longer import LongerModel, LongerRecipe, LongerSample, LongerTrain
 from cinemo.networks.field_refiner import FieldRefiner, RefinerConfig
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
+from cinemo.networks.lora import add_lora, save_adapter
 from cinemo.networks.motion_field import FieldUNet, FieldUNetConfig
 from cinemo.types import LatentSample, Refusal
 
@@ -168,3 +169,10 @@ def write_dataset(directory: Path, shape: tuple[int, ...], sizes: tuple[int, ...
     }  # fmt: skip
     storage.write_json(str(directory / "dataset.json"), info)
     return directory
+
+
+def tiny_adapter(encoders: Path, directory: Path) -> None:
+    """A LoRA adapter for the network of `tiny_bundle`, whose encoders lie in ``encoders``."""
+    train, unet = TrainConfig(trainable="lora", lora_rank=2, lora_layers=("to_q",)), random_unet(tiny_recipe(encoders))
+    add_lora(unet, train)
+    save_adapter(unet.state_dict(), train, directory)

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from serving.process import ROOT, Server, eventually, free_port, png
-from tiny import FRAMES, SIZE, random_unet, tiny_bundle, tiny_recipe
+from tiny import FRAMES, SIZE, random_unet, tiny_adapter, tiny_bundle, tiny_recipe
 
 from cinemo.bundle import read_card, save_bundle
 from cinemo.media.mp4 import read_metadata
@@ -157,6 +157,27 @@ def test_a_bundle_is_updated_under_a_stream_of_requests(server: Server, bundles:
     digests = [metadata(server, video_id, tmp_path)["bundle"] for video_id in (before, between, after)]
     assert digests == [first, second, second]
     assert len(server.replicas("animator")) == 1
+
+
+def test_new_adapters_are_taken_without_a_restart(bundles: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    server = serve(bundles / "bundle", tmp_path / "state", "--lora", str(tmp_path / "lora"))
+
+    def adapters() -> list[str]:
+        found: list[str] = server.client.get("/v1/models").json()["data"][0]["adapters"]
+        return found
+
+    try:
+        assert adapters() == []
+        tiny_adapter(bundles / "encoders", tmp_path / "lora" / "snow")
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "is now being served" in server.output(), 120)
+        eventually(lambda: adapters() == ["snow"], 10)
+        video_id = server.submit(lora="snow:0.5")
+        assert server.wait(video_id)["status"] == "completed"
+        assert metadata(server, video_id, tmp_path)["lora"] == "snow:0.5"
+    finally:
+        server.stop()
 
 
 def test_the_queue_decides_how_many_animators_there_are_and_a_drain_finishes_what_it_can(

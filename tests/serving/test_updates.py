@@ -8,24 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import random_unet, tiny_bundle, tiny_recipe
+from tiny import tiny_adapter, tiny_bundle
 
 from cinemo.bundle import ModelBundle
-from cinemo.config import TrainConfig
 from cinemo.networks import adapters
-from cinemo.networks.lora import add_lora, save_adapter
 from cinemo.serving.app import Animator
 from cinemo.serving.ingress import Served
 from cinemo.serving.settings import ServeSettings, served_card
 from cinemo.types import InputError
-
-LORA = TrainConfig(trainable="lora", lora_rank=2, lora_layers=("to_q",))
-
-
-def write_adapter(encoders: Path, directory: Path) -> None:
-    unet = random_unet(tiny_recipe(encoders))
-    add_lora(unet, LORA)
-    save_adapter(unet.state_dict(), LORA, directory)
 
 
 def animator_of(settings: ServeSettings, swapped: list[ModelBundle]) -> Any:
@@ -46,7 +36,7 @@ def test_adapters_that_changed_in_their_place_are_loaded(tmp_path: Path) -> None
     animator = animator_of(settings, swapped)
     animator._update(settings.bundle, 1)
     assert not swapped
-    write_adapter(tmp_path / "encoders", tmp_path / "lora" / "snow")
+    tiny_adapter(tmp_path / "encoders", tmp_path / "lora" / "snow")
     animator._update(settings.bundle, 1)
     assert [list(bundle.adapters.found) for bundle in swapped] == [["snow"]]
     assert animator._served.card.weights == served_card(settings.bundle, settings).weights
@@ -56,7 +46,7 @@ def test_adapters_that_changed_in_their_place_are_loaded(tmp_path: Path) -> None
 
 def test_bad_adapters_are_found_before_anything_is_started(tmp_path: Path) -> None:
     settings = ServeSettings(bundle=str(tiny_bundle(tmp_path, compiled=True)), lora=str(tmp_path / "lora"))
-    write_adapter(tmp_path / "encoders", tmp_path / "lora" / "snow")
+    tiny_adapter(tmp_path / "encoders", tmp_path / "lora" / "snow")
     with pytest.raises(InputError, match="compiled, which no adapter is"):
         served_card(settings.bundle, settings)
     about = tmp_path / "lora" / "snow" / "adapter_config.json"
