@@ -12,9 +12,12 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from cinemo.config import DiffusionConfig
 
+# Tables of schedules on other devices, by table: copied once, while a copy waits for all that a device is doing.
+_COPIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 RESCALE_STEPS = 400  # over which `DiffusionConfig.dynamic_rescale` falls, as in the published code
 
 
@@ -22,8 +25,9 @@ RESCALE_STEPS = 400  # over which `DiffusionConfig.dynamic_rescale` falls, as in
 class NoiseSchedule:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
 
-    ``alpha_bar``: a_t for t = 0..T-1, kept on the CPU so that reading one value never waits for a device. float32 as
-    Cinemo's code has it, or float64, of which the roots are then taken.
+    ``alpha_bar``: a_t for t = 0..T-1, kept on the CPU so that reading one value never waits for a device; for steps
+    that lie on a device a copy is kept there. float32 as Cinemo's code has it, or float64, of which the roots are then
+    taken.
     ``prediction``: ``epsilon`` (the noise) or ``v`` = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (arXiv 2202.00512).
     ``data_scale``: x_0 is data times this number: a method multiplies by it before, and divides by it after.
     ``clean_scale``: (T,) or None: x_0 is further multiplied by its value at t, wherever x_0 meets noise.
@@ -59,7 +63,7 @@ class NoiseSchedule:
         With SNR = a_t / (1 - a_t), min(SNR, gamma) on the error of x_0; on that of the noise it is that / SNR, and on
         that of v, / (SNR + 1).
         """
-        level = self.alpha_bar.float().to(t_B.device)[t_B]
+        level = _read(self.alpha_bar, t_B).float()
         snr = level / (1 - level)
         return snr.clamp(max=gamma) / (snr if self.prediction == "epsilon" else snr + 1)
 
@@ -96,14 +100,26 @@ class NoiseSchedule:
             return x_0
         if isinstance(t, int):
             return x_0 * float(self.clean_scale[t])
-        return x_0 * self.clean_scale.to(t.device)[t].to(x_0.device, x_0.dtype).view(-1, *[1] * (x_0.dim() - 1))
+        return x_0 * _read(self.clean_scale, t).to(x_0.device, x_0.dtype).view(-1, *[1] * (x_0.dim() - 1))
 
     def _scales(self, like: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor] | tuple[float, float]:
         if isinstance(t, int):
             return self.scales(t)
         wide = torch.promote_types(torch.promote_types(like.dtype, torch.float32), self.alpha_bar.dtype)
-        level = self.alpha_bar.to(t.device)[t].to(like.device, wide).view(-1, *[1] * (like.dim() - 1))
+        level = _read(self.alpha_bar, t).to(like.device, wide).view(-1, *[1] * (like.dim() - 1))
         return level.sqrt().to(like.dtype), (1 - level).sqrt().to(like.dtype)
+
+
+def _read(table: Tensor, t: Tensor) -> Tensor:
+    """Values of a table at steps ``t``, on their device."""
+    if t.device != table.device:
+        if table not in _COPIES:
+            _COPIES[table] = {}
+        copies: dict[torch.device, Tensor] = _COPIES[table]
+        if t.device not in copies:
+            copies[t.device] = table.to(t.device)
+        table = copies[t.device]
+    return table[t]
 
 
 def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:

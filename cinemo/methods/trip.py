@@ -238,7 +238,6 @@ class _Trip(Method):
         for part in self.parts:
             setattr(self, part, networks[part])
         self.schedule, self.model, self.sample, self.min_snr_gamma = schedule, model, sample, min_snr_gamma
-        self._schedules: dict[torch.device, NoiseSchedule] = {}
         for name, parameter in self.unet.named_parameters():
             if BACKBONES[model.backbone].is_unused(name):
                 parameter.requires_grad_(False)
@@ -340,7 +339,7 @@ class _Trip(Method):
         fused = self.fused(unet_output(self.model.layout, output).to(z_t.dtype), z_t, z_1, t)
         if self.model.layout != "replace":
             return fused
-        return replace_first(fused, reference_output(self._levels(t), z_t[:, :, :1], z_1, t))
+        return replace_first(fused, reference_output(self.schedule, z_t[:, :, :1], z_1, t))
 
     @abstractmethod
     def fused(self, residual: Tensor, z_t: Tensor, z_1: Tensor, t: Tensor | int) -> Tensor:
@@ -423,19 +422,6 @@ class _Trip(Method):
     def _scaled(self, latents: Tensor) -> Tensor:
         return latents if self.schedule.data_scale == 1 else latents * self.schedule.data_scale
 
-    def _levels(self, t: Tensor | int) -> NoiseSchedule:
-        """The schedule, for steps that lie on a device with its levels there: reading them then waits for nothing."""
-        if not isinstance(t, Tensor) or t.device.type == "cpu":
-            return self.schedule
-        if t.device not in self._schedules:
-            scale = self.schedule.clean_scale
-            self._schedules[t.device] = replace(
-                self.schedule,
-                alpha_bar=self.schedule.alpha_bar.to(t.device),
-                clean_scale=None if scale is None else scale.to(t.device),
-            )
-        return self._schedules[t.device]
-
 
 class TripLinearMethod(_Trip):
     """TRIP^W, the paper's ablation: both paths by equation 9, on any schedule and prediction."""
@@ -447,7 +433,7 @@ class TripLinearMethod(_Trip):
 
     def fused(self, residual: Tensor, z_t: Tensor, z_1: Tensor, t: Tensor | int) -> Tensor:
         lambda_N = lambda_schedule(z_t.shape[2], self.model.lambda_start, self.model.lambda_end, z_t.device)
-        return linear_fusion(reference_output(self._levels(t), z_t, z_1, t), residual, lambda_N)
+        return linear_fusion(reference_output(self.schedule, z_t, z_1, t), residual, lambda_N)
 
 
 class TripMethod(_Trip):
@@ -490,7 +476,7 @@ class TripMethod(_Trip):
         return cast(TripTrain, train).fusion_lr if name.startswith("fusion.") else train.lr
 
     def fused(self, residual: Tensor, z_t: Tensor, z_1: Tensor, t: Tensor | int) -> Tensor:
-        schedule, in_noise = self._levels(t), self.model.tnf_space == "noise"
+        schedule, in_noise = self.schedule, self.model.tnf_space == "noise"
         reference = (image_noise_prior if in_noise else reference_output)(schedule, z_t, z_1, t)
         if self.model.tnf_ref_scale:
             reference = schedule.add_noise(torch.zeros_like(reference), reference, t)

@@ -50,7 +50,7 @@ def distance_bucket(query: int, key: int) -> int:
 
 def temporal_positions(frames: int, device: torch.device, dtype: torch.dtype) -> TemporalPositions:
     """Tables for ``frames`` positions. Angles are at least float32: in half precision late positions blur."""
-    make = _positions if torch.compiler.is_compiling() else _kept_positions
+    make = _computed_positions if torch.compiler.is_compiling() else _kept_positions
     return make(frames, device, dtype)
 
 
@@ -60,6 +60,21 @@ def _positions(frames: int, device: torch.device, dtype: torch.dtype) -> Tempora
     turns = torch.stack([angles.cos(), angles.sin()], dim=2)[:, None]
     buckets = [[distance_bucket(i, j) for j in range(frames)] for i in range(frames)]
     return TemporalPositions(turns.to(device), torch.tensor(buckets, device=device))
+
+
+def _computed_positions(frames: int, device: torch.device, dtype: torch.dtype) -> TemporalPositions:
+    """The same in operations of the device alone: a compiled graph then holds no copy from the host."""
+    wide = torch.promote_types(dtype, torch.float32)
+    number_N = torch.arange(frames, device=device)
+    frequencies = 10000 ** (-torch.arange(0, ROTARY_DIM, 2, dtype=torch.float32, device=device) / ROTARY_DIM)
+    angles = number_N.to(wide)[:, None] * frequencies.to(wide)
+    apart_NN = number_N[None] - number_N[:, None]
+    buckets_NN = 16 * (apart_NN > 0).long() + apart_NN.abs().clamp(max=7)
+    for begins in (
+        distance for distance in range(8, frames) if distance_bucket(distance, 0) > distance_bucket(distance - 1, 0)
+    ):
+        buckets_NN = buckets_NN + (apart_NN.abs() >= begins)
+    return TemporalPositions(torch.stack([angles.cos(), angles.sin()], dim=2)[:, None], buckets_NN)
 
 
 @functools.lru_cache(maxsize=64)

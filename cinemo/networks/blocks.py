@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cinemo.networks.attention import Attention, TemporalAttention, TextKeysValues
 from cinemo.networks.memory import add, lean, recomputed, residual, silu
+from cinemo.networks.norms import GroupNorm
 
 
 def join_frames(x: Tensor, batch: int) -> Tensor:
@@ -74,10 +75,10 @@ class Resnet(nn.Module):
 
     def __init__(self, in_width: int, out_width: int, embedding: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_width, eps=1e-5)
+        self.norm1 = GroupNorm(groups, in_width, eps=1e-5)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
         self.time_emb_proj = nn.Linear(embedding, out_width)
-        self.norm2 = nn.GroupNorm(groups, out_width, eps=1e-5)
+        self.norm2 = GroupNorm(groups, out_width, eps=1e-5)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
 
@@ -182,7 +183,7 @@ class Transformer(nn.Module):
 
     def __init__(self, width: int, heads: int, text_width: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm = GroupNorm(groups, width, eps=1e-6)
         self.proj_in = nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, text_width)])
         self.proj_out = nn.Conv2d(width, width, 1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cinemo.networks.attention import Attention
 from cinemo.networks.blocks import FeedForward, convolved
 from cinemo.networks.memory import add, recomputed, residual, silu
+from cinemo.networks.norms import GroupNorm
 from cinemo.types import InputError
 
 GROUPS = 32  # of every group norm
@@ -65,10 +66,10 @@ class ResBlock(nn.Module):
         super().__init__()
         # The places of the published activation functions and of its dropout are kept for the names in the state dict.
         conv_in = nn.Conv2d(in_width, out_width, 3, padding=1)
-        self.in_layers = nn.Sequential(nn.GroupNorm(GROUPS, in_width), nn.SiLU(), conv_in)
+        self.in_layers = nn.Sequential(GroupNorm(GROUPS, in_width), nn.SiLU(), conv_in)
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_width))
         conv_out = zeroed(nn.Conv2d(out_width, out_width, 3, padding=1))
-        self.out_layers = nn.Sequential(nn.GroupNorm(GROUPS, out_width), nn.SiLU(), nn.Identity(), conv_out)
+        self.out_layers = nn.Sequential(GroupNorm(GROUPS, out_width), nn.SiLU(), nn.Identity(), conv_out)
         self.skip_connection = nn.Conv2d(in_width, out_width, 1) if in_width != out_width else nn.Identity()
         self.temopral_conv = TemporalConvolutions(out_width)
 
@@ -104,7 +105,7 @@ class TemporalConvolutions(nn.Module):
         super().__init__()
 
         def stage(*dropout: nn.Module) -> nn.Sequential:
-            return nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), *dropout, _ConvolutionInTime(width))
+            return nn.Sequential(GroupNorm(GROUPS, width), nn.SiLU(), *dropout, _ConvolutionInTime(width))
 
         self.conv1 = stage()
         self.conv2, self.conv3, self.conv4 = (stage(nn.Identity()) for _ in range(3))
@@ -304,7 +305,7 @@ class SpatialTransformer(nn.Module):
     ) -> None:
         super().__init__()
         inner = heads * head_width
-        self.norm = nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.norm = GroupNorm(GROUPS, width, eps=1e-6)
         self.proj_in = nn.Linear(width, inner) if linear else _PointwiseInSpace(width, inner)
         self.transformer_blocks = nn.ModuleList([SpatialBlock(inner, attention()) for _ in range(depth)])
         self.proj_out = zeroed(nn.Linear(inner, width) if linear else _PointwiseInSpace(inner, width))
@@ -322,7 +323,7 @@ class TemporalTransformer(nn.Module):
     def __init__(self, width: int, heads: int, head_width: int, depth: int, linear: bool) -> None:
         super().__init__()
         inner = heads * head_width
-        self.norm = nn.GroupNorm(GROUPS, width, eps=1e-6)
+        self.norm = GroupNorm(GROUPS, width, eps=1e-6)
         self.proj_in = nn.Linear(width, inner) if linear else _PointwiseInTime(width, inner)
         self.transformer_blocks = nn.ModuleList([TemporalBlock(inner, heads, head_width) for _ in range(depth)])
         self.proj_out = zeroed(nn.Linear(inner, width) if linear else _PointwiseInTime(inner, width))

@@ -31,6 +31,7 @@ from cinemo.networks.dynamicrafter_blocks import (
 )
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.memory import silu
+from cinemo.networks.norms import GroupNorm
 from cinemo.types import InputError
 
 # Entries of published configuration files that this network has no other choice for.
@@ -212,7 +213,7 @@ class DynamiCrafterUNet(nn.Module):
                 self.output_blocks.append(nn.ModuleList(modules))
 
         conv_out = zeroed(nn.Conv2d(current, out_channels, 3, padding=1))
-        self.out = nn.Sequential(nn.GroupNorm(GROUPS, current), nn.SiLU(), conv_out)
+        self.out = nn.Sequential(GroupNorm(GROUPS, current), nn.SiLU(), conv_out)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cinemo.networks.tokenizer import Tokenizer
+from cinemo.networks.transfer import upload
 from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles
 from cinemo.networks.weights import read_config, resolve
 from cinemo.types import InputError
@@ -239,8 +240,8 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Last hidden states (B, L, D): of tokens as `Tokenizer.ids` makes them, no mask (the published pipeline)."""
-        tokens = self.tokenizer.ids(texts)
-        states: Tensor = self.network(tokens.to(self.network.device)).last_hidden_state
+        tokens = upload(self.tokenizer.ids(texts), self.network.device)
+        states: Tensor = self.network(tokens).last_hidden_state
         return states
 
 
@@ -299,7 +300,7 @@ class ImageEncoder:
         rows = []
         for picture in pictures:
             if isinstance(picture, Tensor):
-                rows.append(picture.to(device, dtype, non_blocking=True))
+                rows.append(upload(picture, device, dtype))
             else:
                 rows.append(self.grey_LD if picture is None else next(made))
         return torch.stack(rows)
@@ -312,7 +313,8 @@ class ImageEncoder:
 
     @torch.no_grad()
     def _states(self, pixels_BCHW: Tensor) -> Tensor:
-        states: Tensor = self.network(pixels_BCHW.to(self.network.device, self.network.dtype)).last_hidden_state
+        pixels_BCHW = upload(pixels_BCHW, self.network.device, self.network.dtype)
+        states: Tensor = self.network(pixels_BCHW).last_hidden_state
         return states
 
 

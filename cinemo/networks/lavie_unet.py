@@ -31,6 +31,7 @@ from cinemo.networks.blocks import (
 )
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.memory import silu
+from cinemo.networks.norms import GroupNorm
 from cinemo.types import InputError
 
 # Entries of published configuration files that this network has no other choice for.
@@ -161,7 +162,7 @@ class LavieUNet(nn.Module):
             transformers = [transformer(width) for _ in resnets] if level < last else []
             self.up_blocks.append(Stage(resnets, transformers, upsampler=Upsample(width) if level else None))
 
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(groups, widths[0], eps=1e-5)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     @property

@@ -74,8 +74,9 @@ def train(
             # Where samples are left out, the mean is over the samples that are there, on all ranks together.
             share = _share(engine, settings.global_batch, got[1]) if got[1] and missing else 1.0
             for micro, weights_B in got[1]:
+                there_B = weights_B.to(engine.device, non_blocking=True)
                 losses_B = engine.loss(*on_device(micro, frozen, engine.device, engine.dtype))
-                engine.step((losses_B * weights_B.to(losses_B)).mean() / share)
+                engine.step((losses_B * there_B.to(losses_B.dtype)).mean() / share)
                 window.add(losses_B, micro, weights_B)
             done = step + 1
             window.end_step(done, moved=engine.moved or not got[1])
@@ -148,10 +149,12 @@ def _prepare(batches: Iterable[StepBatch], recipe: Recipe, pin: bool) -> Iterato
         starts = range(0, len(samples), size)
         micros = [host_batch(samples[i : i + size], batch.step, recipe, turns[i : i + size]) for i in starts]
         weights = torch.split(torch.tensor(batch.weights or [1.0] * len(batch.samples)), size) if samples else ()
-        yield batch.step, list(zip([micro.pin() for micro in micros] if pin else micros, weights, strict=True))
+        if pin:
+            micros, weights = [micro.pin() for micro in micros], tuple(part.pin_memory() for part in weights)
+        yield batch.step, list(zip(micros, weights, strict=True))
 
 
 def _share(engine: Engine, global_batch: int, micros: list[Weighted]) -> Tensor:
     """How much of the global batch is there. Where nothing is, all weights are 0 and any share will do."""
-    there = torch.cat([weights_B for _, weights_B in micros]).mean().to(engine.device)
-    return engine.mean(there).clamp(min=1 / global_batch)
+    there = torch.cat([weights_B.to(engine.device, non_blocking=True) for _, weights_B in micros])
+    return engine.mean(there.mean()).clamp(min=1 / global_batch)
