@@ -249,6 +249,7 @@ class TrainConfig(Part):
         "none", description="what is kept in host memory: the optimizer (ZeRO 1-3), or the weights too (all, ZeRO 3)"
     )
     precision: Literal["fp32", "bf16"] = "bf16"
+    tf32: bool = Field(True, description="float32 products on tensor cores, where an accelerator has them")
     gradient_checkpointing: bool = Field(
         False, description="compute layers twice: a fifth of the activation memory for a third more time"
     )
@@ -380,7 +381,7 @@ class SampleConfig(Part):
 _LATER = {
     "sample": ("long",),
     "encoders": ("flow",),
-    "train": ("grow", "where", "max_skipped_steps", "skip_steps", "skip_samples"),
+    "train": ("grow", "where", "max_skipped_steps", "skip_steps", "skip_samples", "tf32"),
     "data": (*MACHINES, "scores", "other_shapes"),
 }
 

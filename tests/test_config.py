@@ -52,7 +52,7 @@ def test_the_paper_is_the_paper() -> None:
 def test_every_number_of_a_paper_s_recipe_has_its_source(made: Callable[[], Recipe]) -> None:
     """Each key is named once in the docstring, under where its value is from."""
     named = re.findall(
-        r"\b(?:data|encoders|model|diffusion|train|sample)\.[a-z_]+(?:\.[a-z_]+)?|``compile``", made.__doc__ or ""
+        r"\b(?:data|encoders|model|diffusion|train|sample)\.[a-z_0-9]+(?:\.[a-z_]+)?|``compile``", made.__doc__ or ""
     )
     expected = [key for key in keys(type(made())) if key not in ("name", "method", "compile")]
     assert sorted(named) == sorted([*expected, "``compile``"])

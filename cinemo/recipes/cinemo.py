@@ -39,7 +39,7 @@ def cinemo_320x512() -> CinemoRecipe:
       sample.edit_guidance_scale: 1, where the paper says 7.5. sample.edit_dct_tau: 985.
     - Our choice, what is learnt. train.lr: 1e-4 (DynamiCrafter, arXiv 2310.12190, begins with it), constant
       (train.schedule, train.warmup_steps). train.max_steps: 100 000, where the paper says one week. train.grad_clip: 1.
-      train.ema_decay: no average. train.precision: bf16. data.ssim: of luma. data.views: one a clip.
+      train.ema_decay: no average. train.precision: bf16. train.tf32: on. data.ssim: of luma. data.views: one a clip.
       sample.motion_bucket: the middle.
     - For more frames than the model makes at once, which this paper has not. Of another (arXiv 2405.17306, section
       3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:

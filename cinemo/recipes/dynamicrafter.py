@@ -58,6 +58,7 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
     - Our choice, what is learnt. train.image_values: a fresh start leaves the text-to-video model as it is. No dropout
       in the convolutions along time, where the published fine-tuning has 0.1. train.betas, train.weight_decay: Adam.
       train.schedule, train.warmup_steps: constant. train.precision: bf16, where the published code has fp16.
+      train.tf32: on.
       train.ema_decay: no average. train.noise_offset, train.timestep_shift, train.timestep_shift_steps: none.
       diffusion.data_scale: 1. data.views: one a clip.
     - For more frames than the model makes at once, which this paper has not. Of another (arXiv 2405.17306, section

@@ -38,7 +38,7 @@ def longer_320x512() -> LongerRecipe:
       paper's fields are measured ones. sample.motion_speed, sample.fastest: of its 100..400.
       sample.motion_guidance_scale: 1. model.refiner.widths, model.refiner.critic_widths, model.refiner.scale: as
       flow_scale; sample.refine: on, which changes nothing until ``longer-320x512-refiner`` has trained it.
-      train.grad_clip: 1. train.ema_decay: no average. train.precision: bf16.
+      train.grad_clip: 1. train.ema_decay: no average. train.precision: bf16. train.tf32: on.
       data.ssim, data.views. sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.gradient_checkpointing, train.zero_stage, train.offload,
       train.cpus_per_worker, train.lanes, train.on_damaged,

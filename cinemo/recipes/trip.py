@@ -43,7 +43,7 @@ def trip_256() -> TripRecipe:
       which pixel of the prior is which. train.max_steps, train.global_batch, train.micro_batch: 100 000 steps of 64
       (DynamiCrafter, arXiv 2310.12190). train.weight_decay, train.betas: AdamW's defaults. train.prompt_dropout: 0.1,
       as is usual. train.schedule, train.warmup_steps: constant. train.grad_clip: 1. train.ema_decay: no average.
-      train.precision: bf16. encoders.latent: a sample of the posterior. data.views: one a clip.
+      train.precision: bf16. train.tf32: on. encoders.latent: a sample of the posterior. data.views: one a clip.
       sample.guidance_scale: 7.5 (sample.guidance_interval, sample.guidance_rescale, sample.reuse_features: at every
       step, as it is). sample.eta: 0. sample.spacing, sample.final_level: diffusers' "leading", ending at a_0.
       sample.replace_first: the given picture is the first frame.

@@ -48,11 +48,13 @@ def test_offload_follows_from_the_recipe() -> None:
         return settings["zero_optimization"]
 
     assert zero(zero_stage=1) == {"stage": 1}
+    overlapped = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000}
     host = {"device": "cpu", "pin_memory": False}
     assert zero(zero_stage=1, offload="optimizer") == {"stage": 1, "offload_optimizer": host}
     on_gpu = zero(zero_stage=3, offload="all", gpus_per_worker=1)
     assert on_gpu == {
         "stage": 3,
+        **overlapped,
         "offload_optimizer": host | {"pin_memory": True},
         "offload_param": host | {"pin_memory": True},
     }
@@ -172,7 +174,7 @@ def test_the_first_step_in_bfloat16_is_adams_first(small: Recipe, tmp_path: Path
     begun = {name: value.detach().bfloat16().float() for name, value in build_method(small).named_parameters()}
     after: dict[str, torch.Tensor] = {}
     for stage in range(4):
-        made = _engine(small, zero_stage=stage, precision="bf16", weight_decay=0.1)
+        made = _engine(small, zero_stage=2, precision="bf16", weight_decay=0.1)
         steps, weights = _masters(made, tmp_path / f"{stage}-begun")
         assert steps == 0
         assert all(torch.equal(weights[name], begun[name].view(-1)) for name in begun), stage
@@ -246,3 +248,35 @@ def test_what_a_resume_may_change(small: Recipe, tmp_path: Path) -> None:
 def test_loading_nothing_is_refused(small: Recipe, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="does not hold a training state"):
         _engine(small).load(tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_of_bfloat16_weights_travel_and_add_up_in_float32(stage: int) -> None:
+    bf16 = engine.deepspeed_config(CinemoTrain(zero_stage=stage, precision="bf16"))
+    assert bf16.get("communication_data_type") == ("fp32" if stage else None)
+    assert bf16.get("data_types") == ({"grad_accum_dtype": "fp32"} if stage >= 2 else None)
+    fp32 = engine.deepspeed_config(CinemoTrain(zero_stage=stage, precision="fp32"))
+    assert not {"communication_data_type", "data_types"} & set(fp32)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+@pytest.mark.parametrize("offload", ["none", "optimizer"])
+def test_adam_is_fused_everywhere(gpus: float, offload: str) -> None:
+    train = CinemoTrain(gpus_per_worker=gpus, offload=offload)
+    assert engine.optimizer(train, [torch.nn.Parameter(torch.zeros(1))]).defaults["fused"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+def test_small_gradients_are_not_lost_among_many_micro_batches(small: Recipe) -> None:
+    """A gradient of 1, then 63 of 2^-9 each, of which bfloat16 would lose every one: their mean is what Adam sees."""
+    made = _engine(small, zero_stage=2, precision="bf16", micro_batch=1, global_batch=64, lanes=2, grad_clip=0)
+    weight = made.method.get_parameter("unet.conv_in.weight")
+    for number in range(64):
+        host = host_batch(moving_samples(1), 0, small)
+        text = torch.zeros(1, 3, small.model.cross_attention_dim, dtype=made.dtype)
+        condition = Condition(image=host.video_BCFHW[:, :, 0], text=text, motion_bucket=host.bucket_B)
+        loss = made.loss(LatentBatch(host.video_BCFHW, condition), host.t_B, host.noise_BCFHW).mean()
+        made.step(0 * loss + weight.sum() * (2**-9 if number else 1))
+    expected = (1 + 63 * 2**-9) / 64 * math.sqrt(weight.numel())
+    assert made.grad_norm == pytest.approx(expected, rel=1e-3)

@@ -56,14 +56,16 @@ def test_frozen_parameters_have_neither_gradients_nor_states(small: Recipe) -> N
 
 
 def test_adam_in_bfloat16_takes_sixteen_bytes_a_parameter() -> None:
-    """The count of ZeRO's paper (arXiv 1910.02054, section 3.1): 2 + 2 + 12 bytes; each stage divides one more."""
+    """The count of ZeRO's paper (arXiv 1910.02054, section 3.1): 2 + 2 + 12 bytes; each stage divides one more.
+
+    Gradients that ZeRO 2 and 3 add up are float32."""
     recipe, values = paper(workers=8), PARAMETERS.total
     made = [footprint(recipe, PARAMETERS, ACTIVATIONS, 0, stage, True, "none") for stage in range(4)]
     assert [(row.weights, row.gradients, row.optimizer) for row in made] == [
         (2 * values, 2 * values, 12 * values),
         (2 * values, 2 * values, 12 * values // 8),
-        (2 * values, 2 * values // 8, 12 * values // 8),
-        (2 * values // 8, 2 * values // 8, 12 * values // 8),
+        (2 * values, 4 * values // 8, 12 * values // 8),
+        (2 * values // 8, 4 * values // 8, 12 * values // 8),
     ]
     averaged = footprint(paper(ema_decay=0.999), PARAMETERS, ACTIVATIONS, 0, 0, True, "none")
     assert averaged.optimizer == 16 * values
@@ -79,7 +81,7 @@ def test_laws_of_the_parts(workers: int, precision: str, values: int, again: boo
         parts += row.kernels + row.kept
         assert row.weights + row.optimizer + row.activations <= row.in_use <= row.peak <= parts
     own = {(row.zero_stage, row.offload): row for row in rows if row.checkpointing == again}
-    for name in ("weights", "gradients"):
+    for name in ("weights", "gradients") if workers > 2 or precision == "fp32" else ("weights",):
         sizes = [getattr(own[stage, "none"], name) for stage in range(4)]
         assert sizes == sorted(sizes, reverse=True)
     for stage in (1, 2, 3):

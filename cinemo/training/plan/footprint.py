@@ -12,19 +12,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import nn
 
-from cinemo.config import Recipe, TrainConfig
+from cinemo.config import Recipe
 from cinemo.methods import method_class
 from cinemo.training.plan.activations import precision
 from cinemo.training.run.batch import TEXT_CACHE, TOKENS, latent_shape
-from cinemo.training.run.engine import accumulation, optimizer
+from cinemo.training.run.engine import REDUCE_BUCKET, accumulation
 
 Offload = Literal["none", "optimizer", "all"]
 
-# DeepSpeed's defaults, in values: what is reduced at once, what ZeRO-3 holds gathered at most, and what it never parts.
-REDUCE_BUCKET = 500_000_000
+# DeepSpeed's defaults, in values: what a CPU reduces at once, what ZeRO-3 holds gathered at most.
+REDUCE_AT_ONCE = 500_000_000
 GATHERED_AT_MOST = 1_000_000_000
 # Of the activations' bytes: what the C library keeps beyond them on a CPU, where the worker asks it to keep freed
 # memory (`networks.memory.keep_freed_memory`): holes that no later activation fitted. Measured, see BENCHMARKS.md.
@@ -54,7 +53,7 @@ class Parameters:
 class Footprint:
     """Bytes of one worker.
 
-    ``buffers``: the most at one time of DeepSpeed's buckets, gathered weights and the optimizer's temporaries.
+    ``buffers``: the most at one time of DeepSpeed's buckets, and gathered weights.
     ``inputs``: the frozen encoders, kept text states, a micro batch. ``kernels``: what the CPU's kernel library
     holds. ``kept``: freed memory that a process on CPUs does not give back. ``peak``: on the device, less than the sum
     of the parts, which are not all there at one time: the larger of the backward pass and the optimizer's step.
@@ -112,23 +111,27 @@ def footprint(
 
     weights = value * (parameters.total if stage < 3 else share + -(-frozen // workers))
     # ZeRO 1 keeps whole gradients until a step's last micro batch, ZeRO 2 and 3 add theirs up after each.
-    gradients = value * (share if stage >= 2 else trainable)
+    # Those of bfloat16 weights are then float32.
+    gradients = 4 * share if stage >= 2 else value * trainable
     master = 4 * held if stage or value < 4 else 0
     states = master + 4 * held * (3 if train.ema_decay else 2)
 
-    bucket = min(trainable, REDUCE_BUCKET)
+    at_once = REDUCE_BUCKET if on_accelerator else REDUCE_AT_ONCE
+    bucket = min(trainable, at_once)
     at_backward = 0
     if stage:
         # The bucket is allocated whole when a backward pass begins; a CPU gives it memory as it fills.
-        at_backward = value * REDUCE_BUCKET if on_accelerator else 0
-        reducing = at_backward + value * bucket + (0 if on_accelerator else value * bucket)
+        # On an accelerator there are two: one is reduced, in float32, while the other fills.
+        at_backward = 2 * value * at_once if on_accelerator else 0
+        reducing = at_backward + (4 * bucket if on_accelerator else 2 * value * bucket)
+        if value < 4 and not on_accelerator:
+            reducing += 4 * bucket  # travels in float32
     else:
         reducing = value * bucket  # flattened for the all-reduce
     # Gradients of the optimizer's own: a float32 copy where they lie apart, or are of another type.
     at_step = 4 * held if stage or value < 4 else 0
-    if stage and value < 4:
+    if stage == 1 and value < 4:
         at_step += value * held  # flattened in their own type first
-    at_step += _adam_temporaries(train, held, share if stage else parameters.largest, on_accelerator, offload)
     if stage == 3:  # weights gathered for a forward pass stay where they are soon used again
         gathered = value * min(parameters.total, GATHERED_AT_MOST)
         at_backward, reducing = at_backward + gathered, reducing + gathered
@@ -168,12 +171,3 @@ def footprint(
         weights, gradients, states, active, buffers, inputs, kernels, kept,
         peak, in_use, host,
     )  # fmt: skip
-
-
-def _adam_temporaries(train: TrainConfig, held: int, largest: int, on_accelerator: bool, offload: Offload) -> int:
-    """Bytes that torch's Adam makes and drops in a step: none fused, one a weight for all at once on an accelerator,
-    two a weight one tensor after the other on a CPU."""
-    settings = optimizer(train, [nn.Parameter(torch.empty(0))]).defaults
-    if settings.get("fused") or offload != "none":
-        return 0
-    return 4 * held if on_accelerator else 8 * largest

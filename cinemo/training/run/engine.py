@@ -28,15 +28,29 @@ from cinemo.training.checkpoint.partitions import Partitions
 from cinemo.training.run.averaging import AveragingAdam
 from cinemo.types import LatentBatch
 
+# Values that ZeRO reduces at once on an accelerator; DeepSpeed's 500 million are half of the full-size network.
+REDUCE_BUCKET = 50_000_000
+
 
 def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
-    """The DeepSpeed settings of a recipe. Accumulation fills the global batch: global / (workers x micro)."""
+    """The DeepSpeed settings of a recipe. Accumulation fills the global batch: global / (workers x micro).
+
+    Under ZeRO 2 and 3, gradients of bfloat16 weights are added up in float32, under 1 to 3 they are reduced in it.
+    """
     zero: dict[str, Any] = {"stage": train.zero_stage}
+    if train.gpus_per_worker and train.zero_stage:
+        # Gradients travel while the backward pass goes on, which takes buckets that fill many times in it.
+        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": REDUCE_BUCKET}
     host = {"device": "cpu", "pin_memory": train.gpus_per_worker > 0}
     if train.offload != "none":
         zero["offload_optimizer"] = host
     if train.offload == "all":
         zero["offload_param"] = host
+    wide: dict[str, Any] = {}
+    if train.precision == "bf16" and train.zero_stage:
+        wide["communication_data_type"] = "fp32"
+        if train.zero_stage >= 2:  # stage 1 would get another optimiser wrapper by it
+            wide["data_types"] = {"grad_accum_dtype": "fp32"}
     return {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": train.micro_batch,
@@ -46,6 +60,7 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # Adam with averages is one
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": train.precision == "bf16"},
+        **wide,
         "steps_per_print": sys.maxsize,
     }
 
@@ -66,9 +81,8 @@ def parameter_groups(method: Method, train: TrainConfig) -> list[dict[str, Any]]
 
 def optimizer(train: TrainConfig, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Adam:
     """Adam (Cinemo section 4.1); weight decay is AdamW's, apart from the gradient; with ``ema_decay`` averages too."""
-    settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas}
-    if not train.gpus_per_worker or train.offload != "none":
-        settings["fused"] = True  # on a CPU one pass over the weights instead of a dozen
+    # Fused: one pass over the weights instead of a dozen.
+    settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "fused": True}
     if train.weight_decay:
         settings |= {"weight_decay": train.weight_decay, "decoupled_weight_decay": True}
     if train.ema_decay:
@@ -94,6 +108,8 @@ class Engine:
 
     def __init__(self, method: Method, train: TrainConfig, device: torch.device) -> None:
         deepspeed = import_deepspeed(device.type)
+        if train.tf32:
+            allow_tf32()
         self.device, self.train = device, train
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
         self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -219,6 +235,12 @@ def _without_gradients(adam: Any, *_: object) -> None:
     """Adam leaves alone what has no gradient; DeepSpeed's wrappers do not even ask it, where the gradient overflows."""
     if getattr(adam, "overflow", False):
         adam.zero_grad(set_to_none=True)
+
+
+def allow_tf32() -> None:
+    """Let float32 matrix products and convolutions of this process run on tensor cores (10 bits of mantissa)."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
 
 
 def import_deepspeed(accelerator: str) -> Any:
