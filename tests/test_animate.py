@@ -152,7 +152,7 @@ def test_a_batch_gives_what_its_members_give_alone(bundle: ModelBundle) -> None:
 def test_frames_are_decoded_a_few_at_a_time(bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> None:
     request = AnimateRequest(PICTURE, "waves")
     frames_FHWC = animate(bundle, request).frames_FHWC
-    monkeypatch.setattr(frozen, "_chunk", lambda height, width: 2)
+    monkeypatch.setattr(frozen, "_CHUNK_PIXELS", 2 * SIZE[0] * SIZE[1])
     pieces = [*bundle.decoder.decoding(sample(bundle, request).latents_CFHW.transpose(0, 1))]
     assert [len(piece) for piece in pieces] == [2] * (FRAMES // 2)
     # A batch of another size rounds differently in a few places.

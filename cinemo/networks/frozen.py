@@ -26,8 +26,9 @@ _SCALING_FACTOR = 0.18215
 # What a library notes about itself in a config.json; nothing is computed from it.
 _NOTES = frozenset({"_diffusers_version", "_name_or_path", "architectures", "transformers_version"})
 
-# Pixels that go through an autoencoder at once: 3 frames of 320x512 take SD's decoder 1.5 GB in float32.
-_CHUNK_PIXELS = 2**19
+# Pixels that go through an autoencoder at once on a CPU: 3 frames of 320x512 take SD's decoder 1.5 GB in float32, that
+# is, 768 values a pixel.
+_CHUNK_PIXELS, _VALUES_PER_PIXEL = 2**19, 768
 # Frames the temporal decoder sees at once; fixed by the published pipeline, results depend on it.
 _TEMPORAL_CHUNK = 14
 
@@ -69,9 +70,13 @@ class Vae:
         if statistics:
             config = SimpleNamespace(**{**config, **normalised(config, statistics)})
         # Numbers, or (c, 1, 1) where the configuration has statistics of each channel.
-        self.scale, self.shift = _normalisation(config)
+        self.scale, self.shift = (_on(value, device) for value in _normalisation(config))
         self.latent_channels = int(config.latent_channels)
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
+
+    def _together(self, height: int, width: int) -> int:
+        """Frames of this size that go through at once."""
+        return max(1, pixels_at_once(self.network.device, self.network.dtype) // (height * width))
 
     @torch.no_grad()
     def encode(self, frames_NCHW: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -82,13 +87,13 @@ class Vae:
         """
         moments = [
             self.network.encode(chunk.to(self.network.device, self.network.dtype)).latent_dist
-            for chunk in torch.split(frames_NCHW, _chunk(*frames_NCHW.shape[2:]))
+            for chunk in torch.split(frames_NCHW, self._together(*frames_NCHW.shape[2:]))
         ]
         latents = torch.cat([m.mean for m in moments]).float()
         if generator is not None:
-            noise = torch.randn(latents.shape, generator=generator)
-            latents = latents + torch.cat([m.std for m in moments]).float() * noise.to(latents.device)
-        return (latents - _on(self.shift, latents)) * _on(self.scale, latents)
+            noise = upload(torch.randn(latents.shape, generator=generator), latents.device)
+            latents = latents + torch.cat([m.std for m in moments]).float() * noise
+        return (latents - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents_FCHW: Tensor) -> np.ndarray:
@@ -106,13 +111,13 @@ class Vae:
     def pieces(self, latents_FCHW: Tensor) -> tuple[Tensor, ...]:
         """Latents of frames that go through the decoder together; a piece's frames depend on that piece alone."""
         height, width = (side * self.downscale for side in latents_FCHW.shape[2:])
-        return torch.split(latents_FCHW, _TEMPORAL_CHUNK if self.temporal else _chunk(height, width))
+        return torch.split(latents_FCHW, _TEMPORAL_CHUNK if self.temporal else self._together(height, width))
 
     @torch.no_grad()
     def decode_piece(self, latents_FCHW: Tensor) -> Tensor:
         """Frames (F, H, W, 3), uint8, on the network's device, of one of the `pieces` of a video."""
         latents = latents_FCHW.to(self.network.device, torch.float32)
-        latents = latents / _on(self.scale, latents) + _on(self.shift, latents)
+        latents = latents / self.scale + self.shift
         extra = {"num_frames": len(latents)} if self.temporal else {}
         images: Tensor = self.network.decode(latents.to(self.network.dtype), **extra).sample
         rounding = 0.0 if self.temporal else 0.5
@@ -152,13 +157,19 @@ def normalised(config: Mapping[str, Any], statistics: Statistics) -> dict[str, l
     }
 
 
-def _on(value: Tensor | float, latents: Tensor) -> Tensor | float:
-    return value.to(latents.device) if isinstance(value, Tensor) else value
+def _on(value: Tensor | float, device: torch.device | str) -> Tensor | float:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
-def _chunk(height: int, width: int) -> int:
-    """Frames of this size that go through at once."""
-    return max(1, _CHUNK_PIXELS // (height * width))
+def pixels_at_once(device: torch.device, dtype: torch.dtype) -> int:
+    """How many pixels go through an autoencoder at once.
+
+    Of an accelerator an eighth of its memory may be taken: of what it has, not of what is free now, so that the same
+    machine always does the same arithmetic.
+    """
+    if device.type != "cuda":
+        return _CHUNK_PIXELS
+    return int(torch.cuda.get_device_properties(device).total_memory / 8 / (_VALUES_PER_PIXEL * dtype.itemsize))
 
 
 def check_vae(location: str) -> tuple[Path, str]:

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -29,6 +29,7 @@ from cinemo.media.sources import Sources, naming_source
 from cinemo.media.video import decode_windows
 from cinemo.networks.frozen import Vae
 from cinemo.networks.memory import keep_freed_memory
+from cinemo.networks.transfer import pipelined
 from cinemo.types import Clip, ClipError, LatentSample, Refusal, keyed_generator
 
 # A planned clip (`Plan.rows`), once for each view, and what the stages add to it.
@@ -165,27 +166,44 @@ class Encoder:
         self.vae = Vae(vae, device, getattr(torch, dtype))
 
     def __call__(self, decoded: pa.Table) -> pa.Table:
-        rows = []
-        for row in _rows(decoded, "frames"):
+        rows = list(_rows(decoded, "frames"))
+        views = [(_pixels(row, self.data), row["clip_id"], row["view"]) for row in rows if not row["reason"]]
+        encoded = self._encoded(views)
+        for row in rows:
             started = time.perf_counter()
             if not row["reason"]:
+                latents_FCHW = next(encoded)
                 try:
-                    latents_FCHW = self.encode(_pixels(row, self.data), row["clip_id"], row["view"])
+                    _check(latents_FCHW)
                     row |= {"latents": latents_FCHW, "shape": latents_FCHW.shape}
                 except ClipError as error:
                     row |= _fault(error)
             row["encode_seconds"] = time.perf_counter() - started
-            rows.append(row)
         return _table(rows, ENCODED, "latents")
 
     def encode(self, frames_FHWC: np.ndarray, clip_id: str, view: int) -> np.ndarray:
         """Scaled latents, ``FCHW`` float16, of one view."""
-        frames_FCHW = torch.tensor(frames_FHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
-        generator = keyed_generator(self.data.seed, clip_id, view, "posterior") if self.latent == "sample" else None
-        latents_FCHW: np.ndarray = self.vae.encode(frames_FCHW, generator).to(torch.float16).cpu().numpy()
-        if not np.isfinite(latents_FCHW).all():
-            raise ClipError("encode", "not_finite", "latents exceed the range of float16")
-        return np.ascontiguousarray(latents_FCHW)
+        [latents_FCHW] = self._encoded([(frames_FHWC, clip_id, view)])
+        _check(latents_FCHW)
+        return latents_FCHW
+
+    def _encoded(self, views: Sequence[tuple[np.ndarray, str, int]]) -> Iterator[np.ndarray]:
+        keys = iter([(clip_id, view) for _, clip_id, view in views])
+
+        def latents(frames_FHWC: torch.Tensor) -> torch.Tensor:
+            generator = keyed_generator(self.data.seed, *next(keys), "posterior") if self.latent == "sample" else None
+            frames_FCHW = frames_FHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
+            return self.vae.encode(frames_FCHW, generator).to(torch.float16)
+
+        # Frames go up as bytes, a quarter of what floats would be, and become floats there.
+        frames = (torch.tensor(frames_FHWC) for frames_FHWC, _, _ in views)
+        for latents_FCHW in pipelined(frames, latents, self.vae.network.device):
+            yield np.ascontiguousarray(latents_FCHW.numpy())
+
+
+def _check(latents_FCHW: np.ndarray) -> None:
+    if not np.isfinite(latents_FCHW).all():
+        raise ClipError("encode", "not_finite", "latents exceed the range of float16")
 
 
 def commit(
