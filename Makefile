@@ -10,7 +10,7 @@ CLIPS  ?=
 METHOD ?= cinemo-tiny
 JOBS   ?= 2
 
-.PHONY: setup demo test test-slow check format bench bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
+.PHONY: setup demo test test-slow check format bench bench-gpu bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,10 @@ format: setup
 
 bench: setup
 	$(BENCH) benchmarks/bench.py
+
+# On an accelerator, under nine minutes; ARGS='--device cpu --small' shows that it is whole.
+bench-gpu: setup
+	$(BENCH) benchmarks/bench_gpu.py $(ARGS)
 
 bench-network: setup
 	$(BENCH) benchmarks/bench_network.py

@@ -293,7 +293,7 @@ def load_bundle(
         if adapters.found:
             check_takes_adapters(card.recipe, location)
         if card.recipe.compile:
-            method.compile_networks()
+            method.compile_networks(card.recipe.compile == "regional")
         vae, decoder, text, image = _load_encoders(card.recipe, root, device, dtype)
     motion, digest, quality = card.motion, card.digest, card.quality
     return ModelBundle(card.recipe, method, vae, decoder, text, motion, digest, str(location), image, quality, adapters)

@@ -395,7 +395,11 @@ class Recipe(Part):
 
     name: str
     method: str = Field(description="a method of cinemo.methods, or package.module:Class of one elsewhere")
-    compile: bool = Field(False, description="torch.compile the network, in training and sampling")
+    compile: bool | Literal["regional"] = Field(
+        False,
+        description="torch.compile the network, in training and sampling; regional: each kind of block once, which "
+        "takes a fraction of the time",
+    )
     data: DataConfig = DataConfig()
     encoders: EncodersConfig = EncodersConfig()
     model: SerializeAsAny[Part] = Part()

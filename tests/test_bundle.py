@@ -92,21 +92,28 @@ def test_every_component_is_what_diffusers_and_transformers_load(written: Path) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU: install g++")
-def test_a_compiled_network_gives_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [True, "regional"])
+def test_a_compiled_network_gives_the_same(tmp_path: Path, how: bool | str) -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain = load_bundle(tiny_bundle(tmp_path / "plain"), "cpu")
-    compiled = load_bundle(tiny_bundle(tmp_path / "compiled", compiled=True), "cpu")
+    compiled = load_bundle(tiny_bundle(tmp_path / "compiled", compiled=how), "cpu")
     condition = Condition(
         image=torch.randn(1, 4, 4, 6), text=plain.text.encode(["a red ball"]), motion_bucket=torch.tensor([7.0])
     )
     noise_BCFHW = torch.randn(1, 4, 3, 4, 6)
+    graphs = []
     with torch.inference_mode():
         for step in (900, 40):
             expected, got = (
                 bundle.method.predict(noise_BCFHW, step, bundle.method.ready(condition)) for bundle in (plain, compiled)
             )
             torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # not one for each step
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1], "not one for each step"
+    network = compiled.method.networks["unet"]
+    blocks = sum(isinstance(module, network.regions) for module in network.modules())
+    assert graphs[0] == 1 if how is True else 1 < graphs[0] < blocks, "those of one kind share theirs"
 
 
 def test_the_digest_is_of_the_content_alone(written: Path, tmp_path: Path) -> None:

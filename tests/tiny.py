@@ -101,7 +101,7 @@ def random_unet(recipe: Recipe) -> LavieUNet:
     return unet
 
 
-def tiny_bundle(directory: Path, compiled: bool = False) -> Path:
+def tiny_bundle(directory: Path, compiled: bool | str = False) -> Path:
     """Write the bundle (and beside it the encoders it was made from); returns its directory."""
     save_encoders(directory / "encoders")
     recipe = tiny_recipe(directory / "encoders").model_copy(update={"compile": compiled})

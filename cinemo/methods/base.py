@@ -30,6 +30,7 @@ Reduction = Literal["mean", "none"]
 Draw = Callable[[str], torch.Generator]
 """``draw(what)``: a generator for one draw of a training sample, keyed by seed, ``what``, step and sample."""
 
+_SHAPES = 128  # kinds of blocks, by the widths and sizes that they meet, which a compiler may have to tell apart
 _LARGER = 16  # times the pixels of what a network was trained for: beyond, memory ends before anything is said
 
 
@@ -319,10 +320,18 @@ class Method(nn.Module, ABC):
             if hasattr(network, "gradient_checkpointing"):
                 network.gradient_checkpointing = on  # type: ignore[assignment]
 
-    def compile_networks(self) -> None:
-        """Compile every network in place (`Recipe.compile`)."""
+    def compile_networks(self, regional: bool = False) -> None:
+        """Compile every network in place (`Recipe.compile`): whole, or ``regional`` the blocks that it is made of
+        (its ``regions``), of which those of one kind and shape share what the compiler made."""
         for network in self.networks.values():
-            network.compile(dynamic=False)
+            regions = getattr(network, "regions", ())
+            if not regional or not regions:
+                network.compile(dynamic=False)
+                continue
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+            for module in network.modules():
+                if isinstance(module, regions):
+                    module.compile(dynamic=False)
 
 
 def chance(draw: Draw, what: str, probability: float) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import zip_longest
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -158,10 +159,14 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(width)
         self.field: nn.Module | None = None  # reads a motion field, see `cinemo.networks.motion_field`
 
-    def forward(self, y: Tensor, text: Tensor | TextKeysValues) -> Tensor:
-        """``y``: (B*N, h*w, C), overwritten where no gradients are asked for. ``text``: with ``field``, that has the
-        block's entry as well."""
-        keys_values = self.attn2.keys_values(text) if isinstance(text, Tensor) else text[self.attn2]
+    def context(self, text: Tensor | TextKeysValues) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """Of all that the network is told, what this block is: keys and values of the text, and of a motion field."""
+        if isinstance(text, Tensor):
+            return self.attn2.keys_values(text), None
+        return text[self.attn2], None if self.field is None else text[self][1]
+
+    def forward(self, y: Tensor, keys_values: tuple[Tensor, Tensor], field: Tensor | None) -> Tensor:
+        """``y``: (B*N, h*w, C), overwritten where no gradients are asked for; the others are its `context`."""
         (images, cells, width), batch = y.shape, len(keys_values[0])
 
         def along_time(y: Tensor) -> Tensor:
@@ -172,8 +177,8 @@ class TransformerBlock(nn.Module):
         y = y.reshape(batch, -1, width)  # the text is the same for all frames of an item
         y = residual(y, 1, lambda y: self.attn2(self.norm2(y), keys_values), widest=3)
         y = residual(y.reshape(batch, -1, cells, width), 2, along_time, widest=4)
-        if self.field is not None and not isinstance(text, Tensor):
-            y = self.field(y, text[self][1])
+        if self.field is not None and field is not None:
+            y = self.field(y, field)
         y = residual(y.reshape(-1, width), 0, lambda y: self.ff(y, self.norm3), widest=8)
         return y.reshape(images, cells, width)
 
@@ -192,7 +197,7 @@ class Transformer(nn.Module):
         images, width, rows, columns = x.shape
         y = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(images, rows * columns, width)
         for block in self.transformer_blocks:
-            y = block(y, text)
+            y = block(y, *cast(TransformerBlock, block).context(text))
         return add(self.proj_out(y.reshape(images, rows, columns, width).permute(0, 3, 1, 2)), x)
 
 

@@ -256,14 +256,13 @@ class SpatialBlock(nn.Module):
         self.attn2 = attn2
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
-    def forward(self, y: Tensor, context: tuple[Tensor, Tensor | None] | ContextKeysValues) -> Tensor:
+    def forward(self, y: Tensor, keys_values: Any) -> Tensor:
         """``y``: (B, F, p, C), overwritten where no gradients are asked for.
 
         Args:
-            context: text (B, L, D) and tokens of an image, or what `DualAttention.keys_values` made of them.
+            keys_values: what `DualAttention.keys_values` made of text and tokens of an image.
         """
         shape = y.shape
-        keys_values = context[self.attn2] if isinstance(context, Mapping) else self.attn2.keys_values(*context)
         y = residual(y.flatten(0, 1), 0, lambda y: self.attn1(self.norm1(y)), widest=4).view(shape)
         y = residual(y, 2, lambda y: self.attn2(self.norm2(y), keys_values), widest=4)
         return residual(y.view(-1, shape[3]), 0, lambda y: self.ff(y, self.norm3), widest=8).view(shape)
@@ -313,7 +312,8 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, batch: int, context: tuple[Tensor, Tensor | None] | ContextKeysValues) -> Tensor:
         y = recomputed(lambda x: self.proj_in(tokens(self.norm(x), batch)), x)
         for block in self.transformer_blocks:
-            y = block(y, context)
+            attn2 = cast(SpatialBlock, block).attn2
+            y = block(y, context[attn2] if isinstance(context, Mapping) else attn2.keys_values(*context))
         return add(images(self.proj_out(y), *x.shape[2:]), x)
 
 

@@ -24,7 +24,10 @@ from cinemo.networks.dynamicrafter_blocks import (
     Downsample,
     DualAttention,
     ResBlock,
+    SpatialBlock,
     SpatialTransformer,
+    TemporalBlock,
+    TemporalConvolutions,
     TemporalTransformer,
     learns_on_cpu,
     zeroed,
@@ -112,6 +115,10 @@ class DynamiCrafterUNet(nn.Module):
     Raises:
         InputError: a configuration this network cannot have.
     """
+
+    # What is compiled where a network is not compiled whole. The convolutions in space are left out: how they are
+    # called, with or without checkpointing, is made anew in each call.
+    regions = (TemporalConvolutions, SpatialBlock, TemporalBlock)
 
     def __init__(
         self,

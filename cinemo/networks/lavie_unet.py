@@ -85,6 +85,8 @@ class LavieUNet(nn.Module):
         InputError: a configuration this network cannot have.
     """
 
+    regions = (Resnet, TransformerBlock)  # what is compiled where a network is not compiled whole
+
     def __init__(
         self,
         in_channels: int = 4,

@@ -65,7 +65,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     mark_trainable(method, recipe.train)
     method.checkpoint_activations(recipe.train.gradient_checkpointing)
     if recipe.compile:
-        method.compile_networks()
+        method.compile_networks(recipe.compile == "regional")
     if device.type == "cpu":
         keep_freed_memory()
     engine = Engine(method, recipe.train, device)
