@@ -267,7 +267,7 @@ def load_bundle(
 
     Args:
         device: a GPU where there is one, else the CPU, unless given.
-        dtype: float32 on a CPU and bfloat16 elsewhere, unless given.
+        dtype: float32 on a CPU and bfloat16 elsewhere, unless given; there, networks stored in float16 stay in it.
         full: as `read_card`.
         lora: a directory of LoRA adapters that requests may name (`cinemo.networks.adapters`).
 
@@ -279,6 +279,7 @@ def load_bundle(
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device}: not usable here ({str(error).splitlines()[0]})") from None
+    stored = dtype is None and device.type != "cpu"
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if device.type == "cpu":
         keep_freed_memory()
@@ -286,7 +287,11 @@ def load_bundle(
         root = _localize(location)
         card = _read_card(root, location, full)
         kind = method_class(card.recipe)
-        networks = {part: kind.load_network(card.recipe, part, str(root / part), dtype) for part in kind.parts}
+        kept = None if stored else dtype
+        networks = {part: kind.load_network(card.recipe, part, str(root / part), kept) for part in kind.parts}
+        for network in networks.values() if stored else ():
+            if next(network.parameters()).dtype != torch.float16:
+                network.to(dtype)
         method = build_method(card.recipe, networks).to(device).eval().requires_grad_(False)
         adapters = load_adapters(Path(lora)) if lora else Adapters()
         adapters.attach(method.networks)
