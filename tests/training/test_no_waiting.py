@@ -48,7 +48,7 @@ def frozen_of(recipe: Recipe) -> FrozenStates:
 class UnreadableEngine:
     """What the loop asks of `cinemo.training.run.engine.Engine`, without an optimiser: gradients are added up."""
 
-    rank, world, device, dtype, lr = 0, 1, DEVICE, torch.float32, 1e-4
+    rank, world, device, dtype, lr, moved = 0, 1, DEVICE, torch.float32, 1e-4, True
 
     def __init__(self, method: Method) -> None:
         self.method: nn.Module = method.to(DEVICE)
@@ -74,7 +74,7 @@ class OpenWindow:
     def add(self, losses_B: Tensor, batch: Any, weight_B: Tensor) -> None:
         self._losses.add(losses_B, batch, 0, weight_B)
 
-    def end_step(self) -> None: ...
+    def end_step(self, *_: Any, **__: Any) -> None: ...
 
     def close(self, *_: Any) -> None: ...
 
