@@ -318,7 +318,7 @@ def _following(mailbox: Any, progress: Progress, lock: Lock, work: Work) -> Iter
                 os.kill(os.getpid(), signal.SIGINT)
                 return
             for event in ray.get(mailbox.take.remote()):
-                work.what = "training"
+                work.what, work.patience = "training", 9.0  # reports of steps say more
                 found = pickle.loads(event)
                 if isinstance(found, Resumed):  # its networks and data are there: nothing of its input is refused now
                     progress.track(found.step)
