@@ -108,7 +108,7 @@ class Engine:
 
     def __init__(self, method: Method, train: TrainConfig, device: torch.device) -> None:
         deepspeed = import_deepspeed(device.type)
-        if train.tf32:
+        if train.tf32 and device.type == "cuda":
             allow_tf32()
         self.device, self.train = device, train
         self.dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
