@@ -130,6 +130,8 @@ class Run:
         self.uri, artifacts, self.hint = locate(output)
         if artifacts and not storage.is_remote(output):
             storage.local_path(output).mkdir(parents=True, exist_ok=True)
+        if artifacts:
+            _make_database(Path(self.uri.removeprefix(_SQLITE)))
         self._client = _client(self.uri)
         self._metrics: list[Any] = []
         self._reached: dict[str, int] = {}
@@ -345,6 +347,21 @@ def _model_version(location: str) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _make_database(path: Path) -> None:
+    """The database with all its tables. MLflow makes them one by one and, killed meanwhile, cannot go on."""
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent, ignore_cleanup_errors=True) as directory:
+        part = Path(directory) / path.name
+        _client(f"{_SQLITE}{part}").search_experiments(max_results=1)
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            pass  # another job was faster
+        except OSError:  # a file system without links
+            os.replace(part, path)
 
 
 def _client(uri: str) -> Any:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sqlite3
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,26 @@ from cinemo.types import InputError
 @pytest.fixture(autouse=True)
 def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.mark.parametrize("tables", [8, 30])
+def test_a_job_that_is_killed_while_tables_are_made_leaves_none_half_made(tmp_path: Path, tables: int) -> None:
+    output = tmp_path / "run"
+    start = f"from cinemo import tracking; tracking.Run({str(output)!r}, 'first')"
+    killed = subprocess.Popen([sys.executable, "-c", start])
+
+    def made() -> int:
+        with contextlib.suppress(sqlite3.Error, StopIteration), sqlite3.connect(next(output.rglob("*.db"))) as database:
+            return int(database.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table'").fetchone()[0])
+        return 0
+
+    while made() < tables and killed.poll() is None:
+        time.sleep(0.005)
+    killed.kill()
+    killed.wait()
+    run = tracking.Run(str(output), "second")
+    run.log(1, {"loss": 0.5})
+    run.finish()
 
 
 def test_a_run_is_stored_and_continued(tmp_path: Path) -> None:
