@@ -27,7 +27,7 @@ test: setup
 # What kills, measures or trains for minutes; then, a file at a time in each process, what starts Ray or a server.
 # pytest ends with 5 where ARGS leave one of them no test.
 test-slow: setup
-	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal -m 'slow and not ray' --durations 20 $(ARGS) || [ $$? = 5 ]
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup -m 'slow and not ray' --durations 20 $(ARGS) || [ $$? = 5 ]
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m 'slow and ray' --durations 20 $(ARGS) || [ $$? = 5 ]
 
 check: setup

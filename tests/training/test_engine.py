@@ -47,10 +47,11 @@ def test_offload_follows_from_the_recipe() -> None:
         assert settings["zero_force_ds_cpu_optimizer"] is False, "DeepSpeed's own would be compiled"
         return settings["zero_optimization"]
 
-    assert zero(zero_stage=1) == {"stage": 1}
-    overlapped = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 50_000_000}
+    bucket = {"reduce_bucket_size": 50_000_000}
+    assert zero(zero_stage=1) == {"stage": 1, **bucket}
+    overlapped = {"overlap_comm": True, "contiguous_gradients": True, **bucket}
     host = {"device": "cpu", "pin_memory": False}
-    assert zero(zero_stage=1, offload="optimizer") == {"stage": 1, "offload_optimizer": host}
+    assert zero(zero_stage=1, offload="optimizer") == {"stage": 1, **bucket, "offload_optimizer": host}
     on_gpu = zero(zero_stage=3, offload="all", gpus_per_worker=1)
     assert on_gpu == {
         "stage": 3,

@@ -23,7 +23,7 @@ from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
 from cinemo.training.run.averaging import EMA
 from tests.training.ranks import Case, made_engine, on_ranks, train_steps
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stages")]  # all tests read the same trainings
 
 STEPS, HALF = 20, 10
 FP32 = [*map(Case, range(4)), *(Case(stage, "optimizer") for stage in (1, 2, 3)), Case(3, "all")]

@@ -116,7 +116,7 @@ def footprint(
     master = 4 * held if stage or value < 4 else 0
     states = master + 4 * held * (3 if train.ema_decay else 2)
 
-    at_once = REDUCE_BUCKET if on_accelerator else REDUCE_AT_ONCE
+    at_once = REDUCE_BUCKET if stage else REDUCE_AT_ONCE
     bucket = min(trainable, at_once)
     at_backward = 0
     if stage:

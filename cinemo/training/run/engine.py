@@ -28,7 +28,7 @@ from cinemo.training.checkpoint.partitions import Partitions
 from cinemo.training.run.averaging import AveragingAdam
 from cinemo.types import LatentBatch
 
-# Values that ZeRO reduces at once on an accelerator; DeepSpeed's 500 million are half of the full-size network.
+# Values that ZeRO reduces at once; DeepSpeed's 500 million are half of the full-size network, and 2 GB of every process.
 REDUCE_BUCKET = 50_000_000
 
 
@@ -37,10 +37,10 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
 
     Under ZeRO 2 and 3, gradients of bfloat16 weights are added up in float32, under 1 to 3 they are reduced in it.
     """
-    zero: dict[str, Any] = {"stage": train.zero_stage}
+    zero: dict[str, Any] = {"stage": train.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
     if train.gpus_per_worker and train.zero_stage:
         # Gradients travel while the backward pass goes on, which takes buckets that fill many times in it.
-        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": REDUCE_BUCKET}
+        zero |= {"overlap_comm": True, "contiguous_gradients": True}
     host = {"device": "cpu", "pin_memory": train.gpus_per_worker > 0}
     if train.offload != "none":
         zero["offload_optimizer"] = host
