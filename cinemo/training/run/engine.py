@@ -28,7 +28,7 @@ from cinemo.training.checkpoint.partitions import Partitions
 from cinemo.training.run.averaging import AveragingAdam
 from cinemo.types import LatentBatch
 
-# Values that ZeRO reduces at once; DeepSpeed's 500 million are half of the full-size network, and 2 GB of every process.
+# Values that ZeRO reduces at once; DeepSpeed's 500 million are half of the full-size network, and 2 GB of a process.
 REDUCE_BUCKET = 50_000_000
 
 
