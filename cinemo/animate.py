@@ -105,7 +105,8 @@ class AnimateRequest:
         calibrated = controls.calibrated(recipe, calibration, quality)
         filled = calibrated.settings(recipe, self.inputs.keys())
         is_measured = self.lora is None and self.size in (None, recipe.data.size) and "frames" not in filled
-        return {"prompt": self.prompt, **filled, **(controls.predicted(quality) if is_measured else {})}
+        said = controls.predicted(recipe, calibration, quality) if is_measured else {}
+        return {"prompt": self.prompt, **filled, **said}
 
 
 def blank_inputs(recipe: Recipe) -> dict[str, np.ndarray]:
@@ -217,6 +218,8 @@ def sentences(sampled: Sampled) -> list[str]:
 def _in_words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_in_words(each)}" for name, each in value.items())
     if isinstance(value, list | tuple):
         nested = any(isinstance(each, list | tuple) for each in value)
         return ("; " if nested else ", ").join(map(_in_words, value)) or "none"

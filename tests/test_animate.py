@@ -396,6 +396,7 @@ def test_a_result_is_told_in_words() -> None:
         "recipe": "cinemo-tiny", "bundle": "4b250cabcfd8d6d5", "cinemo_version": "0", "size": [64, 96], "frames": 16,
         "fps": 8.0, "image_sha256": "ab12", "prompt": "a ball rolls", "negative_prompt": "", "guidance_scale": 7.5,
         "dct_init": True, "last": None, "guidance_interval": (0.5, 1.0), "arrows": [[1, 2, 3, 4], [5, 6, 7, 8]],
+        "predicted_motion": {"mean": 0.0121, "low": 0.009, "high": 0.02},
     }  # fmt: skip
     told = sentences(Sampled(torch.empty(0), 8.0, settings))
     assert told == [
@@ -405,5 +406,6 @@ def test_a_result_is_told_in_words() -> None:
         "  dct init: yes",
         "  guidance interval: 0.5, 1",
         "  arrows: 1, 2, 3, 4; 5, 6, 7, 8",
+        "  predicted motion: mean 0.0121, low 0.009, high 0.02",
     ]
     assert not any(map(STRAY.search, told))

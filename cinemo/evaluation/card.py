@@ -67,7 +67,7 @@ def _motion(calibration: Mapping[str, Any]) -> list[str]:
     said = {"dead": "values that move no more than the least", "saturated": "values that move no less than the most"}
     lines = [
         f"{pictures} pictures at {len(calibration['values'])} values of {control}, {seeds} seeds. `motion_strength` "
-        "(0..1) is linear in the motion below; half of the pictures judged the map that the other half made:",
+        "(0..1) is linear in the motion below; each picture was judged by the map of all the others:",
         "",
         *(f"- {name.replace('_', ' ')}: {_number(value)}" for name, value in obeys.items()),
         *(f"- {text}: {_plain(calibration[name])}" for name, text in said.items() if calibration[name]),

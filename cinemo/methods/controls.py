@@ -109,7 +109,7 @@ RESERVED = frozenset(
         *("deadline_at", "error", "deleted", "input_reference", "model", "prompt", "size", "seconds", "timeout"),
         *("image", "inputs", "bundle", "output", "save_latents", "device", "help", "recipe"),
         *("fps", "cinemo_version", "remixed_from_video_id", "prompt_tokens", "webhook_url", "estimated_seconds_left"),
-        *("predicted_quality", "reuse", "reused", "previews", "lora", "lora_scale"),
+        *("predicted_quality", "predicted_motion", "reuse", "reused", "previews", "lora", "lora_scale"),
     )
 )
 
@@ -210,8 +210,11 @@ class Controls(BaseModel):
         """
         return self
 
-    def predicted(self, quality: QualityTable | None) -> dict[str, Any]:
-        """What to say beside the settings where a quality is asked for: ``predicted_quality``."""
+    def predicted(
+        self, recipe: Recipe, calibration: Mapping[str, Any] | None, quality: QualityTable | None
+    ) -> dict[str, Any]:
+        """What to say beside the settings: ``predicted_quality`` where a quality is asked for, ``predicted_motion``
+        where a strength of motion is, each only where the bundle was measured. Arguments as of `calibrated`."""
         return {}
 
     def check_picture(self, size: tuple[int, int]) -> None:
@@ -364,7 +367,9 @@ class FastSampling(Controls):
             )
         return self.model_copy(update={"quality": None, **quality.choose(self.quality).controls})
 
-    def predicted(self, quality: QualityTable | None) -> dict[str, Any]:
+    def predicted(
+        self, recipe: Recipe, calibration: Mapping[str, Any] | None, quality: QualityTable | None
+    ) -> dict[str, Any]:
         if self.quality is None or quality is None:
             return {}
         return {"predicted_quality": quality.predicted(self.quality)}
@@ -424,6 +429,21 @@ class MotionStrength(FastSampling):
             return asked  # measured before the recipe changed what can be asked
         value = value_at(self.motion_strength, known[1], calibration)
         return asked.model_copy(update={"motion_strength": None, self.strength_of: value})
+
+    def predicted(
+        self, recipe: Recipe, calibration: Mapping[str, Any] | None, quality: QualityTable | None
+    ) -> dict[str, Any]:
+        """Of a measured strength the motion, 1 - mean SSIM of neighbouring frames, and what nine of ten videos are
+        between."""
+        said = super().predicted(recipe, calibration, quality)
+        value = getattr(self.calibrated(recipe, calibration, quality), self.strength_of)
+        if self.motion_strength is None or value is None or calibration is None or "interval" not in calibration:
+            return said
+        order = np.argsort(calibration["values"])
+        places = np.array(calibration["values"])[order]
+        curves = {"mean": calibration["curve"], **dict(zip(("low", "high"), calibration["interval"], strict=True))}
+        motion = {name: np.interp(value, places, np.array(curve)[order]) for name, curve in curves.items()}
+        return said | {"predicted_motion": {name: round(float(each), 4) for name, each in motion.items()}}
 
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
         filled = super().settings(recipe, inputs)

@@ -27,6 +27,7 @@ from cinemo.media.transforms import cropped_points, prepare_image
 from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, chance
 from cinemo.methods.cinemo import CinemoMethod
 from cinemo.methods.controls import Arrows, Controls, Input, LongVideo, MotionStrength, control
+from cinemo.methods.quality import QualityTable
 from cinemo.methods.sampling import calls, long_config, solved
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.field_refiner import FieldRefiner, RefinerConfig, load_refiner
@@ -120,6 +121,13 @@ class LongerControls(MotionStrength, LongVideo):
 
     def check_picture(self, size: tuple[int, int]) -> None:
         check_arrows(self.arrows or (), size)
+
+    def predicted(
+        self, recipe: Recipe, calibration: Mapping[str, Any] | None, quality: QualityTable | None
+    ) -> dict[str, Any]:
+        """No motion where there are arrows: it was measured without."""
+        said = super().predicted(recipe, calibration, quality)
+        return {name: each for name, each in said.items() if name != "predicted_motion" or not self.arrows}
 
     def settings(self, recipe: Recipe, inputs: Collection[str] = ()) -> dict[str, Any]:
         """``motion_speed`` is measured on the arrows (None) where they alone are given."""

@@ -15,9 +15,11 @@ from cinemo.methods import Input, at_motion, controls_of, method_named, served_c
 from cinemo.methods.cinemo import CinemoControls, CinemoMethod
 from cinemo.methods.controls import Controls, FastSampling, check_names, control, expectation
 from cinemo.methods.dynamicrafter import DynamiCrafterControls
+from cinemo.methods.longer import LongerControls
 from cinemo.recipes import RECIPES
 from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.recipes.dynamicrafter import dynamicrafter_tiny
+from cinemo.recipes.longer import longer_tiny
 from cinemo.serving.http.form import form_schema
 from cinemo.types import InputError
 
@@ -123,6 +125,28 @@ def test_a_strength_is_linear_in_measured_motion_where_the_bundle_was_calibrated
     assert two_thirds["frame_rate"] == pytest.approx(5, abs=0.2)  # between the values that were measured
     with pytest.raises(ValueError, match="frame_rate and motion_strength are both given"):
         DynamiCrafterControls(motion_strength=1.0, frame_rate=3)
+
+
+def test_a_strength_that_was_measured_says_how_much_will_move_and_in_which_interval() -> None:
+    measured = {"values": [0, 10, 19], "curve": [0.1, 0.2, 0.38], "interval": [[0.0, 0.1, 0.2], [0.2, 0.3, 0.48]]}
+    told = CinemoControls(motion_strength=1.0).predicted(TINY, measured, None)
+    assert told == {"predicted_motion": {"mean": 0.38, "low": 0.2, "high": 0.48}}
+    half = CinemoControls(motion_strength=0.5)
+    assert half.calibrated(TINY, measured).settings(TINY)["motion_bucket"] == 12  # between two that were measured
+    assert half.predicted(TINY, measured, None)["predicted_motion"] == {"mean": 0.24, "low": 0.1222, "high": 0.34}
+    assert CinemoControls(motion_bucket=19).predicted(TINY, measured, None) == {}
+    assert half.predicted(TINY, None, None) == {}
+
+    frames_a_second = {"values": [8, 4], "curve": [0.1, 0.3], "interval": [[0.05, 0.2], [0.2, 0.4]]}
+    recipe = dynamicrafter_tiny()
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"rate": "fps"})})
+    most = DynamiCrafterControls(motion_strength=1.0).predicted(recipe, frames_a_second, None)
+    assert most == {"predicted_motion": {"mean": 0.3, "low": 0.2, "high": 0.4}}
+
+    speeds = {"values": [0, 1200], "curve": [0.0, 0.1], "interval": [[0.0, 0.05], [0.0, 0.2]]}
+    for arrows, said in ((None, True), (((0.0, 0.0, 5.0, 5.0),), False)):
+        asked = LongerControls(motion_strength=1.0, arrows=arrows)
+        assert ("predicted_motion" in asked.predicted(longer_tiny(), speeds, None)) == said, arrows
 
 
 def test_a_method_says_which_control_is_motion_and_which_ways_to_be_fast_it_has() -> None:

@@ -55,10 +55,10 @@ def test_a_quality_becomes_steps_and_says_what_is_predicted() -> None:
         assert "quality" not in settings
     assert settings["guidance_interval"] == [0.5, 1.0]
     asked = CinemoControls(quality="standard")
-    said = asked.predicted(TABLE)["predicted_quality"]
+    said = asked.predicted(TINY, None, TABLE)["predicted_quality"]
     assert (said["asked"], said["psnr"], said["psnr_low"], said["motion_change"]) == ("standard", 45.4, 44.4, 0.001)
     assert (said["passes"], said["reference_steps"]) == (13, 50)
-    assert CinemoControls(steps=5).predicted(TABLE) == {}
+    assert CinemoControls(steps=5).predicted(TINY, None, TABLE) == {}
     both = CinemoControls(quality="standard", motion_strength=1.0).calibrated(TINY, None, TABLE).settings(TINY)
     assert (both["steps"], both["motion_bucket"]) == (9, 19)
 

@@ -213,6 +213,16 @@ def test_a_quality_is_not_predicted_where_it_was_not_measured(store: JobStore, b
     assert (made["num_inference_steps"], "predicted_quality" in made) == (3, False)
 
 
+def test_a_strength_says_how_much_will_move_where_that_was_measured(store: JobStore, client: TestClient) -> None:
+    assert "predicted_motion" not in post(client, motion_strength="1").json()
+    measured = {"values": [0, 19], "curve": [0.1, 0.3], "interval": [[0.05, 0.2], [0.2, 0.4]]}
+    served = replace(card(), motion=replace(card().motion, calibration=measured))
+    other = TestClient(build_api(store, lambda: served, always_ready))
+    made = post(other, motion_strength="1").json()
+    assert (made["motion_bucket"], made["predicted_motion"]) == (19, {"mean": 0.3, "low": 0.2, "high": 0.4})
+    assert "predicted_motion" not in post(other, motion_strength="1", frames="12").json()
+
+
 def test_adapters_are_named_by_request(store: JobStore, client: TestClient) -> None:
     none = post(client, lora="snow")
     assert (none.status_code, none.json()["error"]["code"]) == (404, "lora_not_found")

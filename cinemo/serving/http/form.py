@@ -124,7 +124,7 @@ class VideoRequest:
         if self.form.lora is not None:
             named["lora"] = "{}:{:g}".format(*parse_choice(self.form.lora))
         is_measured = self.form.lora is None and self.form.size in (None, video_size(card)) and "frames" not in settings
-        predicted = self.controls.predicted(card.quality) if is_measured else {}
+        predicted = self.controls.predicted(card.recipe, card.motion.calibration, card.quality) if is_measured else {}
         return {**named, **values, **length, **previews, **predicted}
 
     def calls(self, card: BundleCard) -> int:

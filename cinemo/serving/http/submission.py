@@ -97,7 +97,7 @@ class Submission:
             idempotency_key=idempotency_key,
             timeout=asked.form.timeout,
             quota=client.quota,
-            drawn=("prompt_tokens", "predicted_quality", *(("seed",) if asked.seed_drawn else ())),
+            drawn=("prompt_tokens", "predicted_quality", "predicted_motion", *(("seed",) if asked.seed_drawn else ())),
             others=files,
             steps=asked.calls(card),
             digest=weights_digest(card.digest, _adapter(asked.form.lora, card)),

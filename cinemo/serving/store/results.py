@@ -15,7 +15,8 @@ from cinemo.serving.store.tables import jobs, results
 Reuse = Literal["off", "own", "all"]
 """Whose finished videos may answer a request: nobody's, those of the same key, or any of this deployment's."""
 
-_NOT_ASKED = ("predicted_quality", "previews", "prompt_tokens", "remixed_from_video_id")  # decide nothing
+# What decides nothing.
+_NOT_ASKED = ("predicted_motion", "predicted_quality", "previews", "prompt_tokens", "remixed_from_video_id")
 
 
 def weights_digest(bundle: str, adapter: str | None) -> str:
