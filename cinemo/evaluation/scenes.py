@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,6 +16,7 @@ from cinemo import storage
 from cinemo.animate import load_image
 from cinemo.bundle import ModelBundle
 from cinemo.data.dataset.shards import DatasetIndex, Members, fetch_sample, record_uri
+from cinemo.media.flow import dense_flow
 from cinemo.media.transforms import prepare_image
 from cinemo.types import InputError, LatentSample
 
@@ -46,8 +47,17 @@ class Scene:
         return {} if self.sample is None else {"frame_interval": self.sample.frame_interval}
 
     def controls(self, bundle: ModelBundle) -> dict[str, Any]:
-        """What is asked for a video like the clip's own; without a clip the bundle's defaults."""
-        return {} if self.sample is None else bundle.method.controls_like(bundle.recipe, self.sample)
+        """What is asked for a video like the clip's own; without a clip the bundle's defaults.
+
+        A method that knows a clip's flow is told that of the decoded clip: a dataset made for another method has none.
+        """
+        if self.sample is None:
+            return {}
+        sample, cells = self.sample, self.sample.latents_FCHW.shape[-2:]
+        if "flow" in bundle.recipe.data.fields and "flow" not in sample.fields:
+            fields = {**sample.fields, "flow": dense_flow(self.frames(bundle), cells)}
+            sample = replace(sample, fields=fields)
+        return bundle.method.controls_like(bundle.recipe, sample)
 
     def frames(self, bundle: ModelBundle) -> np.ndarray:
         """The clip, as its latents decode, or the picture alone: (F, H, W, 3) or (1, H, W, 3) uint8, of any size."""

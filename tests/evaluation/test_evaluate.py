@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,18 @@ import ray
 from hearing import STRAY
 from PIL import Image
 from ray.data import DataContext
-from tiny import FRAMES, SIZE, tiny_bundle, write_dataset
+from tiny import FRAMES, SIZE, tiny_bundle, tiny_longer_bundle, write_dataset
 
 from cinemo.animate import AnimateRequest, Animation, animate
-from cinemo.bundle import keep_beside, keep_calibration, read_card
+from cinemo.bundle import keep_beside, keep_calibration, load_bundle, read_card
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.evaluate import evaluate, sentences
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
 from cinemo.evaluation.measuring import Plan
 from cinemo.evaluation.protocols import PROTOCOLS
-from cinemo.evaluation.scenes import DatasetScenes, as_given, open_scenes
+from cinemo.evaluation.scenes import DatasetScenes, Scene, as_given, open_scenes
 from cinemo.media.transforms import prepare_image
-from cinemo.types import InputError
+from cinemo.types import InputError, LatentSample
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,17 @@ def test_samples_are_spread_over_all_shards(dataset: Path) -> None:
     assert [scene.prompt for scene in everything] == [f"caption {k}" for k in range(7)]
     expected = np.random.default_rng(0).normal(size=(FRAMES, 4, SIZE[0] // 8, SIZE[1] // 8)).astype(np.float16)
     np.testing.assert_array_equal(everything[0].sample.latents_FCHW, expected)
+
+
+def test_a_clip_without_stored_flow_is_asked_for_at_the_speed_of_its_frames(tmp_path: Path) -> None:
+    bundle = load_bundle(str(tiny_longer_bundle(tmp_path)), "cpu")
+    latents_FCHW = np.random.default_rng(0).normal(size=(FRAMES, 4, SIZE[0] // 8, SIZE[1] // 8)).astype(np.float16)
+    moves = LatentSample("clip", "clip", "", "waves", latents_FCHW, 0.9, 24, 3, 0)
+    stands = replace(moves, latents_FCHW=np.repeat(latents_FCHW[:1], FRAMES, 0))
+    slow, fast = (Scene("clip", "clip", "waves", each).controls(bundle)["motion_speed"] for each in (stands, moves))
+    assert slow < fast
+    told = replace(moves, fields={"flow": np.full((FRAMES - 1, 2, 4, 6), 0.5, np.float16)})
+    assert Scene("clip", "clip", "waves", told).controls(bundle) == bundle.method.controls_like(bundle.recipe, told)
 
 
 def test_a_folder_of_pictures_is_measured(bundle: Path, tmp_path: Path) -> None:
