@@ -36,10 +36,8 @@ figure { margin: 0; } figure.narrow { max-width: 560px; } figure img { width: 10
 table { border-collapse: collapse; width: 100%; font-size: 15px; margin-top: 12px; }
 th, td { text-align: left; padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-size: 13px; font-weight: 600; color: var(--muted); } td.number { font-variant-numeric: tabular-nums; }
-.samples { table-layout: fixed; border-spacing: 0; }
+.samples { table-layout: fixed; border-spacing: 0; margin: 12px -8px 0; width: calc(100% + 16px); }
 .samples td, .samples th { padding: 6px 8px; border: 0; }
-.samples td:first-child, .samples th:first-child { padding-left: 0; }
-.samples td:last-child, .samples th:last-child { padding-right: 0; }
 video, .samples img { width: 100%; display: block; border-radius: 6px; background: var(--line); }
 code { font: 13.5px/1.5 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace; background: var(--wash);
   padding: 2px 5px; border-radius: 4px; overflow-wrap: anywhere; }

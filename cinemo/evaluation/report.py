@@ -156,7 +156,7 @@ def write_evaluation_report(
         *_noise_part(first),
         section("Samples", "What was given, and what was generated from its first frame."),
         _pairs(results),
-        f'<p class="note">The same frames side by side:</p>{picture(_sheet(first))}',
+        f'<p class="note">The same frames side by side:</p>{picture(_sheet(results))}',
         section("Every sample", "Figures of each video."),
         "<details><summary>Show the table</summary>",
         _every_row(first.rows),
@@ -308,9 +308,16 @@ def _pairs(results: Sequence[Result]) -> str:
     for number_, shown in enumerate(results[0].shown):
         made = [result.shown[number_].made_FHWC for result in results]
         cells = "".join(f"<td>{_seen(frames)}</td>" for frames in (shown.real_FHWC, *made))
-        note = html.escape(f"{shown.clip_id}: {shown.caption}{shown.asked}")
+        note = html.escape(f"{shown.clip_id}: {shown.caption}{_asked(results, number_)}")
         rows.append(f'<tr>{cells}</tr><tr><td colspan="{len(results) + 1}"><span class="note">{note}</span></td></tr>')
     return f'<table class="samples"><tr>{head}</tr>{"".join(rows)}</table>'
+
+
+def _asked(results: Sequence[Result], number_: int) -> str:
+    """What a sample's videos were asked for beside its prompt, of each bundle where there are several."""
+    if len(results) == 1:
+        return results[0].shown[number_].asked
+    return "".join(f"; {result.name}{asked}" for result in results if (asked := result.shown[number_].asked))
 
 
 def _seen(frames_FHWC: np.ndarray) -> str:
@@ -318,11 +325,16 @@ def _seen(frames_FHWC: np.ndarray) -> str:
     return video(mp4_bytes(frames_FHWC)) if len(frames_FHWC) > 1 else picture(Image.fromarray(frames_FHWC[0]))
 
 
-def _sheet(result: Result) -> Image.Image:
+def _sheet(results: Sequence[Result]) -> Image.Image:
+    """Of each sample what was given, and what every bundle made of it."""
     videos, labels = [], []
-    for each in result.shown:
-        videos += [each.real_FHWC, each.made_FHWC]
-        labels += [f"{each.clip_id} (given)", f"generated{each.asked}: {each.caption}"]
+    for number_, given in enumerate(results[0].shown):
+        videos.append(given.real_FHWC)
+        labels.append(f"{given.clip_id} (given): {given.caption}")
+        for result in results:
+            shown = result.shown[number_]
+            videos.append(shown.made_FHWC)
+            labels.append(f"{result.name}{shown.asked}")
     return contact_sheet(videos, labels)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +162,12 @@ def test_bundles_side_by_side(bundle: Path, dataset: Path, tmp_path: Path) -> No
     assert min(jumps) >= 1
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:video/mp4;base64,") == 6
+    pictures = [
+        Image.open(io.BytesIO(base64.b64decode(each))) for each in re.findall(r"image/png;base64,([^\"]+)", page)
+    ]
+    rows = 2 * 3  # of each sample what was given and what either bundle made of it
+    assert 4 + rows * (round(160 * SIZE[0] / SIZE[1]) + 4) in [picture.height for picture in pictures]
+    assert re.search(r"caption 0; [\w-]+, motion bucket \d+; [\w-]+, motion bucket \d+<", page), "asked of both"
     assert "Motion is alive." in page
     assert not [line for line in said if "warning" in line]
 
