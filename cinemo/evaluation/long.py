@@ -5,9 +5,13 @@ The same pictures, prompts and seeds, as `LongConfig` can be set. A seam is wher
 
 from __future__ import annotations
 
+import hashlib
 import html
+import io
 import itertools
+import json
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -135,7 +139,9 @@ def write_long(
     place = _encoder_place(bundle)
     encoder = bundle.image or ImageEncoder(place, next(bundle.method.parameters()).device)
     for name, way in WAYS.items():
-        measured[name] = _measure(_with(bundle, way), way, asked, frames, steps, encoder)
+        key = _digest([bundle.digest, way, frames, steps, SEED, str(place)])
+        parts = storage.join(output, "parts", f"long-{key}")
+        measured[name] = _measure(_with(bundle, way), way, asked, frames, steps, encoder, parts)
         figures = measured[name].figures
         say(f"{name}: " + ", ".join(f"{figure} {each.value:.3g}" for figure, each in figures.items()))
     shown = {
@@ -182,24 +188,68 @@ def _measure(
     frames: int,
     steps: int | None,
     encoder: ImageEncoder,
+    parts: str,
 ) -> Way:
+    """One way on every picture; what was measured of each is kept under names that begin with ``parts``."""
     length, (height, width) = bundle.recipe.data.frames, bundle.recipe.data.size
     _, diffused, _, _ = bundle.method.target_shape((1, length, height, width))
-    at, found, shown, calls, seconds = seams(way, frames, length, diffused), dict[str, dict[str, float]](), [], 0, 0.0
+    at, videos = seams(way, frames, length, diffused), list[_Measured]()
+    what = f"animating by {way['way']}"
+    for place, (picture_HWC, prompt) in enumerate(counted(what, asked, len(asked), "videos")):
+        uri = f"{parts}-{place}.npz"
+        if not storage.exists(uri):
+            request = AnimateRequest(picture_HWC, prompt, steps=steps, frames=frames)
+            storage.write_bytes(uri, _animated(bundle, request, at, encoder, place < _SHOWN).to_bytes())
+        videos.append(_Measured.read(uri))
+    figures = {
+        figure: mean_of({str(place): each.figures[figure] for place, each in enumerate(videos)}) for figure in FIGURES
+    }
+    shown = [each.frames_FHWC for each in videos[:_SHOWN]]
+    return Way(figures, videos[-1].calls, float(np.mean([each.seconds for each in videos])), shown)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one video; ``frames_FHWC`` are none where it is not shown."""
+
+    figures: Mapping[str, float]
+    calls: int
+    seconds: float
+    frames_FHWC: np.ndarray
+
+    def to_bytes(self) -> bytes:
+        content = io.BytesIO()
+        own: dict[str, Any] = {"calls": self.calls, "seconds": self.seconds, "frames": self.frames_FHWC}
+        np.savez_compressed(content, **own, **{f"figure.{name}": value for name, value in self.figures.items()})
+        return content.getvalue()
+
+    @classmethod
+    def read(cls, uri: str) -> _Measured:
+        try:
+            with np.load(io.BytesIO(storage.read_bytes(uri)), allow_pickle=False) as file:
+                figures = {figure: float(file[f"figure.{figure}"]) for figure in FIGURES}
+                return cls(figures, int(file["calls"]), float(file["seconds"]), file["frames"])
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{uri}: is damaged ({error}); remove it, it is then measured again") from None
+
+
+def _animated(
+    bundle: ModelBundle, request: AnimateRequest, at: Sequence[int], encoder: ImageEncoder, is_shown: bool
+) -> _Measured:
+    calls, begun = 0, time.perf_counter()
 
     def count(done: int, total: int) -> None:
         nonlocal calls
         calls = total
 
-    what = f"animating by {way['way']}"
-    for place, (picture_HWC, prompt) in enumerate(counted(what, asked, len(asked), "videos")):
-        begun = time.perf_counter()
-        made = animate(bundle, AnimateRequest(picture_HWC, prompt, steps=steps, frames=frames), count).frames_FHWC
-        seconds += time.perf_counter() - begun
-        found[str(place)] = seam_figures(made, at, _class_tokens(encoder, made))
-        shown += [made] if place < _SHOWN else []
-    figures = {figure: mean_of({key: each[figure] for key, each in found.items()}) for figure in FIGURES}
-    return Way(figures, calls, seconds / len(asked), shown)
+    made_FHWC = animate(bundle, request, count).frames_FHWC
+    seconds = time.perf_counter() - begun
+    figures = seam_figures(made_FHWC, at, _class_tokens(encoder, made_FHWC))
+    return _Measured(figures, calls, seconds, made_FHWC if is_shown else made_FHWC[:0])
+
+
+def _digest(asked: Any) -> str:
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _write_page(

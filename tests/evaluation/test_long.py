@@ -52,10 +52,11 @@ def test_a_cut_is_seen_and_steady_motion_is_none() -> None:
 def test_every_way_is_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = tiny_bundle(tmp_path)
     output = tmp_path / "out"
-    main(
-        ["--bundle", str(bundle), "--output", str(output), "--long", str(3 * FRAMES), "--limit", "2", "--steps", "5",
-         "--device", "cpu"]
-    )  # fmt: skip
+    command = [
+        "--bundle", str(bundle), "--output", str(output), "--long", str(3 * FRAMES), "--limit", "2", "--steps", "5",
+        "--device", "cpu",
+    ]  # fmt: skip
+    main(command)
     found = json.loads((output / "long.json").read_text())
     assert sorted(found["ways"]) == sorted(WAYS)
     for way in found["ways"].values():
@@ -65,6 +66,18 @@ def test_every_way_is_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert calls["phased"] == 5 + 1  # 4 of 5 steps are shared, all further segments ask together
     assert calls["phased, noise of the standing picture"] == 5 + 1 + 1
     assert calls["chain"] == 4 * 5
+    # Started again it measures what is missing alone; what was measured stays, its seconds too.
+    next((output / "parts").glob("long-*-1.npz")).unlink()
+    main(command)
+    again = json.loads((output / "long.json").read_text())
+    kept = [name for name, way in found["ways"].items() if again["ways"][name] == way]
+    assert len(kept) == len(WAYS) - 1
+    assert {name: way["figures"] for name, way in again["ways"].items()} == {
+        name: way["figures"] for name, way in found["ways"].items()
+    }
+    next((output / "parts").glob("long-*-0.npz")).write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"-0\.npz: is damaged .*remove it, it is then measured again"):
+        main(command)
     page = (output / "long.html").read_text()
     assert page.count("<video") == 2 * len(WAYS)
     assert all(name in page for name in WAYS)
