@@ -1,7 +1,7 @@
 """Measure a bundle: on samples of a dataset or pictures of a folder (metrics.json, calibration.json and report.html),
 or with --rendered on unseen rendered scenes whose true motion is known (motion.json): do its videos move as requested?
 
-A run that was stopped goes on where it was when started again with the same --output."""
+With --data or --long, a run that was stopped goes on where it was when started again with the same --output."""
 
 from __future__ import annotations
 
