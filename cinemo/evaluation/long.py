@@ -219,8 +219,9 @@ class _Measured:
 
     def to_bytes(self) -> bytes:
         content = io.BytesIO()
-        own: dict[str, Any] = {"calls": self.calls, "seconds": self.seconds, "frames": self.frames_FHWC}
-        np.savez_compressed(content, **own, **{f"figure.{name}": value for name, value in self.figures.items()})
+        arrays: dict[str, Any] = {f"figure.{name}": value for name, value in self.figures.items()}
+        arrays |= {"calls": self.calls, "seconds": self.seconds, "frames": self.frames_FHWC}
+        np.savez_compressed(content, **arrays)
         return content.getvalue()
 
     @classmethod
