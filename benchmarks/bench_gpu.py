@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,16 +26,17 @@ from published_unet import published_forward
 from torch import Tensor, nn
 
 from cinemo.accelerators import peak_flops
-from cinemo.config import Recipe
+from cinemo.config import Checkpointing, Recipe
 from cinemo.data.precompute.stages import Encoder
 from cinemo.methods import build_method
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.norms import group_norm
 from cinemo.networks.vae_cost import STABLE_DIFFUSION, encoding
 from cinemo.recipes import RECIPES, override
-from cinemo.training.plan.activations import activation_bytes
+from cinemo.training.plan.activations import counted
 from cinemo.training.plan.cost import sample_flops
 from cinemo.training.plan.footprint import Parameters, footprint
+from cinemo.training.plan.search import SAID
 from cinemo.training.run.batch import blank_condition, blank_example, latent_shape
 from cinemo.training.run.engine import Engine, allow_tf32
 from cinemo.types import LatentBatch
@@ -66,7 +67,7 @@ class Bench:
 
     def recipe(self, name: str, *changes: str) -> Recipe:
         recipe = RECIPES[name]()
-        batch = 1 if self.small else recipe.train.micro_batch
+        batch = 1 if self.small else recipe.train.setting.micro_batch
         sizes = [f"train.global_batch={batch}", f"train.micro_batch={batch}", "train.lanes=1"]
         gpus = f"train.gpus_per_worker={int(self.device.type == 'cuda')}"
         precision = f"train.precision={'fp32' if self.small else 'bf16'}"
@@ -115,16 +116,15 @@ def vae(bench: Bench) -> Iterator[Row]:
 def training(bench: Bench) -> Iterator[Row]:
     """A step of forward, backward and Adam of each network, without DeepSpeed."""
     for name in bench.recipes:
-        for checkpointing in (False, True):
+        for checkpointing in get_args(Checkpointing):
             for how in ("false", "regional", "true"):
                 if bench.small and how != "false":
                     continue  # CPUs compile for minutes
-                changes = [f"train.gradient_checkpointing={str(checkpointing).lower()}"]
+                changes = [f"train.gradient_checkpointing={checkpointing}"]
                 recipe = bench.recipe(name, *changes)
-                label = f"{name}: step, batch {recipe.train.micro_batch}"
-                label += ", checkpointing" * checkpointing + {"false": "", "true": ", compiled whole"}.get(
-                    how, f", {how}"
-                )
+                label = f"{name}: step, batch {recipe.train.setting.micro_batch}"
+                compiled = {"false": "", "true": ", compiled whole"}.get(how, f", {how}")
+                label += f", {SAID[checkpointing]}{compiled}"
                 yield from guarded(
                     label, lambda recipe=recipe, how=how, label=label: one_step(bench, recipe, how, label)
                 )
@@ -132,7 +132,7 @@ def training(bench: Bench) -> Iterator[Row]:
 
 def one_step(bench: Bench, recipe: Recipe, how: str, label: str) -> Iterator[Row]:
     method = build_method(recipe).to(bench.device, bench.dtype)
-    method.checkpoint_activations(recipe.train.gradient_checkpointing)
+    method.checkpoint_activations(recipe.train.setting.gradient_checkpointing)
     if how != "false":
         method.compile_networks(how == "regional")
     adam = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], fused=True)
@@ -148,14 +148,14 @@ def one_step(bench: Bench, recipe: Recipe, how: str, label: str) -> Iterator[Row
     bench.finish()
     first = time.perf_counter() - begun
     seconds = bench.seconds(step, 3)
-    useful = sample_flops(recipe).training * recipe.train.micro_batch
+    useful = sample_flops(recipe).training * recipe.train.setting.micro_batch
     mfu = useful / seconds / peak_flops(bench.device, bench.dtype)
     yield label, f"{seconds:.3f} s", f"{mfu:.0%} MFU", "50%", f"first step {first:.1f} s"
 
 
 def batch(bench: Bench, recipe: Recipe, method: nn.Module) -> tuple[Any, ...]:
     frames, channels, rows, columns = latent_shape(recipe)
-    size, generator = recipe.train.micro_batch, torch.Generator().manual_seed(0)
+    size, generator = recipe.train.setting.micro_batch, torch.Generator().manual_seed(0)
     video = torch.randn(size, channels, frames, rows, columns, generator=generator).to(bench.device)
     shape = method.target_shape((channels, frames, rows, columns))
     noise = torch.randn(size, *shape, generator=generator).to(bench.device)
@@ -165,14 +165,15 @@ def batch(bench: Bench, recipe: Recipe, method: nn.Module) -> tuple[Any, ...]:
 
 def memory(bench: Bench) -> Iterator[Row]:
     """The peak of DeepSpeed's steps against what `train.py --plan` says of them."""
-    recipe = bench.recipe(bench.recipes[0], "train.gradient_checkpointing=true")
+    recipe = bench.recipe(bench.recipes[0], "train.gradient_checkpointing=whole")
+    setting = recipe.train.setting
     if not torch.distributed.is_initialized():
         place = Path(tempfile.mkdtemp()) / "rendezvous"
         backend = "nccl" if bench.device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method=place.as_uri(), rank=0, world_size=1)
     method = build_method(recipe)
     parameters = Parameters.of(method)
-    method.checkpoint_activations(True)
+    method.checkpoint_activations("whole")
     engine = Engine(method, recipe.train, bench.device)
     given = batch(bench, recipe, method)
     if bench.device.type == "cuda":
@@ -182,14 +183,14 @@ def memory(bench: Bench) -> Iterator[Row]:
         engine.step(engine.loss(*given).mean())
 
     seconds = bench.seconds(step, 3)
-    activations = {True: activation_bytes(recipe, True), False: 0}
-    planned = footprint(recipe, parameters, activations, 0, recipe.train.zero_stage, True, "none").peak
+    activations = counted(recipe, "whole", setting.micro_batch).activations
+    planned = footprint(recipe, parameters, {"whole": activations}, 0, setting).peak
     if bench.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(bench.device)
         found = f"{peak / 1e9:.1f} GB", f"{peak / planned:.2f} of --plan"
     else:
         found = "-", f"--plan says {planned / 1e9:.2f} GB"
-    yield "DeepSpeed ZeRO 2: peak memory, checkpointing", *found, "0.90-1.10", f"{seconds:.3f} s a step"
+    yield "DeepSpeed ZeRO 2: peak memory, whole checkpointing", *found, "0.90-1.10", f"{seconds:.3f} s a step"
 
 
 def unet(bench: Bench) -> tuple[LavieUNet, tuple[int, ...], int]:

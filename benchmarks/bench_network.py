@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cinemo.networks.attention import _kept_positions
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterUNet
 from cinemo.networks.lavie_unet import LavieUNet
-from cinemo.networks.memory import keep_freed_memory
+from cinemo.networks.memory import checkpoint_activations, keep_freed_memory
 from cinemo.training.plan.activations import PeakMemory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,9 +77,10 @@ def network(subject: Subject, dtype: torch.dtype, mode: str, device: str = "cpu"
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            unet = subject.network(gradient_checkpointing=mode == CHECKPOINTING)
+            unet = subject.network()
     finally:
         torch.set_default_dtype(torch.float32)
+    checkpoint_activations(unet, "whole" if mode == CHECKPOINTING else "none")
     for parameter in unet.parameters():
         parameter.grad = torch.zeros_like(parameter) if mode != SAMPLING else None
     return unet

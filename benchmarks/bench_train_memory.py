@@ -32,20 +32,24 @@ CASES = {  # of cinemo-tiny, unless another recipe stands first
     "tiny, ZeRO 0": ["train.zero_stage=0"],
     "tiny, ZeRO 2": ["train.zero_stage=2"],
     "tiny, ZeRO 3": ["train.zero_stage=3"],
-    "tiny, ZeRO 2, gradient checkpointing": ["train.zero_stage=2", "train.gradient_checkpointing=true"],
+    "tiny, ZeRO 2, gradient checkpointing": ["train.zero_stage=2", "train.gradient_checkpointing=whole"],
+    "tiny, ZeRO 2, selective checkpointing": ["train.zero_stage=2", "train.gradient_checkpointing=selective"],
     "tiny, ZeRO 1, four micro batches": ["train.zero_stage=1", "train.micro_batch=1"],
     "tiny, ZeRO 2, bf16": ["train.zero_stage=2", "train.precision=bf16"],
     "dynamicrafter-tiny, ZeRO 2": ["dynamicrafter-tiny", "train.zero_stage=2"],
     "dynamicrafter-tiny, ZeRO 2, gradient checkpointing": [
-        *("dynamicrafter-tiny", "train.zero_stage=2", "train.gradient_checkpointing=true")
+        *("dynamicrafter-tiny", "train.zero_stage=2", "train.gradient_checkpointing=whole")
     ],
     "trip-tiny, ZeRO 2": ["trip-tiny", "train.zero_stage=2"],
     "trip-tiny, ZeRO 2, gradient checkpointing": [
-        *("trip-tiny", "train.zero_stage=2", "train.gradient_checkpointing=true")
+        *("trip-tiny", "train.zero_stage=2", "train.gradient_checkpointing=whole")
     ],
     "mid-size, ZeRO 0": [*MID, "train.zero_stage=0"],
     "mid-size, ZeRO 2": [*MID, "train.zero_stage=2"],
-    "mid-size, ZeRO 2, gradient checkpointing": [*MID, "train.zero_stage=2", "train.gradient_checkpointing=true"],
+    "mid-size, ZeRO 2, gradient checkpointing": [*MID, "train.zero_stage=2", "train.gradient_checkpointing=whole"],
+    "mid-size, ZeRO 2, selective checkpointing": [
+        *(*MID, "train.zero_stage=2", "train.gradient_checkpointing=selective")
+    ],
     "mid-size, ZeRO 2, bf16": [*MID, "train.zero_stage=2", "train.precision=bf16"],
 }
 TITLE = "## Training: memory"
@@ -105,7 +109,7 @@ def child(case: Sequence[str], kept: bool) -> None:
     def train(settings: Sequence[str], steps: int) -> None:
         recipe = load_recipe(name, [*ONE, *settings])
         method = build_method(recipe)
-        method.networks["unet"].gradient_checkpointing = recipe.train.gradient_checkpointing
+        method.checkpoint_activations(recipe.train.setting.gradient_checkpointing)
         engine = Engine(method, recipe.train, torch.device("cpu"))
         text = FrozenStates.of(recipe, "cpu", engine.dtype)
         for start in range(0, TEXT_CACHE, 8):  # as after some steps of a large dataset
@@ -160,17 +164,18 @@ def measured(case: Sequence[str], kept: bool) -> int:
 def predicted(case: Sequence[str]) -> tuple[int, int]:
     """Bytes of the plan: in use, and as the worker runs."""
     from cinemo.recipes import load_recipe
-    from cinemo.training.plan.activations import activation_bytes, shapes
-    from cinemo.training.plan.estimate import image_encoder_values, text_encoder_values
+    from cinemo.training.plan.activations import counted, shapes
+    from cinemo.training.plan.encoders import image_encoder_values, text_encoder_values
     from cinemo.training.plan.footprint import Parameters, footprint
 
     name, assignments = named(case)
     recipe = load_recipe(name, [*ONE, *assignments])
-    again, stage = recipe.train.gradient_checkpointing, recipe.train.zero_stage
+    setting = recipe.train.setting
+    again = setting.gradient_checkpointing
     parameters = Parameters.of(shapes(recipe, "meta"))
     encoder = text_encoder_values(recipe)[0] + image_encoder_values(recipe)[0]
-    activations = {again: activation_bytes(recipe, again)}
-    whole = footprint(recipe, parameters, activations, encoder, stage, again, "none")
+    activations = {again: counted(recipe, again, setting.micro_batch).activations}
+    whole = footprint(recipe, parameters, activations, encoder, setting)
     return whole.in_use, whole.peak
 
 
@@ -185,8 +190,8 @@ def main() -> None:
         return
     from bench import fill, table
 
-    from cinemo.training.plan.estimate import RESERVED
     from cinemo.training.plan.footprint import KEPT_SHARE, KERNELS_BF16
+    from cinemo.training.plan.search import RESERVED
 
     rows = []
     for name, case in CASES.items():

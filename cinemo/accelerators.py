@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -40,16 +41,35 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What a plan needs to know of a device: bytes of memory, dense peak FLOP/s in bfloat16 and in float32 (TF32)."""
+    """What a plan needs to know of a device: bytes of memory, dense peak FLOP/s in bfloat16 and in float32 (TF32).
+
+    ``link``, ``host``: bytes a second that go one way to another of them on its node, and to the host's memory.
+    """
 
     name: str
     memory: float
     half: float
     full: float
+    link: float = math.inf
+    host: float = math.inf
 
     def peak(self, dtype: torch.dtype) -> float:
         return self.half if dtype == torch.bfloat16 else self.full
 
+
+# The same: bytes a second in one direction over NVLink, where all of a node are joined by it, else PCIe; and over PCIe.
+_LINKS = {
+    "H200 NVL": (64e9, 64e9),
+    "H200": (450e9, 64e9),
+    "H100 NVL": (64e9, 64e9),
+    "H100 PCIe": (64e9, 64e9),
+    "H100": (450e9, 64e9),
+    "A100": (300e9, 32e9),
+    "L40S": (32e9, 32e9),
+    "L40": (32e9, 32e9),
+    "L4": (32e9, 32e9),
+    "A10G": (32e9, 32e9),
+}
 
 # Names to plan for: memory in GB (NVIDIA's data sheets, decimal), and the entry of `_PEAKS`.
 _ACCELERATORS = {
@@ -67,6 +87,11 @@ _ACCELERATORS = {
 }
 
 
+def accelerators() -> list[Accelerator]:
+    """All that can be planned for by name."""
+    return [accelerator(name) for name in _ACCELERATORS]
+
+
 def accelerator(name: str) -> Accelerator:
     """
     Raises:
@@ -75,7 +100,17 @@ def accelerator(name: str) -> Accelerator:
     if name not in _ACCELERATORS:
         raise InputError(f"accelerator {name!r}: unknown; expected here or one of {', '.join(_ACCELERATORS)}")
     memory, peaks = _ACCELERATORS[name]
-    return Accelerator(name, memory * 1e9, *_PEAKS[peaks])
+    return Accelerator(name, memory * 1e9, *_PEAKS[peaks], *_LINKS[peaks])
+
+
+def this_accelerator() -> Accelerator:
+    """The first one of this process; its peaks are measured where its data sheet is not known here."""
+    name, memory = torch.cuda.get_device_name(0), float(torch.cuda.get_device_properties(0).total_memory)
+    for known, peaks in _PEAKS.items():
+        if known in name:
+            return Accelerator(name, memory, *peaks, *_LINKS[known])
+    device = torch.device("cuda", 0)
+    return Accelerator(name, memory, *(measured_flops(device, dtype) for dtype in (torch.bfloat16, torch.float32)))
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
 
 MOTION_BUCKETS = 20
 MAX_SHAPES = 64
@@ -22,7 +22,26 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+AUTO = "auto"
 Count = Annotated[int, Field(ge=1)]
+Checkpointing = Literal["none", "selective", "whole"]
+"""How much of a training's forward pass is computed again in its backward pass instead of kept."""
+Stage = Literal[0, 1, 2, 3]
+Offload = Literal["none", "optimizer", "all"]
+
+
+class Setting(NamedTuple):
+    """What decides time and memory of a training step, and no result: see `TrainConfig.setting`."""
+
+    micro_batch: int
+    gradient_checkpointing: Checkpointing
+    zero_stage: Stage
+    offload: Offload
+
+
+def _checkpointing(value: Any) -> Any:
+    """Recipes of earlier versions had a switch."""
+    return {True: "whole", False: "none"}[value] if isinstance(value, bool) else value
 
 
 # Keys of `DataConfig` about the machines of a run, which leave no trace in what it makes.
@@ -199,8 +218,10 @@ class TrainConfig(Part):
     cpus_per_worker: float = Field(1, ge=0)
     gpus_per_worker: float = Field(0, ge=0, le=1, multiple_of=1, description="1: each rank drives a device of its own")
     global_batch: int = Field(80, ge=1)
-    micro_batch: int = Field(
-        10, ge=1, description="samples a worker holds at once; the rest of its batch is accumulated"
+    micro_batch: Count | Literal["auto"] = Field(
+        10,
+        description="samples a worker holds at once; the rest of its batch is accumulated. auto, of this and the other "
+        "keys that know it: the fastest that fits the accelerator, by train.py --plan's model",
     )
     max_steps: int = Field(100_000, ge=1)
     lr: float = Field(1e-4, gt=0)
@@ -244,14 +265,20 @@ class TrainConfig(Part):
         lt=1,
         description="decay of averaged weights, which are then exported (sample sheets show the raw ones); 0: none",
     )
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    offload: Literal["none", "optimizer", "all"] = Field(
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = Field(
+        2, description="how much of weights and states workers share, or auto"
+    )
+    offload: Offload = Field(
         "none", description="what is kept in host memory: the optimizer (ZeRO 1-3), or the weights too (all, ZeRO 3)"
     )
     precision: Literal["fp32", "bf16"] = "bf16"
     tf32: bool = Field(True, description="float32 products on tensor cores, where an accelerator has them")
-    gradient_checkpointing: bool = Field(
-        False, description="compute layers twice: a fifth of the activation memory for a third more time"
+    gradient_checkpointing: Annotated[
+        Literal["none", "selective", "whole", "auto"], BeforeValidator(_checkpointing)
+    ] = Field(
+        "none",
+        description="what is computed twice to save activation memory: none; selective, the cheaper parts of "
+        "transformers; whole, every layer, for a third more time; or auto",
     )
     init: str | None = Field(
         None,
@@ -296,7 +323,8 @@ class TrainConfig(Part):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        if self.global_batch % (self.workers * self.micro_batch):
+        micro_batch = 1 if self.micro_batch == "auto" else self.micro_batch
+        if self.global_batch % (self.workers * micro_batch):
             raise ValueError(
                 f"global_batch is {self.global_batch}, expected a multiple of workers x micro_batch = "
                 f"{self.workers} x {self.micro_batch}"
@@ -311,12 +339,28 @@ class TrainConfig(Part):
             if int(last or first) < int(first):
                 raise ValueError(f"skip_steps has {steps}, expected FIRST-LAST with FIRST <= LAST")
         least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
-        if self.zero_stage < least:
+        if self.zero_stage != "auto" and self.zero_stage < least:
             raise ValueError(
                 f"offload is {self.offload} with zero_stage {self.zero_stage}, expected zero_stage {least} or more; "
                 f"set train.zero_stage={max(2, least)} or train.offload=none"
             )
         return self
+
+    @property
+    def automatic(self) -> tuple[str, ...]:
+        """The keys that are auto."""
+        return tuple(key for key in Setting._fields if getattr(self, key) == AUTO)
+
+    @property
+    def setting(self) -> Setting:
+        """
+        Raises:
+            ValueError: some of it is auto and not chosen yet.
+        """
+        micro_batch, checkpointing, stage = self.micro_batch, self.gradient_checkpointing, self.zero_stage
+        if micro_batch == "auto" or checkpointing == "auto" or stage == "auto":
+            raise ValueError(f"train.{', train.'.join(self.automatic)}: auto was not replaced by what it stands for")
+        return Setting(micro_batch, checkpointing, stage, self.offload)
 
 
 class LongConfig(Part):

@@ -41,7 +41,7 @@ def published_forward(
         context = torch.cat([context, image], dim=1)
 
     def run(function: Any, *inputs: Any) -> Tensor:
-        if unet.gradient_checkpointing and torch.is_grad_enabled():
+        if unet.gradient_checkpointing == "whole" and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
 

@@ -28,7 +28,7 @@ def published_forward(
     text = text_BLD.repeat_interleave(frames, dim=0)
 
     def run(function: Any, *inputs: Any) -> Tensor:
-        if unet.gradient_checkpointing and torch.is_grad_enabled():
+        if unet.gradient_checkpointing == "whole" and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
 

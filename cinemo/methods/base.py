@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from cinemo.config import DataConfig, Recipe, TrainConfig
+from cinemo.config import Checkpointing, DataConfig, Recipe, TrainConfig
 from cinemo.diffusion.guidance import Query, Sampling
 from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.media.motion import MotionScale
 from cinemo.methods.controls import Controls, Input, check_names
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.frozen import ImageEncoder, Picture, TextEncoder, Vae
+from cinemo.networks.memory import checkpoint_activations
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample
 
 Reduction = Literal["mean", "none"]
@@ -314,11 +315,10 @@ class Method(nn.Module, ABC):
             scale *= float(self.schedule.clean_scale[query.t])
         return (x_0 / scale)[0]
 
-    def checkpoint_activations(self, on: bool) -> None:
-        """Whether networks compute layers twice in a training step to hold fewer activations, those that can."""
+    def checkpoint_activations(self, what: Checkpointing) -> None:
+        """How much networks compute again in a training step to hold fewer activations, those that can."""
         for network in self.networks.values():
-            if hasattr(network, "gradient_checkpointing"):
-                network.gradient_checkpointing = on  # type: ignore[assignment]
+            checkpoint_activations(network, what)
 
     def compile_networks(self, regional: bool = False) -> None:
         """Compile every network in place (`Recipe.compile`): whole, or ``regional`` the blocks that it is made of

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cinemo.config import Checkpointing
 from cinemo.networks.attention import Attention, TemporalAttention, TextKeysValues
-from cinemo.networks.memory import add, lean, recomputed, residual, silu
+from cinemo.networks.memory import add, lean, made_again, plainly, recomputed, residual, silu
 from cinemo.networks.norms import GroupNorm
 
 
@@ -147,6 +148,8 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Spatial, text and temporal attention, then the feed-forward; all with a norm before and a residual around."""
 
+    gradient_checkpointing: Checkpointing = "none"  # see `cinemo.networks.memory.checkpoint_activations`
+
     def __init__(self, width: int, heads: int, text_width: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
@@ -168,6 +171,10 @@ class TransformerBlock(nn.Module):
     def forward(self, y: Tensor, keys_values: tuple[Tensor, Tensor], field: Tensor | None) -> Tensor:
         """``y``: (B*N, h*w, C), overwritten where no gradients are asked for; the others are its `context`."""
         (images, cells, width), batch = y.shape, len(keys_values[0])
+        run = made_again if self.gradient_checkpointing == "selective" else plainly
+
+        def to_text(y: Tensor) -> Tensor:
+            return self.attn2(self.norm2(y), keys_values)  # type: ignore[no-any-return]
 
         def along_time(y: Tensor) -> Tensor:
             z: Tensor = self.attn_temp(self.norm_temp(y.transpose(1, 2)).flatten(0, 1))
@@ -175,11 +182,11 @@ class TransformerBlock(nn.Module):
 
         y = residual(y, 0, lambda y: self.attn1(self.norm1(y)), widest=4)
         y = y.reshape(batch, -1, width)  # the text is the same for all frames of an item
-        y = residual(y, 1, lambda y: self.attn2(self.norm2(y), keys_values), widest=3)
-        y = residual(y.reshape(batch, -1, cells, width), 2, along_time, widest=4)
+        y = residual(y, 1, lambda y: run(to_text, y), widest=3)
+        y = residual(y.reshape(batch, -1, cells, width), 2, lambda y: run(along_time, y), widest=4)
         if self.field is not None and field is not None:
             y = self.field(y, field)
-        y = residual(y.reshape(-1, width), 0, lambda y: self.ff(y, self.norm3), widest=8)
+        y = residual(y.reshape(-1, width), 0, lambda y: run(self.ff, y, self.norm3), widest=8)
         return y.reshape(images, cells, width)
 
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cinemo.config import Checkpointing
 from cinemo.networks.attention import Attention
 from cinemo.networks.blocks import FeedForward, convolved
-from cinemo.networks.memory import add, recomputed, residual, silu
+from cinemo.networks.memory import add, made_again, plainly, recomputed, residual, silu
 from cinemo.networks.norms import GroupNorm
 from cinemo.types import InputError
 
@@ -42,10 +43,6 @@ def learns_on_cpu(x: Tensor) -> bool:
 
 Run = Callable[..., Tensor]
 """Calls a function with what follows it."""
-
-
-def plainly(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    return function(*inputs)
 
 
 def tokens(x: Tensor, batch: int) -> Tensor:
@@ -79,8 +76,8 @@ class ResBlock(nn.Module):
         """Of ``x`` with the channels of ``skip`` behind it.
 
         Args:
-            run: calls what comes before the convolutions along time. With gradient checkpointing that is made again for
-                the backward pass; they are not, as published: they are much of the work.
+            run: calls what comes before the convolutions along time. Where whole layers are made again for the
+                backward pass, that is; they are not, as published: they are much of the work.
         """
         h = run(self._in_space, x, skip, activated_embedding_BE)
         out: Tensor = self.temopral_conv(h, len(activated_embedding_BE))
@@ -249,6 +246,8 @@ class AttentionInTime(Attention):
 class SpatialBlock(nn.Module):
     """Attention inside each frame and to the context, then the feed-forward; norms before, residuals around."""
 
+    gradient_checkpointing: Checkpointing = "none"  # see `cinemo.networks.memory.checkpoint_activations`
+
     def __init__(self, width: int, attn2: DualAttention) -> None:
         super().__init__()
         self.attn1 = Attention(width, attn2.heads, head_width=attn2.to_q.out_features // attn2.heads)
@@ -262,14 +261,16 @@ class SpatialBlock(nn.Module):
         Args:
             keys_values: what `DualAttention.keys_values` made of text and tokens of an image.
         """
-        shape = y.shape
+        shape, run = y.shape, made_again if self.gradient_checkpointing == "selective" else plainly
         y = residual(y.flatten(0, 1), 0, lambda y: self.attn1(self.norm1(y)), widest=4).view(shape)
-        y = residual(y, 2, lambda y: self.attn2(self.norm2(y), keys_values), widest=4)
-        return residual(y.view(-1, shape[3]), 0, lambda y: self.ff(y, self.norm3), widest=8).view(shape)
+        y = residual(y, 2, lambda y: run(lambda y: self.attn2(self.norm2(y), keys_values), y), widest=4)
+        return residual(y.view(-1, shape[3]), 0, lambda y: run(self.ff, y, self.norm3), widest=8).view(shape)
 
 
 class TemporalBlock(nn.Module):
     """Attention over the frames at each cell, twice, then the feed-forward; norms before, residuals around."""
+
+    gradient_checkpointing: Checkpointing = "none"  # see `cinemo.networks.memory.checkpoint_activations`
 
     def __init__(self, width: int, heads: int, head_width: int) -> None:
         super().__init__()
@@ -280,10 +281,10 @@ class TemporalBlock(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         """``y``: (B, F, p, C), overwritten where no gradients are asked for."""
-        shape = y.shape
-        y = residual(y, 2, lambda y: self.attn1(self.norm1(y)), widest=4)
-        y = residual(y, 2, lambda y: self.attn2(self.norm2(y)), widest=4)
-        return residual(y.reshape(-1, shape[3]), 0, lambda y: self.ff(y, self.norm3), widest=8).view(shape)
+        shape, run = y.shape, made_again if self.gradient_checkpointing == "selective" else plainly
+        y = residual(y, 2, lambda y: run(lambda y: self.attn1(self.norm1(y)), y), widest=4)
+        y = residual(y, 2, lambda y: run(lambda y: self.attn2(self.norm2(y)), y), widest=4)
+        return residual(y.reshape(-1, shape[3]), 0, lambda y: run(self.ff, y, self.norm3), widest=8).view(shape)
 
 
 class SpatialTransformer(nn.Module):

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from cinemo.config import Count, Part
+from cinemo.config import Checkpointing, Count, Part
 from cinemo.networks.blocks import Upsample, sinusoid
 from cinemo.networks.dynamicrafter_blocks import (
     GROUPS,
@@ -33,7 +32,7 @@ from cinemo.networks.dynamicrafter_blocks import (
     zeroed,
 )
 from cinemo.networks.features import DeepFeatures
-from cinemo.networks.memory import silu
+from cinemo.networks.memory import made_again, plainly, silu
 from cinemo.networks.norms import GroupNorm
 from cinemo.types import InputError
 
@@ -107,8 +106,6 @@ class DynamiCrafterUNet(nn.Module):
         attention_resolutions: the levels with attention, by how many times smaller than the input they are: 1, 2, 4...
             The innermost block always has attention.
         num_head_channels: width of a head.
-        gradient_checkpointing: recompute attention and convolutions in space in the backward pass instead of keeping
-            their activations.
         published: further entries of a published configuration; values other than the supported one are refused.
             Those of `WITHOUT_EFFECT` are accepted.
 
@@ -116,6 +113,7 @@ class DynamiCrafterUNet(nn.Module):
         InputError: a configuration this network cannot have.
     """
 
+    gradient_checkpointing: Checkpointing = "none"  # see `cinemo.networks.memory.checkpoint_activations`
     # What is compiled where a network is not compiled whole. The convolutions in space are left out: how they are
     # called, with or without checkpointing, is made anew in each call.
     regions = (TemporalConvolutions, SpatialBlock, TemporalBlock)
@@ -137,7 +135,6 @@ class DynamiCrafterUNet(nn.Module):
         image_cross_attention_scale_learnable: bool = True,
         fs_condition: bool = True,
         default_fs: int = 3,
-        gradient_checkpointing: bool = False,
         **published: Any,
     ) -> None:
         super().__init__()
@@ -169,7 +166,6 @@ class DynamiCrafterUNet(nn.Module):
             "fs_condition": fs_condition,
             "default_fs": default_fs,
         }
-        self.gradient_checkpointing = gradient_checkpointing
         self.in_channels, self.model_channels, self.default_fs = in_channels, model_channels, default_fs
         embedding = 4 * model_channels
 
@@ -285,10 +281,8 @@ class DynamiCrafterUNet(nn.Module):
             return x
 
         def kept_or_made_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-            if not self.gradient_checkpointing or not torch.is_grad_enabled():
-                return function(*inputs)
-            out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-            return out
+            """Attention and convolutions in space."""
+            return (made_again if self.gradient_checkpointing == "whole" else plainly)(function, *inputs)
 
         def begun(x: Tensor) -> Tensor:
             x = block(inputs[0], x)

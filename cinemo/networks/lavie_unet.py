@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from cinemo.config import Count, Part
+from cinemo.config import Checkpointing, Count, Part
 from cinemo.networks.attention import ROTARY_DIM, TextKeysValues
 from cinemo.networks.blocks import (
     Downsample,
@@ -30,7 +29,7 @@ from cinemo.networks.blocks import (
     sinusoid,
 )
 from cinemo.networks.features import DeepFeatures
-from cinemo.networks.memory import silu
+from cinemo.networks.memory import made_again, silu
 from cinemo.networks.norms import GroupNorm
 from cinemo.types import InputError
 
@@ -77,7 +76,6 @@ class LavieUNet(nn.Module):
         block_out_channels: width per level; all levels but the last have attention and a downsampler.
         attention_head_dim: the number of heads (the published name is a misnomer); each head has >= 32 channels.
         addition_time_embed_dim: width of the motion id's sinusoid.
-        gradient_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
         published: further entries of a published ``config.json``; values other than the supported one are refused.
             ``sample_size`` is accepted and has no meaning: any size works.
 
@@ -85,6 +83,7 @@ class LavieUNet(nn.Module):
         InputError: a configuration this network cannot have.
     """
 
+    gradient_checkpointing: Checkpointing = "none"  # see `cinemo.networks.memory.checkpoint_activations`
     regions = (Resnet, TransformerBlock)  # what is compiled where a network is not compiled whole
 
     def __init__(
@@ -97,7 +96,6 @@ class LavieUNet(nn.Module):
         cross_attention_dim: int = 768,
         attention_head_dim: int = 8,
         addition_time_embed_dim: int = 256,
-        gradient_checkpointing: bool = False,
         **published: Any,
     ) -> None:
         super().__init__()
@@ -122,7 +120,6 @@ class LavieUNet(nn.Module):
             "attention_head_dim": heads,
             "addition_time_embed_dim": addition_time_embed_dim,
         }
-        self.gradient_checkpointing = gradient_checkpointing
         self.time_width, self.motion_width = widths[0], addition_time_embed_dim
         embedding = 4 * widths[0]
 
@@ -209,10 +206,7 @@ class LavieUNet(nn.Module):
                 x = resnet(x if skip is None else torch.cat([x, skip], dim=1), embedding)
                 return x if transformer is None else transformer(x, text_states)
 
-            if not self.gradient_checkpointing or not torch.is_grad_enabled():
-                return run(x, skip)
-            out: Tensor = checkpoint(run, x, skip, use_reentrant=False, preserve_rng_state=False)
-            return out
+            return made_again(run, x, skip) if self.gradient_checkpointing == "whole" else run(x, skip)
 
         # (B, C, N, h, w) -> (B*N, C, h, w) with channels innermost, see `cinemo.networks.blocks`.
         x = sample.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous().permute(0, 3, 1, 2)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from cinemo.config import Checkpointing
 
 # Values of the widest activation of a piece, see `residual`: per thread on a CPU (8 MB of float32), or on a GPU.
 _CPU_PIECE, _GPU_PIECE = 2**21, 2**28
@@ -21,16 +24,37 @@ def lean() -> bool:
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def checkpoint_activations(network: nn.Module, what: Checkpointing) -> None:
+    """How much a network, and each part of it that can, computes again in the backward pass instead of keeping it.
+
+    ``none``: what norms and activation functions make, which costs next to nothing. ``selective``: also the branches of
+    transformers that hold the most bytes for their operations, which are all but the attention inside a frame.
+    ``whole``: every layer.
+    """
+    for module in network.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = what
+
+
+def made_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
     """``function(*inputs)``; what it makes on its way is made again for the backward pass instead of kept.
 
     Args:
-        function: ends with a convolution or matrix product, which is not repeated.
+        function: draws no random numbers. Where it ends with a convolution or matrix product, that is not repeated.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled():
         return function(*inputs)
     out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return out
+
+
+def plainly(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    return function(*inputs)
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """`made_again`, for what costs next to nothing; in a compiled graph the compiler decides that."""
+    return function(*inputs) if torch.compiler.is_compiling() else made_again(function, *inputs)
 
 
 def add(own: Tensor, other: Tensor) -> Tensor:

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from cinemo.config import Part
+from cinemo.config import Checkpointing, Part
 from cinemo.networks.attention import Attention
 from cinemo.networks.blocks import Embedding
-from cinemo.networks.memory import in_pieces
+from cinemo.networks.memory import in_pieces, made_again, plainly
 
 LARGEST_GRID = 1024  # cells of a frame, above which a token is a patch of 2x2
 
@@ -63,8 +62,9 @@ class TemporalNoiseFusion(nn.Module):
             learned vector for residual and for reference tokens.
         axis: ``space``: all tokens of a frame attend to each other, frame by frame ("spatial feature normalization" in
             the paper); ``time``: all frames of a token, token by token.
-        gradient_checkpointing: recompute everything in the backward pass.
     """
+
+    gradient_checkpointing: Checkpointing = "none"  # all of it is made again unless none is
 
     def __init__(
         self,
@@ -74,14 +74,12 @@ class TemporalNoiseFusion(nn.Module):
         patch: int = 1,
         positions: bool = True,
         axis: Axis = "space",
-        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.config = {
             "channels": channels, "width": width, "heads": heads, "patch": patch, "positions": positions, "axis": axis
         }  # fmt: skip
         self.width, self.patch, self.positions, self.axis = width, patch, positions, axis
-        self.gradient_checkpointing = gradient_checkpointing
         values = channels * patch**2
         self.residual_in = nn.Linear(values, width)
         self.reference_in = nn.Linear(values, width)
@@ -115,13 +113,9 @@ class TemporalNoiseFusion(nn.Module):
         def change(d: Tensor, r: Tensor) -> Tensor:
             return self._change(d, r, embedding_BD, places_SD)
 
-        def again(d: Tensor, r: Tensor) -> Tensor:
-            out: Tensor = checkpoint(change, d, r, use_reentrant=False, preserve_rng_state=False)
-            return out
-
-        keeps = self.gradient_checkpointing and torch.is_grad_enabled()
+        run = plainly if self.gradient_checkpointing == "none" else made_again
         tokens = d.shape[0] * d.shape[1] * d.shape[2]
-        delta = in_pieces(again if keeps else change, (d, r), dim=1, widest=10 * tokens * self.width)
+        delta = in_pieces(lambda d, r: run(change, d, r), (d, r), dim=1, widest=10 * tokens * self.width)
         if self.axis == "time":
             delta = delta.transpose(1, 2)
         # (B, N, rows * columns, C * p * p) -> (B, C, N, h, w)

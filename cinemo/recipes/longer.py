@@ -40,7 +40,8 @@ def longer_320x512() -> LongerRecipe:
       flow_scale; sample.refine: on, which changes nothing until ``longer-320x512-refiner`` has trained it.
       train.grad_clip: 1. train.ema_decay: no average. train.precision: bf16. train.tf32: on.
       data.ssim, data.views. sample.long.overlap, sample.long.together.
-    - Our choice, how it is computed. train.gradient_checkpointing, train.zero_stage, train.offload,
+    - Our choice, how it is computed. train.gradient_checkpointing: none, as two samples hold 15 GB of activations at
+      most. train.zero_stage, train.offload,
       train.cpus_per_worker, train.lanes, train.on_damaged,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb, train.max_failures, ``compile``.
       train.seed, data.seed. train.log_every, train.checkpoint_every, train.keep_checkpoints, train.sample_every,
@@ -65,7 +66,6 @@ def longer_320x512() -> LongerRecipe:
             lr=3e-5,
             trainable="temporal",
             lora_layers=tuple(f"attn_temp.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-            gradient_checkpointing=True,
             init="models/cinemo/unet",
         ),
         sample=LongerSample(long=LongConfig(way="phased")),

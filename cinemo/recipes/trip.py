@@ -50,8 +50,8 @@ def trip_256() -> TripRecipe:
     - For more frames than the model makes at once, which this paper has not. Of another (arXiv 2405.17306, section
       3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:
       sample.long.way, sample.long.overlap, sample.long.together.
-    - Our choice, how it is computed. train.gradient_checkpointing: eight samples hold 26 GB of activations without
-      it. train.zero_stage, train.offload, train.cpus_per_worker, train.lanes, train.on_damaged,
+    - Our choice, how it is computed. train.gradient_checkpointing: none, as eight samples hold 26 GB of
+      activations. train.zero_stage, train.offload, train.cpus_per_worker, train.lanes, train.on_damaged,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb,
       train.max_failures, ``compile``. train.seed, data.seed. train.log_every, train.checkpoint_every,
       train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards, train.validate_every,

@@ -11,8 +11,10 @@ from published_dynamicrafter import published_forward
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cinemo.config import Checkpointing
 from cinemo.networks import memory
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterUNet
+from cinemo.networks.memory import checkpoint_activations
 from cinemo.training.plan.activations import PeakMemory
 
 SMALL: dict[str, Any] = {
@@ -58,21 +60,22 @@ def gradients(unet: DynamiCrafterUNet, forward: Callable[..., Tensor], given: tu
 @pytest.mark.parametrize(
     ("values", "checkpointing", "tokens", "dtype"),
     [
-        (1500, False, "per frame", torch.float64),
-        (6000, True, "per frame", torch.float64),
-        (2**40, False, "shared", torch.float64),
-        (6000, False, "none", torch.float64),
-        (2**40, False, "per frame", torch.float32),
-        (6000, True, "shared", torch.float32),
+        (1500, "none", "per frame", torch.float64),
+        (6000, "whole", "per frame", torch.float64),
+        (6000, "selective", "per frame", torch.float64),
+        (2**40, "none", "shared", torch.float64),
+        (6000, "selective", "none", torch.float64),
+        (2**40, "none", "per frame", torch.float32),
+        (6000, "whole", "shared", torch.float32),
     ],
 )
 def test_output_and_gradients_are_the_published_ones(
-    monkeypatch: pytest.MonkeyPatch, values: int, checkpointing: bool, tokens: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, values: int, checkpointing: Checkpointing, tokens: str, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(memory, "_CPU_PIECE", values)
     unet = random_unet().to(dtype)
     expected = gradients(unet, lambda *given: published_forward(unet, *given), inputs(tokens, dtype))
-    unet.gradient_checkpointing = checkpointing
+    checkpoint_activations(unet, checkpointing)
     got = gradients(unet, unet, inputs(tokens, dtype))
     names = ["output", *(name for name, _ in unet.named_parameters()), "sample", "text", "image"]
     # Some biases stand before a norm that takes them out again: of their gradients, float32 shows rounding alone.
@@ -131,7 +134,8 @@ def peak_activations(forward: Callable[..., Tensor], mode: str, dtype: torch.dty
     with FakeTensorMode():
         torch.set_default_dtype(dtype)
         try:
-            unet = DynamiCrafterUNet(gradient_checkpointing=mode == "gradient checkpointing")
+            unet = DynamiCrafterUNet()
+            checkpoint_activations(unet, "whole" if mode == "gradient checkpointing" else "none")
         finally:
             torch.set_default_dtype(torch.float32)
         for parameter in unet.parameters():

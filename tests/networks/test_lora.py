@@ -16,6 +16,7 @@ from cinemo.config import TrainConfig
 from cinemo.methods.cinemo import CinemoTrain
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.lora import LoraLinear, add_lora, lora_scale, merge_lora, save_adapter
+from cinemo.networks.memory import checkpoint_activations
 from cinemo.types import InputError
 
 SMALL = {
@@ -85,12 +86,13 @@ def test_every_path_through_the_network_has_it() -> None:
         torch.testing.assert_close(answer(unet, "kept"), with_gradients, rtol=1e-4, atol=1e-5)
     with_gradients.square().mean().backward()
     plain = {name: parameter.grad for name, parameter in unet.named_parameters()}
-    unet.zero_grad()
-    unet.gradient_checkpointing = True
-    answer(unet).square().mean().backward()
-    for name, parameter in unet.named_parameters():
-        assert parameter.grad is not None
-        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-4, atol=1e-6)
+    for again in ("selective", "whole"):
+        unet.zero_grad()
+        checkpoint_activations(unet, again)
+        answer(unet).square().mean().backward()
+        for name, parameter in unet.named_parameters():
+            assert parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-4, atol=1e-6)
     unused = [name for name, p in unet.named_parameters() if "lora" in name and not p.grad.any()]  # type: ignore[union-attr]
     assert unused == []
 

@@ -10,9 +10,11 @@ from published_unet import published_forward
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cinemo.config import Checkpointing
 from cinemo.networks import memory
 from cinemo.networks.attention import _kept_positions
 from cinemo.networks.lavie_unet import LavieUNet
+from cinemo.networks.memory import checkpoint_activations
 from cinemo.training.plan.activations import PeakMemory
 
 SMALL = {
@@ -52,13 +54,13 @@ def gradients(unet: LavieUNet, forward: Callable[..., Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("values", [1, 3000, 2**40])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "whole"])
 def test_output_and_gradients_are_the_published_ones(
-    unet: LavieUNet, monkeypatch: pytest.MonkeyPatch, values: int, checkpointing: bool
+    unet: LavieUNet, monkeypatch: pytest.MonkeyPatch, values: int, checkpointing: Checkpointing
 ) -> None:
     monkeypatch.setattr(memory, "_CPU_PIECE", values)
     expected = gradients(unet, lambda *given: published_forward(unet, *given))
-    unet.gradient_checkpointing = checkpointing
+    checkpoint_activations(unet, checkpointing)
     for name, ours, theirs in zip(
         ["output", *(name for name, _ in unet.named_parameters()), "sample", "text"],
         gradients(unet, unet),
@@ -115,7 +117,8 @@ def peak_activations(forward: Callable[..., Tensor], mode: str, dtype: torch.dty
     with FakeTensorMode():
         torch.set_default_dtype(dtype)
         try:
-            unet = LavieUNet(gradient_checkpointing=mode == "gradient checkpointing")
+            unet = LavieUNet()
+            checkpoint_activations(unet, "whole" if mode == "gradient checkpointing" else "none")
         finally:
             torch.set_default_dtype(torch.float32)
         for parameter in unet.parameters():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig
+from cinemo.networks.memory import checkpoint_activations
 from cinemo.networks.motion_field import (
     FieldAttention,
     FieldUNet,
@@ -112,7 +113,7 @@ def test_odd_grids_and_gradients(tmp_path: Path) -> None:
     torch.manual_seed(0)
     unet = FieldUNet(**FIELD.model_dump())
     shaken(unet).train()
-    unet.gradient_checkpointing = True
+    checkpoint_activations(unet, "whole")
     out = unet(drawn(1, 4, 3, 7, 5), 5, drawn(1, 7, 24), drawn(1, 2, 3, 7, 5), torch.tensor([1.0]))
     torch.autograd.backward(out.square().mean())
     without = [name for name, parameter in unet.named_parameters() if parameter.grad is None]

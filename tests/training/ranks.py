@@ -56,7 +56,7 @@ def made_engine(recipe: Recipe, freeze: str | None = None, **train: Any) -> Engi
     settings = CinemoTrain(**(recipe.train.model_dump() | changed))
     torch.manual_seed(0)
     method = build_method(recipe)
-    method.unet.gradient_checkpointing = settings.gradient_checkpointing
+    method.checkpoint_activations(settings.setting.gradient_checkpointing)
     for name, parameter in method.named_parameters():
         parameter.requires_grad_(freeze is None or freeze not in name)
     return Engine(method, settings, torch.device("cpu"))

@@ -38,9 +38,6 @@ def test_flops_are_those_of_a_real_step(small: Recipe) -> None:
         loss.backward()
     # A little less: nobody asks for the gradient of the latents; a little more: some of the attention is done again.
     assert counted.training == pytest.approx(real.get_total_flops() + backward.get_total_flops(), rel=0.05)
-    assert counted.executed == counted.training
-    again = cost.sample_flops(override(small, ["train.gradient_checkpointing=true"]))
-    assert (again.training, again.executed) == (counted.training, counted.training + counted.forward)
 
 
 def test_frozen_weights_cost_less(small: Recipe) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from cinemo.config import Recipe
+from cinemo.config import Checkpointing, Recipe
 from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoMethod, CinemoTrain
 from cinemo.recipes import RECIPES, override
@@ -126,6 +127,22 @@ def test_every_zero_stage_does_the_same_arithmetic(small: Recipe) -> None:
         losses, norms = _run(_engine(small, zero_stage=stage), small, range(3))
         assert losses == pytest.approx(plain_losses, abs=2e-6), stage
         assert norms == pytest.approx(plain_norms, rel=1e-4), stage
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+def test_computing_things_twice_changes_no_bit(small: Recipe, tmp_path: Path) -> None:
+    """Losses and weights after steps with drawn noise, prompts that are dropped and accumulation, in float32."""
+    small = override(small, ["train.prompt_dropout=0.5", "train.image_dropout=0.5", "train.noise_offset=0.1"])
+    found = {}
+    for what in get_args(Checkpointing):
+        made = _engine(small, gradient_checkpointing=what)
+        made.method.checkpoint_activations(what)  # type: ignore[operator]
+        losses, norms = _run(made, small, range(3))
+        found[what] = losses, norms, _masters(made, tmp_path / what)[1]
+    for what in ("selective", "whole"):
+        assert found[what][:2] == found["none"][:2]
+        assert all(torch.equal(value, found["none"][2][name]) for name, value in found[what][2].items())
 
 
 def _masters(made: engine.Engine, directory: Path) -> tuple[int, dict[str, torch.Tensor]]:

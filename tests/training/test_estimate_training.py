@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import median
+from typing import get_args
 
 import pytest
 import torch
@@ -14,19 +15,20 @@ from hypothesis import strategies as st
 
 from cinemo import cli
 from cinemo.accelerators import accelerator
-from cinemo.config import Recipe
+from cinemo.config import Checkpointing, Recipe, Setting, Stage
 from cinemo.data.precompute.prices import Prices
 from cinemo.methods import build_method
 from cinemo.recipes import load_recipe, override
-from cinemo.training.plan.activations import activation_bytes, shapes
+from cinemo.training.plan.activations import counted, shapes
 from cinemo.training.plan.cost import sample_flops
-from cinemo.training.plan.estimate import plan_training, text_encoder_values
-from cinemo.training.plan.footprint import Parameters, footprint, footprints
+from cinemo.training.plan.encoders import text_encoder_values
+from cinemo.training.plan.estimate import plan_training
+from cinemo.training.plan.footprint import Parameters, footprint, stages
 from cinemo.types import InputError
 from pipelines.train import main
 
 PAPER = load_recipe("cinemo-320x512")
-ACTIVATIONS = {False: 75 * 10**9, True: 17 * 10**9}
+ACTIVATIONS: dict[Checkpointing, int] = {"none": 75 * 10**9, "selective": 42 * 10**9, "whole": 17 * 10**9}
 PARAMETERS = Parameters(911_000_000, 911_000_000, 30_000_000)
 
 
@@ -49,7 +51,7 @@ def test_frozen_parameters_have_neither_gradients_nor_states(small: Recipe) -> N
         parameter.requires_grad_(True)
     found = Parameters.of(method)
     assert 0 < found.trainable == sum(parameter.numel() for parameter in learning) < found.total
-    made = footprint(small, found, ACTIVATIONS, 0, 0, False, "none")
+    made = footprint(small, found, ACTIVATIONS, 0, Setting(2, "none", 0, "none"))
     assert made.weights == 4 * found.total
     assert made.gradients == 4 * found.trainable
     assert made.optimizer == 8 * found.trainable
@@ -60,27 +62,35 @@ def test_adam_in_bfloat16_takes_sixteen_bytes_a_parameter() -> None:
 
     Gradients that ZeRO 2 and 3 add up are float32."""
     recipe, values = paper(workers=8), PARAMETERS.total
-    made = [footprint(recipe, PARAMETERS, ACTIVATIONS, 0, stage, True, "none") for stage in range(4)]
+    made = [
+        footprint(recipe, PARAMETERS, ACTIVATIONS, 0, Setting(10, "whole", stage, "none")) for stage in get_args(Stage)
+    ]
     assert [(row.weights, row.gradients, row.optimizer) for row in made] == [
         (2 * values, 2 * values, 12 * values),
         (2 * values, 2 * values, 12 * values // 8),
         (2 * values, 4 * values // 8, 12 * values // 8),
         (2 * values // 8, 4 * values // 8, 12 * values // 8),
     ]
-    averaged = footprint(paper(ema_decay=0.999), PARAMETERS, ACTIVATIONS, 0, 0, True, "none")
+    averaged = footprint(paper(ema_decay=0.999), PARAMETERS, ACTIVATIONS, 0, Setting(10, "whole", 0, "none"))
     assert averaged.optimizer == 16 * values
 
 
-@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from(["fp32", "bf16"]), st.integers(10_000, 10**9), st.booleans())
-def test_laws_of_the_parts(workers: int, precision: str, values: int, again: bool) -> None:
+@given(
+    st.sampled_from([1, 2, 4, 8]),
+    st.sampled_from(["fp32", "bf16"]),
+    st.integers(10_000, 10**9),
+    st.sampled_from(["none", "selective", "whole"]),
+)
+def test_laws_of_the_parts(workers: int, precision: str, values: int, again: Checkpointing) -> None:
     recipe = paper(workers=workers, precision=precision)
-    rows = list(footprints(recipe, Parameters(values, values, values // 10), ACTIVATIONS, 10**6))
-    assert len(rows) == len({(row.zero_stage, row.checkpointing, row.offload) for row in rows}) == 16
+    parameters = Parameters(values, values, values // 10)
+    rows = [footprint(recipe, parameters, ACTIVATIONS, 10**6, Setting(5, again, *how)) for how in stages(recipe)]
+    assert len(rows) == len({(row.zero_stage, row.offload) for row in rows}) == 8
     for row in rows:
         parts = row.weights + row.gradients + row.optimizer + row.activations + row.buffers + row.inputs
         parts += row.kernels + row.kept
         assert row.weights + row.optimizer + row.activations <= row.in_use <= row.peak <= parts
-    own = {(row.zero_stage, row.offload): row for row in rows if row.checkpointing == again}
+    own = {(row.zero_stage, row.offload): row for row in rows}
     for name in ("weights", "gradients") if workers > 2 or precision == "fp32" else ("weights",):
         sizes = [getattr(own[stage, "none"], name) for stage in range(4)]
         assert sizes == sorted(sizes, reverse=True)
@@ -92,10 +102,13 @@ def test_laws_of_the_parts(workers: int, precision: str, values: int, again: boo
 
 @pytest.mark.slow
 def test_activations_follow_the_batch_and_shrink_with_checkpointing(small: Recipe) -> None:
-    whole = activation_bytes(small, False)
-    assert activation_bytes(override(small, ["train.micro_batch=4"]), False) == pytest.approx(2 * whole, rel=0.05)
+    none, selective, whole = (counted(small, checkpointing, 2) for checkpointing in get_args(Checkpointing))
+    twice = counted(small, "none", 4)
+    assert twice.activations == pytest.approx(2 * none.activations, rel=0.05)
+    assert twice.flops == pytest.approx(2 * none.flops, rel=0.01)
     # What a backward pass needs at least: more than the inputs of every convolution; checkpointing keeps less of it.
-    assert 0.1 * whole < activation_bytes(small, True) < 0.8 * whole
+    assert 0.1 * none.activations < whole.activations < selective.activations < 0.8 * none.activations
+    assert none.flops < selective.flops < whole.flops
     method = build_method(small)
     assert all(torch.isfinite(value).all() for value in method.state_dict().values())  # nothing fake was left behind
 
@@ -110,7 +123,7 @@ def test_time_is_useful_flops_by_the_peak(small: Recipe) -> None:
     assert plan["costs"]["total"] == pytest.approx(plan["accelerator_hours"] * 2.0 + plan["core_hours"] * 0.5)
     assert plan["currency"] == "EUR"
     again = plan_training(override(recipe, ["train.gradient_checkpointing=true"]), "A100-80GB")
-    assert again["speed"]["mfu"] == pytest.approx(0.35 * 3 / 4)  # a quarter of what is computed is a repetition
+    assert again["speed"]["mfu"] == pytest.approx(0.35 * 3 / 4, rel=0.03)  # almost a quarter is a repetition
 
 
 @pytest.mark.slow
@@ -151,7 +164,7 @@ def test_a_plan_is_printed_and_written(small: Recipe, tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["memory"]["fits"]
-    assert len([line for line in said.splitlines() if line.startswith("* 2     off")]) == 1
+    assert len([line for line in said.splitlines() if line.startswith("* 2     none")]) == 1
     assert "cost in EUR: accelerators" in said
 
 
@@ -166,7 +179,7 @@ def test_what_does_not_fit_is_marked(small: Recipe, monkeypatch: pytest.MonkeyPa
     assert not plan["memory"]["fits"]
     assert {row["zero_stage"] for row in plan["memory"]["rows"] if row["fits"]} == {0}
     lines = plan_lines(plan, None)
-    assert sum(line.endswith("does not fit") for line in lines) == 14
+    assert sum(line.startswith("  ") and line.endswith("  does not fit") for line in lines[4:28]) == 21
     assert any("this recipe does not fit" in line for line in lines)
 
 
@@ -182,7 +195,9 @@ def test_a_text_encoder_is_counted_by_its_configuration(small: Recipe) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tiny, ZeRO 0", "dynamicrafter-tiny, ZeRO 2", "trip-tiny, ZeRO 2"])
+@pytest.mark.parametrize(
+    "case", ["tiny, ZeRO 0", "tiny, ZeRO 2, selective checkpointing", "dynamicrafter-tiny, ZeRO 2", "trip-tiny, ZeRO 2"]
+)
 def test_the_memory_of_a_real_training_is_as_predicted(case: str) -> None:
     in_use, as_it_runs = predicted(CASES[case])
     assert in_use == pytest.approx(measured(CASES[case], False), rel=0.15)

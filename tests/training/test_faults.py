@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from cinemo import storage
-from cinemo.config import Recipe
+from cinemo.config import Recipe, Setting
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.methods.cinemo import CinemoTrain
-from cinemo.recipes import override
+from cinemo.recipes import override, parse_recipe
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report import sample_log
 from cinemo.training.run import worker
@@ -65,6 +65,25 @@ def test_a_changed_shard_is_left_out_where_the_recipe_says_so(recipe: Recipe, da
     text = (tmp_path / "run" / "loss.csv").read_text().splitlines()
     skipped = dict(zip(text[0].split(","), text[-1].split(","), strict=True))["skipped"]
     assert float(skipped) >= 24 - sum(map(len, log.values()))  # those read ahead count as well
+
+
+def test_auto_is_what_it_stands_for_from_then_on(
+    recipe: Recipe, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said in one line and recorded; a resume may choose otherwise, and sees the same samples."""
+    output, auto = str(tmp_path / "run"), [f"train.{key}=auto" for key in Setting._fields[:3]]
+    worker.run(override(recipe, [*auto, "train.max_steps=2"]), dataset, output)
+    assert "micro batch 1, no checkpointing, ZeRO 2: what auto is on CPUs" in capsys.readouterr().out
+    card = checkpoints.latest(output)
+    assert card is not None
+    assert parse_recipe(dict(card.recipe), "").train.setting == Setting(1, "none", 2, "none")
+    changed = ["train.micro_batch=4", "train.gradient_checkpointing=selective", "train.max_steps=4"]
+    worker.run(override(recipe, changed), dataset, output)
+    told = capsys.readouterr().out
+    assert "train.micro_batch 1 -> 4" in told
+    assert "train.gradient_checkpointing none -> selective" in told
+    loader = LatentLoader.of(DatasetIndex.load(dataset), recipe.train)
+    assert sample_log.read(output) == {step: list(loader.batch(step).keys) for step in range(4)}
 
 
 def test_a_sample_that_is_no_number_is_named_and_can_be_left_out(

@@ -46,7 +46,7 @@ def _name(case: Case) -> str:
 def _train(recipe: Recipe, case: Case, directory: Path) -> list[float]:
     """The curve of a case, with a checkpoint half way and one at the end."""
     settings = TRAIN | {"zero_stage": case.stage, "offload": case.offload, "precision": case.precision}
-    engine = made_engine(recipe, gradient_checkpointing=case.offload == "all", **settings)
+    engine = made_engine(recipe, gradient_checkpointing="whole" if case.offload == "all" else "none", **settings)
     curve = train_steps(engine, recipe, range(HALF))
     engine.save(directory / "half", {"step": HALF})
     curve += train_steps(engine, recipe, range(HALF, STEPS))

@@ -1,8 +1,10 @@
-"""Bytes of activations of a training step, counted without computing: tensors are shapes only, storages are watched."""
+"""Bytes of activations and operations of a training step, counted without computing: tensors are shapes only."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from cinemo.config import Recipe
+from cinemo.config import Checkpointing, Recipe
 from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.attention import _kept_positions
 from cinemo.training.run.batch import blank_condition, blank_example, latent_shape
@@ -20,17 +23,49 @@ from cinemo.types import LatentBatch
 _ACCELERATOR_THREADS = 128  # as many would give a CPU's pieces (`networks.memory.residual`) the size of a GPU's
 
 
+_aten = torch.ops.aten
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop(q, k, v))
+
+
+def _attention_backward(gradient: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop(gradient, q, k, v))
+
+
+_FLOPS: dict[Any, Callable[..., Any]] = flop_registry | {  # what it lacks are a CPU's kernels
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Of forward and backward of one micro batch: ``activations``, the most bytes held at one time beside weights and
+    whole gradients; ``flops``, executed in all.
+    """
+
+    activations: int
+    flops: int
+
+
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The most bytes that tensors made while it is active held at one time (``peak``)."""
+    """The most bytes that tensors made while it is active held at one time (``peak``), and their FLOPs (``flops``).
+
+    `FlopCounterMode` would not do: its hooks keep tensors alive.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self._now = 0
+        self.peak = self._now = self.flops = 0
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
         out = function(*args, **(kwargs or {}))
+        if count := _FLOPS.get(function._overloadpacket):
+            self.flops += int(count(*args, **(kwargs or {}), out_val=out))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
@@ -66,11 +101,11 @@ def shapes(recipe: Recipe, device: str) -> nn.Module:
         torch.set_default_dtype(default)
 
 
-def activation_bytes(recipe: Recipe, checkpointing: bool) -> int:
-    """Most bytes that forward and backward of one micro batch hold beside weights and whole gradients.
+def counted(recipe: Recipe, checkpointing: Checkpointing, micro_batch: int) -> Counted:
+    """What forward and backward of one micro batch take.
 
     The order of operations is that of a CPU, also for an accelerator (whose attention kernels keep the same tensors);
-    workspaces of convolution libraries do not count. Seconds to half a minute for the full-size network.
+    workspaces of convolution libraries do not count. Seconds for the full-size network.
     """
     train, dtype = recipe.train, precision(recipe)
     frames, channels, rows, columns = latent_shape(recipe)
@@ -85,14 +120,14 @@ def activation_bytes(recipe: Recipe, checkpointing: bool) -> int:
             method.checkpoint_activations(checkpointing)
             for parameter in method.parameters():
                 parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-            video_BCFHW = torch.empty(train.micro_batch, channels, frames, rows, columns)
+            video_BCFHW = torch.empty(micro_batch, channels, frames, rows, columns)
             shape = method.target_shape((channels, frames, rows, columns))
-            steps_B = torch.zeros(train.micro_batch, dtype=torch.long)
+            steps_B = torch.zeros(micro_batch, dtype=torch.long)
             batch = LatentBatch(video_BCFHW, blank_condition(recipe, example, video_BCFHW, dtype))
             memory = PeakMemory()
             with memory:
-                method(batch, steps_B, torch.empty(train.micro_batch, *shape), reduction="none").mean().backward()
+                method(batch, steps_B, torch.empty(micro_batch, *shape), reduction="none").mean().backward()
     finally:
         torch.set_num_threads(threads)
         _kept_positions.cache_clear()
-    return memory.peak
+    return Counted(memory.peak, memory.flops)

@@ -25,12 +25,10 @@ class SampleFlops:
 
     ``forward``: one pass. ``training``: forward and backward, which is twice the forward pass, less where weights are
     frozen: what the MFU is made of.
-    ``executed``: with what gradient checkpointing computes again (a little less than that, in truth): what takes time.
     """
 
     forward: int
     training: int
-    executed: int
 
 
 def training_flops(recipe: Recipe, indexes: Sequence[DatasetIndex]) -> float:
@@ -65,4 +63,4 @@ def sample_flops(recipe: Recipe) -> SampleFlops:
             with FlopCounterMode(display=False) as counter:
                 torch.autograd.backward(method(batch, t_B, noise))
             training = int(counter.get_total_flops())
-    return SampleFlops(forward, training, training + (forward if recipe.train.gradient_checkpointing else 0))
+    return SampleFlops(forward, training)

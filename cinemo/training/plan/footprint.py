@@ -8,19 +8,16 @@ float32 master weights too.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
-from cinemo.config import Recipe
+from cinemo.config import Checkpointing, Offload, Recipe, Setting, Stage
 from cinemo.methods import method_class
 from cinemo.training.plan.activations import precision
 from cinemo.training.run.batch import TEXT_CACHE, TOKENS, latent_shape
-from cinemo.training.run.engine import REDUCE_BUCKET, accumulation
-
-Offload = Literal["none", "optimizer", "all"]
+from cinemo.training.run.engine import REDUCE_BUCKET
 
 # DeepSpeed's defaults, in values: what a CPU reduces at once, what ZeRO-3 holds gathered at most.
 REDUCE_AT_ONCE = 500_000_000
@@ -60,8 +57,8 @@ class Footprint:
     ``in_use``: the same without ``kept``. ``host``: host memory of a worker on an accelerator.
     """
 
-    zero_stage: int
-    checkpointing: bool
+    zero_stage: Stage
+    checkpointing: Checkpointing
     offload: Offload
     weights: int
     gradients: int
@@ -76,34 +73,29 @@ class Footprint:
     host: int
 
 
-def footprints(
-    recipe: Recipe, parameters: Parameters, activations: dict[bool, int], encoder: int
-) -> Iterator[Footprint]:
-    """Every ZeRO stage with and without gradient checkpointing and, on accelerators, each offload that it allows.
-
-    Args:
-        activations: with and without checkpointing, see `cinemo.training.plan.activations.activation_bytes`.
-        encoder: values of the frozen text and image encoders.
-    """
-    offloads: dict[int, tuple[Offload, ...]] = {0: ("none",), 1: ("none", "optimizer"), 2: ("none", "optimizer")}
-    for stage in range(4):
-        allowed = offloads.get(stage, ("none", "optimizer", "all")) if recipe.train.gpus_per_worker else ("none",)
-        for offload in allowed:
-            for checkpointing in (False, True):
-                yield footprint(recipe, parameters, activations, encoder, stage, checkpointing, offload)
+def stages(recipe: Recipe) -> Iterator[tuple[Stage, Offload]]:
+    """Every ZeRO stage and, on accelerators, each offload that it allows."""
+    offloads: dict[Stage, tuple[Offload, ...]] = {
+        0: ("none",),
+        1: ("none", "optimizer"),
+        2: ("none", "optimizer"),
+        3: ("none", "optimizer", "all"),
+    }
+    for stage, allowed in offloads.items():
+        for offload in allowed if recipe.train.gpus_per_worker else ("none",):
+            yield stage, offload
 
 
 def footprint(
-    recipe: Recipe,
-    parameters: Parameters,
-    activations: dict[bool, int],
-    encoder: int,
-    stage: int,
-    checkpointing: bool,
-    offload: Offload,
+    recipe: Recipe, parameters: Parameters, activations: Mapping[Checkpointing, int], encoder: int, setting: Setting
 ) -> Footprint:
-    """The parts of one setting."""
-    train = recipe.train
+    """The parts of one setting, whatever the recipe has.
+
+    Args:
+        activations: of its micro batch, see `cinemo.training.plan.activations.Counted`.
+        encoder: values of the frozen text and image encoders.
+    """
+    train, (micro_batch, checkpointing, stage, offload) = recipe.train, setting
     value, workers, on_accelerator = precision(recipe).itemsize, train.workers, train.gpus_per_worker > 0
     trainable, frozen = parameters.trainable, parameters.total - parameters.trainable
     share = -(-trainable // workers)
@@ -148,7 +140,7 @@ def footprint(
     noise = method_class(recipe).target_shape((channels, frames, rows, columns))
     sample = 4 * (channels * frames * rows * columns + math.prod(noise))  # latents and noise, float32
     states_of_text = TOKENS * method_class(recipe).text_width(recipe) * value
-    inputs = encoder * value + TEXT_CACHE * states_of_text + train.micro_batch * (sample + states_of_text)
+    inputs = encoder * value + TEXT_CACHE * states_of_text + micro_batch * (sample + states_of_text)
     waiting = _PREFETCHED * sample * train.global_batch // workers
     active = activations[checkpointing]
     kept = 0 if on_accelerator else int(KEPT_SHARE * active)
@@ -161,7 +153,7 @@ def footprint(
 
     resident = weights + states + inputs + kernels
     # Without accumulation gradients come as activations go; ZeRO 3 gives them their place when it is built.
-    adding_up = gradients if accumulation(train) > 1 or offload != "none" or stage == 3 else 0
+    adding_up = gradients if micro_batch * workers < train.global_batch or offload != "none" or stage == 3 else 0
     backward = active + adding_up + at_backward
     in_use = resident + max(backward, gradients + reducing, gradients + at_step)
     peak = max(in_use, resident + backward + kept)

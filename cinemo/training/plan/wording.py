@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cinemo import storage
@@ -39,6 +39,7 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
         f"memory of each of {plan['workers']} workers in GB, micro batch {plan['micro_batch']}, "
         f"{plan['accumulation']} per step; {device['name']} has {device['memory'] / 1e9:.1f}"
         + (f", {device['reserved'] / 1e9:.0f} of it not for tensors" if device["reserved"] else ""),
+        *([f"auto: {plan['chosen']}"] if plan["chosen"] else []),
         *_table(memory),
         "  *: this recipe; peak: the most at one time, less than the sum because gradients come as activations go; "
         "buffers: DeepSpeed's buckets, gathered weights, the optimizer's temporaries; inputs: frozen encoders, "
@@ -46,8 +47,8 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
     ]
     if not memory["fits"]:
         lines.append(
-            f"  this recipe does not fit: {memory['recipe']['peak'] / 1e9:.1f} GB; lower train.micro_batch, or see the "
-            "rows that fit"
+            f"  this recipe does not fit: {memory['recipe']['peak'] / 1e9:.1f} GB; lower train.micro_batch, or "
+            "see what fits"
         )
     lines += [
         f"time: {speed['peak'] / 1e12:,.4g} TFLOP/s at most, MFU {speed['mfu']:.3g} ({speed['source']}): "
@@ -55,6 +56,7 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
         + (f"{plan['accelerator_hours']:,.4g} accelerator hours, " if "accelerator_hours" in plan else "")
         + f"{plan['core_hours']:,.4g} core hours"
     ]
+    lines += _fastest(plan["fastest"])
     if "costs" in plan:
         items = ", ".join(f"{name} {value:,.2f}" for name, value in plan["costs"].items())
         lines.append(f"cost in {plan['currency']}: {items}")
@@ -68,11 +70,29 @@ def _table(memory: Mapping[str, Any]) -> list[str]:
     for row in memory["rows"]:
         mark = "*" if all(row[key] == memory["recipe"][key] for key in keys) else " "
         values = "  ".join(f"{row[part] / 1e9:>11.2f}" for part in parts)
-        switch = "on" if row["checkpointing"] else "off"
         lines.append(
-            f"{mark} {row['zero_stage']:<4}  {switch:<13}  {row['offload']:<9}{values}"
+            f"{mark} {row['zero_stage']:<4}  {row['checkpointing']:<13}  {row['offload']:<9}{values}"
             + ("" if row["fits"] else "  does not fit")
         )
+    return lines
+
+
+def _fastest(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    heads = ("accelerator", "micro batch", "checkpointing", "ZeRO", "offload")
+    keys = ("accelerator", "micro_batch", "gradient_checkpointing", "zero_stage", "offload")
+    lines = [
+        "the fastest that fits with a tenth to spare (train.micro_batch, train.gradient_checkpointing, "
+        "train.zero_stage, train.offload; auto chooses it):",
+        "  " + "  ".join(f"{head:<11}" for head in heads) + "     GB     hours  of this recipe's",
+    ]
+    for row in rows:
+        share = "does not fit" if row["share"] is None else f"{row['share']:.2f}"
+        lines.append(
+            "  " + "  ".join(f"{row[key]!s:<{max(11, len(head))}}" for key, head in zip(keys, heads, strict=True))
+            + f"  {row['peak'] / 1e9:>5.1f}  {row['hours']:>8,.1f}  {share}"
+        )  # fmt: skip
     return lines
 
 

@@ -80,7 +80,7 @@ class Validation:
     def __call__(self) -> Losses:
         """The losses now. The network should be in evaluation mode."""
         # Samples of several shapes one by one: every rank calls the network as often as the others.
-        engine, size = self._engine, 1 if self._recipe.data.other_shapes else self._recipe.train.micro_batch
+        engine, size = self._engine, 1 if self._recipe.data.other_shapes else self._recipe.train.setting.micro_batch
         found = LossSums(self._recipe.diffusion.train_steps)
         for start in range(0, len(self._mine), size):
             part = self._mine[start : start + size]

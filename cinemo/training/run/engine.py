@@ -37,8 +37,9 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
 
     Under ZeRO 2 and 3, gradients of bfloat16 weights are added up in float32, under 1 to 3 they are reduced in it.
     """
-    zero: dict[str, Any] = {"stage": train.zero_stage, "reduce_bucket_size": REDUCE_BUCKET}
-    if train.gpus_per_worker and train.zero_stage:
+    micro_batch, _, stage, _ = train.setting
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
+    if train.gpus_per_worker and stage:
         # Gradients travel while the backward pass goes on, which takes buckets that fill many times in it.
         zero |= {"overlap_comm": True, "contiguous_gradients": True}
     host = {"device": "cpu", "pin_memory": train.gpus_per_worker > 0}
@@ -47,13 +48,13 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
     if train.offload == "all":
         zero["offload_param"] = host
     wide: dict[str, Any] = {}
-    if train.precision == "bf16" and train.zero_stage:
+    if train.precision == "bf16" and stage:
         wide["communication_data_type"] = "fp32"
-        if train.zero_stage >= 2:  # stage 1 would get another optimiser wrapper by it
+        if stage >= 2:  # stage 1 would get another optimiser wrapper by it
             wide["data_types"] = {"grad_accum_dtype": "fp32"}
     return {
         "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation(train),
         "gradient_clipping": train.grad_clip,
         "zero_optimization": zero,
@@ -67,7 +68,7 @@ def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
 
 def accumulation(train: TrainConfig) -> int:
     """Micro batches per worker and step."""
-    return train.global_batch // (train.workers * train.micro_batch)
+    return train.global_batch // (train.workers * train.setting.micro_batch)
 
 
 def parameter_groups(method: Method, train: TrainConfig) -> list[dict[str, Any]]:
@@ -136,7 +137,7 @@ class Engine:
             # corrections would be those of one step later for good, and weight decay has been applied once.
             self._adam.state.clear()
             self._engine.optimizer.refresh_fp32_params()
-        self._partitions = Partitions(self._engine, self._adam, train.zero_stage, self.rank, self.world)
+        self._partitions = Partitions(self._engine, self._adam, train.setting.zero_stage, self.rank, self.world)
 
     @property
     def method(self) -> nn.Module:

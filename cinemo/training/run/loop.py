@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cinemo.config import Recipe
 from cinemo.data.loading.loader import StepBatch
+from cinemo.training.plan.search import too_large
 from cinemo.training.report.metrics import Losses, Report, Window
 from cinemo.training.run.batch import FrozenStates, HostBatch, host_batch, on_device
 from cinemo.training.run.engine import Engine
@@ -56,8 +57,8 @@ def train(
         sample_seconds: see `cinemo.training.report.metrics.Window`.
 
     Raises:
-        RunError: too many steps in a row have no finite gradient (they and their samples are named), or the data ended
-            early.
+        RunError: too many steps in a row have no finite gradient (they and their samples are named), the data ended
+            early, or a step does not fit the accelerator.
     """
     settings = recipe.train
     window = Window(engine, recipe, sample_seconds)
@@ -75,8 +76,11 @@ def train(
             share = _share(engine, settings.global_batch, got[1]) if got[1] and missing else 1.0
             for micro, weights_B in got[1]:
                 there_B = weights_B.to(engine.device, non_blocking=True)
-                losses_B = engine.loss(*on_device(micro, frozen, engine.device, engine.dtype))
-                engine.step((losses_B * there_B.to(losses_B.dtype)).mean() / share)
+                try:
+                    losses_B = engine.loss(*on_device(micro, frozen, engine.device, engine.dtype))
+                    engine.step((losses_B * there_B.to(losses_B.dtype)).mean() / share)
+                except torch.OutOfMemoryError:
+                    raise RunError(f"step {step + 1}: {too_large(settings)}") from None
                 window.add(losses_B, micro, weights_B)
             done = step + 1
             window.end_step(done, moved=engine.moved or not got[1])
@@ -143,7 +147,7 @@ def prefetch(items: Iterator[T], depth: int = DEPTH) -> Generator[T, None, None]
 
 
 def _prepare(batches: Iterable[StepBatch], recipe: Recipe, pin: bool) -> Iterator[tuple[int, list[Weighted]]]:
-    size = recipe.train.micro_batch
+    size = recipe.train.setting.micro_batch
     for batch in batches:
         samples, turns = batch.samples, [epoch - batch.epoch for epoch in batch.epochs or []]
         starts = range(0, len(samples), size)

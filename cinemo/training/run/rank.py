@@ -63,7 +63,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     torch.manual_seed(keyed_seed(recipe.train.seed, "weights"))
     method = build_method(recipe, base_networks(recipe))
     mark_trainable(method, recipe.train)
-    method.checkpoint_activations(recipe.train.gradient_checkpointing)
+    method.checkpoint_activations(recipe.train.setting.gradient_checkpointing)
     if recipe.compile:
         method.compile_networks(recipe.compile == "regional")
     if device.type == "cpu":

@@ -21,8 +21,10 @@ from typing import Any
 import ray
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cinemo import storage
+from cinemo.accelerators import Accelerator, this_accelerator
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.statistics import with_statistics
@@ -37,6 +39,7 @@ from cinemo.tracking import preload
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.checkpoint.checkpoints import CheckpointCard
 from cinemo.training.plan.cost import training_flops
+from cinemo.training.plan.search import settled
 from cinemo.training.report.mailbox import Mailbox
 from cinemo.training.report.progress import (
     Progress,
@@ -134,6 +137,10 @@ def _train(
     with doing("counting the network's operations"), ThreadPoolExecutor(1, "flops") as pool:
         flops = pool.submit(training_flops, recipe, indexes)
         _join_cluster(recipe)
+    if recipe.train.automatic:
+        with doing("choosing what fits"):
+            recipe, line = settled(recipe, _accelerator(recipe))
+        say(line)
     if recipe.train.canary and not start:
         for index in indexes:
             with doing("making samples of the dataset again"):
@@ -277,6 +284,17 @@ def _join_cluster(recipe: Recipe) -> None:
             f"train.workers is {workers} with {wanted} each on one node, but the nodes have room for {places:g}; lower "
             "train.workers or train.cpus_per_worker, or add nodes"
         )
+
+
+def _accelerator(recipe: Recipe) -> Accelerator | None:
+    """Of the accelerators that workers may get that of the least memory; None: they compute on CPUs."""
+    if not recipe.train.gpus_per_worker:
+        return None
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    look = ray.remote(num_cpus=0, num_gpus=1)(this_accelerator)
+    there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    found: list[Accelerator] = ray.get([look.options(scheduling_strategy=node).remote() for node in there])
+    return min(found, key=lambda known: known.memory)
 
 
 def _places(node: Mapping[str, float], wanted: Mapping[str, float]) -> float:
