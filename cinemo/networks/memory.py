@@ -33,7 +33,7 @@ def checkpoint_activations(network: nn.Module, what: Checkpointing) -> None:
     """
     for module in network.modules():
         if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = what
+            module.gradient_checkpointing = what  # type: ignore[assignment]
 
 
 def made_again(function: Callable[..., Tensor], *inputs: Any) -> Tensor:

@@ -45,7 +45,7 @@ def cinemo_320x512() -> CinemoRecipe:
       3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:
       sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.micro_batch, train.gradient_checkpointing, train.zero_stage: the fastest
-      that fits an A100 with 80 GB (``train.py --plan``): twice 5 samples, of which nothing is computed twice.
+      that fits an A100 with 80 GB (``--plan``): twice 5 samples, of which nothing is computed twice.
       train.offload, train.cpus_per_worker, train.lanes, train.on_damaged, train.max_skipped_steps, train.skip_steps,
       train.skip_samples, train.cache_gb, train.max_failures, ``compile``. train.seed, data.seed. train.log_every,
       train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,

@@ -28,8 +28,8 @@ ENCODERS = EncodersConfig(
 )
 
 
-# Samples that an A100 with 80 GB holds at once without computing anything twice, by their height and width.
-_AT_ONCE = {(256, 256): 8, (320, 512): 4, (576, 1024): 1}
+# Samples that an A100 with 80 GB holds at once without computing anything twice, by height and width, of at most 8.
+_AT_ONCE = {(256, 256): 8, (320, 512): 4, (512, 512): 8, (576, 1024): 1}  # stage 1 has 512x512, of a single frame
 
 
 def dynamicrafter_256() -> DynamiCrafterRecipe:
@@ -69,7 +69,7 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
       3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:
       sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.micro_batch, train.gradient_checkpointing, train.zero_stage: the fastest
-      that fits an A100 with 80 GB (``train.py --plan``). train.workers, train.gpus_per_worker, train.cpus_per_worker,
+      that fits an A100 with 80 GB (``--plan``). train.workers, train.gpus_per_worker, train.cpus_per_worker,
       train.offload, train.lanes, train.on_damaged,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb,
       train.max_failures, train.image_tokens, ``compile``. train.seed, data.seed. train.log_every,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cinemo.config import Checkpointing
 from cinemo.networks import memory
 from cinemo.networks.attention import _kept_positions
+from cinemo.networks.blocks import TransformerBlock
 from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.memory import checkpoint_activations
 from cinemo.training.plan.activations import PeakMemory
@@ -130,3 +132,25 @@ def peak_activations(forward: Callable[..., Tensor], mode: str, dtype: torch.dty
                 out.float().square().mean().backward()
         _kept_positions.cache_clear()
         return memory_used.peak
+
+
+@pytest.mark.slow
+def test_selective_checkpointing_works_in_a_compiled_graph() -> None:
+    """As one graph, with the same gradients, and with less kept for the backward pass."""
+    torch.manual_seed(0)
+    block, kept = TransformerBlock(32, 1, 12), {}
+    cells, text = torch.randn(6, 20, 32), torch.randn(2, 5, 12)
+    expected: list[Tensor] = []
+    for what in get_args(Checkpointing)[:2]:
+        checkpoint_activations(block, what)
+        torch._dynamo.reset()
+        compiled = torch.compile(block, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=False)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x):  # type: ignore[misc,func-returns-value]
+            out = compiled(cells, block.attn2.keys_values(text), None)
+        gradients = torch.autograd.grad(out.square().sum(), [p for p in block.parameters() if p.requires_grad])
+        expected = expected or list(gradients)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
+        kept[what] = sum(sizes)
+    assert kept["selective"] < 0.8 * kept["none"]

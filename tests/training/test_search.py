@@ -103,6 +103,7 @@ def test_on_cpus_auto_is_the_safe_value(small: Recipe) -> None:
     assert kept.train.setting == Setting(1, "none", 0, "none")
 
 
+@pytest.mark.slow
 def test_on_an_accelerator_it_becomes_what_fits(small: Recipe) -> None:
     asked = override(small, [*AUTO, "train.gpus_per_worker=1"])
     with pytest.raises(ValueError, match=r"train\.micro_batch, train\.gradient_checkpointing, train\.zero_stage: auto"):

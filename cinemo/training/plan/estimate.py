@@ -134,7 +134,7 @@ def _fastest(work: Workload, steps: int) -> list[dict[str, Any]]:
         choice, own = fastest(work, known, reached), work.recipe.train.setting
         if choice is not None:
             fits = work.footprint(own).peak <= room(work.recipe, known)
-            found = {"peak": choice.peak, "hours": choice.seconds * steps / 3600}
+            found: dict[str, Any] = {"peak": choice.peak, "hours": choice.seconds * steps / 3600}
             found["share"] = choice.seconds / work.seconds(own, known, reached) if fits else None
             rows.append({"accelerator": known.name, "memory": known.memory, **choice.setting._asdict(), **found})
     return rows

@@ -53,7 +53,7 @@ class Workload:
     @classmethod
     def of(cls, recipe: Recipe) -> Workload:
         """Of one for samples of one shape. Half a minute for a full-size network."""
-        size = 1 if recipe.train.micro_batch == AUTO else recipe.train.micro_batch
+        size = 1 if recipe.train.micro_batch == "auto" else recipe.train.micro_batch
         return cls(
             recipe,
             sample_flops(recipe),
@@ -169,8 +169,7 @@ def settled(recipe: Recipe, known: Accelerator | None) -> tuple[Recipe, str]:
             "planned with; set train.offload=optimizer, a smaller data.size, or more train.workers"
         )
     line = f"{said(choice.setting)}: {choice.peak / 1e9:.0f} of {known.memory / 1e9:.0f} GB by the plan"
-    chosen = recipe.train.model_copy(update=choice.setting._asdict())
-    return recipe.model_copy(update={"train": chosen}), line
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=choice.setting._asdict())}), line
 
 
 def too_large(train: TrainConfig) -> str:
