@@ -1,7 +1,15 @@
 """Local copies of what lies on s3://: whole directories by their ETags, and a dataset's files by their checksums.
 
-Everything is under ``$CINEMO_CACHE``, or ``~/.cache/cinemo``. Files of datasets, which may be larger than a disk, share
-a bounded part of it (`FileCache`) among all processes of a node; weights and manifests are kept for good (`localize`).
+Everything is under ``$CINEMO_CACHE``, or ``~/.cache/cinemo``, and is fetched once on a node, whatever number of
+processes ask for it:
+
+- ``downloads/``: weights, encoders, bundles and manifests (`localize`, `keep`). They stay for the next process, up to
+  ``$CINEMO_CACHE_GB`` (50) in all; then the least recently used ones give way.
+- ``borrowed/``: checkpoints (`borrowed`). They go when the last process on the node has read them.
+- ``shards/``: files of datasets, which may be larger than a disk, in a bounded part of it (`FileCache`).
+
+Processes hold locks (flock) on what they use, which the kernel ends with them. So whoever fetches is waited for, a dead
+one is followed, and nothing that is in use is removed. What was not fetched whole never bears its final name.
 """
 
 from __future__ import annotations
@@ -12,17 +20,41 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from cinemo import checksums, storage
-from cinemo.types import InputError, RunError
+from cinemo.types import InputError, RunError, local_faults
 
+LIMIT, _LIMIT_GB = "CINEMO_CACHE_GB", 50.0
 _LONGEST_NAME = 200  # bytes of a local file's; keys may be longer
+_LOCK, _REMOVED = ".lock", ".removed."
+_MOST_HELD = 256  # locks that a process keeps: each is an open file
+_held: OrderedDict[Path, int] = OrderedDict()
+_holding = threading.Lock()
 
 
 class Damaged(RunError):
     """A file of a dataset is missing, or its bytes are not those that were written."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """What can be fetched.
+
+    ``name`` of the local file or directory. ``stamp`` is another text where the content is another. ``size``: bytes,
+    or 0 where that is not known. ``fetch`` makes the file or directory.
+    """
+
+    name: str
+    stamp: str
+    size: int
+    fetch: Callable[[Path], None]
 
 
 def cache_directory() -> Path:
@@ -31,40 +63,191 @@ def cache_directory() -> Path:
 
 
 def localize(uri: str) -> Path:
-    """A local path with the content of ``uri`` (a file or a directory); s3:// is fetched once and kept.
+    """A local path with the content of ``uri`` (a file or a directory); s3:// is fetched and kept, see `keep`.
 
-    The cache key holds sizes and ETags, so that an object that was replaced is fetched again.
+    An object that was replaced is fetched again: sizes and ETags tell.
     Raises `InputError` where nothing is there.
     """
+    return keep(_remote(uri)) if storage.is_remote(uri) else _local(uri)
+
+
+@contextlib.contextmanager
+def borrowed(uri: str) -> Iterator[Path]:
+    """As `localize`, within a block; a copy is removed where no other process on this node is in such a block.
+
+    A copy that killed processes left goes with the next download that is borrowed.
+    """
     if not storage.is_remote(uri):
-        path = storage.local_path(uri)
-        if not path.exists():
-            raise InputError(f"{uri}: no such file or directory")
-        return path
+        yield _local(uri)
+        return
+    descriptor, path = _obtain(cache_directory() / "borrowed", _remote(uri), 0)
+    try:
+        yield path
+    finally:
+        os.close(descriptor)
+        _remove_unused(path.parent)
+
+
+def keep(download: Download) -> Path:
+    """The local copy of a download, which is fetched where it is not there.
+
+    It is not removed while this process lives, unless the process has asked for some hundred others since.
+
+    Raises:
+        InputError: ``$CINEMO_CACHE_GB`` is no number.
+    """
+    text = os.environ.get(LIMIT) or str(_LIMIT_GB)
+    try:
+        limit = int(float(text) * 1e9)
+    except (ValueError, OverflowError):
+        raise InputError(
+            f"{LIMIT} is {text!r}, expected GB of disk for fetched weights, such as {_LIMIT_GB:g}"
+        ) from None
+    descriptor, path = _obtain(cache_directory() / "downloads", download, limit)
+    with _holding:
+        closed = [_held.pop(path)] if path in _held else []
+        _held[path] = descriptor
+        if len(_held) > _MOST_HELD:
+            closed.append(_held.popitem(last=False)[1])
+    for old in closed:
+        os.close(old)
+    return path
+
+
+def _local(uri: str) -> Path:
+    path = storage.local_path(uri)
+    if not path.exists():
+        raise InputError(f"{uri}: no such file or directory")
+    return path
+
+
+def _remote(uri: str) -> Download:
     root = uri.removeprefix("s3://").rstrip("/")
     listing = storage.listing(uri)
     if not listing:
         raise InputError(f"{uri}: nothing there (bucket, key or credentials wrong?)")
-    stamp = json.dumps([(key, *listing[key]) for key in sorted(listing)])
+    stamp = json.dumps([uri, *((key, *listing[key]) for key in sorted(listing))])
     name = root.rsplit("/", 1)[-1]
     if len(name.encode()) > _LONGEST_NAME:
         name = "object" + os.path.splitext(name)[1][:16]
-    target = cache_directory() / hashlib.sha256((uri + stamp).encode()).hexdigest()[:32] / name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        staged = Path(scratch) / target.name
-        for key in listing:
-            path = staged / key.removeprefix(root).lstrip("/") if key != root else staged
+
+    def fetch(target: Path) -> None:
+        for key, (size, _) in listing.items():
+            path = target / key.removeprefix(root).lstrip("/") if key != root else target
             path.parent.mkdir(parents=True, exist_ok=True)
             storage.fetch(f"s3://{key}", path)
+            if path.stat().st_size != size:
+                got = path.stat().st_size
+                raise RunError(f"s3://{key}: gave {got} bytes, its listing says {size}; it was replaced, try again")
+
+    return Download(name, stamp, sum(size for size, _ in listing.values()), fetch)
+
+
+def _obtain(root: Path, download: Download, limit: int) -> tuple[int, Path]:
+    """A descriptor whose shared lock keeps the copy of a download from being removed, and the copy's path."""
+    entry = root / hashlib.sha256(download.stamp.encode()).hexdigest()[:32]
+    target = entry / download.name
+    with local_faults(entry):
+        while True:
+            entry.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(entry / _LOCK, os.O_RDWR | os.O_CREAT)
+            except FileNotFoundError:  # it was removed since
+                continue
+            try:
+                _lock(descriptor, fcntl.LOCK_SH)  # waits for whoever fetches it
+                if not target.exists():
+                    locked = _lock(descriptor, fcntl.LOCK_EX)
+                    if _is_open(entry / _LOCK, descriptor) and not target.exists():
+                        _fetch(download, target, limit, locked)
+                    _lock(descriptor, fcntl.LOCK_SH)
+                # Between two kinds of lock there is none for a moment.
+                if _is_open(entry / _LOCK, descriptor) and target.exists():
+                    os.utime(descriptor)
+                    return descriptor, target
+            except BaseException:
+                os.close(descriptor)
+                _remove_unused(entry, abandoned=True)
+                raise
+            os.close(descriptor)
+
+
+def _fetch(download: Download, target: Path, limit: int, locked: bool) -> None:
+    """Fetch into a temporary directory beside the target, whose name says how many bytes it will have."""
+    entry = target.parent
+    _make_room(entry, download.size, limit)
+    for left in entry.iterdir() if locked else ():
+        if left.name != _LOCK:  # of a process that was killed
+            shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=f".{download.size}.", suffix=".partial", dir=entry) as scratch:
+        staged = Path(scratch) / target.name
+        download.fetch(staged)
         try:
             os.replace(staged, target)
         except OSError:
-            if not target.exists():  # another process may have fetched it meanwhile, which is as good
+            if not target.exists():  # where locks are not known, another process may have fetched it meanwhile
                 raise
-    return target
+
+
+def _make_room(entry: Path, size: int, limit: int) -> None:
+    """Remove what killed processes left, and the least recently used copies until there is room for ``size`` bytes."""
+    with storage.locked_directory(entry.parent):
+        taken, copies = size, []
+        for other in entry.parent.iterdir():
+            if other.name.startswith(_REMOVED):
+                shutil.rmtree(other, ignore_errors=True)
+            if other == entry or _remove_unused(other, abandoned=True):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                copies.append(((other / _LOCK).stat().st_mtime_ns, _bytes_of(other), other))
+                taken += copies[-1][1]
+        for _, bytes_, other in sorted(copies):
+            if taken <= limit:
+                break
+            if _remove_unused(other):
+                taken -= bytes_
+
+
+def _bytes_of(entry: Path) -> int:
+    """What a copy takes, or will take."""
+    partial = [int(path.name.split(".")[1]) for path in entry.glob(".*.partial")]
+    found = 0
+    for path in entry.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found += path.stat().st_size if path.is_file() else 0
+    return max(found, *partial, 0)
+
+
+def _remove_unused(entry: Path, abandoned: bool = False) -> bool:
+    """Remove a copy that no process has locked; whether it is gone. Nothing goes where locks are not known.
+
+    Args:
+        abandoned: only where there is no whole copy in it.
+    """
+    try:
+        descriptor = os.open(entry / _LOCK, os.O_RDWR)
+    except OSError:
+        return not entry.exists()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if abandoned and any(not path.name.startswith(".") for path in entry.iterdir()):
+            return False
+        # Out of the way first: what is left of a removal that is killed must not pass for a copy.
+        removed = tempfile.mkdtemp(prefix=_REMOVED, dir=entry.parent)
+        os.rename(entry, Path(removed) / entry.name)
+        shutil.rmtree(removed, ignore_errors=True)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _is_open(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 class FileCache:
@@ -157,9 +340,12 @@ def _mapped(descriptor: int) -> memoryview:
     return memoryview(content)
 
 
-def _lock(descriptor: int, kind: int) -> None:
-    with contextlib.suppress(OSError):  # some network file systems know no such lock; a mapped file outlives its name
+def _lock(descriptor: int, kind: int) -> bool:
+    """Whether the file is locked: some network file systems know no such lock; a mapped file outlives its name."""
+    with contextlib.suppress(OSError):
         fcntl.flock(descriptor, kind)
+        return True
+    return False
 
 
 def _unlink_unused(path: Path) -> bool:

@@ -7,7 +7,6 @@ else, for an s3:// output, the same two in the current directory. mlflow is impo
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import json
 import logging
@@ -286,7 +285,7 @@ def pinned(location: str) -> str:
 
 
 def download_bundle(location: str) -> Path:
-    """The files of a registered bundle, fetched once and kept in the cache directory.
+    """The files of a registered bundle, fetched once on a node and kept as `cinemo.cache.keep` does.
 
     Args:
         location: as `pinned` takes it.
@@ -300,22 +299,16 @@ def download_bundle(location: str) -> Path:
     version = _model_version(location)
     # A version's files never change; two registries, or one that was made anew, may both have a version 1.
     origin = json.dumps([os.environ["MLFLOW_TRACKING_URI"], version.name, version.version, version.source])
-    key = hashlib.sha256(f"{origin} {version.creation_timestamp}".encode()).hexdigest()[:32]
-    target = cache.cache_directory() / key / "bundle"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        try:
-            fetched = download_artifacts(artifact_uri=version.source, dst_path=scratch)
-        except (MlflowException, OSError) as error:
-            raise InputError(f"{location}: its files cannot be fetched ({_first_line(error)})") from None
-        try:
+
+    def fetch(target: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            try:
+                fetched = download_artifacts(artifact_uri=version.source, dst_path=scratch)
+            except (MlflowException, OSError) as error:
+                raise InputError(f"{location}: its files cannot be fetched ({_first_line(error)})") from None
             os.replace(fetched, target)
-        except OSError:
-            if not target.is_dir():  # another process may have fetched it meanwhile, which is as good
-                raise
-    return target
+
+    return cache.keep(cache.Download("bundle", f"{origin} {version.creation_timestamp}", 0, fetch))
 
 
 def _model_version(location: str) -> Any:

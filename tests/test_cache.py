@@ -7,15 +7,20 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from cinemo import storage
-from cinemo.cache import Damaged, FileCache, localize
-from cinemo.types import InputError, keyed_seed
+from cinemo.cache import Damaged, FileCache, borrowed, localize
+from cinemo.types import InputError, RunError, keyed_seed
+
+if TYPE_CHECKING:
+    from faulty_s3 import FaultyS3
 
 SIZE = 100_000
 
@@ -235,3 +240,144 @@ def test_a_key_may_be_longer_than_a_files_name(
     storage.write_bytes(uri, b"clip_id")
     assert localize(uri).read_bytes() == b"clip_id"
     assert localize(uri).suffix == ".csv"
+
+
+FILES = {"a.bin": 3 * SIZE, "deep/b.bin": SIZE, "c.json": 10}
+
+
+def _use(uri: str, borrow: bool, told: Any, leave: Any) -> None:
+    """Another process of the node: says how many bytes it found, and stays until it may leave."""
+    with ExitStack() as stack:
+        path = stack.enter_context(borrowed(uri)) if borrow else localize(uri)
+        told.put(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+        leave.wait()
+
+
+class Node:
+    """Processes that share a cache directory, and directories on s3:// with `FILES`."""
+
+    def __init__(self, root: str, cache: Path) -> None:
+        self.root, self.cache = root, cache
+        self._context = multiprocessing.get_context("spawn")
+        self.told, self.leave = self._context.Queue(), self._context.Event()
+        self.processes: list[Any] = []
+
+    def stored(self, name: str) -> str:
+        for file, size in FILES.items():
+            storage.write_bytes(f"{self.root}/{name}/{file}", content(len(file)) * (size // SIZE) or b"0123456789")
+        return f"{self.root}/{name}"
+
+    def start(self, uri: str, borrow: bool = False) -> Any:
+        process = self._context.Process(target=_use, args=(uri, borrow, self.told, self.leave), daemon=True)
+        process.start()
+        self.processes.append(process)
+        return process
+
+    def end(self) -> None:
+        self.leave.set()
+        for process in self.processes:
+            process.join(60)
+        self.leave.clear()
+
+    def files(self, *suffixes: str) -> list[str]:
+        found = (path.relative_to(self.cache).as_posix() for path in self.cache.rglob("*") if path.is_file())
+        return [name for name in found if name.endswith(suffixes or "")]
+
+
+@pytest.fixture
+def node(s3_faults: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    monkeypatch.setenv("CINEMO_CACHE", str(tmp_path / "cache"))
+    made = Node(f"s3://cinemo-test/{tmp_path.name}", tmp_path / "cache")
+    yield made
+    for process in made.processes:
+        process.kill()
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("borrow", [False, True])
+def test_many_processes_fetch_once(node: Node, s3_faults: FaultyS3, borrow: bool) -> None:
+    uri = node.stored("model")
+    s3_faults.meet({"slow": 1.0}, delay=0.5, only="model/")  # so that all of them come before it is there
+    for _ in range(4):
+        node.start(uri, borrow)
+    assert [node.told.get(timeout=60) for _ in range(4)] == [sum(FILES.values())] * 4
+    assert s3_faults.operations["GetObject"] == len(FILES)
+    assert len(node.files(".bin", ".json")) == len(FILES)
+    node.end()
+    assert len(node.files(".bin", ".json")) == (0 if borrow else len(FILES))
+    if borrow:
+        assert not node.files()
+
+
+@pytest.mark.s3
+def test_one_killed_amid_a_download_is_followed(node: Node, s3_faults: FaultyS3) -> None:
+    uri = node.stored("model")
+    s3_faults.meet({"slow": 1.0}, delay=1.0, only="model/")
+    first = node.start(uri, borrow=True)
+    deadline = time.monotonic() + 60
+    while not node.files("a.bin"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    second = node.start(uri, borrow=True)
+    os.kill(first.pid, signal.SIGKILL)
+    assert node.told.get(timeout=60) == sum(FILES.values())
+    assert not [name for name in node.files(".bin", ".json") if ".partial" in name]
+    os.kill(second.pid, signal.SIGKILL)  # a reader: its whole copy stays, until something else is borrowed
+    second.join()
+    assert len(node.files("a.bin")) == 1
+    s3_faults.meet()
+    with borrowed(uri) as path:
+        assert (path / "deep/b.bin").read_bytes() == content(len("deep/b.bin"))
+    assert s3_faults.operations["GetObject"] == 0
+    assert not node.files()
+
+
+@pytest.mark.s3
+def test_what_a_killed_process_borrowed_goes_with_the_next_download(node: Node) -> None:
+    first = node.start(node.stored("first"), borrow=True)
+    node.told.get(timeout=60)
+    with borrowed(node.stored("second")):
+        assert len(node.files("a.bin")) == 2, "the first one is in use"
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    with borrowed(node.stored("third")):
+        assert len(node.files("a.bin")) == 1
+    assert not node.files()
+
+
+@pytest.mark.s3
+def test_kept_downloads_have_a_limit(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CINEMO_CACHE_GB", str(9 * SIZE / 1e9))  # two directories
+    holder = node.start(node.stored("0"))
+    node.told.get(timeout=60)
+    for number in (1, 2):
+        node.start(node.stored(str(number)))
+        node.told.get(timeout=60)
+    assert {name.split("/")[2] for name in node.files("a.bin")} == {"0", "1", "2"}, "what is in use stays"
+    for process in node.processes[1:]:
+        process.kill()
+        process.join()
+    localize(node.stored("3"))
+    assert {name.split("/")[2] for name in node.files("a.bin")} == {"0", "3"}
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    localize(node.stored("4"))
+    assert {name.split("/")[2] for name in node.files("a.bin")} == {"3", "4"}
+    monkeypatch.setenv("CINEMO_CACHE_GB", "many")
+    with pytest.raises(InputError, match=r"CINEMO_CACHE_GB is 'many', expected GB"):
+        localize(f"{node.root}/4")
+
+
+@pytest.mark.s3
+def test_a_download_that_fails_leaves_nothing(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = node.stored("model")
+
+    def cut(uri: str, path: Path) -> None:
+        path.write_bytes(b"half")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "fetch", cut)
+        with pytest.raises(RunError, match=r"gave 4 bytes, its listing says"):
+            localize(uri)
+    assert not node.files()
+    assert (localize(uri) / "c.json").read_bytes() == b"0123456789"

@@ -18,7 +18,7 @@ import ray
 from ray._private import ray_constants
 from ray.data import DataContext
 
-from cinemo import diagnostics, s3, web
+from cinemo import cache, diagnostics, s3, web
 from cinemo.config import Recipe
 from cinemo.data.precompute import pools
 from cinemo.data.precompute.progress import Figures, Meter, Progress
@@ -54,7 +54,7 @@ def connect(cpus: int = 1) -> None:
     for name, value in _WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS"):
-        passed = {name: os.environ[name] for name in (s3.PATIENCE, *web.SETTINGS) if name in os.environ}
+        passed = {name: os.environ[name] for name in (s3.PATIENCE, cache.LIMIT, *web.SETTINGS) if name in os.environ}
         with doing("joining the Ray cluster"):
             ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | passed})
         return

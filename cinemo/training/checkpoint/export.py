@@ -35,7 +35,8 @@ def from_checkpoint(location: str, output: str) -> str:
     target = _target(output)
     card = checkpoints.find(location)
     recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
-    networks = consolidated(cache.localize(card.uri), recipe)
+    with cache.borrowed(card.uri) as directory:
+        networks = consolidated(directory, recipe)
     provenance = {"source": "training", "checkpoint": card.uri, "step": card.step, "dataset": card.dataset}
     if recipe.train.ema_decay:
         provenance["ema_decay"] = recipe.train.ema_decay
@@ -54,7 +55,8 @@ def adapter_from_checkpoint(location: str, output: str) -> str:
         raise InputError(f"{output}: is not empty; choose another --output")
     card = checkpoints.find(location)
     recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
-    networks = _as_trained(cache.localize(card.uri), recipe)
+    with cache.borrowed(card.uri) as directory:
+        networks = _as_trained(directory, recipe)
     # peft and diffusers know one network, whose layers bear no further name.
     alone = len(networks) == 1
     layers = {
