@@ -211,6 +211,13 @@ class DiffusionConfig(Part):
         return self
 
 
+# A lane has one shard open and the next one coming, each about 84 MB in the paper's shape (256 clips). So 8 lanes are
+# 1.3 GB of the cache on a node that reads them all, and 0.7 GB from S3 before the first step; one lane for each of 80
+# samples would be 13 GB and 6.7 GB. More workers than lanes share them, neighbours with neighbours: on one node from
+# one copy; a lane that two nodes share is fetched by both.
+MOST_LANES = 8
+
+
 class TrainConfig(Part):
     """Optimisation (Cinemo section 4.1) and the shape of the worker group."""
 
@@ -286,7 +293,12 @@ class TrainConfig(Part):
         "or s3://; null: from scratch",
     )
     seed: int = 0
-    lanes: int = Field(8, ge=1, description="reading lanes of the canonical order; must be a multiple of workers")
+    lanes: int | None = Field(
+        None,
+        ge=1,
+        description="reading lanes of the canonical order, which divide global_batch: as many shards are half read at "
+        f"once, and in a batch; null: the most that divide it, up to {MOST_LANES}",
+    )
     on_damaged: Literal["stop", "skip"] = Field("stop", description="what to do about a missing or damaged shard")
     cache_gb: float = Field(20.0, gt=0, description="GB of disk per node for cached shards of an s3:// dataset")
     max_skipped_steps: int = Field(
@@ -329,10 +341,10 @@ class TrainConfig(Part):
                 f"global_batch is {self.global_batch}, expected a multiple of workers x micro_batch = "
                 f"{self.workers} x {self.micro_batch}"
             )
-        if self.lanes % self.workers or self.global_batch % self.lanes:
+        if self.lanes is not None and self.global_batch % self.lanes:
             raise ValueError(
-                f"lanes is {self.lanes}, expected a multiple of workers ({self.workers}) "
-                f"that divides global_batch ({self.global_batch})"
+                f"lanes is {self.lanes}, expected a divisor of global_batch ({self.global_batch}); "
+                "train.lanes=null takes one"
             )
         for steps in self.skip_steps:
             first, _, last = steps.partition("-")
@@ -361,6 +373,11 @@ class TrainConfig(Part):
         if micro_batch == "auto" or checkpointing == "auto" or stage == "auto":
             raise ValueError(f"train.{', train.'.join(self.automatic)}: auto was not replaced by what it stands for")
         return Setting(micro_batch, checkpointing, stage, self.offload)
+
+    @property
+    def reading_lanes(self) -> int:
+        """``lanes``, or those that null stands for."""
+        return self.lanes or max(lanes for lanes in range(1, MOST_LANES + 1) if self.global_batch % lanes == 0)
 
 
 class LongConfig(Part):
@@ -482,13 +499,18 @@ class Recipe(Part):
         """Whether its videos are too small for anything but to see the method work."""
         return min(self.data.size) < 128
 
+    def with_lanes(self) -> Self:
+        """With the number that ``train.lanes`` = null stands for, which a checkpoint keeps whatever the default is."""
+        lanes = {"lanes": self.train.reading_lanes}
+        return self.model_copy(update={"train": self.train.model_copy(update=lanes)})
+
     def to_json(self) -> str:
         exclude = {
             section: {name for name in names if getattr(part, name) == type(part).model_fields[name].default}
             for section, names in _LATER.items()
             for part in [getattr(self, section)]
         }
-        return json.dumps(self.model_dump(mode="json", exclude=exclude), indent=2, sort_keys=True) + "\n"
+        return json.dumps(self.with_lanes().model_dump(mode="json", exclude=exclude), indent=2, sort_keys=True) + "\n"
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -42,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         default="auto",
         metavar="auto|never|URI",
         help="auto: continue what --output holds, or start; never: insist on an empty --output; URI: start a new run "
-        "from a checkpoint",
+        "from a checkpoint, at its step; with another --data than it was made with, that one's first epoch comes next",
+    )
+    parser.add_argument(
+        "--change-batch",
+        action="store_true",
+        help="go on from a checkpoint that was made with another train.global_batch or train.lanes: the samples that "
+        "its epoch has not seen come next, each once; with --verify-resume: prove that as well",
     )
     parser.add_argument(
         "--skip-steps",
@@ -108,12 +114,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         with cli.libraries():
             from cinemo.training.run.proof import verify_resume
 
-        print(*verify_resume(recipe, sources, arguments.output, __file__), sep="\n")
+        lines = verify_resume(recipe, sources, arguments.output, __file__, arguments.change_batch)
+        print(*lines, sep="\n")
         return
     with cli.libraries():
         from cinemo.training.run import worker  # late: --help and bad flags need neither torch nor Ray
 
-    summary = worker.run(recipe, sources, arguments.output, arguments.resume, arguments.break_lock)
+    summary = worker.run(
+        recipe, sources, arguments.output, arguments.resume, arguments.break_lock, arguments.change_batch
+    )
     print(
         f"{summary.steps} steps, loss {summary.first_loss:.4f} -> {summary.last_loss:.4f}, "
         f"{summary.samples_per_second:.1f} samples/s; "

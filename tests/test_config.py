@@ -28,8 +28,21 @@ def test_a_recipe_survives_its_own_json(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     path = tmp_path / "recipe.json"
     path.write_text(recipe.to_json())
-    assert load_recipe(str(path)) == recipe
+    assert load_recipe(str(path)) == recipe.with_lanes()
     assert recipe.name == name
+
+
+def test_any_number_of_workers_that_divides_the_batch_will_do() -> None:
+    paper = load_recipe("cinemo-320x512")
+    assert paper.train.lanes is None
+    assert json.loads(paper.to_json())["train"]["lanes"] == 8, "the recipes of bundles keep their bytes"
+    for workers in (1, 5, 10, 16, 20, 40, 80):
+        override(paper, [f"train.workers={workers}", "train.micro_batch=1"])
+    for batch, lanes in ((64, 8), (36, 6), (22, 2), (7, 7), (83, 1)):
+        settings = [f"train.global_batch={batch}", "train.workers=1", "train.micro_batch=1"]
+        assert override(paper, settings).train.reading_lanes == lanes
+    with pytest.raises(InputError, match=r"lanes is 3, expected a divisor of global_batch \(80\); train.lanes=null"):
+        override(paper, ["train.lanes=3"])
 
 
 def test_the_paper_is_the_paper() -> None:

@@ -58,7 +58,7 @@ def mixed(
 def test_every_number_of_ranks_sees_the_same(tmp_path: Path) -> None:
     whole = mixed(tmp_path)
     batches = [whole.batch(step) for step in range(9)]
-    for world in (2, 4):
+    for world in (2, 4, 8):  # of four lanes
         parts = [mixed(tmp_path, rank, world) for rank in range(world)]
         for step in reversed(range(9)):  # any step, without those before it
             got = [part.batch(step) for part in parts]
@@ -79,6 +79,25 @@ def test_each_dataset_has_whole_epochs_of_its_own(tmp_path: Path) -> None:
         assert all(by_epoch[epoch] == size for epoch in range(finished))
     shares = Counter(key[0] for key in seen.elements())
     assert shares == {0: 112, 1: 48}
+
+
+def test_another_batch_goes_on_where_each_epoch_stands(tmp_path: Path) -> None:
+    """After 3 steps of 8 samples come 7 of 12 in 6 lanes, then any of 4 in 1."""
+    whole = mixed(tmp_path).changed(3, 12, 6).changed(10, 4, 1)
+    assert [whole.at(step).global_batch for step in (0, 2, 3, 9, 10)] == [8, 8, 12, 12, 4]
+    seen = Counter((one.source, one.place) for step in range(60) for one in whole.at(step).places(step))
+    assert set(seen.values()) == {1}
+    for source, size in ((0, 13), (1, 4)):
+        finished = whole.loaders[source].order.epoch_before(whole.read_before(60, source))
+        assert finished >= 8
+        by_epoch = Counter(place.epoch for number, place in seen if number == source)
+        assert all(by_epoch[epoch] == size for epoch in range(finished))
+    for world in (2, 4):
+        parts = [mixed(tmp_path, rank, world).changed(3, 12, 6).changed(10, 4, 1) for rank in range(world)]
+        for step in (10, 11, 25):
+            keys = tuple(key for part in parts for key in part.batch(step).keys)
+            assert keys == whole.batch(step).keys
+            assert keys == tuple(sample.key for sample in whole.batch(step).samples)
 
 
 def test_samples_are_told_apart_and_are_what_was_stored(tmp_path: Path) -> None:

@@ -68,10 +68,10 @@ def test_an_epoch_mixes_first_and_second_views() -> None:
 @settings(max_examples=50)
 @given(sizes, st.integers(1, 3), st.integers(0, 30), st.sampled_from([1, 2, 3]))
 def test_global_batch_is_the_same_for_every_world(samples: list[int], per_lane: int, step: int, views: int) -> None:
-    whole = order(samples, 12, per_lane, views=views).batch(step)
+    whole = order(samples, 4, 3 * per_lane, views=views).batch(step)
     assert len(whole) == 12 * per_lane
-    for world in (2, 3, 4, 6, 12):
-        fresh = order(samples, 12, per_lane, views=views)
+    for world in (2, 3, 4, 6, 12):  # as many as there are lanes, fewer, more, and numbers that do not divide them
+        fresh = order(samples, 4, 3 * per_lane, views=views)
         assert [place for rank in range(world) for place in fresh.batch(step, rank, world)] == whole
 
 
@@ -170,7 +170,7 @@ def test_a_large_dataset_far_into_a_run() -> None:
 
 
 def test_bad_geometry() -> None:
-    with pytest.raises(InputError, match="3 ranks"):
+    with pytest.raises(InputError, match="3 ranks, expected a number that divides the global batch"):
         order([8], 4, 1).batch(0, 0, 3)
     with pytest.raises(InputError, match="global_batch is 6"):
         SampleOrder(np.array([8]), global_batch=6, lanes=4, seed=0)
@@ -200,6 +200,67 @@ def test_a_dataset_that_grows_is_used_whole_from_an_epoch_on(
     for number, seen in enumerate(epochs(made, epoch + 2)):
         sizes_then = [sizes for first, sizes in stages if first <= number][-1]
         assert sorted(seen) == [(shard, index) for shard, size in enumerate(sizes_then) for index in range(size)]
+
+
+@given(
+    sizes,
+    st.lists(
+        st.tuples(st.integers(0, 12), st.sampled_from([1, 2, 3, 4, 6]), st.integers(1, 4)), min_size=2, max_size=4
+    ),
+    growths,
+    st.integers(1, 2),
+    st.integers(0, 99),
+)
+def test_another_batch_and_other_lanes_go_on_where_the_epoch_stands(
+    samples: list[int],
+    phases: list[tuple[int, int, int]],
+    growths: list[tuple[int, list[int]]],
+    views: int,
+    seed: int,
+) -> None:
+    """Whenever it changes and however often, each epoch sees each clip once; a dataset may grow before and after."""
+    made, stages, epoch = order(samples, *phases[0][1:], seed, views), [(0, samples)], 0
+    seen: list[Place] = []
+    for number, (steps, lanes, per_lane) in enumerate(phases):
+        if number:
+            read = [phases[number - 1][0] * phases[number - 1][2]] * made.lanes
+            made = made.changed(read, lanes * per_lane, lanes)
+            assert (made.global_batch, made.lanes) == (lanes * per_lane, lanes)
+        if number < len(growths):
+            later, more = growths[number]
+            epoch = max(epoch, made.epoch_after([0] * made.lanes)) + later
+            stages.append((epoch, [*stages[-1][1], *more]))
+            made = made.grown(epoch, np.array(stages[-1][1]) * views)
+        batches = [made.batch(step) for step in range(steps)]
+        whole = [place for batch in batches for place in batch]
+        if lanes * per_lane % 2 == 0:
+            assert [place for step in range(steps) for rank in (0, 1) for place in made.batch(step, rank, 2)] == whole
+        for step in range(steps):
+            for lane in range(lanes):
+                last = batches[step][(lane + 1) * per_lane - 1]
+                after = (made.read(lane, position, 1)[0] for position in count((step + 1) * per_lane))
+                expected = next(one.shard for one in after if (one.shard, one.epoch) != (last.shard, last.epoch))
+                assert made.next_shard(step, lane) == expected
+        seen += whole
+    by_epoch: dict[int, list[tuple[int, int]]] = {}
+    for place in seen:
+        by_epoch.setdefault(place.epoch, []).append((place.shard, place.index // views))
+    steps, lanes, per_lane = phases[-1]
+    finished = made.epoch_before([steps * per_lane] * lanes)
+    for number, clips in by_epoch.items():
+        there = [shape for first, shape in stages if first <= number][-1]
+        everything = [(shard, clip) for shard, size in enumerate(there) for clip in range(size)]
+        assert sorted(clips) == everything if number < finished else set(clips) <= set(everything)
+        assert len(set(clips)) == len(clips)
+    assert set(by_epoch) >= set(range(finished))
+
+
+def test_what_an_epoch_has_left_keeps_its_order() -> None:
+    before = order([4, 4, 4], 2, 1)
+    rest = [place for lane in range(2) for place in before.read(lane, 2, 4)]  # of 6 each
+    after = before.changed([2, 2], 4, 4)
+    assert [place for lane in range(4) for place in after.read(lane, 0, 2)] == rest
+    assert {place.epoch for place in after.batch(2)} == {1}
 
 
 def test_a_growth_before_the_one_before_began_takes_its_place() -> None:

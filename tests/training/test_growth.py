@@ -26,7 +26,7 @@ from cinemo.recipes import override
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report import sample_log
 from cinemo.training.run.dataset_check import dataset_digest, shards_of
-from cinemo.training.run.growth import TrainingData, generations_of
+from cinemo.training.run.growth import Batches, TrainingData, batches_of, generations_of
 from cinemo.training.run.loop import AHEAD
 from cinemo.training.run.proof import verify_resume
 from cinemo.types import InputError
@@ -54,33 +54,55 @@ def settings_of(**changes: Any) -> TrainConfig:
     return TrainConfig(**{"workers": 1, "global_batch": 4, "micro_batch": 4, "lanes": 2, **changes})
 
 
-def whole(index: DatasetIndex, generations: list[tuple[int, int]], steps: int, train: TrainConfig) -> list[list[str]]:
-    """What a training sees, from its generations alone."""
-    loader = data_of(index, generations, train).loader
-    return [[sample.key for sample in loader.batch(step).samples] for step in range(steps)]
+def whole(
+    index: DatasetIndex,
+    generations: list[tuple[int, int]],
+    steps: int,
+    train: TrainConfig,
+    batches: Sequence[Batches] | None = None,
+) -> list[list[str]]:
+    """What a training sees, from its generations and batches alone."""
+    loader = data_of(index, generations, train, batches=batches).loader
+    return [[sample.key for sample in loader.at(step).batch(step).samples] for step in range(steps)]
 
 
 def data_of(
-    index: DatasetIndex, generations: list[tuple[int, int]], train: TrainConfig, fields: Sequence[str] = ()
+    index: DatasetIndex,
+    generations: list[tuple[int, int]],
+    train: TrainConfig,
+    fields: Sequence[str] = (),
+    batches: Sequence[Batches] | None = None,
 ) -> TrainingData:
-    return TrainingData([Source(index.uri)], [index], [generations], train, fields=fields)
+    return TrainingData([Source(index.uri)], [index], [generations], train, fields=fields, batches=batches)
 
 
 @settings(max_examples=15)
-@given(st.lists(st.tuples(st.integers(1, 9), st.booleans(), st.integers(0, 2)), min_size=1, max_size=8))
-def test_kills_and_growth_in_any_order(
-    tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[int, bool, int]]
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(1, 9), st.booleans(), st.integers(0, 2), st.sampled_from([(4, 2), (4, 2), (8, 4), (6, 3)])
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_kills_growth_and_other_batches_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[int, bool, int, tuple[int, int]]]
 ) -> None:
-    """Each life trains some steps (a checkpoint every third), the dataset grows in the middle of it or before it."""
+    """Each life trains some steps (a checkpoint every third) with a batch of its own, and the dataset grows in the
+    middle of it or before it.
+    """
     root, train, number = str(tmp_path_factory.mktemp("data")), settings_of(held_out_shards=1), 4
     index = grow(root, number)
     state: dict[str, Any] = {"step": 0, **data_of(index, [(0, number)], train).identity}
     log: dict[int, list[str]] = {}
-    for steps, before, more in lives:
+    for steps, before, more, (size, lanes) in lives:
         if before:
             grow(root, number := number + more)
         index = DatasetIndex.load(root)
-        data = data_of(index, generations_of([index], [Source(root)], state)[0], train)
+        train = settings_of(held_out_shards=1, global_batch=size, micro_batch=size, lanes=lanes)
+        batches = batches_of(state, {}, train)
+        data = data_of(index, generations_of([index], [Source(root)], state)[0], train, batches=batches)
         log = {step: keys for step, keys in log.items() if step < state["step"]}
         first = step = state["step"]
         made = count(first)
@@ -99,10 +121,36 @@ def test_kills_and_growth_in_any_order(
                 state = json.loads(json.dumps({"step": step + 1, **data.identity}))
     index = DatasetIndex.load(root)
     kept = {step: keys for step, keys in log.items() if step < state["step"]}
-    expected = whole(index, generations_of([index], [Source(root)], state)[0], state["step"], train)
+    generations, batches = generations_of([index], [Source(root)], state)[0], batches_of(state, {}, train)
+    expected = whole(index, generations, state["step"], train, batches)
     assert kept == dict(enumerate(expected))
+    loader = data_of(index, generations, train, batches=batches).loader
+    seen = Counter(one.place for step in range(state["step"]) for one in loader.at(step).places(step))
+    assert set(seen.values()) <= {1}
+    by_epoch = Counter(place.epoch for place in seen)
+    for epoch in range(loader.loaders[0].order.epoch_before(loader.read_before(state["step"], 0))):
+        shards_then = [shards for first, shards in generations if first <= epoch][-1]
+        assert by_epoch[epoch] == PER_SHARD * (shards_then - 1), "all but those held out"
     held_out = {f"clip{PER_SHARD * 3 + k:03d}_0" for k in range(PER_SHARD)}
     assert not held_out & {key for keys in kept.values() for key in keys}
+
+
+def test_a_checkpoint_that_knows_no_other_batch_had_one() -> None:
+    made_with = {"global_batch": 4, "lanes": 2}
+    assert batches_of({"step": 7}, made_with, settings_of()) == [(0, 4, 2)]
+    doubled = settings_of(global_batch=8)
+    assert batches_of({"step": 7}, made_with, doubled) == [(0, 4, 2), (7, 8, 2)]
+    assert batches_of({"step": 9, "batches": [[0, 4, 2], [7, 8, 2]]}, {}, doubled) == [(0, 4, 2), (7, 8, 2)]
+
+
+def test_other_data_begin_with_their_first_epoch(tmp_path: Path) -> None:
+    index = grow(str(tmp_path), 2)
+    data = data_of(index, [(0, 2)], settings_of(), batches=[(100, 4, 2)])
+    from_nothing = whole(index, [(0, 2)], 6, settings_of())
+    got = [[sample.key for sample in data.loader.batch(step).samples] for step in range(100, 106)]
+    assert got == from_nothing
+    assert [data.loader.epoch(step) for step in (100, 101, 102, 104)] == [0, 0, 1, 2]
+    assert data.identity["batches"] == [[100, 4, 2]]
 
 
 def test_an_epoch_after_growth_sees_every_sample_once(tmp_path: Path) -> None:
@@ -181,14 +229,19 @@ def test_shares_are_part_of_what_is_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_filtered_mix_is_proved(small: Recipe, dataset: str, tmp_path: Path) -> None:
-    """Killed twice and resized: the same samples in the same order, those of the canonical order."""
+def test_a_filtered_mix_and_another_batch_are_proved(small: Recipe, dataset: str, tmp_path: Path) -> None:
+    """Killed twice, resized, and with a larger batch from the middle on: the same samples in the same order, those of
+    the canonical order.
+    """
     root = str(tmp_path / "longer")
     storage.upload(Path(dataset), root)
     grow(root, 5, storage.read_json(f"{root}/dataset.json")["fingerprint"])
     recipe = override(small, ["train.workers=2", "train.micro_batch=1", "train.canary=0", "train.where=ssim < 0.8"])
     sources = [Source.parse(f"{dataset}=0.7"), Source.parse(f"{root}=0.3", still=True)]
-    lines = verify_resume(recipe, sources, str(tmp_path / "proof"), str(ROOT / "pipelines/train.py"))
+    lines = verify_resume(recipe, sources, str(tmp_path / "proof"), str(ROOT / "pipelines/train.py"), True)
+    assert any(line.endswith("from step 12 on with global batch 8 and 4 lanes") for line in lines), lines
+    log = sample_log.read(str(tmp_path / "proof/interrupted"))
+    assert [len(log[step]) for step in (0, 11, 12, 23)] == [4, 4, 8, 8]
     assert any(line == "first epoch:  24 of 24 samples, each exactly once" for line in lines), lines
     assert {key[:2] for keys in sample_log.read(str(tmp_path / "proof/straight")).values() for key in keys} == {
         "0/",

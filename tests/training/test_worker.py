@@ -16,10 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from training.conftest import moving_samples
 
 from cinemo import lock, storage
 from cinemo.bundle import save_bundle
 from cinemo.config import Recipe
+from cinemo.data.dataset import shards
+from cinemo.data.dataset.filters import select
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import HeldOut, LatentLoader
 from cinemo.media.motion import STILLER
@@ -29,6 +32,7 @@ from cinemo.networks.lavie_unet import LavieUNet
 from cinemo.networks.weights import save_network
 from cinemo.recipes import override
 from cinemo.training.checkpoint import checkpoints
+from cinemo.training.report import sample_log
 from cinemo.training.report.metrics import Report
 from cinemo.training.report.progress import SUMMARY_FILE
 from cinemo.training.report.validation import Validation
@@ -81,7 +85,7 @@ def _kill(pid: int) -> None:
 class Job:
     """``pipelines/train.py`` as a user starts it."""
 
-    def __init__(self, recipe: Recipe, data: str, output: Path, log: Path) -> None:
+    def __init__(self, recipe: Recipe, data: str, output: Path, log: Path, *flags: str) -> None:
         recipe_file = log.with_suffix(".json")
         recipe_file.write_text(recipe.to_json())
         command = [sys.executable, str(ROOT / "pipelines" / "train.py"), "--recipe", str(recipe_file), "--data", data]
@@ -90,7 +94,7 @@ class Job:
         self.log = log
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
-                [*command, "--output", str(output)], stdout=sink, stderr=subprocess.STDOUT, env=environment
+                [*command, "--output", str(output), *flags], stdout=sink, stderr=subprocess.STDOUT, env=environment
             )
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
@@ -382,20 +386,33 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
         return small.model_copy(update={"train": CinemoTrain(**(small.train.model_dump() | train_keys))})
 
     def refused(
-        words: str, recipe: Recipe = small, data: str = dataset, output: Path = stored, resume: str = "auto"
+        words: str,
+        recipe: Recipe = small,
+        data: str = dataset,
+        output: Path = stored,
+        resume: str = "auto",
+        change_batch: bool = False,
     ) -> None:
         with pytest.raises(InputError, match=words) as caught:
-            worker.run(recipe, data, str(output), resume)
+            worker.run(recipe, data, str(output), resume, change_batch=change_batch)
         assert "\n" not in str(caught.value)
 
     refused("already holds a run; continue it with --resume auto", resume="never")
     refused("already holds a run", resume=str(stored))
     refused(r"cannot continue with another train\.precision fp32 -> bf16;", changed(precision="bf16"))
-    refused(r"train\.global_batch 4 -> 8; use", changed(workers=2, micro_batch=1, global_batch=8))
+    larger = changed(workers=2, micro_batch=1, global_batch=8)
+    refused(r"train\.global_batch 4 -> 8; use .*recipe\.json\), or --change-batch", larger)
+    refused(r"train\.lora_rank 16 -> 4; use .*recipe\.json\)$", changed(global_batch=8, lora_rank=4), change_batch=True)
     refused(r"train\.trainable all -> lora", changed(trainable="lora"))
     refused(r"train\.lora_rank 16 -> 4", changed(lora_rank=4))
     refused(
         r"has done 3 steps, so train\.skip_steps 2-3 cannot be passed over any more", changed(skip_steps=("2-3", "3-4"))
+    )
+    refused(
+        r"has done 3 steps, and train.max_steps is 3; raise --max-steps",
+        changed(max_steps=3),
+        output=tmp_path / "new",
+        resume=str(stored),
     )
     refused("checkpoint .*elsewhere: none there", output=tmp_path / "new", resume=str(tmp_path / "elsewhere"))
     refused("no dataset there", data=str(tmp_path))
@@ -410,7 +427,48 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     storage.upload(Path(dataset), str(other))
     info = storage.read_json(str(other / "dataset.json"))
     storage.write_json(str(other / "dataset.json"), info | {"fingerprint": "e" * 64})
-    refused("was trained on dataset", data=str(other))
+    refused(
+        rf"was trained on dataset .*; give the same --data, or .*: --resume {stored}/train/\S+ and another --output",
+        data=str(other),
+    )
     storage.write_json(str(other / "dataset.json"), info | {"complete": False})
     refused("not complete", data=str(other))
     assert sorted(path.name for path in stored.iterdir()) == ["train"], "a refused call leaves nothing behind"
+
+
+@pytest.mark.ray
+def test_weights_optimiser_and_step_go_on_with_another_dataset(
+    small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On four workers, which share two lanes, and with another filter; then once more where it stands."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    settings = ["train.max_steps=3", "train.checkpoint_every=3", "train.sample_every=0", "train.canary=0"]
+    jobs.append(Job(override(small, settings), dataset, tmp_path / "first", tmp_path / "first.log"))
+    assert jobs[0].process.wait(PATIENCE) == 0, jobs[0].log.read_text()
+
+    other = str(tmp_path / "other")
+    fingerprint = storage.read_json(f"{dataset}/dataset.json")["fingerprint"]
+    records = [shards.commit(other, 0, moving_samples(8), [], fingerprint)]
+    storage.write_bytes(f"{other}/index.parquet", shards.index_bytes(records))
+    info = storage.read_json(f"{dataset}/dataset.json") | {"samples": 8, "shards": 1}
+    storage.write_json(f"{other}/dataset.json", info)
+    more = ["train.workers=4", "train.micro_batch=1", "train.where=ssim < 0.8"]
+    recipe, output = override(small, [*settings, *more, "train.max_steps=6"]), tmp_path / "second"
+    jobs.append(Job(recipe, other, output, tmp_path / "second.log", "--resume", str(tmp_path / "first")))
+    assert jobs[1].process.wait(PATIENCE) == 0, jobs[1].log.read_text()
+    log = jobs[1].log.read_text()
+    assert f"goes on at step 3 with another dataset: {dataset} -> {other}, from its first epoch" in log
+    assert "continuing at step 3" in log
+    loader = LatentLoader.of(
+        DatasetIndex.load(other), recipe.train, kept=select(DatasetIndex.load(other), "ssim < 0.8")
+    )
+    expected = {3 + step: list(loader.batch(step).keys) for step in range(3)}
+    assert sample_log.read(str(output)) == expected
+    with (output / "loss.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 7)), "the curve goes on"
+    card = checkpoints.latest(str(output))
+    assert card is not None
+    state = json.loads(Path(card.uri, "state/state.json").read_text())
+    assert (card.step, state["adam_steps"]) == (6, 6)
+    assert state["client"]["batches"] == [[3, 4, 2]]
+    assert card.dataset == dataset_digest(DatasetIndex.load(other))

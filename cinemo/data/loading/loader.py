@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -123,9 +124,21 @@ class LatentLoader:
             fields=fields,
             kept=kept,
             still=still,
-            **{name: getattr(train, name) for name in ("global_batch", "lanes", "seed")},
+            lanes=train.reading_lanes,
+            **{name: getattr(train, name) for name in ("global_batch", "seed")},
             **{name: getattr(train, name) for name in ("held_out_shards", "on_damaged", "cache_gb")},
         )
+
+    def changed(self, read: Sequence[int], global_batch: int, lanes: int) -> LatentLoader:
+        """The loader that goes on where each lane has read so many samples, as `SampleOrder.changed` has it.
+
+        It shares this one's open shards, and takes its place.
+        """
+        made = copy.copy(self)
+        made.order = self.order.changed(read, global_batch, lanes)
+        made._lanes = made.order.lanes_of(self.rank, self.world)
+        made._reader.keep = 2 * len(made._lanes)
+        return made
 
     @property
     def skipped(self) -> Skipped:

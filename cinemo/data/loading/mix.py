@@ -7,11 +7,12 @@ epochs, in each of which all of its samples come once, and any step can be found
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -63,12 +64,44 @@ class MixedLoader:
     """One rank's share of every global batch, out of several loaders of the same rank, batch and lanes.
 
     Where there are several, sample keys say which one a sample is from: ``1/000000017-0``.
+
+    Args:
+        first_step: the global step that reads the first samples.
     """
 
-    def __init__(self, loaders: Sequence[LatentLoader], weights: Sequence[Fraction]) -> None:
+    def __init__(self, loaders: Sequence[LatentLoader], weights: Sequence[Fraction], first_step: int = 0) -> None:
+        self._weights, self._earlier = weights, None
+        self._use(loaders, first_step)
+
+    _earlier: MixedLoader | None
+
+    def _use(self, loaders: Sequence[LatentLoader], first_step: int) -> None:
         self.loaders, first = list(loaders), loaders[0]
-        self._order, self._lanes = first.order, first.order.lanes_of(first.rank, first.world)
-        self._shares = Shares(weights, self._order.lanes)
+        self._first_step, self._order = first_step, first.order
+        self._lanes, self._share = (of(first.rank, first.world) for of in (first.order.lanes_of, first.order.share_of))
+        self._shares = Shares(self._weights, self._order.lanes)
+
+    def changed(self, step: int, global_batch: int, lanes: int) -> Self:
+        """The loader that takes this one's place from global step ``step`` on, with another batch and lanes.
+
+        What no lane has read of the epochs that are begun comes first (`SampleOrder.changed`).
+        """
+        made = copy.copy(self)
+        loaders = [
+            loader.changed(self.read_before(step, source), global_batch, lanes)
+            for source, loader in enumerate(self.loaders)
+        ]
+        made._use(loaders, step)
+        made._earlier = self
+        return made
+
+    @property
+    def global_batch(self) -> int:
+        return self._order.global_batch
+
+    def at(self, step: int) -> MixedLoader:
+        """The loader that a global step was read with: this one, or one whose place it took."""
+        return self if step >= self._first_step or self._earlier is None else self._earlier.at(step)
 
     @property
     def skipped(self) -> Skipped:
@@ -77,12 +110,12 @@ class MixedLoader:
         return Skipped(sum(part.shards for part in parts), sum(part.samples for part in parts))
 
     def epoch(self, step: int, source: int = 0) -> int:
-        """The epoch of a source in which global step ``step`` begins."""
+        """The epoch of a source in which global step ``step`` begins, as for all below one of this loader's own."""
         return self.loaders[source].order.epoch_at(sum(self.read_before(step, source)))
 
     def read_before(self, step: int, source: int) -> list[int]:
-        """How many samples of a source each lane has read before global step ``step``."""
-        position = step * self._order.per_lane
+        """How many samples of a source each lane of this loader has read before global step ``step``."""
+        position = (step - self._first_step) * self._order.per_lane
         return [self._shares.counts(lane, position)[source] for lane in range(self._order.lanes)]
 
     def key(self, source: int, key: str) -> str:
@@ -101,7 +134,7 @@ class MixedLoader:
         """Of each source the slots that it has in a step of some lanes, what lies in them, and how many of its samples
         each lane has read after the step.
         """
-        per_lane = self._order.per_lane
+        per_lane, step = self._order.per_lane, step - self._first_step
         counts = self._shares.table(lanes, range(step * per_lane, (step + 1) * per_lane + 1))
         dealt = []
         for loader, (first, last), mine in zip(
@@ -121,14 +154,17 @@ class MixedLoader:
 
     def batch(self, step: int) -> StepBatch:
         if len(self.loaders) == 1:
-            return self.loaders[0].batch(step)
-        size = len(self._lanes) * self._order.per_lane
+            return replace(self.loaders[0].batch(step - self._first_step), step=step)
+        size = len(self._share)
+        before = self._share.start - self._lanes.start * self._order.per_lane  # of the first lane, other ranks' samples
         samples: list[LatentSample | None] = [None] * size
         weights, epochs, skipping = [1.0] * size, [0] * size, False
         begun = [self.epoch(step, source) for source in range(len(self.loaders))]
-        for number, (slots, places, ends) in enumerate(self._dealt(step, self._lanes)):
+        for number, (all_slots, all_places, ends) in enumerate(self._dealt(step, self._lanes)):
+            slots = [slot - before for slot in all_slots if 0 <= slot - before < size]
             if not slots:
                 continue
+            places = [place for slot, place in zip(all_slots, all_places, strict=True) if 0 <= slot - before < size]
             loader = self.loaders[number]
             lanes = zip(self._lanes, ends, strict=True)
             following = [loader.order.shard_after(lane, end - 1) for lane, end in lanes if end]

@@ -54,7 +54,7 @@ class ShardReader:
         self.fields, self.cache = tuple(fields), cache
         self.damaged: dict[int, str] = {}
         self.extend(index)
-        self._keep = keep
+        self.keep = keep
         self._open: OrderedDict[int, Future[OpenShard]] = OrderedDict()
         self._checked: set[int] = set()
         # Threads of their own and no pool: Python waits for a pool's threads at its end, and S3 may be out.
@@ -77,7 +77,7 @@ class ShardReader:
                 future: Future[OpenShard] = Future()
                 self._open[position] = future
                 threading.Thread(target=self._run, args=(position, future), name="shard", daemon=True).start()
-        while len(self._open) > self._keep + len(wanted):
+        while len(self._open) > self.keep + len(wanted):
             self._open.popitem(last=False)
 
     def get(self, position: int) -> OpenShard:

@@ -21,18 +21,19 @@ from cinemo.data.loading.mix import MixedLoader, MixedPlace, Shares
 class ShapesLoader(MixedLoader):
     """One rank's share of every global batch, out of loaders of one shape each, which take turns."""
 
-    def __init__(self, loaders: Sequence[LatentLoader]) -> None:
-        super().__init__(loaders, [Fraction(1)] * len(loaders))
+    def __init__(self, loaders: Sequence[LatentLoader], first_step: int = 0) -> None:
+        super().__init__(loaders, [Fraction(1)] * len(loaders), first_step)
         self._turns = Shares([Fraction(loader.order.samples) for loader in loaders], lanes=1)
 
     def turn(self, step: int) -> tuple[int, int]:
-        """The loader that global step ``step`` belongs to, and how many steps before it did."""
+        """The loader that global step ``step`` belongs to, and how many steps before it did since the first one."""
+        step -= self._first_step
         before, after = self._turns.counts(0, step), self._turns.counts(0, step + 1)
         source = next(number for number, taken in enumerate(before) if after[number] != taken)
         return source, before[source]
 
     def read_before(self, step: int, source: int) -> list[int]:
-        steps = self._turns.counts(0, step)[source]
+        steps = self._turns.counts(0, step - self._first_step)[source]
         return [steps * self._order.per_lane] * self._order.lanes
 
     def key(self, source: int, key: str) -> str:

@@ -382,7 +382,7 @@ class Dataset:
             "computed_from": self.covers,
             "plan": self._first,
             **({"appended": [part.to_json() for part in appended]} if appended else {}),
-            "recipe": self.recipe.model_dump(
+            "recipe": self.recipe.with_lanes().model_dump(
                 mode="json",
                 exclude={
                     "data": {*MACHINES, *(name for name in ("scores", "other_shapes") if not getattr(data, name))}

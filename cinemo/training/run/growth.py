@@ -2,7 +2,8 @@
 grow: the shards that were added are used from the beginning of the next epoch on.
 
 Which shards which epochs use is decided with a checkpoint, by one rank for all, and stored in it, so that the order of
-samples follows from the checkpoint and the indexes, whenever a dataset grew and whatever was killed since.
+samples follows from the checkpoint and the indexes, whenever a dataset grew and whatever was killed since. So is with
+which global batch and lanes which steps were read.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cinemo.training.run.dataset_check import dataset_digest, shards_of
 from cinemo.types import InputError, RunError
 
 Generations = list[tuple[int, int]]  # from which epoch on how many shards are used
+Batches = tuple[int, int, int]  # from which step on, of how many samples a global batch is, of how many lanes
 News = list[tuple[int, int, str | None]]  # number of the source, its shards now, and what keeps them from being used
 
 
@@ -59,6 +61,19 @@ def generations_of(
     return [[(epoch, count) for epoch, count in there["generations"]] for there in stored]
 
 
+def batches_of(made: Mapping[str, Any], made_with: Mapping[str, Any], train: TrainConfig) -> list[Batches]:
+    """How a training goes on that takes up a checkpoint: as it was, or from its step on as ``train`` says.
+
+    Args:
+        made: ``step`` and ``batches`` of the checkpoint; older ones lack the latter: nothing had changed.
+        made_with: the ``train`` part of the recipe in it.
+    """
+    stored = made["batches"] if "batches" in made else [(0, made_with["global_batch"], made_with["lanes"])]
+    batches = [(step, size, lanes) for step, size, lanes in stored]
+    wanted = train.global_batch, train.reading_lanes
+    return batches if batches[-1][1:] == wanted else [*batches, (made["step"], *wanted)]
+
+
 def describe(source: Source, generations: Generations) -> dict[str, Any]:
     """What a checkpoint remembers of a source."""
     return {"weight": str(source.weight), "still": source.still, "generations": [list(one) for one in generations]}
@@ -69,6 +84,8 @@ class TrainingData:
 
     Args:
         indexes: the datasets with at least the shards that ``generations`` name.
+        batches: with which global batch and lanes steps are read. The first entry's step is the first one that reads
+            these datasets. None: as ``train`` says from step 0 on.
         once: calls a function on one rank, and returns on every rank what it returned.
 
     Raises:
@@ -85,7 +102,11 @@ class TrainingData:
         world: int = 1,
         fields: Sequence[str] = (),
         once: Callable[[Callable[[], Any]], Any] = lambda call: call(),
+        batches: Sequence[Batches] | None = None,
     ) -> None:
+        self.batches = list(batches or [(0, train.global_batch, train.reading_lanes)])
+        first_step, size, lanes = self.batches[0]
+        train = train.model_copy(update={"global_batch": size, "lanes": lanes})
         self._sources, self._train, self._fields, self._once = sources, train, fields, once
         self._refused = [0] * len(sources)
         self.generations = [list(one[:1]) for one in generations]
@@ -94,18 +115,22 @@ class TrainingData:
         shapes = list(dict.fromkeys(shape for index in self.indexes for shape in index.latent_shapes))
         self._several = len(shapes) > 1
         if self._several:
-            self.loader: MixedLoader = ShapesLoader(self._by_shape(make))
-            return
-        self.loader = MixedLoader(
-            [
-                make(index, train, kept=self._kept(index), still=source.still)
-                for source, index in zip(sources, self.indexes, strict=True)
-            ],
-            [source.weight for source in sources],
-        )
-        for number, (index, later) in enumerate(zip(indexes, generations, strict=True)):
-            for epoch, shards in later[1:]:
-                self._use(number, index.first(shards), epoch)
+            self.loader: MixedLoader = ShapesLoader(self._by_shape(make), first_step)
+        else:
+            self.loader = MixedLoader(
+                [
+                    make(index, train, kept=self._kept(index), still=source.still)
+                    for source, index in zip(sources, self.indexes, strict=True)
+                ],
+                [source.weight for source in sources],
+                first_step,
+            )
+            for number, (index, later) in enumerate(zip(indexes, generations, strict=True)):
+                for epoch, shards in later[1:]:
+                    self._use(number, index.first(shards), epoch)
+        # What was added since a batch changed was so from an epoch on of which nothing had been read by then.
+        for step, size, lanes in self.batches[1:]:
+            self.loader = self.loader.changed(step, size, lanes)
 
     def _by_shape(self, make: Callable[..., LatentLoader]) -> list[LatentLoader]:
         """A loader for each shape of the only dataset that is seen at all."""
@@ -136,7 +161,8 @@ class TrainingData:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of its data."""
         made = [describe(*one) for one in zip(self._sources, self.generations, strict=True)]
-        return {"dataset": digest_of(self.indexes), "sources": made}
+        batches = [list(one) for one in self.batches]
+        return {"dataset": digest_of(self.indexes), "sources": made, "batches": batches}
 
     def lines(self) -> Iterator[str]:
         """What is worth saying about the data before the training."""

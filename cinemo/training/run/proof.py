@@ -2,7 +2,8 @@
 that both saw the same samples in the same order, and every sample of the epoch exactly once.
 
 The second training begins with all workers, is killed (SIGKILL of everything) in the middle of a step after a
-checkpoint, goes on with half of the workers, is killed again, and ends with all of them.
+checkpoint, goes on with half of the workers, is killed again, and ends with all of them. With ``--change-batch`` both
+go on from the middle with twice the global batch and lanes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -43,13 +44,18 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Life:
-    """One start of the training: with how many workers, and after which checkpoint it is killed (None: not)."""
+    """One start of the training: with how many workers, after which checkpoint it is killed (None: not), and other
+    settings than the recipe's.
+    """
 
     workers: int
     killed_after: int | None
+    settings: list[str] = field(default_factory=list)
 
 
-def verify_resume(recipe: Recipe, data: Sequence[Source], output: str, script: str) -> list[str]:
+def verify_resume(
+    recipe: Recipe, data: Sequence[Source], output: str, script: str, change_batch: bool = False
+) -> list[str]:
     """Run both trainings under ``output`` and return the lines of the proof; also written to ``proof.json``.
 
     Args:
@@ -57,6 +63,7 @@ def verify_resume(recipe: Recipe, data: Sequence[Source], output: str, script: s
             least 24 steps.
         output: new directory, local: processes are watched and killed on this machine.
         script: path of ``pipelines/train.py``.
+        change_batch: whether both trainings go on from the middle with twice the global batch and lanes.
 
     Raises:
         InputError: the recipe has no smaller number of workers, or ``output`` is in use.
@@ -68,7 +75,8 @@ def verify_resume(recipe: Recipe, data: Sequence[Source], output: str, script: s
         raise InputError(f"--output {output}: is not empty; choose another one for --verify-resume")
     data, root = [replace(one, uri=storage.absolute(one.uri)) for one in data], storage.absolute(output)
     indexes = opened(data)
-    loader = TrainingData(data, indexes, [[(0, len(index.shards))] for index in indexes], recipe.train).loader
+    shards_of = [[(0, len(index.shards))] for index in indexes]
+    loader = TrainingData(data, indexes, shards_of, recipe.train).loader
     samples = sum(one.order.samples for one in loader.loaders)
     epoch = -(-samples // recipe.train.global_batch)
     steps = max(_LEAST_STEPS, min(recipe.train.max_steps, epoch + 1))
@@ -77,9 +85,18 @@ def verify_resume(recipe: Recipe, data: Sequence[Source], output: str, script: s
     settings += ["train.grow=false"]  # both trainings see the same dataset, whatever happens to it meanwhile
     recipe = override(recipe, [*settings, "train.sample_count=1", "train.sample_every=0", "train.validate_every=0"])
     fewer = _fewer(recipe)
+    straight = [Life(recipe.train.workers, None)]
     lives = [Life(recipe.train.workers, 2 * every), Life(fewer, 4 * every), Life(recipe.train.workers, None)]
+    if change_batch:
+        middle, size, lanes = 3 * every, 2 * recipe.train.global_batch, 2 * recipe.train.reading_lanes
+        before, after = [f"train.max_steps={middle}"], [f"train.global_batch={size}", f"train.lanes={lanes}"]
+        straight = [Life(recipe.train.workers, None, before), Life(recipe.train.workers, None, after)]
+        lives = [replace(lives[0], settings=before), Life(fewer, None, before), replace(lives[1], settings=after)]
+        lives.append(straight[1])
+        batches = [(0, recipe.train.global_batch, recipe.train.reading_lanes), (middle, size, lanes)]
+        loader = TrainingData(data, indexes, shards_of, recipe.train, batches=batches).loader
 
-    _train(recipe, data, storage.join(root, STRAIGHT), script, [Life(recipe.train.workers, None)])
+    _train(recipe, data, storage.join(root, STRAIGHT), script, straight)
     _train(recipe, data, storage.join(root, INTERRUPTED), script, lives)
     there, here = (sample_log.read(storage.join(root, name)) for name in (STRAIGHT, INTERRUPTED))
     faults = [
@@ -88,10 +105,11 @@ def verify_resume(recipe: Recipe, data: Sequence[Source], output: str, script: s
     ]
     seen = sum(len(keys) for keys in here.values())
     of_epoch = min(samples, seen)
-    passed = len(there) * recipe.train.global_batch - seen
+    passed = sum(loader.at(step).global_batch for step in there) - seen
     loss = _loss_difference(root)
     lines = [
-        f"straight:     {recipe.train.workers} workers, {steps} steps",
+        f"straight:     {recipe.train.workers} workers, {steps} steps"
+        + (f", from step {middle} on with global batch {size} and {lanes} lanes" if change_batch else ""),
         "interrupted:  " + ", ".join(_say(life) for life in lives),
         f"sample ids:   {sum(map(len, there.values()))} and {seen}, in order "
         + ("equal" if there == here else "DIFFERENT"),
@@ -120,22 +138,27 @@ def _fewer(recipe: Recipe) -> int:
         return workers
     raise InputError(
         f"train.workers is {recipe.train.workers}: --verify-resume continues with fewer, but no lower number fits "
-        f"train.lanes = {recipe.train.lanes} and train.global_batch = {recipe.train.global_batch}; "
+        f"train.micro_batch = {recipe.train.micro_batch} and train.global_batch = {recipe.train.global_batch}; "
         "--set train.workers=2"
     )
 
 
 def _say(life: Life) -> str:
     many = f"{life.workers} worker" + ("s" if life.workers > 1 else "")
-    return many + (f", killed after step {life.killed_after}" if life.killed_after else " to the end")
+    return (
+        many
+        + (f", killed after step {life.killed_after}" if life.killed_after else " to the end")
+        + "".join(f", {setting}" for setting in life.settings)
+    )
 
 
 def _train(recipe: Recipe, data: Sequence[Source], output: str, script: str, lives: Sequence[Life]) -> None:
     name = output.rsplit("/", 1)[-1]
     for life in lives:
-        storage.write_bytes(f"{output}.json", override(recipe, [f"train.workers={life.workers}"]).to_json().encode())
+        changed = override(recipe, [f"train.workers={life.workers}", *life.settings])
+        storage.write_bytes(f"{output}.json", changed.to_json().encode())
         flags = [word for source in data for word in source.flags]
-        command = [sys.executable, script, "--recipe", f"{output}.json", *flags, "--output", output]
+        command = [sys.executable, script, "--recipe", f"{output}.json", *flags, "--output", output, "--change-batch"]
         say(f"{name}: {_say(life)}")
         with Path(f"{output}.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -193,29 +216,32 @@ def _differences(there: dict[int, list[str]], here: dict[int, list[str]], steps:
 def _against_index(
     loader: MixedLoader, log: dict[int, list[str]], steps: int, left_out: LeftOut = NOTHING
 ) -> Iterator[str]:
-    """What was seen against what the indexes say was to be seen, without what the recipe leaves out; and the first
-    epoch of each, what is left out included, against all there is.
+    """What was seen against what the indexes say was to be seen, without what the recipe leaves out; and the epochs of
+    each, what is left out included, against all there is.
     """
     keys = [
         [storage.read_json(shards.record_uri(one.index.uri, shard))["members"]["keys"] for shard in one.index.shards]
         for one in loader.loaders
     ]
-    seen: Counter[tuple[int, int, int]] = Counter()
+    seen: Counter[tuple[int, int, int, int]] = Counter()
     for step in range(steps):
-        mixed = loader.places(step)
+        mixed = loader.at(step).places(step)
         expected = [loader.key(one.source, keys[one.source][one.place.shard][one.place.index]) for one in mixed]
         if left_out.seen(step, expected) != log.get(step):
             yield f"step {step}: the samples are not those of the canonical order"
         views = [one.order.views for one in loader.loaders]
-        places = [(one.source, one.place.shard, one.place.index // views[one.source], one.place.epoch) for one in mixed]
-        seen.update((source, shard, clip) for source, shard, clip, epoch in places if not epoch)
+        seen.update(
+            (one.source, one.place.epoch, one.place.shard, one.place.index // views[one.source]) for one in mixed
+        )
     again = [place for place, count in seen.items() if count > 1]
     if again:
-        yield f"{len(again)} samples were seen more than once in the first epoch"
+        yield f"{len(again)} samples were seen more than once in an epoch"
+    found = Counter((source, epoch) for source, epoch, _, _ in seen)
     for source, one in enumerate(loader.loaders):
-        found = sum(place[0] == source for place in seen)
-        if one.order.epoch_before(loader.read_before(steps, source)) and found != one.order.samples:
-            yield f"the first epoch saw {found} of {one.order.samples} samples of {one.index.uri}"
+        for epoch in range(one.order.epoch_before(loader.read_before(steps, source))):
+            if found[source, epoch] != one.order.samples:
+                samples = f"{found[source, epoch]} of {one.order.samples} samples of {one.index.uri}"
+                yield f"epoch {epoch} saw {samples}"
 
 
 def _loss_difference(root: str) -> float:

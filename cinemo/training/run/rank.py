@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from ray.train import Checkpoint
 from ray.train.torch import get_device
 
-from cinemo import cache
+from cinemo import cache, storage
 from cinemo.accelerators import peak_flops
 from cinemo.config import Recipe
 from cinemo.data.loading.loader import HeldOut, StepBatch
@@ -33,7 +33,7 @@ from cinemo.training.report.validation import Validation
 from cinemo.training.run.base_weights import base_networks
 from cinemo.training.run.batch import FrozenStates, recipe_of
 from cinemo.training.run.engine import Engine
-from cinemo.training.run.growth import Generations, TrainingData, generations_of, opened
+from cinemo.training.run.growth import Batches, Generations, TrainingData, batches_of, generations_of, opened
 from cinemo.training.run.left_out import LeftOut
 from cinemo.training.run.loop import AHEAD, train
 from cinemo.types import InputError, RunError, keyed_seed
@@ -74,11 +74,22 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     step, history = 0, []
     indexes = opened(sources)
     generations: list[Generations] = [[(0, shards)] for shards in config["shards"]]
-    with _checkpoint_directory(config["start"]) as directory:
-        if directory is not None:
+    batches: list[Batches] | None = None
+    committed = ray.train.get_checkpoint()  # of this job; else what it starts from
+    place = config["start"]
+    if committed is not None:
+        place = f"s3://{committed.path}" if storage.is_remote(output) else committed.path
+    if place is not None:
+        with cache.borrowed(place) as directory:
             state = engine.load(directory)
+            made_with = json.loads((directory / "recipe.json").read_text())["train"]
+            engine.gather(None)  # all ranks of a node read one copy, so none gives it up before all have it
+        step, history = state["step"], [Report.of_kept(row) for row in state["history"]]
+        if config["other_data"] and committed is None:
+            batches = [(step, recipe.train.global_batch, recipe.train.reading_lanes)]
+        else:
             generations = generations_of(indexes, sources, state)
-            step, history = state["step"], [Report.of_kept(row) for row in state["history"]]
+            batches = batches_of(state, made_with, recipe.train)
     begun = [index.first(one[0][1]) for index, one in zip(indexes, generations, strict=True)]
 
     def post(event: Event) -> None:
@@ -90,7 +101,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     def once(call: Callable[[], Any]) -> Any:
         return engine.gather(call() if rank == 0 else None)[0]
 
-    data = TrainingData(sources, indexes, generations, recipe.train, rank, world, stored, once)
+    data = TrainingData(sources, indexes, generations, recipe.train, rank, world, stored, once, batches)
     loader, left_out = data.loader, LeftOut.of(recipe.train)
 
     def follow(done: int, ahead: int) -> None:
@@ -167,14 +178,3 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
         sample_seconds,
     )
     ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived
-
-
-@contextmanager
-def _checkpoint_directory(start: str | None) -> Iterator[Path | None]:
-    """The files to load: Ray Train's committed checkpoint of this job, else the one the job starts from."""
-    committed = ray.train.get_checkpoint()
-    if committed is not None:
-        with committed.as_directory() as directory:
-            yield Path(directory)
-    else:
-        yield cache.localize(start) if start else None

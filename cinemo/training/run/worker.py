@@ -34,10 +34,8 @@ from cinemo.lock import Lock, hold
 from cinemo.methods import check_trainable, image_encoder_place, method_class
 from cinemo.networks.frozen import check_image_encoder
 from cinemo.progress import Work, doing, say
-from cinemo.recipes import parse_recipe
 from cinemo.tracking import preload
 from cinemo.training.checkpoint import checkpoints
-from cinemo.training.checkpoint.checkpoints import CheckpointCard
 from cinemo.training.plan.cost import training_flops
 from cinemo.training.plan.search import settled
 from cinemo.training.report.mailbox import Mailbox
@@ -46,39 +44,23 @@ from cinemo.training.report.progress import (
     Resumed,
     TrainSummary,
     dataset_profile,
-    read_run,
     read_summary,
 )
 from cinemo.training.run import rank
 from cinemo.training.run.base_weights import check_base
 from cinemo.training.run.dataset_check import check_canary, check_dataset
-from cinemo.training.run.growth import TrainingData, digest_of, generations_of, opened
-from cinemo.training.run.left_out import steps_of
+from cinemo.training.run.growth import TrainingData, digest_of, opened
+from cinemo.training.run.starting import name_of, starting_point
 from cinemo.types import InputError, RunError
-
-# A checkpoint can be continued only with these unchanged: they decide its tensors, the order of data, or every draw.
-_FIXED = (
-    *(
-        "method",
-        "model",
-        "diffusion",
-        "encoders.text_encoder",
-        "encoders.tokenizer",
-        "encoders.image_encoder",
-        "encoders.latents_mean",
-        "encoders.latents_std",
-        "data.frames",
-        "data.size",
-        "data.other_shapes",
-        "data.bucket_edges",
-    ),
-    *("train.precision", "train.global_batch", "train.lanes", "train.seed", "train.where"),
-    *("train.trainable", "train.lora_rank", "train.lora_alpha", "train.lora_layers"),
-)
 
 
 def run(
-    recipe: Recipe, data: str | Sequence[Source], output: str, resume: str = "auto", break_lock: bool = False
+    recipe: Recipe,
+    data: str | Sequence[Source],
+    output: str,
+    resume: str = "auto",
+    break_lock: bool = False,
+    change_batch: bool = False,
 ) -> TrainSummary:
     """Train ``recipe`` on datasets of latents and return how it ended.
 
@@ -87,8 +69,10 @@ def run(
             validation and statistics (``encoders.normalize``) are those of the first.
         output: run directory (local or s3://): ``train.json``, ``loss.csv``, ``samples/``, ``train/checkpoint_*``.
         resume: ``auto`` continues what ``output`` holds, or starts; ``never`` insists on an empty output; a URI (a
-            checkpoint or another run's output) starts from that checkpoint, its step included.
+            checkpoint or another run's output) starts from that checkpoint, its step included; ``data`` may then be
+            other datasets, which begin with their first epoch.
         break_lock: see `cinemo.lock.hold`.
+        change_batch: a checkpoint may have been made with another ``train.global_batch`` or ``train.lanes``.
 
     Raises:
         InputError: dataset, checkpoint, recipe and machine do not fit together, or another training holds ``output``.
@@ -101,22 +85,28 @@ def run(
         indexes = opened(sources)
         for index in indexes:
             check_dataset(index, recipe)
-        recipe = with_statistics(recipe, indexes[0])
+        recipe = with_statistics(recipe, indexes[0]).with_lanes()
         check_trainable(recipe, method_class(recipe))
         if "image_encoder" in method_class(recipe).needs:
             check_image_encoder(image_encoder_place(recipe))
         base_note = check_base(recipe)
-        start = _starting_point(recipe, sources, indexes, output, resume)
-    summary = read_summary(output)
-    if start and summary and start.step >= recipe.train.max_steps and start.uri.startswith(output):
-        say(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
-        return summary
+        start = starting_point(recipe, sources, indexes, output, resume, change_batch)
+    summary, card = read_summary(output), start.card if start else None
+    if card and card.step >= recipe.train.max_steps:
+        if summary and card.uri.startswith(output):
+            say(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
+            return summary
+        if not card.uri.startswith(output):
+            raise InputError(
+                f"checkpoint {card.uri}: has done {card.step} steps, and train.max_steps is {recipe.train.max_steps}; "
+                "raise --max-steps, which counts them too"
+            )
     shards = [[(0, len(index.shards))] for index in indexes]
     fields = method_class(recipe).stored_fields(recipe)
     for line in TrainingData(sources, indexes, shards, recipe.train, fields=fields).lines():
         say(line)
     with hold(output, break_lock) as lock:
-        return _train(recipe, sources, indexes, output, resume, base_note, lock)
+        return _train(recipe, sources, indexes, output, resume, change_batch, base_note, lock)
 
 
 def _train(
@@ -125,15 +115,19 @@ def _train(
     indexes: Sequence[DatasetIndex],
     output: str,
     resume: str,
+    change_batch: bool,
     base_note: str | None,
     lock: Lock,
 ) -> TrainSummary:
     """The training itself, in an output that nobody else writes."""
     if resume == "auto":  # what a killed job left half written
         checkpoints.prune(output, recipe.train.keep_checkpoints)
-    start = _starting_point(recipe, sources, indexes, output, resume)
+    start = starting_point(recipe, sources, indexes, output, resume, change_batch)
     if base_note and not start:
         say(base_note)
+    for line in start.changes if start else ():
+        say(line)
+    recipe = start.recipe if start else recipe
     with doing("counting the network's operations"), ThreadPoolExecutor(1, "flops") as pool:
         flops = pool.submit(training_flops, recipe, indexes)
         _join_cluster(recipe)
@@ -141,15 +135,14 @@ def _train(
         with doing("choosing what fits"):
             recipe, line = settled(recipe, _accelerator(recipe))
         say(line)
-    if recipe.train.canary and not start:
+    if recipe.train.canary and (not start or start.other_data):
         for index in indexes:
             with doing("making samples of the dataset again"):
                 line = _canary(index, recipe)
             say(line)
-    name = sources[0].uri if len(sources) == 1 and not sources[0].still else " + ".join(map(str, sources))
-    before = parse_recipe(dict(start.recipe), f"checkpoint {start.uri}") if start else None
+    before = start.before if start else None
     profile = dataset_profile(indexes[0])
-    progress = Progress(recipe, output, name, digest_of(indexes), profile=profile, previous=before)
+    progress = Progress(recipe, output, name_of(sources), digest_of(indexes), profile=profile, previous=before)
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
@@ -159,7 +152,8 @@ def _train(
             "recipe": recipe.model_dump(mode="json"),
             "sources": sources,
             "output": output,
-            "start": start.uri if start else None,
+            "start": start.card.uri if start else None,
+            "other_data": start is not None and start.other_data,
             "shards": [len(index.shards) for index in indexes],
             "flops": flops.result(),
             "mailbox": mailbox,
@@ -211,51 +205,6 @@ def _train(
                 f"{output}: no checkpoint is complete there: the storage has lost files that were written to it"
             )
         return progress.finish(latest.uri)
-
-
-def _starting_point(
-    recipe: Recipe, sources: Sequence[Source], indexes: Sequence[DatasetIndex], output: str, resume: str
-) -> CheckpointCard | None:
-    """The checkpoint to take up, or None for a start from nothing."""
-    holds = read_run(output) is not None or checkpoints.stored(output)
-    if resume != "auto" and holds:
-        raise InputError(
-            f"output {output}: already holds a run; continue it with --resume auto, or choose another --output"
-        )
-    if resume == "never":
-        return None
-    card = checkpoints.latest(output) if resume == "auto" else checkpoints.find(resume)
-    if card is None:
-        return None
-    try:
-        generations_of(indexes, sources, {"dataset": card.dataset, "sources": card.sources})
-    except InputError as error:
-        raise InputError(
-            f"checkpoint {card.uri}: {error}; give the same --data, or start again with train.init and another --output"
-        ) from None
-    # Parsed, so that keys that are younger than the checkpoint have their defaults.
-    old = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}").model_dump(mode="json")
-    new = recipe.model_dump(mode="json")
-    done = [steps for steps in recipe.train.skip_steps if steps_of(steps)[-1] <= card.step]
-    done = [steps for steps in done if steps not in old["train"]["skip_steps"]]
-    if done:
-        raise InputError(
-            f"checkpoint {card.uri}: has done {card.step} steps, so train.skip_steps {', '.join(done)} cannot be "
-            "passed over any more; start from an earlier one (--resume URI and another --output)"
-        )
-    changed = [f"{key} {_pick(old, key)} -> {_pick(new, key)}" for key in _FIXED if _pick(old, key) != _pick(new, key)]
-    if changed:
-        raise InputError(
-            f"checkpoint {card.uri}: cannot continue with another {'; '.join(changed)}; use the recipe it was made "
-            f"with (--recipe {storage.join(card.uri, 'recipe.json')})"
-        )
-    return card
-
-
-def _pick(values: Any, key: str) -> Any:
-    for name in key.split("."):
-        values = values.get(name)
-    return values
 
 
 def _resources(recipe: Recipe) -> dict[str, float]:
