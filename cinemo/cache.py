@@ -156,10 +156,15 @@ def _obtain(root: Path, download: Download, limit: int) -> tuple[int, Path]:
                 continue
             try:
                 _lock(descriptor, fcntl.LOCK_SH)  # waits for whoever fetches it
-                if not target.exists():
+                if not target.exists() and os.fstat(descriptor).st_size:
+                    # It was there, and a person removed it: processes that used it still hold this lock.
+                    if _is_open(entry / _LOCK, descriptor):
+                        os.unlink(entry / _LOCK)
+                elif not target.exists():
                     locked = _lock(descriptor, fcntl.LOCK_EX)
                     if _is_open(entry / _LOCK, descriptor) and not target.exists():
                         _fetch(download, target, limit, locked)
+                        os.write(descriptor, b"fetched\n")
                     _lock(descriptor, fcntl.LOCK_SH)
                 # Between two kinds of lock there is none for a moment.
                 if _is_open(entry / _LOCK, descriptor) and target.exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -293,6 +294,7 @@ def node(s3_faults: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.s3
 @pytest.mark.parametrize("borrow", [False, True])
 def test_many_processes_fetch_once(node: Node, s3_faults: FaultyS3, borrow: bool) -> None:
@@ -366,6 +368,15 @@ def test_kept_downloads_have_a_limit(node: Node, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CINEMO_CACHE_GB", "many")
     with pytest.raises(InputError, match=r"CINEMO_CACHE_GB is 'many', expected GB"):
         localize(f"{node.root}/4")
+
+
+@pytest.mark.s3
+def test_a_copy_that_a_person_removed_is_fetched_again(node: Node) -> None:
+    uri = node.stored("model")
+    shutil.rmtree(localize(uri))
+    assert (localize(uri) / "c.json").read_bytes() == b"0123456789"
+    shutil.rmtree(node.cache)
+    assert (localize(uri) / "c.json").read_bytes() == b"0123456789"
 
 
 @pytest.mark.s3

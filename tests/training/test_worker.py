@@ -403,6 +403,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     larger = changed(workers=2, micro_batch=1, global_batch=8)
     refused(r"train\.global_batch 4 -> 8; use .*recipe\.json\), or --change-batch", larger)
     refused(r"train\.lora_rank 16 -> 4; use .*recipe\.json\)$", changed(global_batch=8, lora_rank=4), change_batch=True)
+    refused(r"train\.held_out_shards 0 -> 1;", changed(held_out_shards=1))
     refused(r"train\.trainable all -> lora", changed(trainable="lora"))
     refused(r"train\.lora_rank 16 -> 4", changed(lora_rank=4))
     refused(

@@ -19,6 +19,7 @@ from cinemo.training.run.left_out import steps_of
 from cinemo.types import InputError
 
 _BATCH = ("train.global_batch", "train.lanes")  # what --change-batch lets change
+_SEEN = ("train.where", "train.held_out_shards")  # which samples of a dataset are in its order
 _NORMALISED = ("latents_mean", "latents_std")
 # A checkpoint can be continued only with these unchanged: they decide its tensors, the order of data, or every draw.
 _FIXED = (
@@ -36,7 +37,7 @@ _FIXED = (
         "data.other_shapes",
         "data.bucket_edges",
     ),
-    *("train.precision", *_BATCH, "train.seed", "train.where"),
+    *("train.precision", *_BATCH, "train.seed", *_SEEN),
     *("train.trainable", "train.lora_rank", "train.lora_alpha", "train.lora_layers"),
 )
 
@@ -107,7 +108,7 @@ def starting_point(
             f"checkpoint {card.uri}: has done {card.step} steps, so train.skip_steps {', '.join(done)} cannot be "
             "passed over any more; start from an earlier one (--resume URI and another --output)"
         )
-    fixed = [key for key in _FIXED if key != "train.where" or not other_data]
+    fixed = [key for key in _FIXED if key not in _SEEN or not other_data]
     changed = {
         key: f"{key} {_pick(old, key)} -> {_pick(new, key)}" for key in fixed if _pick(old, key) != _pick(new, key)
     }
