@@ -98,6 +98,8 @@ def test_another_batch_goes_on_where_each_epoch_stands(tmp_path: Path) -> None:
             keys = tuple(key for part in parts for key in part.batch(step).keys)
             assert keys == whole.batch(step).keys
             assert keys == tuple(sample.key for sample in whole.batch(step).samples)
+    parts = [mixed(tmp_path, rank, 3).changed(3, 12, 6) for rank in range(3)]  # which could not share a batch of 8
+    assert tuple(key for part in parts for key in part.batch(4).keys) == mixed(tmp_path).changed(3, 12, 6).batch(4).keys
 
 
 def test_samples_are_told_apart_and_are_what_was_stored(tmp_path: Path) -> None:

@@ -101,8 +101,7 @@ class LatentLoader:
             self.note = (
                 f"{self.order.samples} samples are fewer than a global batch of {global_batch}, so a batch repeats some"
             )
-        self._lanes = self.order.lanes_of(rank, world)
-        self._reader = ShardReader(index, fields, FileCache(cache_gb * 1e9), keep=2 * len(self._lanes))
+        self._reader = ShardReader(index, fields, FileCache(cache_gb * 1e9), keep=2 * -(-lanes // world))
         self._samples = _Samples(self._reader, on_damaged == "skip")
 
     @classmethod
@@ -136,8 +135,7 @@ class LatentLoader:
         """
         made = copy.copy(self)
         made.order = self.order.changed(read, global_batch, lanes)
-        made._lanes = made.order.lanes_of(self.rank, self.world)
-        made._reader.keep = 2 * len(made._lanes)
+        made._reader.keep = 2 * -(-lanes // self.world)
         return made
 
     @property
@@ -171,7 +169,8 @@ class LatentLoader:
     def batch(self, step: int) -> StepBatch:
         order = self.order
         places = order.batch(step, self.rank, self.world)
-        samples, weights = self.read(places, [order.next_shard(step, lane) for lane in self._lanes])
+        lanes = order.lanes_of(self.rank, self.world)
+        samples, weights = self.read(places, [order.next_shard(step, lane) for lane in lanes])
         return StepBatch(step, order.epoch(step), samples, weights, [place.epoch for place in places])
 
     def read(self, places: Sequence[Place], following: Sequence[int]) -> tuple[list[LatentSample], list[float] | None]:

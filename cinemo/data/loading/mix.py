@@ -70,15 +70,12 @@ class MixedLoader:
     """
 
     def __init__(self, loaders: Sequence[LatentLoader], weights: Sequence[Fraction], first_step: int = 0) -> None:
-        self._weights, self._earlier = weights, None
+        self._weights = weights
+        self._earlier: MixedLoader | None = None
         self._use(loaders, first_step)
 
-    _earlier: MixedLoader | None
-
     def _use(self, loaders: Sequence[LatentLoader], first_step: int) -> None:
-        self.loaders, first = list(loaders), loaders[0]
-        self._first_step, self._order = first_step, first.order
-        self._lanes, self._share = (of(first.rank, first.world) for of in (first.order.lanes_of, first.order.share_of))
+        self.loaders, self._first_step, self._order = list(loaders), first_step, loaders[0].order
         self._shares = Shares(self._weights, self._order.lanes)
 
     def changed(self, step: int, global_batch: int, lanes: int) -> Self:
@@ -155,18 +152,19 @@ class MixedLoader:
     def batch(self, step: int) -> StepBatch:
         if len(self.loaders) == 1:
             return replace(self.loaders[0].batch(step - self._first_step), step=step)
-        size = len(self._share)
-        before = self._share.start - self._lanes.start * self._order.per_lane  # of the first lane, other ranks' samples
+        rank, world = self.loaders[0].rank, self.loaders[0].world
+        own, share = self._order.lanes_of(rank, world), self._order.share_of(rank, world)
+        size, before = len(share), share.start - own.start * self._order.per_lane  # of its first lane: other ranks'
         samples: list[LatentSample | None] = [None] * size
         weights, epochs, skipping = [1.0] * size, [0] * size, False
         begun = [self.epoch(step, source) for source in range(len(self.loaders))]
-        for number, (all_slots, all_places, ends) in enumerate(self._dealt(step, self._lanes)):
+        for number, (all_slots, all_places, ends) in enumerate(self._dealt(step, own)):
             slots = [slot - before for slot in all_slots if 0 <= slot - before < size]
             if not slots:
                 continue
             places = [place for slot, place in zip(all_slots, all_places, strict=True) if 0 <= slot - before < size]
             loader = self.loaders[number]
-            lanes = zip(self._lanes, ends, strict=True)
+            lanes = zip(own, ends, strict=True)
             following = [loader.order.shard_after(lane, end - 1) for lane, end in lanes if end]
             read, weighed = loader.read(places, following)
             skipping |= weighed is not None
