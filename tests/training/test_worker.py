@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from cinemo.data.dataset import shards
 from cinemo.data.dataset.filters import select
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.loading.loader import HeldOut, LatentLoader
+from cinemo.data.loading.source import Source
 from cinemo.media.motion import STILLER
 from cinemo.methods import build_method
 from cinemo.methods.cinemo import CinemoTrain
@@ -42,6 +44,7 @@ from cinemo.training.run.batch import FrozenStates
 from cinemo.training.run.dataset_check import dataset_digest
 from cinemo.training.run.engine import Engine
 from cinemo.training.run.loop import train
+from cinemo.training.run.starting import Start, starting_point
 from cinemo.types import InputError, keyed_seed
 
 pytestmark = pytest.mark.slow
@@ -435,6 +438,40 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
     storage.write_json(str(other / "dataset.json"), info | {"complete": False})
     refused("not complete", data=str(other))
     assert sorted(path.name for path in stored.iterdir()) == ["train"], "a refused call leaves nothing behind"
+
+
+def test_what_goes_on_otherwise_is_said(small: Recipe, dataset: str, stored: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    storage.upload(Path(dataset), str(other))
+    info = storage.read_json(str(other / "dataset.json"))
+    storage.write_json(str(other / "dataset.json"), info | {"fingerprint": "e" * 64})
+
+    def start(data: str, changes: list[str], **options: Any) -> Start:
+        given: dict[str, Any] = {
+            "output": str(tmp_path / "new"),
+            "resume": str(stored),
+            "change_batch": False,
+        } | options
+        found = starting_point(
+            override(small, changes).with_lanes(), [Source(data)], [DatasetIndex.load(data)], **given
+        )
+        assert found is not None
+        assert found.card.step == 3
+        return found
+
+    same = start(dataset, [], output=str(stored), resume="auto")
+    assert (same.other_data, same.changes) == (False, ())
+    larger = ["train.global_batch=8", "train.lanes=null"]
+    batch = start(dataset, larger, output=str(stored), resume="auto", change_batch=True)
+    (line,) = batch.changes
+    assert "at step 3 with another train.global_batch 4 -> 8; train.lanes 2 -> 8; what its epoch has not seen" in line
+    assert (batch.other_data, batch.before.train.global_batch, batch.recipe.train.lanes) == (False, 4, 8)
+    digest = dataset_digest(DatasetIndex.load(dataset))
+    moved = start(str(other), ["train.where=ssim < 0.8", "train.held_out_shards=1"])
+    assert moved.other_data
+    assert moved.changes == (f"goes on at step 3 with another dataset: {digest} -> {other}, from its first epoch",)
+    with pytest.raises(InputError, match=r"another train\.global_batch 4 -> 8; .*--change-batch"):
+        start(str(other), ["train.global_batch=8"])
 
 
 @pytest.mark.ray
