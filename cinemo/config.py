@@ -218,6 +218,32 @@ class DiffusionConfig(Part):
 MOST_LANES = 8
 
 
+class DeepspeedConfig(Part):
+    """Communication of DeepSpeed's ZeRO by its own names; null: derived (`cinemo.training.run.engine`).
+
+    Not ``round_robin_gradients``: with it DeepSpeed 0.19 does not say where a parameter's float32 weights lie.
+    """
+
+    overlap_comm: bool | None = Field(None, description="reduce gradients while the backward pass goes on")
+    reduce_bucket_size: int | None = Field(None, ge=1, description="values reduced at a time")
+    allgather_bucket_size: int | None = Field(None, ge=2, multiple_of=2, description="values gathered at a time")
+    stage3_prefetch_bucket_size: int | None = Field(None, ge=0, description="values gathered ahead of their use")
+    stage3_param_persistence_threshold: int | None = Field(None, ge=0, description="tensors below it stay whole")
+
+    def check(self, zero_stage: int) -> None:
+        """See that what is set has a meaning at a stage.
+
+        Raises:
+            ValueError: something has none.
+        """
+        for key in self.model_dump(exclude_none=True):
+            stages: tuple[int, ...] = (3,) if key.startswith("stage3_") else (1, 2, 3)
+            stages = (1, 2) if key == "allgather_bucket_size" else stages
+            if zero_stage not in stages:
+                among = " or ".join(map(str, stages))
+                raise ValueError(f"deepspeed.{key} is set with zero_stage {zero_stage}, expected zero_stage {among}")
+
+
 class TrainConfig(Part):
     """Optimisation (Cinemo section 4.1) and the shape of the worker group."""
 
@@ -278,6 +304,14 @@ class TrainConfig(Part):
     offload: Offload = Field(
         "none", description="what is kept in host memory: the optimizer (ZeRO 1-3), or the weights too (all, ZeRO 3)"
     )
+    deepspeed: DeepspeedConfig | None = Field(
+        None,
+        description="DeepSpeed's communication settings, by its names, where they should not be what is derived: "
+        + ", ".join(DeepspeedConfig.model_fields),
+    )
+    optimizer: Literal["adam", "adam8bit"] = Field(
+        "adam", description="adam8bit: moments of a byte a value (needs the package bitsandbytes)"
+    )
     precision: Literal["fp32", "bf16"] = "bf16"
     tf32: bool = Field(True, description="float32 products on tensor cores, where an accelerator has them")
     gradient_checkpointing: Annotated[
@@ -331,6 +365,9 @@ class TrainConfig(Part):
     keep_checkpoints: int = Field(3, ge=1)
     sample_every: int = Field(1000, ge=0, description="steps between sample contact sheets; 0 = only at the end")
     sample_count: int = Field(2, ge=1)
+    tensorboard: bool = Field(
+        False, description="write curves and sample sheets for TensorBoard too; the same as --tensorboard"
+    )
     max_failures: int = Field(3, ge=-1, description="worker-group restarts before the run fails; -1 = no limit")
 
     @model_validator(mode="after")
@@ -355,6 +392,12 @@ class TrainConfig(Part):
             raise ValueError(
                 f"offload is {self.offload} with zero_stage {self.zero_stage}, expected zero_stage {least} or more; "
                 f"set train.zero_stage={max(2, least)} or train.offload=none"
+            )
+        if self.deepspeed and self.zero_stage != "auto":
+            self.deepspeed.check(self.zero_stage)
+        if self.optimizer == "adam8bit" and self.ema_decay:
+            raise ValueError(
+                f"ema_decay is {self.ema_decay:g} with optimizer adam8bit, expected 0: only adam keeps averaged weights"
             )
         return self
 
@@ -442,7 +485,17 @@ class SampleConfig(Part):
 _LATER = {
     "sample": ("long",),
     "encoders": ("flow",),
-    "train": ("grow", "where", "max_skipped_steps", "skip_steps", "skip_samples", "tf32"),
+    "train": (
+        "grow",
+        "where",
+        "max_skipped_steps",
+        "skip_steps",
+        "skip_samples",
+        "tf32",
+        "deepspeed",
+        "optimizer",
+        "tensorboard",
+    ),
     "data": (*MACHINES, "scores", "other_shapes"),
 }
 

@@ -10,6 +10,7 @@ from cinemo import cli
 from cinemo.config import Recipe
 from cinemo.data.loading.source import Source
 from cinemo.progress import doing
+from cinemo.training.report.profiled import ProfileRequest
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,7 +65,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a sample to leave out from here on, as the log in order/ names it; repeatable; the same as "
         "--set train.skip_samples=[...]",
     )
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write curves and sample sheets for TensorBoard into tensorboard/ of --output too; the same as "
+        "--set train.tensorboard=true",
+    )
     cli.add_break_lock(parser)
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="profile steps FIRST:LAST, as reports count them, or a number of steps soon after the start: a trace, "
+        "tables and on accelerators a memory snapshot into profile/ of --output and into MLflow",
+    )
+    parser.add_argument("--profile-all-ranks", action="store_true", help="with --profile: every worker, not the first")
     parser.add_argument(
         "--verify-resume",
         action="store_true",
@@ -89,6 +103,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prices", metavar="FILE", help="with --plan: JSON of prices (currency, accelerator_hour, core_hour)"
     )
     arguments = parser.parse_args(argv)
+    if arguments.profile_all_ranks and arguments.profile is None:
+        parser.error("--profile-all-ranks only works with --profile")
+    if arguments.profile is not None and (arguments.plan or arguments.verify_resume):
+        parser.error("--profile is for a training, not for --plan or --verify-resume")
     if not arguments.plan:
         for name in ("accelerator", "mfu", "prices"):
             if getattr(arguments, name) is not None:
@@ -101,9 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for key, value in (("skip_steps", arguments.skip_steps), ("skip_samples", arguments.skip_sample)):
         if value is not None:
             arguments.assignments.append(f"train.{key}={json.dumps(value)}")
+    if arguments.tensorboard:
+        arguments.assignments.append("train.tensorboard=true")
     if arguments.max_steps is not None:
         arguments.assignments.append(f"train.max_steps={arguments.max_steps}")
     recipe = cli.recipe_of(arguments)
+    profile = ProfileRequest.parse(arguments.profile, arguments.profile_all_ranks) if arguments.profile else None
     sources = [Source.parse(text) for text in arguments.data]
     sources += [Source.parse(text, still=True) for text in arguments.stills]
 
@@ -121,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from cinemo.training.run import worker  # late: --help and bad flags need neither torch nor Ray
 
     summary = worker.run(
-        recipe, sources, arguments.output, arguments.resume, arguments.break_lock, arguments.change_batch
+        recipe, sources, arguments.output, arguments.resume, arguments.break_lock, arguments.change_batch, profile
     )
     print(
         f"{summary.steps} steps, loss {summary.first_loss:.4f} -> {summary.last_loss:.4f}, "

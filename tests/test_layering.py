@@ -58,6 +58,8 @@ ONLY_IN = {
         "pipelines",
     ],
     "deepspeed": ["training.run.engine"],
+    "bitsandbytes": ["training.run.adam8bit"],
+    "tensorboardX": ["training.report.board"],
     "mlflow": ["tracking"],
     "s3fs": ["s3"],
     "fsspec": ["s3", "clouds"],

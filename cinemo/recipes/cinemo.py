@@ -47,7 +47,8 @@ def cinemo_320x512() -> CinemoRecipe:
     - Our choice, how it is computed. train.micro_batch, train.gradient_checkpointing, train.zero_stage: the fastest
       that fits an A100 with 80 GB (``--plan``): twice 5 samples, of which nothing is computed twice.
       train.offload, train.cpus_per_worker, train.lanes, train.on_damaged, train.max_skipped_steps, train.skip_steps,
-      train.skip_samples, train.cache_gb, train.max_failures, ``compile``. train.seed, data.seed. train.log_every,
+      train.skip_samples, train.deepspeed, train.optimizer, train.tensorboard, train.cache_gb, train.max_failures,
+      ``compile``. train.seed, data.seed. train.log_every,
       train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,
       train.validate_every, train.grow, train.where, train.canary. data.clips_per_shard, data.decoder,
       data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource, data.max_quarantine_share,

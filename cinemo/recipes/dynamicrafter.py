@@ -71,6 +71,7 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
     - Our choice, how it is computed. train.micro_batch, train.gradient_checkpointing, train.zero_stage: the fastest
       that fits an A100 with 80 GB (``--plan``). train.workers, train.gpus_per_worker, train.cpus_per_worker,
       train.offload, train.lanes, train.on_damaged,
+      train.deepspeed, train.optimizer, train.tensorboard,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb,
       train.max_failures, train.image_tokens, ``compile``. train.seed, data.seed. train.log_every,
       train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,

@@ -43,6 +43,7 @@ def longer_320x512() -> LongerRecipe:
     - Our choice, how it is computed. train.gradient_checkpointing: none, as two samples hold 15 GB of activations at
       most. train.zero_stage, train.offload,
       train.cpus_per_worker, train.lanes, train.on_damaged,
+      train.deepspeed, train.optimizer, train.tensorboard,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb, train.max_failures, ``compile``.
       train.seed, data.seed. train.log_every, train.checkpoint_every, train.keep_checkpoints, train.sample_every,
       train.sample_count, train.held_out_shards, train.validate_every, train.grow, train.where, train.canary.

@@ -52,6 +52,7 @@ def trip_256() -> TripRecipe:
       sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.gradient_checkpointing: none, as eight samples hold 26 GB of
       activations. train.zero_stage, train.offload, train.cpus_per_worker, train.lanes, train.on_damaged,
+      train.deepspeed, train.optimizer, train.tensorboard,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb,
       train.max_failures, ``compile``. train.seed, data.seed. train.log_every, train.checkpoint_every,
       train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards, train.validate_every,

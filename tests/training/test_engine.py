@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -65,6 +67,65 @@ def test_offload_follows_from_the_recipe() -> None:
         override(tiny, ["train.zero_stage=0", "train.offload=optimizer"])
     with pytest.raises(InputError, match=r"offload is all with zero_stage 2, .*train\.zero_stage=3 or train\.offload"):
         override(tiny, ["train.zero_stage=2", "train.offload=all"])
+
+
+def test_communication_follows_from_where_the_workers_are() -> None:
+    def zero(across_nodes: bool, **keys: object) -> dict[str, object]:
+        found = engine.deepspeed_config(CinemoTrain(**keys), across_nodes)["zero_optimization"]
+        return {key: value for key, value in found.items() if not key.startswith("offload")}
+
+    overlapped = {"overlap_comm": True, "contiguous_gradients": True}
+    for stage in (1, 2):
+        assert zero(True, zero_stage=stage, gpus_per_worker=1) == {
+            "stage": stage,
+            "reduce_bucket_size": 100_000_000,
+            **overlapped,
+        }
+    whole = {"stage3_param_persistence_threshold": 1_000_000, "stage3_prefetch_bucket_size": 100_000_000}
+    assert zero(True, zero_stage=3, gpus_per_worker=1) == {
+        "stage": 3,
+        "reduce_bucket_size": 100_000_000,
+        **overlapped,
+        **whole,
+    }
+    for keys in ({"zero_stage": 2}, {"zero_stage": 0, "gpus_per_worker": 1}):  # no streams; nothing of ZeRO's
+        assert zero(True, **keys) == zero(False, **keys)
+    asked = {"overlap_comm": False, "reduce_bucket_size": 7, "allgather_bucket_size": 8}
+    assert zero(True, zero_stage=2, gpus_per_worker=1, deepspeed=asked) == {
+        "stage": 2,
+        "contiguous_gradients": True,
+        **asked,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ('{"bucket":1}', "train.deepspeed.bucket"),
+        ('{"round_robin_gradients":true}', "train.deepspeed.round_robin_gradients"),
+        ('{"reduce_bucket_size":0}', "train.deepspeed.reduce_bucket_size"),
+        ('{"allgather_bucket_size":3}', "train.deepspeed.allgather_bucket_size"),
+        (
+            '{"stage3_prefetch_bucket_size":5}',
+            "stage3_prefetch_bucket_size is set with zero_stage 2, expected zero_stage 3",
+        ),
+        ('{"overlap_comm":"perhaps"}', "train.deepspeed.overlap_comm"),
+    ],
+)
+def test_what_deepspeed_may_be_told_is_checked_by_name(settings: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        override(RECIPES["cinemo-tiny"](), ["train.zero_stage=2", f"train.deepspeed={settings}"])
+    assert "\n" not in str(caught.value)
+
+
+def test_what_has_no_meaning_at_a_stage_is_refused() -> None:
+    tiny = RECIPES["cinemo-tiny"]()
+    cases = [(3, "allgather_bucket_size", 2), (0, "reduce_bucket_size", 2), (0, "overlap_comm", False)]
+    for stage, key, value in cases:
+        with pytest.raises(
+            InputError, match=rf"deepspeed\.{key} is set with zero_stage {stage}, expected zero_stage 1"
+        ):
+            override(tiny, [f"train.zero_stage={stage}", f"train.deepspeed={json.dumps({key: value})}"])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])

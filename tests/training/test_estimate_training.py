@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from statistics import median
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -73,6 +74,23 @@ def test_adam_in_bfloat16_takes_sixteen_bytes_a_parameter() -> None:
     ]
     averaged = footprint(paper(ema_decay=0.999), PARAMETERS, ACTIVATIONS, 0, Setting(10, "whole", 0, "none"))
     assert averaged.optimizer == 16 * values
+    eight_bits = footprint(paper(optimizer="adam8bit"), PARAMETERS, ACTIVATIONS, 0, Setting(10, "whole", 0, "none"))
+    assert eight_bits.optimizer == 4 * values + 2 * (values + 4 * math.ceil(values / 256))
+
+
+def test_buckets_follow_from_nodes_and_settings() -> None:
+    """The paper's network in bfloat16 at ZeRO 2: two buckets that overlap, and one in float32 to be reduced."""
+    learning = Parameters(10**9, 10**9, 10**7)
+
+    def buffers(**keys: Any) -> int:
+        return footprint(paper(**keys), learning, ACTIVATIONS, 0, Setting(1, "whole", 2, "none")).buffers
+
+    held = 4 * 10**9 // 80  # the optimizer's float32 copy of gradients, of 80 workers
+    assert held < buffers(workers=80, micro_batch=1, lanes=80) == (2 * 2 + 4) * 100_000_000
+    asked = {"reduce_bucket_size": 300_000_000}
+    assert buffers(workers=80, micro_batch=1, lanes=80, deepspeed=asked) == (2 * 2 + 4) * 300_000_000
+    asked["overlap_comm"] = False
+    assert buffers(workers=80, micro_batch=1, lanes=80, deepspeed=asked) == (2 + 4) * 300_000_000
 
 
 @given(

@@ -1,7 +1,8 @@
 """Where DeepSpeed keeps this rank's master weights and optimiser state, for each ZeRO stage.
 
-`Partitions.fragments` are views: a checkpoint is written from them and read into them
-(`cinemo.training.checkpoint.shares`).
+`Fragment`s are views: a checkpoint is written from them and read into them (`cinemo.training.checkpoint.shares`).
+Moments of 8 bits are in it as the float32 values that they stand for, so that any optimiser and any partition can go
+on with them; where blocks are cut in the same places, the same codes come back (`cinemo.training.run.adam8bit`).
 DeepSpeed's own files can be taken up by the same number of ranks only, its converter to universal ones does not know
 stage 0, a state beside Adam's two moments, or a way from stage 2 to 3; and both are pickles.
 """
@@ -9,7 +10,7 @@ stage 0, a state beside Adam's two moments, or a way from stage 2 to 3; and both
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,17 @@ from cinemo.training.run.averaging import EMA, AveragingAdam
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class _Place(NamedTuple):
+    """Values ``start``, ... of a flattened parameter: ``length`` from ``offset`` on of what the optimiser works on."""
+
+    parameter: nn.Parameter
+    shape: torch.Size
+    start: int
+    master: Tensor
+    offset: int
+    length: int
+
+
 class Partitions:
     """Views of one rank's share of a DeepSpeed engine's state.
 
@@ -28,8 +40,10 @@ class Partitions:
         adam: the optimiser that was handed in.
     """
 
-    def __init__(self, engine: Any, adam: torch.optim.Adam, stage: int, rank: int, world: int) -> None:
+    def __init__(self, engine: Any, adam: torch.optim.Optimizer, stage: int, rank: int, world: int) -> None:
         self._engine, self._adam, self._stage, self._rank, self._world = engine, adam, stage, rank, world
+        self._adam8bit: Any = adam if hasattr(adam, "unpacked") else None
+        self._unpacked: dict[Tensor, dict[str, Tensor]] = {}  # moments that were 8-bit, while they are read or written
         self._keys = (*_MOMENTS, EMA) if isinstance(adam, AveragingAdam) else _MOMENTS
         self._names: dict[nn.Parameter, str] = {value: name for name, value in engine.module.named_parameters()}
 
@@ -38,8 +52,16 @@ class Partitions:
         replicated = self._stage == 0
         for fragment in self._trained():
             yield fragment.part(self._rank, self._world) if replicated else fragment
+        self._unpacked = {}
         for fragment in self._frozen():
             yield fragment if self._stage == 3 else fragment.part(self._rank, self._world)
+
+    @property
+    def written_bytes(self) -> int:
+        """The size of what `written` yields; about, where a rank's part of it is rounded."""
+        trained = 4 * (1 + len(self._keys)) * sum(place.length for place in self._places())
+        frozen = sum(fragment.values[WEIGHT].nbytes for fragment in self._frozen())
+        return trained // (1 if self._stage else self._world) + frozen // (1 if self._stage == 3 else self._world)
 
     @property
     def steps(self) -> int:
@@ -57,8 +79,13 @@ class Partitions:
                 # Averages that were switched on after this checkpoint begin at its weights.
                 stored = WEIGHT if key == EMA and not shares.has(EMA, fragment.name) else key
                 shares.read(stored, fragment.name, fragment.shape, values, fragment.start)
-        for state in self._adam.state.values():
-            state["step"].fill_(steps)
+        if self._adam8bit is not None:
+            for master, moments in self._unpacked.items():
+                self._adam8bit.pack(master, moments, steps)
+            self._unpacked = {}
+        else:
+            for state in self._adam.state.values():
+                state["step"].fill_(steps)
         if self._stage == 0 and self._mixed:
             for lower, master in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
                 for parameter, whole in zip(lower, master, strict=True):
@@ -76,30 +103,34 @@ class Partitions:
     def _mixed(self) -> bool:
         return self._engine.optimizer is not self._adam
 
-    def _trained(self) -> Iterator[Fragment]:
+    def _places(self) -> Iterator[_Place]:
+        """Of what learns."""
         wrapper = self._engine.optimizer
         if self._stage == 0 and not self._mixed:
             for parameter in self._names:
                 if parameter.requires_grad:
-                    yield self._fragment(parameter, parameter.shape, 0, parameter, 0, parameter.numel())
+                    yield _Place(parameter, parameter.shape, 0, parameter, 0, parameter.numel())
         elif self._stage == 0:
             for lower, master in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
                 for parameter, whole in zip(lower, master, strict=True):
-                    yield self._fragment(parameter, parameter.shape, 0, whole, 0, whole.numel())
+                    yield _Place(parameter, parameter.shape, 0, whole, 0, whole.numel())
         elif self._stage in (1, 2):
             for group, flat in zip(wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, strict=True):
                 for parameter in group:
                     if parameter._hp_mapping is not None:  # else it lies wholly on other ranks
                         inside = parameter._hp_mapping.lp_fragment_address
                         held = parameter._hp_mapping.hp_fragment_address
-                        yield self._fragment(parameter, parameter.shape, inside.start, flat, held.start, held.numel)
+                        yield _Place(parameter, parameter.shape, inside.start, flat, held.start, held.numel)
         else:
             for group, flat in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
                 offset = 0
                 for parameter in group:
                     start, count = self._share(parameter)
-                    yield self._fragment(parameter, parameter.ds_shape, start, flat, offset, count)
+                    yield _Place(parameter, parameter.ds_shape, start, flat, offset, count)
                     offset += parameter.partition_numel()
+
+    def _trained(self) -> Iterator[Fragment]:
+        return map(self._fragment, self._places())
 
     def _frozen(self) -> Iterator[Fragment]:
         for parameter, name in self._names.items():
@@ -117,16 +148,21 @@ class Partitions:
         start = min(self._rank * parameter.partition_numel(), parameter.ds_numel)
         return start, min(parameter.partition_numel(), parameter.ds_numel - start)
 
-    def _fragment(
-        self, parameter: nn.Parameter, shape: torch.Size, start: int, master: Tensor, offset: int, count: int
-    ) -> Fragment:
-        """The run of ``count`` values at ``offset`` of a tensor the optimiser works on."""
+    def _fragment(self, place: _Place) -> Fragment:
+        tensors = {WEIGHT: place.master, **self._state(place.master)}
+        run = slice(place.offset, place.offset + place.length)
+        values = {key: value.detach().view(-1)[run] for key, value in tensors.items()}
+        return Fragment(self._names[place.parameter], tuple(place.shape), place.start, values)
+
+    def _state(self, master: Tensor) -> dict[str, Tensor]:
+        if self._adam8bit is not None:
+            if master not in self._unpacked:
+                self._unpacked[master] = self._adam8bit.unpacked(master)
+            return self._unpacked[master]
         state = self._adam.state[master]
         if "step" not in state:  # as Adam would at its first step
             state["step"] = torch.zeros((), dtype=torch.float32)
         for key in self._keys:
             if key not in state:
                 state[key] = master.detach().clone() if key == EMA else torch.zeros_like(master.detach())
-        tensors = {WEIGHT: master} | {key: state[key] for key in self._keys}
-        values = {key: value.detach().view(-1)[offset : offset + count] for key, value in tensors.items()}
-        return Fragment(self._names[parameter], tuple(shape), start, values)
+        return {key: state[key] for key in self._keys}

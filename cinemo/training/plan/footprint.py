@@ -1,8 +1,8 @@
 """Memory of one training worker, part by part, for each ZeRO stage (arXiv 1910.02054), as DeepSpeed 0.19 lays it out.
 
 P values learn, A values are there in all, N workers share; in float32 a value takes 4 bytes, in bfloat16 2. Adam has
-two float32 moments, with an average of the weights three; whatever computes in bfloat16, and ZeRO 1 to 3 always, has
-float32 master weights too.
+two float32 moments (adam8bit: of a byte each), with an average of the weights three; whatever computes in bfloat16,
+and ZeRO 1 to 3 always, has float32 master weights too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cinemo.config import Checkpointing, Offload, Recipe, Setting, Stage
 from cinemo.methods import method_class
 from cinemo.training.plan.activations import precision
 from cinemo.training.run.batch import TEXT_CACHE, TOKENS, latent_shape
-from cinemo.training.run.engine import REDUCE_BUCKET
+from cinemo.training.run.engine import deepspeed_config
 
 # DeepSpeed's defaults, in values: what a CPU reduces at once, what ZeRO-3 holds gathered at most.
 REDUCE_AT_ONCE = 500_000_000
@@ -29,6 +29,8 @@ KEPT_SHARE = 0.45
 # cache of kernels lets them go (float32: 6 MB). Measured for the tiny network on a processor with AMX; 16 MB of it stay
 # when that cache is made to hold a single kernel.
 KERNELS_BF16 = 41_000_000
+ON_A_NODE = 8  # workers with accelerators that one node is taken to have at most
+BLOCK = 256  # values of 8-bit moments that share a scale, see `cinemo.training.run.adam8bit`
 _PREFETCHED = 4  # steps' batches in host memory: two wait, one is made, one is used
 
 
@@ -106,15 +108,19 @@ def footprint(
     # Those of bfloat16 weights are then float32.
     gradients = 4 * share if stage >= 2 else value * trainable
     master = 4 * held if stage or value < 4 else 0
-    states = master + 4 * held * (3 if train.ema_decay else 2)
+    moments = 2 * (held + 4 * -(-held // BLOCK)) if train.optimizer == "adam8bit" else 8 * held
+    states = master + moments + (4 * held if train.ema_decay else 0)
 
-    at_once = REDUCE_BUCKET if stage else REDUCE_AT_ONCE
+    settings = train.model_copy(update=setting._asdict())
+    zero = deepspeed_config(settings, across_nodes=workers > ON_A_NODE)["zero_optimization"]
+    at_once = zero["reduce_bucket_size"] if stage else REDUCE_AT_ONCE
     bucket = min(trainable, at_once)
     at_backward = 0
     if stage:
         # The bucket is allocated whole when a backward pass begins; a CPU gives it memory as it fills.
-        # On an accelerator there are two: one is reduced, in float32, while the other fills.
-        at_backward = 2 * value * at_once if on_accelerator else 0
+        # Where communication overlaps there are two: one is reduced, in float32, while the other fills.
+        buffers = 2 if zero.get("overlap_comm") else 1
+        at_backward = buffers * value * at_once if on_accelerator else 0
         reducing = at_backward + (4 * bucket if on_accelerator else 2 * value * bucket)
         if value < 4 and not on_accelerator:
             reducing += 4 * bucket  # travels in float32
@@ -122,6 +128,8 @@ def footprint(
         reducing = value * bucket  # flattened for the all-reduce
     # Gradients of the optimizer's own: a float32 copy where they lie apart, or are of another type.
     at_step = 4 * held if stage or value < 4 else 0
+    if train.optimizer == "adam8bit" and not on_accelerator:
+        at_step += 20 * (held if stage else parameters.largest)  # the CPU's kernel computes on whole float32 copies
     if stage == 1 and value < 4:
         at_step += value * held  # flattened in their own type first
     if stage == 3:  # weights gathered for a forward pass stay where they are soon used again

@@ -187,6 +187,10 @@ class Window:
         self._current = _Part(0)
         self.waited, self._begun = 0.0, time.perf_counter()
 
+    def leave_out(self, seconds: float) -> None:
+        """Some of the time since `restart` was not training."""
+        self._begun += seconds
+
     def add(self, losses_B: Tensor, batch: HostBatch, weight_B: Tensor | None = None) -> None:
         """A micro batch of the current step, see `LossSums.add`."""
         self._losses.add(losses_B, batch, self._steps, weight_B)

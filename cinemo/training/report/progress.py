@@ -13,7 +13,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.progress import say, times
 from cinemo.recipes import parse_recipe
 from cinemo.tracking import Run, changes, flatten, run_name
+from cinemo.training.report.board import Board
 from cinemo.training.report.metrics import COLUMNS, Report, names_of
+from cinemo.training.report.profiled import Profiled
 from cinemo.types import InputError, RunError
 
 RUN_FILE, SUMMARY_FILE, LOSS_FILE, MOTION_FILE = "run.json", "train.json", "loss.csv", "motion.json"
@@ -68,7 +70,7 @@ class Grown:
     profile: Mapping[str, Any] | None = None
 
 
-Event = Report | Resumed | Saved | Sheet | Grown
+Event = Report | Resumed | Saved | Sheet | Grown | Profiled
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ class Progress:
         self._run: Run | None = None
         self._nested: Run | None = None
         self._opened = False
+        self._board = Board(output, say) if recipe.train.tensorboard else None
 
     def track(self, step: int = 0) -> None:
         """Open the MLflow run (seconds: import and database) with the recipe and the dataset it reads; once.
@@ -188,7 +191,7 @@ class Progress:
                     f"(--skip-steps {step} or --skip-sample leaves them out when an earlier checkpoint is resumed)"
                 )
             self._say(self._line(event))
-            self._log((event.step, event.metrics()))
+            self._curve(event.step, event.metrics())
             if time.monotonic() > self._csv_due:
                 self._write_csv()
         elif isinstance(event, Resumed):
@@ -200,6 +203,8 @@ class Progress:
             self._rows = list(event.history)
             # What a killed job had not yet sent, or could not; what is there already is left out.
             self._log(*((row.step, row.metrics()) for row in event.history))
+            if self._board:
+                self._board.resumed(event.step, event.history)
         elif isinstance(event, Saved):
             self._write_csv()
         elif isinstance(event, Grown):
@@ -207,10 +212,14 @@ class Progress:
             if event.fingerprint:
                 grown = event.fingerprint, event.profile or {}
                 self._tracked(lambda run: run.dataset(self._dataset, *grown))
+        elif isinstance(event, Profiled):
+            self._say(event.text)
+            self._store(event.uris)
         else:
             self._watch(event)
-            for uri in event.uris:
-                self._tracked(functools.partial(_store, uri=uri, folder=self._folder(uri)))
+            self._store(event.uris)
+            if self._board:
+                self._board.sheet(event.step, event.uris)
 
     def finish(self, checkpoint: str) -> TrainSummary:
         """Write ``loss.csv`` and ``train.json``, end the MLflow run."""
@@ -277,7 +286,7 @@ class Progress:
         except (RunError, OSError, ValueError, TypeError) as error:  # not worth a training, as the curve is not
             self._say(f"{MOTION_FILE}: cannot be kept ({error}); training goes on")
         metrics = {f"sample_motion_{name}": value for name, value in sheet.motion.items()}
-        self._log((sheet.step, metrics))
+        self._curve(sheet.step, metrics)
         lost = motion_lost(kept.get("0", {}), sheet.motion)
         if lost is not None:
             self._say(
@@ -301,9 +310,16 @@ class Progress:
         now = time.monotonic()
         self._csv_due = now + max(_CSV_SECONDS, 20 * (now - begun))
 
-    def _folder(self, uri: str) -> str:
-        """Where an artifact of the output directory lies in the run's artifacts."""
-        return uri.removeprefix(self._output).strip("/").rpartition("/")[0]
+    def _store(self, uris: Iterable[str]) -> None:
+        """Files of the output directory, at the same place among the run's artifacts."""
+        for uri in uris:
+            folder = uri.removeprefix(self._output).strip("/").rpartition("/")[0]
+            self._tracked(functools.partial(_store, uri=uri, folder=folder))
+
+    def _curve(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._log((step, metrics))
+        if self._board:
+            self._board.scalars(step, metrics)
 
     def _log(self, *entries: tuple[int, Mapping[str, float]]) -> None:
         """To the run, and what lies behind its beginning to the nested one."""
@@ -313,6 +329,8 @@ class Progress:
             self._tracked(lambda _: nested.log_all(entry for entry in entries if entry[0] > begun))
 
     def _end(self, status: str) -> None:
+        if self._board:
+            self._board.close()
         for run in (self._nested, self._run):
             if run is not None:
                 self._tracked(lambda _, run=run: run.finish(status))  # type: ignore[misc]

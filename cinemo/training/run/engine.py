@@ -1,6 +1,7 @@
 """DeepSpeed behind a small wrapper: its settings derived from the recipe, optimiser, schedule, checkpoints.
 
-DeepSpeed's JSON is never written by hand: `deepspeed_config` derives it from `cinemo.config.TrainConfig`. The optimiser
+DeepSpeed's JSON is never written by hand: `deepspeed_config` derives it from `cinemo.config.TrainConfig` and whether
+the workers are on several nodes. The optimiser
 is torch's own Adam, handed in (DeepSpeed's would be built first, also for offload), and no extension is ever compiled:
 the only one training would load on a CPU serves an inference collective that training never calls.
 
@@ -26,27 +27,42 @@ from cinemo.methods import Method
 from cinemo.training.checkpoint import shares
 from cinemo.training.checkpoint.partitions import Partitions
 from cinemo.training.run.averaging import AveragingAdam
+from cinemo.training.run.profiler import BACKWARD, OPTIMIZER, span
 from cinemo.types import LatentBatch
 
-# Values that ZeRO reduces at once; DeepSpeed's 500 million are half of the full-size network, and 2 GB of a process.
+# Values that ZeRO reduces at once; DeepSpeed's 500 million are half of the full-size network: 2 GB of every process.
+# Across nodes a collective takes longer to begin, and a ring over many ranks is fast only with long messages: twice.
 REDUCE_BUCKET = 50_000_000
+# For the same reason ZeRO 3 keeps the smaller matrices whole there (of the paper's UNet 189 of 346, 8% of the weights),
+# and asks for more of the next weights at a time.
+_GATHERED_ACROSS_NODES = {"stage3_param_persistence_threshold": 1_000_000, "stage3_prefetch_bucket_size": 100_000_000}
 
 
-def deepspeed_config(train: TrainConfig) -> dict[str, Any]:
+def deepspeed_config(train: TrainConfig, across_nodes: bool = False) -> dict[str, Any]:
     """The DeepSpeed settings of a recipe. Accumulation fills the global batch: global / (workers x micro).
 
     Under ZeRO 2 and 3, gradients of bfloat16 weights are added up in float32, under 1 to 3 they are reduced in it.
+
+    Args:
+        across_nodes: whether the workers are on several.
     """
     micro_batch, _, stage, _ = train.setting
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET}
     if train.gpus_per_worker and stage:
         # Gradients travel while the backward pass goes on, which takes buckets that fill many times in it.
         zero |= {"overlap_comm": True, "contiguous_gradients": True}
+        if across_nodes:
+            zero |= {
+                "reduce_bucket_size": 2 * REDUCE_BUCKET,
+                **(_GATHERED_ACROSS_NODES if stage == 3 else {}),
+            }
     host = {"device": "cpu", "pin_memory": train.gpus_per_worker > 0}
     if train.offload != "none":
         zero["offload_optimizer"] = host
     if train.offload == "all":
         zero["offload_param"] = host
+    if train.deepspeed:
+        zero |= train.deepspeed.model_dump(exclude_none=True)
     wide: dict[str, Any] = {}
     if train.precision == "bf16" and stage:
         wide["communication_data_type"] = "fp32"
@@ -80,8 +96,14 @@ def parameter_groups(method: Method, train: TrainConfig) -> list[dict[str, Any]]
     return [{"params": parameters, "lr": lr} for lr, parameters in groups.items()]
 
 
-def optimizer(train: TrainConfig, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> torch.optim.Adam:
+def optimizer(
+    train: TrainConfig, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+) -> torch.optim.Optimizer:
     """Adam (Cinemo section 4.1); weight decay is AdamW's, apart from the gradient; with ``ema_decay`` averages too."""
+    if train.optimizer == "adam8bit":
+        from cinemo.training.run.adam8bit import Adam8bit  # late: its library may be absent
+
+        return Adam8bit(parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay)
     # Fused: one pass over the weights instead of a dozen.
     settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "fused": True}
     if train.weight_decay:
@@ -105,9 +127,12 @@ class Engine:
     """A method under DeepSpeed on this rank. Every rank makes every call.
 
     Needs an initialised torch process group (Ray Train makes one) of ``train.workers`` ranks.
+
+    Args:
+        across_nodes: whether they are on several.
     """
 
-    def __init__(self, method: Method, train: TrainConfig, device: torch.device) -> None:
+    def __init__(self, method: Method, train: TrainConfig, device: torch.device, across_nodes: bool = False) -> None:
         deepspeed = import_deepspeed(device.type)
         if train.tf32 and device.type == "cuda":
             allow_tf32()
@@ -129,7 +154,7 @@ class Engine:
             model=method,
             optimizer=self._adam,
             lr_scheduler=lambda made: torch.optim.lr_scheduler.LambdaLR(made, lambda step: lr_factor(train, step)),
-            config=deepspeed_config(train),
+            config=deepspeed_config(train, across_nodes),
             dist_init_required=False,
         )
         if train.zero_stage == 0 and train.precision == "bf16":
@@ -167,7 +192,8 @@ class Engine:
         """Backward of one micro batch's scalar loss; the last one of a step also moves the weights and the schedule,
         unless its gradient is not finite on some rank (`moved`).
         """
-        self._engine.backward(loss)
+        with span(BACKWARD):
+            self._engine.backward(loss)
         self._micro = (self._micro + 1) % self._micros
         norm = None
         if self._micro == 0 and self.train.zero_stage == 0 and self.train.precision == "fp32":
@@ -175,7 +201,8 @@ class Engine:
             # reduced by now, so that every rank sees the same.
             norm = nn.utils.get_total_norm([p.grad for p in self.method.parameters() if p.grad is not None])
             self._adam.overflow = not bool(norm.isfinite())  # type: ignore[attr-defined]  # DeepSpeed asks for it
-        self._engine.step()
+        with span(OPTIMIZER):
+            self._engine.step()
         if self._micro == 0:
             self.moved = self._engine.was_step_applied()
             if self.moved:
@@ -197,7 +224,7 @@ class Engine:
     @property
     def share_bytes(self) -> int:
         """What `save` writes on this rank."""
-        return sum(value.nbytes for fragment in self._partitions.written() for value in fragment.values.values())
+        return self._partitions.written_bytes
 
     def save(self, directory: Path, client_state: dict[str, Any]) -> None:
         """Write this rank's share (rank 0: the record with ``client_state`` too) under ``directory``.

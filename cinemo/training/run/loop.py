@@ -23,6 +23,7 @@ from cinemo.training.plan.search import too_large
 from cinemo.training.report.metrics import Losses, Report, Window
 from cinemo.training.run.batch import FrozenStates, HostBatch, host_batch, on_device
 from cinemo.training.run.engine import Engine
+from cinemo.training.run.profiler import DATA, FORWARD, span
 from cinemo.types import RunError
 
 DEPTH = 2
@@ -42,6 +43,7 @@ def train(
     on_sheet: Callable[[int], None] = lambda step: None,
     validate: Callable[[], Losses] | None = None,
     sample_seconds: float = math.nan,
+    on_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train from ``start_step`` to ``recipe.train.max_steps``.
 
@@ -55,6 +57,7 @@ def train(
         validate: measures the losses on held-out shards, every ``validate_every`` steps and at the end; they become
             part of that step's report.
         sample_seconds: see `cinemo.training.report.metrics.Window`.
+        on_step: called with the number of steps done after each of them; its time is in no report.
 
     Raises:
         RunError: too many steps in a row have no finite gradient (they and their samples are named), the data ended
@@ -67,7 +70,8 @@ def train(
     with closing(prefetch(_prepare(batches, recipe, pin=engine.device.type == "cuda"))) as ready:
         for step in range(start_step, settings.max_steps):
             asked = time.perf_counter()
-            got = next(ready, None)
+            with span(DATA):
+                got = next(ready, None)
             if got is None or got[0] != step:
                 raise RunError(f"data: expected the batch of step {step}, got {'none' if got is None else got[0]}")
             window.waited += time.perf_counter() - asked
@@ -77,13 +81,17 @@ def train(
             for micro, weights_B in got[1]:
                 there_B = weights_B.to(engine.device, non_blocking=True)
                 try:
-                    losses_B = engine.loss(*on_device(micro, frozen, engine.device, engine.dtype))
+                    with span(FORWARD):
+                        losses_B = engine.loss(*on_device(micro, frozen, engine.device, engine.dtype))
                     engine.step((losses_B * there_B.to(losses_B.dtype)).mean() / share)
                 except torch.OutOfMemoryError:
                     raise RunError(f"step {step + 1}: {too_large(settings)}") from None
                 window.add(losses_B, micro, weights_B)
             done = step + 1
             window.end_step(done, moved=engine.moved or not got[1])
+            begun = time.perf_counter()
+            on_step(done)
+            window.leave_out(time.perf_counter() - begun)
 
             checkpoint = _due(done, settings.checkpoint_every, settings.max_steps)
             sheet = _due(done, settings.sample_every, settings.max_steps)

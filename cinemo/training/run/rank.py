@@ -36,6 +36,7 @@ from cinemo.training.run.engine import Engine
 from cinemo.training.run.growth import Batches, Generations, TrainingData, batches_of, generations_of, opened
 from cinemo.training.run.left_out import LeftOut
 from cinemo.training.run.loop import AHEAD, train
+from cinemo.training.run.profiler import Profiler
 from cinemo.types import InputError, RunError, keyed_seed
 
 
@@ -68,7 +69,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
         method.compile_networks(recipe.compile == "regional")
     if device.type == "cpu":
         keep_freed_memory()
-    engine = Engine(method, recipe.train, device)
+    engine = Engine(method, recipe.train, device, across_nodes=context.get_local_world_size() < world)
     frozen = FrozenStates.of(recipe, device, engine.dtype)
 
     step, history = 0, []
@@ -165,6 +166,8 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     held_out = HeldOut.of(begun[0], recipe.train, stored)
     validate = Validation(recipe, engine, frozen, held_out) if recipe.train.held_out_shards else None
     sample_seconds = config["flops"] / peak_flops(device, engine.dtype)
+    profiled = range(0) if rank and not config["profile_all_ranks"] else config["profile"]
+    profiler = Profiler(profiled, step, output, rank, device, lambda event: mailbox.post.remote(pickle.dumps(event)))
     train(
         recipe,
         engine,
@@ -176,5 +179,6 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
         on_sheet,
         validate,
         sample_seconds,
+        profiler.after,
     )
     ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived

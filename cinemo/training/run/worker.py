@@ -7,6 +7,7 @@ on storage. In both the data position comes from the loaded checkpoint itself.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import pickle
@@ -39,6 +40,7 @@ from cinemo.training.checkpoint import checkpoints
 from cinemo.training.plan.cost import training_flops
 from cinemo.training.plan.search import settled
 from cinemo.training.report.mailbox import Mailbox
+from cinemo.training.report.profiled import ProfileRequest
 from cinemo.training.report.progress import (
     Progress,
     Resumed,
@@ -61,6 +63,7 @@ def run(
     resume: str = "auto",
     break_lock: bool = False,
     change_batch: bool = False,
+    profile: ProfileRequest | None = None,
 ) -> TrainSummary:
     """Train ``recipe`` on datasets of latents and return how it ended.
 
@@ -73,11 +76,13 @@ def run(
             other datasets, which begin with their first epoch.
         break_lock: see `cinemo.lock.hold`.
         change_batch: a checkpoint may have been made with another ``train.global_batch`` or ``train.lanes``.
+        profile: steps to profile, see `cinemo.training.run.profiler`.
 
     Raises:
         InputError: dataset, checkpoint, recipe and machine do not fit together, or another training holds ``output``.
         RunError: training failed for good.
     """
+    _check_packages(recipe)
     sources = [Source(data)] if isinstance(data, str) else list(data)
     sources = [replace(source, uri=storage.absolute(source.uri)) for source in sources]
     output = storage.absolute(output)
@@ -105,8 +110,10 @@ def run(
     fields = method_class(recipe).stored_fields(recipe)
     for line in TrainingData(sources, indexes, shards, recipe.train, fields=fields).lines():
         say(line)
+    steps = profile.steps(card.step if card else 0, recipe.train.max_steps) if profile else range(0)
     with hold(output, break_lock) as lock:
-        return _train(recipe, sources, indexes, output, resume, change_batch, base_note, lock)
+        profiled = {"profile": steps, "profile_all_ranks": bool(profile and profile.all_ranks)}
+        return _train(recipe, sources, indexes, output, resume, change_batch, base_note, lock, profiled)
 
 
 def _train(
@@ -118,6 +125,7 @@ def _train(
     change_batch: bool,
     base_note: str | None,
     lock: Lock,
+    profiled: Mapping[str, Any],
 ) -> TrainSummary:
     """The training itself, in an output that nobody else writes."""
     if resume == "auto":  # what a killed job left half written
@@ -157,6 +165,7 @@ def _train(
             "shards": [len(index.shards) for index in indexes],
             "flops": flops.result(),
             "mailbox": mailbox,
+            **profiled,
         },
         torch_config=TorchConfig(backend="nccl" if train_settings.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
@@ -205,6 +214,17 @@ def _train(
                 f"{output}: no checkpoint is complete there: the storage has lost files that were written to it"
             )
         return progress.finish(latest.uri)
+
+
+def _check_packages(recipe: Recipe) -> None:
+    """See that what only some settings need is installed."""
+    wanted = {
+        "bitsandbytes": ("train.optimizer is adam8bit", recipe.train.optimizer == "adam8bit"),
+        "tensorboardX": ("train.tensorboard is true", recipe.train.tensorboard),
+    }
+    for package, (setting, asked) in wanted.items():
+        if asked and importlib.util.find_spec(package) is None:
+            raise InputError(f"{setting}, which needs the package {package}: pip install {package}")
 
 
 def _resources(recipe: Recipe) -> dict[str, float]:
