@@ -264,6 +264,11 @@ class TrainConfig(Part):
     weight_decay: float = Field(0.0, ge=0, description="0 is the paper's Adam; above 0 it is AdamW")
     grad_clip: float = Field(1.0, ge=0, description="0 switches clipping off")
     prompt_dropout: float = Field(0.5, ge=0, le=1, description="share of samples whose prompt is empty")
+    text_states: Literal["auto", "stored", "encoded"] = Field(
+        "auto",
+        description="stored: read from the dataset's field text_states, so that no text encoder is loaded; encoded: "
+        "made in training; auto: stored where all datasets have them of this recipe's text encoder",
+    )
     min_snr_gamma: float | None = Field(
         None, gt=0, description="min-SNR loss weights (arXiv 2303.09556, which uses 5); null: none"
     )
@@ -296,7 +301,15 @@ class TrainConfig(Part):
         0.0,
         ge=0,
         lt=1,
-        description="decay of averaged weights, which are then exported (sample sheets show the raw ones); 0: none",
+        description="decay of averaged weights, which sample sheets show and export.py takes; 0: none",
+    )
+    posthoc_ema: tuple[Annotated[float, Field(ge=0.005, le=0.28)], ...] = Field(
+        (),
+        description="relative widths of two further averages, e.g. [0.05,0.1], from whose snapshots export.py "
+        "--ema-std makes an average of another width (arXiv 2312.02696)",
+    )
+    posthoc_snapshots: int = Field(
+        32, ge=2, description="snapshots of posthoc_ema that are kept at most, evenly spread over max_steps"
     )
     zero_stage: Literal[0, 1, 2, 3, "auto"] = Field(
         2, description="how much of weights and states workers share, or auto"
@@ -364,7 +377,9 @@ class TrainConfig(Part):
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)
     sample_every: int = Field(1000, ge=0, description="steps between sample contact sheets; 0 = only at the end")
-    sample_count: int = Field(2, ge=1)
+    sample_count: int = Field(
+        2, ge=0, description="samples of the dataset on a sheet, beside what train.py --validation names"
+    )
     tensorboard: bool = Field(
         False, description="write curves and sample sheets for TensorBoard too; the same as --tensorboard"
     )
@@ -387,6 +402,8 @@ class TrainConfig(Part):
             first, _, last = steps.partition("-")
             if int(last or first) < int(first):
                 raise ValueError(f"skip_steps has {steps}, expected FIRST-LAST with FIRST <= LAST")
+        if self.posthoc_ema and (len(self.posthoc_ema) != 2 or self.posthoc_ema[0] >= self.posthoc_ema[1]):
+            raise ValueError(f"posthoc_ema is {list(self.posthoc_ema)}, expected two ascending widths, or []")
         least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage != "auto" and self.zero_stage < least:
             raise ValueError(
@@ -395,9 +412,10 @@ class TrainConfig(Part):
             )
         if self.deepspeed and self.zero_stage != "auto":
             self.deepspeed.check(self.zero_stage)
-        if self.optimizer == "adam8bit" and self.ema_decay:
+        if self.optimizer == "adam8bit" and (self.ema_decay or self.posthoc_ema):
             raise ValueError(
-                f"ema_decay is {self.ema_decay:g} with optimizer adam8bit, expected 0: only adam keeps averaged weights"
+                f"ema_decay is {self.ema_decay:g} and posthoc_ema {list(self.posthoc_ema)} with optimizer adam8bit, "
+                "expected 0 and []: only adam keeps averaged weights"
             )
         return self
 
@@ -495,6 +513,8 @@ _LATER = {
         "deepspeed",
         "optimizer",
         "tensorboard",
+        "posthoc_ema",
+        "posthoc_snapshots",
     ),
     "data": (*MACHINES, "scores", "other_shapes"),
 }

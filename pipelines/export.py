@@ -42,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="write only what a --checkpoint trained with LoRA has learnt, for peft and diffusers",
     )
     parser.add_argument(
+        "--ema-std",
+        type=float,
+        metavar="WIDTH",
+        help="of a --checkpoint trained with train.posthoc_ema: hold the average of this relative width, e.g. 0.08",
+    )
+    parser.add_argument(
         "--register", metavar="NAME", help="enter the bundle of a --checkpoint in MLflow's model registry under NAME"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="new directory for the result, or file")
@@ -50,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.libraries():
         from cinemo.media.motion import MORE_MOTION, STILLER
         from cinemo.training.checkpoint import checkpoints, export  # late: --help and bad flags need no torch
+        from cinemo.training.checkpoint.profiles import NARROWEST, WIDEST
         from cinemo.training.checkpoint.registry import register, tracked_run
 
     if arguments.adapter and not arguments.checkpoint:
@@ -58,6 +65,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             "--register: only for a bundle made from a checkpoint; expected --checkpoint URI --register NAME"
         )
+    if arguments.ema_std is not None and (arguments.adapter or not arguments.checkpoint):
+        raise InputError(
+            "--ema-std: only for a bundle made from a checkpoint; expected --checkpoint URI --ema-std WIDTH"
+        )
+    if arguments.ema_std is not None and not NARROWEST <= arguments.ema_std <= WIDEST:
+        raise InputError(f"--ema-std is {arguments.ema_std:g}, expected a share of the training, {NARROWEST}..{WIDEST}")
     if bool(arguments.bundle) != arguments.as_published:
         raise InputError("--as-published: is of a bundle; expected --bundle DIR --as-published --output FILE")
     recipe = cli.recipe_of(arguments)
@@ -69,9 +82,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError("--set: a checkpoint has its own recipe; expected --set with weights that are imported")
         if arguments.register:
             tracked_run(checkpoints.find(arguments.checkpoint).uri)  # before minutes of work
-        make = export.adapter_from_checkpoint if arguments.adapter else export.from_checkpoint
         with doing("putting the checkpoint's weights together"):
-            made = make(arguments.checkpoint, arguments.output)
+            if arguments.adapter:
+                made = export.adapter_from_checkpoint(arguments.checkpoint, arguments.output)
+            else:
+                made = export.from_checkpoint(arguments.checkpoint, arguments.output, arguments.ema_std)
         if arguments.register:
             with doing("registering the bundle"):
                 made += f"; {register(arguments.output, arguments.register)}"

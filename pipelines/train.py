@@ -37,6 +37,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--set train.where=...",
     )
     parser.add_argument("--output", metavar="URI", help="run directory, local or s3://")
+    parser.add_argument(
+        "--validation",
+        metavar="FILE|DIR",
+        help="pictures and prompts that sample sheets animate beside the dataset's samples: a .jsonl, .csv or "
+        ".parquet with image, prompt and any controls, or a folder of pictures with .txt beside them; local or s3://; "
+        "a run that goes on keeps them; none: no more",
+    )
     parser.add_argument("--max-steps", type=int, metavar="N", help="the same as --set train.max_steps=N")
     parser.add_argument(
         "--resume",
@@ -129,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sources += [Source.parse(text, still=True) for text in arguments.stills]
 
     if arguments.plan:
-        plan(arguments, recipe)
+        plan(arguments, recipe, sources)
         return
     if arguments.verify_resume:
         with cli.libraries():
@@ -142,7 +149,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         from cinemo.training.run import worker  # late: --help and bad flags need neither torch nor Ray
 
     summary = worker.run(
-        recipe, sources, arguments.output, arguments.resume, arguments.break_lock, arguments.change_batch, profile
+        recipe,
+        sources,
+        arguments.output,
+        arguments.resume,
+        arguments.break_lock,
+        arguments.change_batch,
+        profile,
+        arguments.validation,
     )
     print(
         f"{summary.steps} steps, loss {summary.first_loss:.4f} -> {summary.last_loss:.4f}, "
@@ -152,18 +166,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def plan(arguments: argparse.Namespace, recipe: Recipe) -> None:
-    """Print the estimate; with ``--output`` write it to ``plan.json`` there too."""
+def plan(arguments: argparse.Namespace, recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Print the estimate; with ``--output`` write it to ``plan.json`` there too. Datasets that are given are asked for
+    the states of encoders that need not be loaded then.
+    """
     with cli.libraries():
         from cinemo import storage
         from cinemo.data.precompute.prices import read_prices
         from cinemo.training.plan.estimate import plan_training
         from cinemo.training.plan.wording import plan_lines
+        from cinemo.training.run.growth import opened
+        from cinemo.training.run.stored_states import with_stored_states
 
     prices = read_prices(arguments.prices) if arguments.prices else None
     output = storage.absolute(arguments.output) if arguments.output else None
     if output:
         storage.check_writable(output)
+    if sources:
+        recipe, lines = with_stored_states(recipe, opened(sources))
+        print(*lines, sep="\n", end="\n" if lines else "")
     with doing("counting operations and memory"):
         estimate = plan_training(recipe, arguments.accelerator, arguments.mfu, prices)
     if output:

@@ -39,7 +39,7 @@ from cinemo.media.flow import dense_flow
 from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.synthetic import CLIP_FRAMES, PAINTERS, SPEEDS, render_scene, turned
 from cinemo.methods import build_method, image_encoder_place, method_class
-from cinemo.networks.frozen import ImageEncoder, Vae, network_digest
+from cinemo.networks.frozen import ImageEncoder, Text, Vae, network_digest
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.networks.weights import save_network
 from cinemo.training.run.batch import FrozenStates, HostBatch, host_batch, on_device
@@ -457,7 +457,7 @@ class _States(FrozenStates):
         network.requires_grad_(True).train()
         return network
 
-    def texts(self, captions: Sequence[str]) -> Tensor:
+    def texts(self, captions: Sequence[Text]) -> Tensor:
         if not getattr(self, "_learns", False):
             return super().texts(captions)
         encoder: Any = self._encoder

@@ -21,7 +21,7 @@ from cinemo.diffusion.schedule import NoiseSchedule
 from cinemo.media.motion import MotionScale
 from cinemo.methods.controls import Controls, Input, check_names
 from cinemo.networks.features import DeepFeatures
-from cinemo.networks.frozen import ImageEncoder, Picture, TextEncoder, Vae
+from cinemo.networks.frozen import ImageEncoder, Picture, Text, TextEncoder, Vae
 from cinemo.networks.memory import checkpoint_activations
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample
 
@@ -41,7 +41,7 @@ class Example:
     shapes), and by condition slot the text and the picture that the frozen encoders are to read."""
 
     fields: Mapping[str, Tensor]
-    texts: Mapping[str, str]
+    texts: Mapping[str, Text]
     images: Mapping[str, Picture] = field(default_factory=dict)
 
 

@@ -36,6 +36,8 @@ _TEMPORAL_CHUNK = 14
 Statistics = tuple[Sequence[float], Sequence[float]]
 Picture = np.ndarray | Tensor | None
 """For `ImageEncoder`: uint8 RGB (H, W, 3); its own tokens (L, D) of one; or None, one of zeros in -1..1 (grey)."""
+Text = str | Tensor
+"""What a text encoder is to read, or its own states (L, D) of that."""
 
 
 class Vae:

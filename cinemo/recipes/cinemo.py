@@ -39,16 +39,16 @@ def cinemo_320x512() -> CinemoRecipe:
       sample.edit_guidance_scale: 1, where the paper says 7.5. sample.edit_dct_tau: 985.
     - Our choice, what is learnt. train.lr: 1e-4 (DynamiCrafter, arXiv 2310.12190, begins with it), constant
       (train.schedule, train.warmup_steps). train.max_steps: 100 000, where the paper says one week. train.grad_clip: 1.
-      train.ema_decay: no average. train.precision: bf16. train.tf32: on. data.ssim: of luma. data.views: one a clip.
-      sample.motion_bucket: the middle.
+      train.ema_decay, train.posthoc_ema, train.posthoc_snapshots: no average. train.precision: bf16. train.tf32: on.
+      data.ssim: of luma. data.views: one a clip. sample.motion_bucket: the middle.
     - For more frames than the model makes at once, which this paper has not. Of another (arXiv 2405.17306, section
       3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:
       sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.micro_batch, train.gradient_checkpointing, train.zero_stage: the fastest
       that fits an A100 with 80 GB (``--plan``): twice 5 samples, of which nothing is computed twice.
-      train.offload, train.cpus_per_worker, train.lanes, train.on_damaged, train.max_skipped_steps, train.skip_steps,
-      train.skip_samples, train.deepspeed, train.optimizer, train.tensorboard, train.cache_gb, train.max_failures,
-      ``compile``. train.seed, data.seed. train.log_every,
+      train.offload, train.cpus_per_worker, train.lanes, train.on_damaged, train.text_states, train.max_skipped_steps,
+      train.skip_steps, train.skip_samples, train.deepspeed, train.optimizer, train.tensorboard,
+      train.cache_gb, train.max_failures, ``compile``. train.seed, data.seed. train.log_every,
       train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,
       train.validate_every, train.grow, train.where, train.canary. data.clips_per_shard, data.decoder,
       data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource, data.max_quarantine_share,

@@ -63,15 +63,15 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
       in the convolutions along time, where the published fine-tuning has 0.1. train.betas, train.weight_decay: Adam.
       train.schedule, train.warmup_steps: constant. train.precision: bf16, where the published code has fp16.
       train.tf32: on.
-      train.ema_decay: no average. train.noise_offset, train.timestep_shift, train.timestep_shift_steps: none.
-      diffusion.data_scale: 1. data.views: one a clip.
+      train.ema_decay, train.posthoc_ema, train.posthoc_snapshots: no average. train.noise_offset,
+      train.timestep_shift, train.timestep_shift_steps: none. diffusion.data_scale: 1. data.views: one a clip.
     - For more frames than the model makes at once, which this paper has not. Of another (arXiv 2405.17306, section
       3.4): sample.long.gamma, sample.long.omega, sample.long.shuffle, sample.long.noise, sample.long.renormalise. Ours:
       sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.micro_batch, train.gradient_checkpointing, train.zero_stage: the fastest
       that fits an A100 with 80 GB (``--plan``). train.workers, train.gpus_per_worker, train.cpus_per_worker,
       train.offload, train.lanes, train.on_damaged,
-      train.deepspeed, train.optimizer, train.tensorboard,
+      train.deepspeed, train.optimizer, train.tensorboard, train.text_states,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb,
       train.max_failures, train.image_tokens, ``compile``. train.seed, data.seed. train.log_every,
       train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,

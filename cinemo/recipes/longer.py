@@ -38,12 +38,13 @@ def longer_320x512() -> LongerRecipe:
       paper's fields are measured ones. sample.motion_speed, sample.fastest: of its 100..400.
       sample.motion_guidance_scale: 1. model.refiner.widths, model.refiner.critic_widths, model.refiner.scale: as
       flow_scale; sample.refine: on, which changes nothing until ``longer-320x512-refiner`` has trained it.
-      train.grad_clip: 1. train.ema_decay: no average. train.precision: bf16. train.tf32: on.
+      train.grad_clip: 1. train.ema_decay, train.posthoc_ema, train.posthoc_snapshots: no average.
+      train.precision: bf16. train.tf32: on.
       data.ssim, data.views. sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.gradient_checkpointing: none, as two samples hold 15 GB of activations at
       most. train.zero_stage, train.offload,
       train.cpus_per_worker, train.lanes, train.on_damaged,
-      train.deepspeed, train.optimizer, train.tensorboard,
+      train.deepspeed, train.optimizer, train.tensorboard, train.text_states,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb, train.max_failures, ``compile``.
       train.seed, data.seed. train.log_every, train.checkpoint_every, train.keep_checkpoints, train.sample_every,
       train.sample_count, train.held_out_shards, train.validate_every, train.grow, train.where, train.canary.

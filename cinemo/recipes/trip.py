@@ -42,8 +42,9 @@ def trip_256() -> TripRecipe:
       outermost. model.fusion.patch: 1 at this size. model.fusion.positions: on, since attention alone cannot tell
       which pixel of the prior is which. train.max_steps, train.global_batch, train.micro_batch: 100 000 steps of 64
       (DynamiCrafter, arXiv 2310.12190). train.weight_decay, train.betas: AdamW's defaults. train.prompt_dropout: 0.1,
-      as is usual. train.schedule, train.warmup_steps: constant. train.grad_clip: 1. train.ema_decay: no average.
-      train.precision: bf16. train.tf32: on. encoders.latent: a sample of the posterior. data.views: one a clip.
+      as is usual. train.schedule, train.warmup_steps: constant. train.grad_clip: 1. train.ema_decay,
+      train.posthoc_ema, train.posthoc_snapshots: no average. train.precision: bf16. train.tf32: on. encoders.latent: a
+      sample of the posterior. data.views: one a clip.
       sample.guidance_scale: 7.5 (sample.guidance_interval, sample.guidance_rescale, sample.reuse_features: at every
       step, as it is). sample.eta: 0. sample.spacing, sample.final_level: diffusers' "leading", ending at a_0.
       sample.replace_first: the given picture is the first frame.
@@ -52,7 +53,7 @@ def trip_256() -> TripRecipe:
       sample.long.way, sample.long.overlap, sample.long.together.
     - Our choice, how it is computed. train.gradient_checkpointing: none, as eight samples hold 26 GB of
       activations. train.zero_stage, train.offload, train.cpus_per_worker, train.lanes, train.on_damaged,
-      train.deepspeed, train.optimizer, train.tensorboard,
+      train.deepspeed, train.optimizer, train.tensorboard, train.text_states,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb,
       train.max_failures, ``compile``. train.seed, data.seed. train.log_every, train.checkpoint_every,
       train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards, train.validate_every,

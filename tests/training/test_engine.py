@@ -247,6 +247,38 @@ def test_parameters_learn_at_their_own_rates(small: Recipe, tmp_path: Path, monk
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_averages_take_the_place_of_the_weights_and_give_it_back(
+    small: Recipe, tmp_path: Path, stage: int, precision: str
+) -> None:
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    def shown() -> dict[str, torch.Tensor]:
+        parameters = dict(made.method.named_parameters())
+        with GatheredParameters(list(parameters.values()), enabled=stage == 3):
+            return {name: value.detach().clone() for name, value in parameters.items()}
+
+    made = _engine(small, zero_stage=stage, precision=precision, ema_decay=0.9)
+    _run(made, small, range(3))
+    made.save(tmp_path / "before", {})
+    weights = shown()
+    with made.averaged():
+        averages = shown()
+    assert all(torch.equal(value, weights[name]) for name, value in shown().items())
+    assert any(not torch.equal(value, weights[name]) for name, value in averages.items())
+    with Shares(tmp_path / "before" / STATE) as stored:
+        for name, value in averages.items():
+            expected = torch.empty(value.numel())
+            stored.read(EMA, name, value.shape, expected)
+            assert torch.equal(value.flatten(), expected.to(value.dtype)), name
+    losses, _ = _run(made, small, range(3, 4))
+    again = _engine(small, zero_stage=stage, precision=precision, ema_decay=0.9)
+    again.load(tmp_path / "before")
+    assert _run(again, small, range(3, 4))[0] == losses, "the training goes on as if nobody had looked"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
 def test_the_first_step_in_bfloat16_is_adams_first(small: Recipe, tmp_path: Path) -> None:
     """Nothing moves weights or counts steps before it: Adam's bias corrections would be off for good."""
     torch.manual_seed(0)

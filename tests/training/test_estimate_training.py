@@ -76,6 +76,10 @@ def test_adam_in_bfloat16_takes_sixteen_bytes_a_parameter() -> None:
     assert averaged.optimizer == 16 * values
     eight_bits = footprint(paper(optimizer="adam8bit"), PARAMETERS, ACTIVATIONS, 0, Setting(10, "whole", 0, "none"))
     assert eight_bits.optimizer == 4 * values + 2 * (values + 4 * math.ceil(values / 256))
+    both = footprint(
+        paper(ema_decay=0.999, posthoc_ema=(0.05, 0.1)), PARAMETERS, ACTIVATIONS, 0, Setting(10, "whole", 0, "none")
+    )
+    assert both.optimizer == 24 * values
 
 
 def test_buckets_follow_from_nodes_and_settings() -> None:

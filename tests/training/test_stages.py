@@ -6,6 +6,7 @@ One training of 20 steps: in this process as the only rank, and on two ranks of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ from cinemo.methods.cinemo import CinemoTrain
 from cinemo.recipes import override
 from cinemo.training.checkpoint.export import consolidated
 from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
-from cinemo.training.run.averaging import EMA
+from cinemo.training.checkpoint.snapshots import Mixture
+from cinemo.training.run.averaging import EMA, power_average
 from tests.training.ranks import Case, made_engine, on_ranks, train_steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("stages")]  # all tests read the same trainings
@@ -29,6 +31,7 @@ STEPS, HALF = 20, 10
 FP32 = [*map(Case, range(4)), *(Case(stage, "optimizer") for stage in (1, 2, 3)), Case(3, "all")]
 BF16 = [Case(stage, precision="bf16") for stage in range(4)]
 TRAIN = {"schedule": "cosine", "warmup_steps": 4, "max_steps": STEPS, "ema_decay": 0.8, "weight_decay": 0.01}
+TRAIN |= {"posthoc_ema": (0.05, 0.2)}
 FROZEN = "attn1"
 
 # Relative. Float32: sums in another order; measured 2e-7. Bfloat16: the norm that clips is summed in another order, two
@@ -166,6 +169,22 @@ def test_weights_and_averages_that_are_exported_are_the_same(runs: Runs, slim: R
     apart = max(float((raw[name] - expected[name]).detach().abs().max()) for name in raw)
     print(f"averages are {apart:.1e} from the weights")
     assert (apart > 3 * SAME_WEIGHTS) == bool(ema)  # the schedule ends at zero: the last steps are small
+
+
+@pytest.mark.parametrize("width", TRAIN["posthoc_ema"])
+def test_power_averages_are_the_same(runs: Runs, slim: Recipe, width: float) -> None:
+    def average(directory: Path) -> Tensor:
+        with Shares(directory / "end" / STATE) as stored:
+            found = {name: torch.zeros(math.prod(shape)) for name, shape in sorted(stored.shapes.items())}
+        Mixture(width, {str(directory / "end" / STATE): {power_average(width): 1.0}}, 0.0).add_to(found)
+        return torch.cat([*found.values()])
+
+    expected = average(runs.root / "1" / _name(Case(0)))
+    for place in ("1", "2", "1-resumed", "2-resumed"):
+        for case in FP32:
+            if "resumed" not in place or case in BEGUN:
+                found = average(runs.root / place / _name(case))
+                torch.testing.assert_close(found, expected, rtol=0, atol=SAME_WEIGHTS, msg=f"{place} {case}")
 
 
 def test_shares_are_shares(runs: Runs) -> None:

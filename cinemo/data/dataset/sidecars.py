@@ -133,6 +133,14 @@ def totals(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def stored_info(dataset: str, field: str) -> dict[str, Any] | None:
+    """``fields/FIELD.json``; None where the dataset has no such field."""
+    try:
+        return dict(storage.read_json(info_uri(dataset, field)))
+    except FileNotFoundError:
+        return None
+
+
 def require(index: DatasetIndex, field: str) -> None:
     """Refuse a dataset that lacks a field, or has it for some of its shards only.
 
@@ -140,10 +148,9 @@ def require(index: DatasetIndex, field: str) -> None:
         InputError: saying what makes it.
     """
     advice = f"run the same precompute.py command with --set data.fields='[\"{field}\"]'"
-    try:
-        info = storage.read_json(info_uri(index.uri, field))
-    except FileNotFoundError:
-        raise InputError(f"{index.uri}: has no field {field}; {advice}") from None
+    info = stored_info(index.uri, field)
+    if info is None:
+        raise InputError(f"{index.uri}: has no field {field}; {advice}")
     if not info["complete"] or info["shards"] < len(index.shards):
         covered = f"it covers {info['shards']} of {len(index.shards)} shards"
         raise InputError(f"{index.uri}: field {field} is not complete, {covered}; {advice}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import cinemo
 from cinemo import cache, storage
@@ -18,30 +18,40 @@ from cinemo.networks.weights import save_network
 from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.checkpoint.shares import STATE, WEIGHT, Shares
-from cinemo.training.run.averaging import EMA
+from cinemo.training.checkpoint.snapshots import Mixture, mixture
+from cinemo.training.run.averaging import EMA, power_average
 from cinemo.types import InputError
 
 
-def from_checkpoint(location: str, output: str) -> str:
+def from_checkpoint(location: str, output: str, width: float | None = None) -> str:
     """Write the bundle of a checkpoint, its weights consolidated to float32; returns a line about it.
 
     Args:
         location: a run's output directory (its latest complete checkpoint) or one checkpoint; local or s3://.
         output: new local directory.
+        width: of the average that it holds, made of what ``train.posthoc_ema`` left; None: the recipe's own average, or
+            the weights.
 
     Raises:
-        InputError: no complete checkpoint there, or ``output`` cannot be used.
+        InputError: no complete checkpoint there, no average of this width, or ``output`` cannot be used.
     """
     target = _target(output)
     card = checkpoints.find(location)
     recipe = parse_recipe(dict(card.recipe), f"checkpoint {card.uri}")
+    average = None
     with cache.borrowed(card.uri) as directory:
-        networks = consolidated(directory, recipe)
+        if width is not None:
+            average = mixture(card, directory / STATE, recipe.train, width)
+        networks = consolidated(directory, recipe, average)
     provenance = {"source": "training", "checkpoint": card.uri, "step": card.step, "dataset": card.dataset}
-    if recipe.train.ema_decay:
+    made_of = ""
+    if average is not None:
+        provenance["ema_std"] = width
+        made_of = f", averaged with width {width:g} (of {len(average.parts)} snapshots, to within {average.off:.1%})"
+    elif recipe.train.ema_decay:
         provenance["ema_decay"] = recipe.train.ema_decay
     digest = save_bundle(target, recipe, networks, provenance | {"cinemo": cinemo.__version__})
-    return f"bundle {digest[:12]} of step {card.step} ({recipe.name})"
+    return f"bundle {digest[:12]} of step {card.step}{made_of} ({recipe.name})"
 
 
 def adapter_from_checkpoint(location: str, output: str) -> str:
@@ -82,16 +92,16 @@ def as_published(location: str, output: str) -> str:
     return f"weights of bundle {bundle.digest[:12]} ({bundle.recipe.name}) as they are published"
 
 
-def consolidated(directory: Path, recipe: Recipe) -> dict[str, nn.Module]:
+def consolidated(directory: Path, recipe: Recipe, average: Mixture | None = None) -> dict[str, nn.Module]:
     """The networks of a complete local checkpoint, float32, put together from the shares of all ranks; LoRA is merged.
 
-    With ``train.ema_decay`` the averaged weights. Values go from the files straight into the networks: they are in
-    memory once, and nothing beside them but the layers that LoRA changed.
+    With ``average`` its weights, else with ``train.ema_decay`` the averaged ones. Values go from the files straight
+    into the networks: they are in memory once, and nothing beside them but the layers that LoRA changed.
 
     Raises:
         RunError: the checkpoint is of another network.
     """
-    networks = _as_trained(directory, recipe)
+    networks = _as_trained(directory, recipe, average)
     if recipe.train.trainable != "lora":
         return networks
     with torch.device("meta"):
@@ -101,17 +111,23 @@ def consolidated(directory: Path, recipe: Recipe) -> dict[str, nn.Module]:
     return merged
 
 
-def _as_trained(directory: Path, recipe: Recipe) -> dict[str, nn.Module]:
+def _as_trained(directory: Path, recipe: Recipe, average: Mixture | None = None) -> dict[str, nn.Module]:
     networks = method_class(recipe).fresh_networks(recipe)  # buffers hold formulas, which training may have rounded
+    learnt: dict[str, Tensor] = {}
     with Shares(directory / STATE) as stored:
         for part, network in networks.items():
             if recipe.train.trainable == "lora":
                 add_lora(network, recipe.train)
             for name, parameter in network.named_parameters():
-                name = f"{part}.{name}"
+                name, values = f"{part}.{name}", parameter.detach().view(-1)
+                if average is not None and stored.has(power_average(recipe.train.posthoc_ema[0]), name):
+                    learnt[name] = values.zero_()
+                    continue
                 # What is frozen has no average.
                 key = EMA if recipe.train.ema_decay and stored.has(EMA, name) else WEIGHT
-                stored.read(key, name, parameter.shape, parameter.detach().view(-1))
+                stored.read(key, name, parameter.shape, values)
+    if average is not None:
+        average.add_to(learnt)
     return networks
 
 

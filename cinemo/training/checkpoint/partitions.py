@@ -9,14 +9,16 @@ stage 0, a state beside Adam's two moments, or a way from stage 2 to 3; and both
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cinemo.training.checkpoint.shares import WEIGHT, Fragment, Shares
-from cinemo.training.run.averaging import EMA, AveragingAdam
+from cinemo.training.run.averaging import AveragingAdam
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,15 +46,23 @@ class Partitions:
         self._engine, self._adam, self._stage, self._rank, self._world = engine, adam, stage, rank, world
         self._adam8bit: Any = adam if hasattr(adam, "unpacked") else None
         self._unpacked: dict[Tensor, dict[str, Tensor]] = {}  # moments that were 8-bit, while they are read or written
-        self._keys = (*_MOMENTS, EMA) if isinstance(adam, AveragingAdam) else _MOMENTS
+        self.averages = adam.averages if isinstance(adam, AveragingAdam) else ()
+        self._keys = (*_MOMENTS, *self.averages)
         self._names: dict[nn.Parameter, str] = {value: name for name, value in engine.module.named_parameters()}
 
-    def written(self) -> Iterator[Fragment]:
-        """What this rank writes: all ranks together each value once."""
+    def written(self, keys: Sequence[str] = ()) -> Iterator[Fragment]:
+        """What this rank writes: all ranks together each value once.
+
+        ``keys``: only these of what is trained; none: everything, frozen parameters too.
+        """
         replicated = self._stage == 0
         for fragment in self._trained():
+            if keys:
+                fragment = replace(fragment, values={key: fragment.values[key] for key in keys})
             yield fragment.part(self._rank, self._world) if replicated else fragment
         self._unpacked = {}
+        if keys:
+            return
         for fragment in self._frozen():
             yield fragment if self._stage == 3 else fragment.part(self._rank, self._world)
 
@@ -71,21 +81,49 @@ class Partitions:
     @torch.no_grad()
     def read(self, shares: Shares, steps: int) -> None:
         """Fill this rank's share, then the weights that the network computes with. Every rank must call."""
+        with self._changing_masters():
+            for fragment in (*self._trained(), *self._frozen()):
+                for key, values in fragment.values.items():
+                    # Averages that were switched on after this checkpoint begin at its weights.
+                    stored = WEIGHT if key in self.averages and not shares.has(key, fragment.name) else key
+                    shares.read(stored, fragment.name, fragment.shape, values, fragment.start)
+            if self._adam8bit is not None:
+                for master, moments in self._unpacked.items():
+                    self._adam8bit.pack(master, moments, steps)
+                self._unpacked = {}
+            else:
+                for state in self._adam.state.values():
+                    state["step"].fill_(steps)
+        if isinstance(self._adam, AveragingAdam):
+            self._adam.recount()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The first of the averages in the place of the weights, where there is one. Every rank must call."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        if not self.averages:
+            return
+        with self._changing_masters():
+            for fragment in self._trained():
+                weights, averages = (fragment.values[key] for key in (WEIGHT, self.averages[0]))
+                kept = weights.clone()
+                weights.copy_(averages)
+                averages.copy_(kept)
+
+    @contextmanager
+    def _changing_masters(self) -> Iterator[None]:
+        """Around what changes master weights: then the network computes with them."""
         wrapper = self._engine.optimizer
         if self._stage == 3:
             wrapper.checkpoint_event_prologue()  # small weights that stay whole give way to their shares
-        for fragment in (*self._trained(), *self._frozen()):
-            for key, values in fragment.values.items():
-                # Averages that were switched on after this checkpoint begin at its weights.
-                stored = WEIGHT if key == EMA and not shares.has(EMA, fragment.name) else key
-                shares.read(stored, fragment.name, fragment.shape, values, fragment.start)
-        if self._adam8bit is not None:
-            for master, moments in self._unpacked.items():
-                self._adam8bit.pack(master, moments, steps)
-            self._unpacked = {}
-        else:
-            for state in self._adam.state.values():
-                state["step"].fill_(steps)
+        yield
         if self._stage == 0 and self._mixed:
             for lower, master in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
                 for parameter, whole in zip(lower, master, strict=True):
@@ -160,9 +198,9 @@ class Partitions:
                 self._unpacked[master] = self._adam8bit.unpacked(master)
             return self._unpacked[master]
         state = self._adam.state[master]
-        if "step" not in state:  # as Adam would at its first step
-            state["step"] = torch.zeros((), dtype=torch.float32)
+        if "step" not in state:  # as fused Adam would at its first step
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
         for key in self._keys:
             if key not in state:
-                state[key] = master.detach().clone() if key == EMA else torch.zeros_like(master.detach())
+                state[key] = master.detach().clone() if key in self.averages else torch.zeros_like(master.detach())
         return {key: state[key] for key in self._keys}

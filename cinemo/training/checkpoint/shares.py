@@ -28,7 +28,7 @@ from cinemo.types import RunError
 
 WEIGHT = "weight"
 STATE = "state"  # the directory inside a checkpoint
-_RECORD = "state.json"
+RECORD = "state.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _CHUNK = 2**24  # values that are copied or cast at a time
@@ -44,7 +44,7 @@ class Fragment:
     values: Mapping[str, Tensor]
 
     def __len__(self) -> int:
-        return self.values[WEIGHT].numel()
+        return next(iter(self.values.values())).numel()
 
     def part(self, rank: int, world: int) -> Fragment:
         """What rank ``rank`` of ``world`` writes of a fragment that all of them hold."""
@@ -54,17 +54,25 @@ class Fragment:
         )
 
 
-def write(directory: Path, rank: int, fragments: Iterable[Fragment]) -> None:
-    """Write a rank's share straight from its tensors: nothing is there twice but a chunk at a time."""
+def file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write(directory: Path, rank: int, fragments: Iterable[Fragment], dtype: torch.dtype | None = None) -> None:
+    """Write a rank's share straight from its tensors: nothing is there twice but a chunk at a time.
+
+    ``dtype``: of the files' values; None: as they are.
+    """
     held = [fragment for fragment in fragments if len(fragment)]
     places = {fragment.name: {"start": fragment.start, "shape": fragment.shape} for fragment in held}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "fragments": json.dumps(places)}}
     tensors, end = [], 0
     for fragment in held:
         for key, value in fragment.values.items():
-            begin, end = end, end + value.numel() * value.element_size()
+            stored = dtype or value.dtype
+            begin, end = end, end + value.numel() * stored.itemsize
             header[f"{key}/{fragment.name}"] = {
-                "dtype": _CODES[value.dtype],
+                "dtype": _CODES[stored],
                 "shape": [value.numel()],
                 "data_offsets": [begin, end],
             }
@@ -72,17 +80,17 @@ def write(directory: Path, rank: int, fragments: Iterable[Fragment]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"rank-{rank:05d}.safetensors").open("wb") as file:
+    with (directory / file_name(rank)).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
             for chunk in tensor.detach().split(_CHUNK):  # type: ignore[no-untyped-call]
-                file.write(_bytes(chunk.cpu().contiguous()))
+                file.write(_bytes(chunk.to(dtype or chunk.dtype).cpu().contiguous()))
 
 
 def write_record(directory: Path, record: Mapping[str, Any]) -> None:
     """Write what belongs to no rank alone."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / _RECORD).write_text(json.dumps(record))
+    (directory / RECORD).write_text(json.dumps(record))
 
 
 @dataclass(frozen=True)
@@ -104,9 +112,9 @@ class Shares:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         paths = sorted(directory.glob("rank-*.safetensors"))
-        if not paths or not (directory / _RECORD).is_file():
+        if not paths or not (directory / RECORD).is_file():
             raise RunError(f"{directory}: does not hold a training state; use another checkpoint")
-        self.record: dict[str, Any] = json.loads((directory / _RECORD).read_text())
+        self.record: dict[str, Any] = json.loads((directory / RECORD).read_text())
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[_Piece]] = {}
         self._files: list[io.FileIO] = []

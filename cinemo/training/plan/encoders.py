@@ -8,6 +8,7 @@ from typing import Any
 from cinemo.config import Recipe
 from cinemo.methods import method_class
 from cinemo.networks.weights import read_config, resolve
+from cinemo.training.run.batch import IMAGE_TOKENS, TEXT_STATES, stored_fields
 from cinemo.types import InputError
 
 _CLIP_VISION = {  # of OpenCLIP's ViT-H/14
@@ -28,7 +29,9 @@ _OPENCLIP_TEXT = _CLIP_TEXT | {"hidden_size": 1024, "intermediate_size": 4096, "
 
 
 def text_encoder_values(recipe: Recipe) -> tuple[int, str]:
-    """Values of the frozen CLIP text model by its ``config.json``, and where they are from."""
+    """Values of the frozen CLIP text model by its ``config.json``, and where they are from; 0 where states are read."""
+    if TEXT_STATES in stored_fields(recipe):
+        return 0, ""
     location = recipe.encoders.text_encoder
     try:
         config: Mapping[str, Any] = read_config(resolve(location), location)
@@ -47,7 +50,7 @@ def text_encoder_values(recipe: Recipe) -> tuple[int, str]:
 
 def image_encoder_values(recipe: Recipe) -> tuple[int, str]:
     """Values of the frozen CLIP image model by its ``config.json``, and where they are from; 0 where none is needed."""
-    if "image_encoder" not in method_class(recipe).needs:
+    if "image_encoder" not in method_class(recipe).needs or not IMAGE_TOKENS.isdisjoint(stored_fields(recipe)):
         return 0, ""
     location = recipe.encoders.image_encoder or "encoders.image_encoder"
     try:

@@ -26,6 +26,7 @@ from cinemo.accelerators import (
 from cinemo.config import Recipe
 from cinemo.data.precompute.prices import Prices, money
 from cinemo.methods import build_method, mark_trainable
+from cinemo.training.checkpoint import snapshots
 from cinemo.training.plan.activations import precision
 from cinemo.training.plan.encoders import image_encoder_values, text_encoder_values
 from cinemo.training.plan.search import ASSUMED_MFU, Workload, fastest, room, settings, settled
@@ -95,7 +96,7 @@ def plan_training(
         "recipe": recipe.name,
         "largest_shape": list(largest) if largest else None,
         "parameters": asdict(work.parameters),
-        "text_encoder": {"parameters": encoder, "source": encoder_source},
+        "text_encoder": {"parameters": encoder, "source": encoder_source} if encoder else None,
         "image_encoder": {"parameters": image_encoder, "source": image_source} if image_encoder else None,
         "flops_per_sample": flops,
         "flops_per_step": {key: value * train.global_batch for key, value in flops.items()},
@@ -111,6 +112,13 @@ def plan_training(
             "peak_flops": known.peak(precision(recipe)),
         },
         "memory": {"rows": rows, "recipe": own, "fits": own["peak"] <= most},
+        "snapshots": {
+            "count": snapshots.count(train),
+            "every": snapshots.interval(train),
+            "bytes": snapshots.count(train) * snapshots.size(train, work.parameters.trainable),
+        }
+        if train.posthoc_ema
+        else None,
         "speed": asdict(speed),
         "steps": train.max_steps,
         "seconds_per_step": seconds,

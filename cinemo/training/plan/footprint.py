@@ -109,7 +109,7 @@ def footprint(
     gradients = 4 * share if stage >= 2 else value * trainable
     master = 4 * held if stage or value < 4 else 0
     moments = 2 * (held + 4 * -(-held // BLOCK)) if train.optimizer == "adam8bit" else 8 * held
-    states = master + moments + (4 * held if train.ema_decay else 0)
+    states = master + moments + 4 * held * (bool(train.ema_decay) + len(train.posthoc_ema))
 
     settings = train.model_copy(update=setting._asdict())
     zero = deepspeed_config(settings, across_nodes=workers > ON_A_NODE)["zero_optimization"]
@@ -148,8 +148,11 @@ def footprint(
     noise = method_class(recipe).target_shape((channels, frames, rows, columns))
     sample = 4 * (channels * frames * rows * columns + math.prod(noise))  # latents and noise, float32
     states_of_text = TOKENS * method_class(recipe).text_width(recipe) * value
-    inputs = encoder * value + TEXT_CACHE * states_of_text + micro_batch * (sample + states_of_text)
-    waiting = _PREFETCHED * sample * train.global_batch // workers
+    texts_stored = train.text_states == "stored"
+    kept_texts = 0 if texts_stored else TEXT_CACHE
+    inputs = encoder * value + kept_texts * states_of_text + micro_batch * (sample + states_of_text)
+    waiting_sample = sample + (2 * states_of_text // value if texts_stored else 0)  # read in float16
+    waiting = _PREFETCHED * waiting_sample * train.global_batch // workers
     active = activations[checkpointing]
     kept = 0 if on_accelerator else int(KEPT_SHARE * active)
     if on_accelerator:

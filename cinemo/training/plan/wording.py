@@ -19,13 +19,14 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
     parameters, flops, step = plan["parameters"], plan["flops_per_sample"], plan["flops_per_step"]
     memory, device, speed = plan["memory"], plan["accelerator"], plan["speed"]
     again = " (including what gradient checkpointing repeats)" if flops["executed"] > flops["training"] else ""
+    frozen = [
+        f"a frozen {name.replace('_', ' ')} of {plan[name]['parameters']:,} ({plan[name]['source']})"
+        for name in ("text_encoder", "image_encoder")
+        if plan[name]
+    ]
     lines = [
-        f"{plan['recipe']}: {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained; plus "
-        + " and ".join(
-            f"a frozen {name.replace('_', ' ')} of {plan[name]['parameters']:,} ({plan[name]['source']})"
-            for name in ("text_encoder", "image_encoder")
-            if plan[name]
-        ),
+        f"{plan['recipe']}: {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained; "
+        + (f"plus {' and '.join(frozen)}" if frozen else "no frozen encoder: its states are stored"),
         *(
             [
                 "planned as if every sample had the largest of the recipe's shapes, "
@@ -56,6 +57,11 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
         + (f"{plan['accelerator_hours']:,.4g} accelerator hours, " if "accelerator_hours" in plan else "")
         + f"{plan['core_hours']:,.4g} core hours"
     ]
+    if kept := plan["snapshots"]:
+        lines.append(
+            f"averages for export.py --ema-std: {kept['count']} snapshots, one every {kept['every']:,} steps, take "
+            f"{kept['bytes'] / 1e9:,.1f} GB in the output"
+        )
     lines += _fastest(plan["fastest"])
     if "costs" in plan:
         items = ", ".join(f"{name} {value:,.2f}" for name, value in plan["costs"].items())

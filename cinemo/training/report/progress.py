@@ -13,7 +13,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,18 @@ class Sheet:
     """Samples of ``step`` were written: a contact sheet and videos.
 
     ``motion``: 1 - mean SSIM of neighbouring frames, mean over the samples: of their ``clips`` and of what the network
-    makes of them with each of the method's variants.
+    makes of them with each of the method's variants; of one's own ``prompts``.
     """
 
     step: int
     uris: tuple[str, ...]
     motion: Mapping[str, float]
+
+    @classmethod
+    def of(cls, sheets: Sequence[Sheet]) -> Sheet:
+        """One of several of a step."""
+        uris = tuple(uri for sheet in sheets for uri in sheet.uris)
+        return cls(sheets[0].step, uris, {name: value for sheet in sheets for name, value in sheet.motion.items()})
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from cinemo.media.mp4 import write_video
 from cinemo.methods import Example, Method, method_class, run
 from cinemo.networks.frozen import Vae
 from cinemo.training.report.progress import Sheet
-from cinemo.training.run.batch import FrozenStates, stored_latents, undropped
+from cinemo.training.run.batch import FrozenStates, example_of, stored_latents, undropped
 from cinemo.types import Condition, LatentSample, RunError, keyed_generator
 
 STEPS = 20
@@ -61,7 +61,7 @@ def sheet_latents(
     told = undropped(recipe)
     for sample in samples:
         video_CFHW = stored_latents(sample, recipe).transpose(0, 1).to(device)
-        example = method.example(told, sample, functools.partial(keyed_generator, recipe.train.seed))
+        example = example_of(told, sample, functools.partial(keyed_generator, recipe.train.seed))
         fields = {
             name: torch.stack([torch.full_like(own, asked.get(name, own.item())) for asked in method.variants.values()])
             if own.dim() == 0
@@ -133,16 +133,19 @@ def draw_sheet(recipe: Recipe, samples: Sequence[LatentSample], frames: Sequence
         rows.append((f"{sample.clip_id}: {sample.caption[:60]} (true, bucket {bucket})", truth))
         labels = [name.replace("-", " ") for name in method_class(recipe).variants]
         rows += list(zip(labels, animations, strict=True))
+    return contact_sheet(recipe, rows)
+
+
+def contact_sheet(recipe: Recipe, rows: Sequence[tuple[str, np.ndarray]]) -> bytes:
+    """A PNG with a row of frames for each video (F, H, W, 3), below its label."""
     height, width = recipe.data.size
-    chosen = np.linspace(0, recipe.data.frames - 1, min(_COLUMNS, recipe.data.frames)).round().astype(int)
-    sheet = Image.new(
-        "RGB", (len(chosen) * (width + _GAP) - _GAP, len(rows) * (height + _LABEL + _GAP) - _GAP), "white"
-    )
+    columns = min(_COLUMNS, *(len(frames_FHWC) for _, frames_FHWC in rows))
+    sheet = Image.new("RGB", (columns * (width + _GAP) - _GAP, len(rows) * (height + _LABEL + _GAP) - _GAP), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (label, frames_FHWC) in enumerate(rows):
         top = row * (height + _LABEL + _GAP)
         pen.text((2, top), label.encode("latin-1", "replace").decode("latin-1"), fill="black")
-        for column, frame in enumerate(chosen):
+        for column, frame in enumerate(np.linspace(0, len(frames_FHWC) - 1, columns).round().astype(int)):
             sheet.paste(Image.fromarray(frames_FHWC[frame]), (column * (width + _GAP), top + _LABEL))
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")

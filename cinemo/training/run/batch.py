@@ -11,7 +11,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -22,10 +22,13 @@ from cinemo.data.dataset.shards import pixels
 from cinemo.media.motion import motion_bucket
 from cinemo.media.stills import jpeg, jpeg_strip
 from cinemo.methods import Example, Method, image_encoder_place, method_class
-from cinemo.networks.frozen import ImageEncoder, Picture, TextEncoder
+from cinemo.methods.base import Draw
+from cinemo.networks.frozen import ImageEncoder, Picture, Text, TextEncoder
+from cinemo.networks.transfer import upload
 from cinemo.types import Condition, InputError, LatentBatch, LatentSample, keyed_generator
 
 TOKENS = 77  # of CLIP's text encoder
+TEXT_STATES, IMAGE_TOKENS = "text_states", frozenset({"image_tokens", "frame_tokens"})  # fields that encoders make
 TEXT_CACHE = 512  # captions whose text states are kept; "" is half of what is asked for
 
 
@@ -52,14 +55,19 @@ class HostBatch:
     fields: Mapping[str, Tensor]
     t_B: Tensor
     noise_BCFHW: Tensor
-    texts: Mapping[str, tuple[str, ...]]
+    texts: Mapping[str, tuple[Text, ...]]
     images: Mapping[str, tuple[Picture, ...]]
     keys: tuple[str, ...]
 
     def pin(self) -> HostBatch:
         """The same batch in page-locked memory, from which copies to an accelerator do not block."""
         pinned = {name: getattr(self, name).pin_memory() for name in ("video_BCFHW", "t_B", "noise_BCFHW")}
+        pinned |= {"texts": _pinned(self.texts), "images": _pinned(self.images)}
         return replace(self, fields={name: tensor.pin_memory() for name, tensor in self.fields.items()}, **pinned)
+
+
+def _pinned(told: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    return {slot: tuple(x.pin_memory() if isinstance(x, Tensor) else x for x in each) for slot, each in told.items()}
 
 
 def host_batch(
@@ -101,7 +109,7 @@ def host_batch(
             generator = keyed_generator(train.seed, "noise offset", step, *key)
             noise_CFHW += train.noise_offset * torch.randn(len(noise_CFHW), 1, 1, 1, generator=generator)
         noises.append(noise_CFHW)
-        examples.append(method.example(recipe, sample, functools.partial(_keyed, train.seed, step, key)))
+        examples.append(example_of(recipe, sample, functools.partial(_keyed, train.seed, step, key)))
     buckets = [float(motion_bucket(sample.ssim, recipe.data.bucket_edges)) for sample in samples]
     return HostBatch(
         method,
@@ -114,6 +122,16 @@ def host_batch(
         {slot: tuple(example.images[slot] for example in examples) for slot in examples[0].images},
         tuple(sample.key for sample in samples),
     )
+
+
+def example_of(recipe: Recipe, sample: LatentSample, draw: Draw) -> Example:
+    """What the recipe's method makes of a sample, with the states of its caption in its place where it carries them."""
+    example = method_class(recipe).example(recipe, sample, draw)
+    if TEXT_STATES not in sample.fields:
+        return example
+    states_LD = torch.from_numpy(np.array(sample.fields[TEXT_STATES]))  # a copy: what is mapped cannot be written
+    texts = {slot: states_LD if text == sample.caption else text for slot, text in example.texts.items()}
+    return replace(example, texts=texts)
 
 
 def _keyed(seed: int, step: int, key: tuple[str | int, ...], what: str) -> torch.Generator:
@@ -158,51 +176,130 @@ def latent_shape(recipe: Recipe) -> tuple[int, int, int, int]:
     return recipe.data.frames, method_class(recipe).latent_channels(recipe), height // 8, width // 8
 
 
+def stored_fields(recipe: Recipe) -> tuple[str, ...]:
+    """What a training reads beside latents: what its method needs, and states that take the text encoder's place."""
+    own = method_class(recipe).stored_fields(recipe)
+    return (*own, TEXT_STATES) if recipe.train.text_states == "stored" and TEXT_STATES not in own else own
+
+
+@dataclass(frozen=True)
+class KnownStates:
+    """What encoders made once, in float32 on the host, so that no rank needs them: states (L, D) of texts that no
+    sample has, and tokens (L, D) of a grey picture. None: the encoder is needed.
+    """
+
+    texts: Mapping[str, Tensor] | None = None
+    grey_LD: Tensor | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """For a recipe; nothing is encoded where the dataset does not have the rest.
+
+        Raises:
+            InputError: an encoder is missing.
+        """
+        encoders, method, stored = recipe.encoders, method_class(recipe), stored_fields(recipe)
+        texts = grey_LD = None
+        if TEXT_STATES in stored:
+            untold = ["", *(text for text in method.untold.texts.values() if isinstance(text, str))]
+            encoder = TextEncoder(encoders.text_encoder, encoders.tokenizer, layers=method.text_layers(recipe))
+            texts = {text: encoder.encode([text])[0] for text in dict.fromkeys(untold)}
+        if not IMAGE_TOKENS.isdisjoint(stored) and "image_encoder" in method.needs:
+            grey_LD = ImageEncoder(image_encoder_place(recipe)).grey_LD
+        return cls(texts, grey_LD)
+
+
 class FrozenStates:
     """What frozen encoders make of texts and pictures; of a caption once, while it stays among the last `TEXT_CACHE`.
 
     Args:
+        text: None where a dataset has the states of its captions, and ``known`` those of other texts.
         image: where the recipe's method needs one.
     """
 
-    def __init__(self, text: Encoder, image: ImageEncoder | None = None) -> None:
-        self._encoder, self._image = text, image
+    def __init__(
+        self,
+        text: Encoder | None,
+        image: ImageEncoder | None = None,
+        known: KnownStates | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._encoder, self._image, self._device, self._dtype = text, image, device, dtype
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
+        texts, grey_LD = (known.texts or {}, known.grey_LD) if known else ({}, None)
+        self._known = {text: states_LD.to(device, dtype) for text, states_LD in texts.items()}
+        self._grey_LD = None if grey_LD is None else grey_LD.to(device, dtype)
 
     @classmethod
-    def of(cls, recipe: Recipe, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Self:
-        """With the encoders that a recipe names.
+    def of(
+        cls,
+        recipe: Recipe,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        known: KnownStates | None = None,
+    ) -> Self:
+        """With the encoders that a recipe names, or what is ``known`` in their place (None: it is made here).
 
         Raises:
             InputError: one is missing.
         """
         encoders, method = recipe.encoders, method_class(recipe)
-        text = TextEncoder(encoders.text_encoder, encoders.tokenizer, device, dtype, method.text_layers(recipe))
-        needed = "image_encoder" in method.needs
-        return cls(text, ImageEncoder(image_encoder_place(recipe), device, dtype) if needed else None)
+        known = known or KnownStates.of(recipe)
+        text = image = None
+        if known.texts is None:
+            text = TextEncoder(encoders.text_encoder, encoders.tokenizer, device, dtype, method.text_layers(recipe))
+        if known.grey_LD is None and "image_encoder" in method.needs:
+            image = ImageEncoder(image_encoder_place(recipe), device, dtype)
+        return cls(text, image, known, device, dtype)
+
+    @property
+    def loaded(self) -> tuple[Encoder | None, ImageEncoder | None]:
+        """The encoders that are in memory."""
+        return self._encoder, self._image
 
     def __call__(
-        self, texts: Mapping[str, Sequence[str]], images: Mapping[str, Sequence[Picture]]
+        self, texts: Mapping[str, Sequence[Text]], images: Mapping[str, Sequence[Picture]]
     ) -> dict[str, Tensor]:
         """(B, L, D) by slot, on the encoders' device."""
         states = {slot: self.texts(captions) for slot, captions in texts.items()}
-        if images:
-            assert self._image is not None, "the method shows pictures to an encoder that it does not need"
-            states |= {slot: self._image.tokens(pictures) for slot, pictures in images.items()}
-        return states
+        return states | {slot: self._tokens(pictures) for slot, pictures in images.items()}
 
-    def texts(self, captions: Sequence[str]) -> Tensor:
+    def texts(self, captions: Sequence[Text]) -> Tensor:
         """Text states (B, L, D)."""
-        missing = [caption for caption in dict.fromkeys(captions) if caption not in self._kept]
+        asked = [caption for caption in captions if isinstance(caption, str) and caption not in self._known]
+        missing = [caption for caption in dict.fromkeys(asked) if caption not in self._kept]
         if missing:
+            if self._encoder is None:
+                raise InputError(
+                    f"text {missing[0][:60]!r}: the dataset has no states of it, and no text encoder is loaded; "
+                    "--set train.text_states=encoded loads one"
+                )
             with torch.no_grad():
                 self._kept.update(zip(missing, self._encoder.encode(missing).unbind(0), strict=True))
-        for caption in captions:
+        for caption in asked:
             self._kept.move_to_end(caption)
-        states_BLD = torch.stack([self._kept[caption] for caption in captions])
+        states_BLD = torch.stack([self._states(caption) for caption in captions])
         while len(self._kept) > TEXT_CACHE:
             self._kept.popitem(last=False)
         return states_BLD
+
+    def _states(self, caption: Text) -> Tensor:
+        if isinstance(caption, Tensor):
+            return upload(caption, self._device, self._dtype)
+        return self._known[caption] if caption in self._known else self._kept[caption]
+
+    def _tokens(self, pictures: Sequence[Picture]) -> Tensor:
+        if self._grey_LD is None:
+            assert self._image is not None, "the method shows pictures to an encoder that it does not need"
+            return self._image.tokens(pictures)
+        if any(isinstance(picture, np.ndarray) for picture in pictures):
+            raise InputError("a picture: the dataset has no tokens of it, and no image encoder is loaded")
+        rows = [
+            upload(picture, self._device, self._dtype) if isinstance(picture, Tensor) else self._grey_LD
+            for picture in pictures
+        ]
+        return torch.stack(rows)
 
 
 def on_device(

@@ -15,7 +15,8 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def parameter_groups(method: Method, train: TrainConfig) -> list[dict[str, Any]]
 def optimizer(
     train: TrainConfig, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """Adam (Cinemo section 4.1); weight decay is AdamW's, apart from the gradient; with ``ema_decay`` averages too."""
+    """Adam (Cinemo section 4.1); weight decay is AdamW's, apart from the gradient; averages of the weights too,
+    where there are any.
+    """
     if train.optimizer == "adam8bit":
         from cinemo.training.run.adam8bit import Adam8bit  # late: its library may be absent
 
@@ -108,8 +111,8 @@ def optimizer(
     settings: dict[str, Any] = {"lr": train.lr, "betas": train.betas, "fused": True}
     if train.weight_decay:
         settings |= {"weight_decay": train.weight_decay, "decoupled_weight_decay": True}
-    if train.ema_decay:
-        return AveragingAdam(parameters, train.ema_decay, **settings)
+    if train.ema_decay or train.posthoc_ema:
+        return AveragingAdam(parameters, train.ema_decay or None, train.posthoc_ema, **settings)
     return torch.optim.Adam(parameters, **settings)
 
 
@@ -221,6 +224,10 @@ class Engine:
         torch.distributed.all_gather_object(found, value)
         return found
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the network has averaged weights, where there are any. Not between backward passes of one step."""
+        return self._partitions.averaged()
+
     @property
     def share_bytes(self) -> int:
         """What `save` writes on this rank."""
@@ -240,6 +247,11 @@ class Engine:
             schedule = self._schedule.state_dict()["last_epoch"]
             record = {"adam_steps": self._partitions.steps, "schedule_steps": schedule, "client": client_state}
             shares.write_record(state, record)
+
+    def save_averages(self, directory: Path, keys: Sequence[str], dtype: torch.dtype) -> int:
+        """Write this rank's share of some averages under ``directory``, in ``dtype``; returns the optimiser's steps."""
+        shares.write(directory, self.rank, self._partitions.written(keys), dtype)
+        return self._partitions.steps
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Take up weights, optimiser, schedule and ``client_state`` from a complete checkpoint of any number of ranks.

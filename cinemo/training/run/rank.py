@@ -24,14 +24,17 @@ from cinemo.methods import build_method, mark_trainable
 from cinemo.networks.frozen import Vae
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.recipes import parse_recipe
-from cinemo.training.checkpoint import checkpoints
+from cinemo.training.checkpoint import checkpoints, snapshots
 from cinemo.training.report import sample_log
 from cinemo.training.report.metrics import Report
-from cinemo.training.report.progress import Event, Resumed, Saved
+from cinemo.training.report.progress import Event, Resumed, Saved, Sheet
+from cinemo.training.report.prompt_sheets import animated as animated_prompts
+from cinemo.training.report.prompt_sheets import write_prompts
+from cinemo.training.report.prompts import kept
 from cinemo.training.report.sheets import first_samples, sheet_latents, write_samples
 from cinemo.training.report.validation import Validation
 from cinemo.training.run.base_weights import base_networks
-from cinemo.training.run.batch import FrozenStates, recipe_of
+from cinemo.training.run.batch import FrozenStates, recipe_of, stored_fields
 from cinemo.training.run.engine import Engine
 from cinemo.training.run.growth import Batches, Generations, TrainingData, batches_of, generations_of, opened
 from cinemo.training.run.left_out import LeftOut
@@ -70,7 +73,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     if device.type == "cpu":
         keep_freed_memory()
     engine = Engine(method, recipe.train, device, across_nodes=context.get_local_world_size() < world)
-    frozen = FrozenStates.of(recipe, device, engine.dtype)
+    frozen = FrozenStates.of(recipe, device, engine.dtype, config["known"])
 
     step, history = 0, []
     indexes = opened(sources)
@@ -97,7 +100,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
         if rank == 0:
             mailbox.post.remote(pickle.dumps(event))
 
-    stored = method.stored_fields(recipe)
+    stored = stored_fields(recipe)
 
     def once(call: Callable[[], Any]) -> Any:
         return engine.gather(call() if rank == 0 else None)[0]
@@ -129,6 +132,8 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
         parts = engine.gather(own)
         if rank == 0:
             sample_log.write(output, {step: [key for part in parts for key in part[step]] for step in own})
+        if snapshots.is_due(recipe.train, done):
+            snapshots.write(output, done, engine)
         follow(done, AHEAD)
         identity = data.identity
         state = {"step": done, "epoch": loader.epoch(done), **identity, "history": [row.kept() for row in history]}
@@ -148,14 +153,22 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
 
     samples = first_samples(begun[0], recipe.train.sample_count, recipe.train.held_out_shards, stored)
 
+    prompts = kept(output, recipe)
+
     def on_sheet(done: int) -> None:
-        shown = recipe_of(samples[0], recipe)
-        if rank == 0 or engine.sharded:
-            animated = sheet_latents(shown, method, frozen, samples, device)
+        if not samples and not prompts:
+            return
+        shown = recipe_of(samples[0], recipe) if samples else recipe
+        with engine.averaged():
+            if rank == 0 or engine.sharded:
+                animated = sheet_latents(shown, method, frozen, samples, device)
+                videos = animated_prompts(recipe, method, frozen, prompts, device, engine.dtype)
         if rank == 0:
             encoders = recipe.encoders
             vae = Vae(encoders.vae_decoder or encoders.vae, device, engine.dtype, encoders.statistics)
-            post(write_samples(output, shown, done, vae, samples, animated))
+            sheets = [write_samples(output, shown, done, vae, samples, animated)] if samples else []
+            sheets += [write_prompts(output, recipe, done, vae, videos)] if videos else []
+            post(Sheet.of(sheets))
 
     post(Resumed(step, tuple(history)))
     if step:

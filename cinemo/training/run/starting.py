@@ -39,6 +39,7 @@ _FIXED = (
     ),
     *("train.precision", *_BATCH, "train.seed", *_SEEN),
     *("train.trainable", "train.lora_rank", "train.lora_alpha", "train.lora_layers"),
+    "train.posthoc_ema",
 )
 
 

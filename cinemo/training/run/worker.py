@@ -39,6 +39,7 @@ from cinemo.tracking import preload
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.plan.cost import training_flops
 from cinemo.training.plan.search import settled
+from cinemo.training.report import prompts
 from cinemo.training.report.mailbox import Mailbox
 from cinemo.training.report.profiled import ProfileRequest
 from cinemo.training.report.progress import (
@@ -48,11 +49,14 @@ from cinemo.training.report.progress import (
     dataset_profile,
     read_summary,
 )
+from cinemo.training.report.prompts import Prompt
 from cinemo.training.run import rank
 from cinemo.training.run.base_weights import check_base
+from cinemo.training.run.batch import IMAGE_TOKENS, TEXT_STATES, KnownStates, stored_fields
 from cinemo.training.run.dataset_check import check_canary, check_dataset
 from cinemo.training.run.growth import TrainingData, digest_of, opened
 from cinemo.training.run.starting import name_of, starting_point
+from cinemo.training.run.stored_states import with_stored_states
 from cinemo.types import InputError, RunError
 
 
@@ -64,6 +68,7 @@ def run(
     break_lock: bool = False,
     change_batch: bool = False,
     profile: ProfileRequest | None = None,
+    validation: str | None = None,
 ) -> TrainSummary:
     """Train ``recipe`` on datasets of latents and return how it ended.
 
@@ -77,6 +82,8 @@ def run(
         break_lock: see `cinemo.lock.hold`.
         change_batch: a checkpoint may have been made with another ``train.global_batch`` or ``train.lanes``.
         profile: steps to profile, see `cinemo.training.run.profiler`.
+        validation: pictures and prompts that sheets animate (`cinemo.training.report.prompts`); None: those that the
+            run has; "none": none.
 
     Raises:
         InputError: dataset, checkpoint, recipe and machine do not fit together, or another training holds ``output``.
@@ -90,12 +97,14 @@ def run(
         indexes = opened(sources)
         for index in indexes:
             check_dataset(index, recipe)
-        recipe = with_statistics(recipe, indexes[0]).with_lanes()
+        recipe, lines = with_stored_states(with_statistics(recipe, indexes[0]), indexes)
+        recipe = recipe.with_lanes()
         check_trainable(recipe, method_class(recipe))
         if "image_encoder" in method_class(recipe).needs:
             check_image_encoder(image_encoder_place(recipe))
         base_note = check_base(recipe)
         start = starting_point(recipe, sources, indexes, output, resume, change_batch)
+        validated = _validation(validation, recipe)
     summary, card = read_summary(output), start.card if start else None
     if card and card.step >= recipe.train.max_steps:
         if summary and card.uri.startswith(output):
@@ -107,13 +116,47 @@ def run(
                 "raise --max-steps, which counts them too"
             )
     shards = [[(0, len(index.shards))] for index in indexes]
-    fields = method_class(recipe).stored_fields(recipe)
-    for line in TrainingData(sources, indexes, shards, recipe.train, fields=fields).lines():
+    data_of_all = TrainingData(sources, indexes, shards, recipe.train, fields=stored_fields(recipe))
+    for line in (*data_of_all.lines(), *lines):
         say(line)
     steps = profile.steps(card.step if card else 0, recipe.train.max_steps) if profile else range(0)
     with hold(output, break_lock) as lock:
+        if validation is None:
+            validated = _kept_prompts(recipe, output, card)
+        elif not validated:
+            prompts.drop(output)
+        if validated:
+            prompts.keep(validated, output)
         profiled = {"profile": steps, "profile_all_ranks": bool(profile and profile.all_ranks)}
         return _train(recipe, sources, indexes, output, resume, change_batch, base_note, lock, profiled)
+
+
+def _validation(place: str | None, recipe: Recipe) -> list[Prompt]:
+    """What sheets are to animate, each row tried.
+
+    Raises:
+        InputError: some of it cannot be; what is wrong was said, a line for each row.
+    """
+    if place is None or place == "none":
+        return []
+    found = prompts.read(place, recipe)
+    faults = prompts.faults(found, recipe)
+    if len(faults) == 1:
+        raise InputError(faults[0])
+    for fault in faults:
+        say(fault)
+    if faults:
+        raise InputError(f"validation {place}: {len(faults)} of {len(found)} rows cannot be animated, as said above")
+    return found
+
+
+def _kept_prompts(recipe: Recipe, output: str, start: checkpoints.CheckpointCard | None) -> list[Prompt]:
+    """What a new run takes over from the one whose checkpoint it starts from; says what sheets go on with."""
+    for place in (output, start.uri.rsplit("/", 2)[0] if start else output):
+        if found := prompts.kept(place, recipe):
+            say(f"sheets go on with the {len(found)} prompts of {storage.join(place, 'validation')}")
+            return [] if place == output else found
+    return []
 
 
 def _train(
@@ -166,6 +209,7 @@ def _train(
             "flops": flops.result(),
             "mailbox": mailbox,
             **profiled,
+            "known": _known_states(recipe),
         },
         torch_config=TorchConfig(backend="nccl" if train_settings.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
@@ -280,6 +324,16 @@ def _canary(index: DatasetIndex, recipe: Recipe) -> str:
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, InputError | RunError) else error) from None
     return line
+
+
+def _known_states(recipe: Recipe) -> KnownStates:
+    """What encoders make that no rank will load, from a process that ends with it."""
+    if {TEXT_STATES, *IMAGE_TOKENS}.isdisjoint(stored_fields(recipe)):
+        return KnownStates()
+    task = ray.remote(num_cpus=1, max_calls=1)(KnownStates.of)
+    with doing("encoding the empty prompt"):
+        known: KnownStates = ray.get(task.remote(recipe))
+    return known
 
 
 def _raise_fault(mailbox: Any) -> None:
