@@ -70,7 +70,7 @@ def test_moments_come_back_to_the_bit() -> None:
 
 
 def test_averages_are_refused_with_it(small: Recipe) -> None:
-    with pytest.raises(InputError, match=r"ema_decay is 0\.9 with optimizer adam8bit, expected 0"):
+    with pytest.raises(InputError, match=r"ema_decay is 0\.9 and posthoc_ema \[\] with optimizer adam8bit, expected 0"):
         override(small, ["train.ema_decay=0.9", "train.optimizer=adam8bit"])
 
 
