@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -37,6 +38,7 @@ from cinemo.data.loading.reader import ShardReader
 from cinemo.methods import build_method
 from cinemo.networks.memory import keep_freed_memory
 from cinemo.recipes import load_recipe, override
+from cinemo.training.checkpoint.shares import Memory
 from cinemo.training.plan.cost import sample_flops
 from cinemo.training.run.batch import FrozenStates, host_batch, latent_shape
 from cinemo.training.run.engine import Engine
@@ -195,7 +197,33 @@ def loader_part(scratch: Path) -> str:
     return LOADER.format(rows=table(("loader", "value", "target", ""), rows), samples=SHARDS * CLIPS, batch=BATCH)
 
 
-def main(parts: Sequence[Callable[[Path], str]] = (loader_part,)) -> None:
+def checkpoints_of(directory: Path, recipe: Recipe, name: str) -> Iterator[Row]:
+    """How long a step waits for its checkpoint, and how long that is written afterwards, onto this disk."""
+    recipe = override(recipe, ["train.workers=1", "train.max_steps=1"])
+    engine = Engine(build_method(recipe), recipe.train, torch.device("cpu"))
+    memory, copies, writes = Memory(), [], []
+    for number in range(5):
+        begun = time.perf_counter()
+        taken = engine.snapshot({}, memory)
+        copied = time.perf_counter()
+        taken.write(directory / name / str(number))
+        copies.append(copied - begun)
+        writes.append(time.perf_counter() - copied)
+    size = sum(taken.sizes.values())
+    later, write = min(copies[1:]), min(writes)
+    note = f"the first one {1e3 * copies[0]:.0f} ms, {size / later / 1e9:.1f} GB/s; writing {1e3 * write:.0f} ms"
+    yield f"{name}, {size / 1e6:.0f} MB: a step waits for its checkpoint", f"{1e3 * later:.0f} ms", "-", note
+
+
+def checkpoint_part(scratch: Path) -> str:
+    wide = override(TINY, ["model.block_out_channels=[256,512]", "train.init=null"])
+    torch.distributed.init_process_group("gloo", init_method=(scratch / "own").as_uri(), rank=0, world_size=1)
+    rows = [*checkpoints_of(scratch, TINY, "cinemo-tiny"), *checkpoints_of(scratch, wide, "16 times as large")]
+    torch.distributed.destroy_process_group()
+    return CHECKPOINTS.format(rows=table(("checkpoint", "value", "target", ""), rows))
+
+
+def main(parts: Sequence[Callable[[Path], str]] = (loader_part, checkpoint_part)) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
@@ -216,6 +244,13 @@ files with `readinto`. Every epoch opens and maps the shards again.
 A sample costs about 10 us on top of its bytes: its JSON, its place in the order, a Python object. Large samples hide
 them, small ones do not. The first pass is bound by the checksum, paid once per shard and process in the thread that
 opens it ahead. Noise costs more than all reading; it is drawn in the data thread, alongside the step.
+"""
+
+CHECKPOINTS = """
+Checkpoints, wall-clock time on the same core, best of five, on a local disk, flushed: what is written was copied
+before, and steps go on meanwhile.
+
+{rows}
 """
 
 

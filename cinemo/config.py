@@ -375,6 +375,14 @@ class TrainConfig(Part):
     canary: int = Field(2, ge=0, description="samples made again and compared before step 0, where their sources exist")
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
+    checkpoint_minutes: float = Field(
+        30.0,
+        ge=0,
+        description="minutes after a checkpoint until the next one, where its steps take longer; 0: no limit",
+    )
+    stop_file: str | None = Field(
+        None, description="a local path: once a file is there on any node, the run saves and ends, as after SIGTERM"
+    )
     keep_checkpoints: int = Field(3, ge=1)
     sample_every: int = Field(1000, ge=0, description="steps between sample contact sheets; 0 = only at the end")
     sample_count: int = Field(

@@ -49,7 +49,8 @@ def cinemo_320x512() -> CinemoRecipe:
       train.offload, train.cpus_per_worker, train.lanes, train.on_damaged, train.text_states, train.max_skipped_steps,
       train.skip_steps, train.skip_samples, train.deepspeed, train.optimizer, train.tensorboard,
       train.cache_gb, train.max_failures, ``compile``. train.seed, data.seed. train.log_every,
-      train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,
+      train.checkpoint_every, train.keep_checkpoints, train.checkpoint_minutes, train.stop_file, train.sample_every,
+      train.sample_count, train.held_out_shards,
       train.validate_every, train.grow, train.where, train.canary. data.clips_per_shard, data.decoder,
       data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource, data.max_quarantine_share,
       data.encode_batch, data.encode_actors, data.encode_gpus, data.decode_tasks, data.wait_for_nodes.

@@ -74,7 +74,9 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
       train.deepspeed, train.optimizer, train.tensorboard, train.text_states,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb,
       train.max_failures, train.image_tokens, ``compile``. train.seed, data.seed. train.log_every,
-      train.checkpoint_every, train.keep_checkpoints, train.sample_every, train.sample_count, train.held_out_shards,
+      train.checkpoint_every, train.keep_checkpoints,
+      train.checkpoint_minutes, train.stop_file,
+      train.sample_every, train.sample_count, train.held_out_shards,
       train.validate_every, train.grow, train.where, train.canary.
       data.fields: stored frames, of which image tokens are made in training.
       data.clips_per_shard, data.decoder, data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource,

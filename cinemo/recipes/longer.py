@@ -46,7 +46,8 @@ def longer_320x512() -> LongerRecipe:
       train.cpus_per_worker, train.lanes, train.on_damaged,
       train.deepspeed, train.optimizer, train.tensorboard, train.text_states,
       train.max_skipped_steps, train.skip_steps, train.skip_samples, train.cache_gb, train.max_failures, ``compile``.
-      train.seed, data.seed. train.log_every, train.checkpoint_every, train.keep_checkpoints, train.sample_every,
+      train.seed, data.seed. train.log_every, train.checkpoint_every, train.keep_checkpoints,
+      train.checkpoint_minutes, train.stop_file, train.sample_every,
       train.sample_count, train.held_out_shards, train.validate_every, train.grow, train.where, train.canary.
       data.clips_per_shard, data.decoder,
       data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource, data.max_quarantine_share,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from cinemo.config import DataConfig, Recipe
 from cinemo.data.dataset import identity, shards
 from cinemo.recipes import load_recipe
 from cinemo.types import LatentSample, keyed_seed
+from tests.training.jobs import Job
 
 SMALL = [
     "data.size=[32,32]",
@@ -78,6 +80,11 @@ def small(encoders: dict[str, str]) -> Recipe:
     return load_recipe("cinemo-tiny", [*SMALL, *places, *paper, *one])
 
 
+def sizes(directory: Path) -> dict[str, int]:
+    """Relative name -> bytes of every file under a directory."""
+    return {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
 def moving_samples(count: int, frames: int = 4, channels: int = 4, side: int = 4) -> list[LatentSample]:
     """Latents of a smooth picture that drifts at a speed of its own; captions repeat."""
     made = []
@@ -129,3 +136,13 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> None:
     if not torch.distributed.is_initialized():
         rendezvous: Path = tmp_path_factory.mktemp("group") / "file"
         torch.distributed.init_process_group("gloo", init_method=rendezvous.as_uri(), rank=0, world_size=1)
+
+
+@pytest.fixture
+def jobs() -> Iterator[list[Job]]:
+    """Those that are appended are killed in the end."""
+    started: list[Job] = []
+    yield started
+    for job in started:
+        if job.process.poll() is None:
+            job.kill_all()

@@ -10,6 +10,7 @@ import pytest
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.training.checkpoint import checkpoints
+from tests.training.conftest import sizes
 
 
 def _store(output: Path, name: str, step: int, recipe: Recipe) -> Path:
@@ -17,7 +18,7 @@ def _store(output: Path, name: str, step: int, recipe: Recipe) -> Path:
     (directory / "state").mkdir(parents=True)
     for rank in range(2):
         (directory / "state" / f"rank{rank}.pt").write_bytes(bytes(10 + rank))
-    checkpoints.describe(directory, recipe, step, 2, "digest", checkpoints.sizes(directory))
+    checkpoints.describe(directory, recipe, step, 2, "digest", sizes(directory))
     return directory
 
 

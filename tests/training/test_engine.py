@@ -208,7 +208,7 @@ def test_computing_things_twice_changes_no_bit(small: Recipe, tmp_path: Path) ->
 
 def _masters(made: engine.Engine, directory: Path) -> tuple[int, dict[str, torch.Tensor]]:
     """Adam's steps and the float32 weights of a checkpoint written now."""
-    made.save(directory, {})
+    made.snapshot({}).write(directory)
     with Shares(directory / STATE) as stored:
         weights = {name: torch.empty(math.prod(shape)) for name, shape in stored.shapes.items()}
         for name, shape in stored.shapes.items():
@@ -230,7 +230,7 @@ def test_parameters_learn_at_their_own_rates(small: Recipe, tmp_path: Path, monk
     start = {name: value.detach().clone() for name, value in plain.method.named_parameters()}
     _run(plain, small, range(2))
     assert plain.lr == pytest.approx(0.75 * rate("conv_in", small.train))  # the first parameters' own
-    plain.save(tmp_path / "half", {})
+    plain.snapshot({}).write(tmp_path / "half")
     _run(plain, small, range(2, 4))
     _, expected = _masters(plain, tmp_path / "plain")
     for name, before in start.items():
@@ -322,7 +322,7 @@ def test_a_checkpoint_continues_as_if_nothing_happened(
 ) -> None:
     settings = {"zero_stage": stage, "precision": precision, "schedule": "cosine", "warmup_steps": 3, "max_steps": 9}
     undisturbed, _ = _run(made := _engine(small, **settings), small, range(2))
-    made.save(tmp_path, {"step": 2, "note": [1.5]})
+    made.snapshot({"step": 2, "note": [1.5]}).write(tmp_path)
     after, _ = _run(made, small, range(2, 4))
     restored = _engine(small, **settings)
     assert restored.load(tmp_path) == {"step": 2, "note": [1.5]}
@@ -336,11 +336,11 @@ def test_what_a_resume_may_change(small: Recipe, tmp_path: Path) -> None:
     """The learning rate is the recipe's, not the checkpoint's; averages may come later: they begin at the weights."""
     made = _engine(small, lr=2e-3)
     _run(made, small, range(3))
-    made.save(tmp_path, {})
+    made.snapshot({}).write(tmp_path)
     gentle = _engine(small, lr=1e-5, ema_decay=0.9)
     gentle.load(tmp_path)
     assert gentle.lr == 1e-5
-    gentle.save(tmp_path / "again", {})
+    gentle.snapshot({}).write(tmp_path / "again")
     with Shares(tmp_path / STATE) as old, Shares(tmp_path / "again" / STATE) as new:
         for name, shape in old.shapes.items():
             weight, average, stored = (torch.empty(math.prod(shape)) for _ in range(3))

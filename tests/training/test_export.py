@@ -32,7 +32,7 @@ from cinemo.training.run.averaging import EMA
 from cinemo.training.run.batch import host_batch
 from cinemo.training.run.engine import Engine
 from cinemo.types import Condition, InputError, LatentBatch
-from tests.training.conftest import moving_samples
+from tests.training.conftest import moving_samples, sizes
 from tests.training.ranks import made_engine, train_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,8 +54,8 @@ def _checkpoint(recipe: Recipe, output: Path, **train: object) -> tuple[CinemoMe
         engine.step(engine.loss(batch, host.t_B, host.noise_BCFHW).mean())
     directory = output / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
     directory.mkdir(parents=True)
-    engine.save(directory, {"step": 1})
-    checkpoints.describe(directory, recipe, 1, 1, "digest", checkpoints.sizes(directory))
+    engine.snapshot({"step": 1}).write(directory)
+    checkpoints.describe(directory, recipe, 1, 1, "digest", sizes(directory))
     return method, recipe
 
 
@@ -153,8 +153,8 @@ def test_averaged_weights_are_exported_where_there_are_any(small: Recipe, tmp_pa
             expected[name] = share * expected.get(name, torch.zeros(())) + (1 - share) * value.detach()
     directory = tmp_path / "run" / checkpoints.RUN / "checkpoint_2030-01-01_00-00-00.000001"
     directory.mkdir(parents=True)
-    engine.save(directory, {"step": 4})
-    checkpoints.describe(directory, recipe, 4, 1, "digest", checkpoints.sizes(directory))
+    engine.snapshot({"step": 4}).write(directory)
+    checkpoints.describe(directory, recipe, 4, 1, "digest", sizes(directory))
     export.from_checkpoint(str(tmp_path / "run"), str(tmp_path / "bundle"))
     bundle = load_bundle(tmp_path / "bundle")
     for name, value in bundle.method.unet.named_parameters():
@@ -193,10 +193,9 @@ def test_export_holds_the_model_once(small: Recipe, tmp_path: Path) -> None:
         Fragment(f"unet.{name}", tuple(value.shape), 0, dict.fromkeys(keys, value.detach().view(-1)))
         for name, value in unet.named_parameters()
     ]
-    for rank in range(2):
-        shares.write(directory / shares.STATE, rank, [fragment.part(rank, 2) for fragment in whole])
-    shares.write_record(directory / shares.STATE, {"adam_steps": 1, "schedule_steps": 1, "client": {}})
-    checkpoints.describe(directory, recipe, 1, 2, "digest", checkpoints.sizes(directory))
+    for rank, record in enumerate([{"adam_steps": 1, "schedule_steps": 1, "client": {}}, None]):
+        shares.Snapshot(rank, [fragment.part(rank, 2) for fragment in whole], record).write(directory)
+    checkpoints.describe(directory, recipe, 1, 2, "digest", sizes(directory))
     words = [sys.executable, "-c", MEMORY, str(directory), str(tmp_path / "bundle")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)

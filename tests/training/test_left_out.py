@@ -55,7 +55,7 @@ def _infinite(clean: Callable[..., torch.Tensor], *given: object) -> torch.Tenso
 
 def _state(engine, directory: Path) -> list[bytes]:  # type: ignore[no-untyped-def]
     """Weights, moments, Adam's step and the schedule, of this rank."""
-    engine.save(directory, {})
+    engine.snapshot({}).write(directory)
     torch.distributed.barrier()
     return [path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()]
 

@@ -51,9 +51,9 @@ def _train(recipe: Recipe, case: Case, directory: Path) -> list[float]:
     settings = TRAIN | {"zero_stage": case.stage, "offload": case.offload, "precision": case.precision}
     engine = made_engine(recipe, gradient_checkpointing="whole" if case.offload == "all" else "none", **settings)
     curve = train_steps(engine, recipe, range(HALF))
-    engine.save(directory / "half", {"step": HALF})
+    engine.snapshot({"step": HALF}).write(directory / "half")
     curve += train_steps(engine, recipe, range(HALF, STEPS))
-    engine.save(directory / "end", {"step": STEPS})
+    engine.snapshot({"step": STEPS}).write(directory / "end")
     return curve
 
 
@@ -62,7 +62,7 @@ def _go_on(recipe: Recipe, case: Case, begun: Path, directory: Path) -> list[flo
     engine = made_engine(recipe, **settings)
     assert engine.load(begun / "half") == {"step": HALF}
     curve = train_steps(engine, recipe, range(HALF, STEPS))
-    engine.save(directory / "end", {"step": STEPS})
+    engine.snapshot({"step": STEPS}).write(directory / "end")
     return curve
 
 
@@ -93,7 +93,7 @@ def _all_cases(recipe: Recipe, root: Path) -> tuple[dict[Case, list[float]], dic
     for stage in range(4):
         engine = made_engine(recipe, FROZEN, zero_stage=stage, ema_decay=0.8, precision=("fp32", "bf16")[stage % 2])
         train_steps(engine, recipe, range(2))
-        engine.save(root / f"{world}" / f"frozen-{stage}" / "end", {})
+        engine.snapshot({}).write(root / f"{world}" / f"frozen-{stage}" / "end")
     return whole, _all_resumes(recipe, root) if world == 2 else {}
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training.conftest import moving_samples
 
 from cinemo import lock, storage
 from cinemo.bundle import save_bundle
@@ -25,7 +21,7 @@ from cinemo.config import Recipe
 from cinemo.data.dataset import shards
 from cinemo.data.dataset.filters import select
 from cinemo.data.dataset.shards import DatasetIndex
-from cinemo.data.loading.loader import HeldOut, LatentLoader
+from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.loading.source import Source
 from cinemo.media.motion import STILLER
 from cinemo.methods import build_method
@@ -35,113 +31,16 @@ from cinemo.networks.weights import save_network
 from cinemo.recipes import override
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.report import sample_log
-from cinemo.training.report.metrics import Report
 from cinemo.training.report.progress import SUMMARY_FILE
-from cinemo.training.report.validation import Validation
 from cinemo.training.run import worker
 from cinemo.training.run.base_weights import base_networks, check_base
-from cinemo.training.run.batch import FrozenStates
 from cinemo.training.run.dataset_check import dataset_digest
-from cinemo.training.run.engine import Engine
-from cinemo.training.run.loop import train
 from cinemo.training.run.starting import Start, starting_point
 from cinemo.types import InputError, keyed_seed
+from tests.training.conftest import moving_samples, sizes
+from tests.training.jobs import PATIENCE, STEPS, Job, reference, two_workers
 
 pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-STEPS = 24
-PATIENCE = 240.0
-
-
-def _two_workers(small: Recipe) -> Recipe:
-    settings = {"workers": 2, "micro_batch": 1, "max_steps": STEPS, "checkpoint_every": 4, "sample_every": 0}
-    settings |= {"held_out_shards": 1, "validate_every": 8}
-    return small.model_copy(update={"train": CinemoTrain(**(small.train.model_dump() | settings))})
-
-
-def _descendants(pid: int) -> list[tuple[int, str]]:
-    """(pid, command line) of a process's children, their children, and so on."""
-    parents: dict[int, list[int]] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except (OSError, ValueError):
-            continue
-        parents.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, pending = [], [pid]
-    while pending:
-        for child in parents.get(pending.pop(), []):
-            pending.append(child)
-            try:
-                found.append((child, Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()))
-            except OSError:
-                continue
-    return found
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-
-
-class Job:
-    """``pipelines/train.py`` as a user starts it."""
-
-    def __init__(self, recipe: Recipe, data: str, output: Path, log: Path, *flags: str) -> None:
-        recipe_file = log.with_suffix(".json")
-        recipe_file.write_text(recipe.to_json())
-        command = [sys.executable, str(ROOT / "pipelines" / "train.py"), "--recipe", str(recipe_file), "--data", data]
-        environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "LOCAL_RANK")}
-        environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        self.log = log
-        with log.open("wb") as sink:
-            self.process = subprocess.Popen(
-                [*command, "--output", str(output), *flags], stdout=sink, stderr=subprocess.STDOUT, env=environment
-            )
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not condition():
-            assert self.process.poll() is None, f"ended early:\n{self.log.read_text()}"
-            assert time.monotonic() < deadline, f"too slow:\n{self.log.read_text()}"
-            time.sleep(0.1)
-
-    def kill_all(self) -> None:
-        """What an out-of-memory killer or a lost machine does: no process of the job is left, none had a warning."""
-        everyone = [self.process.pid, *(pid for pid, _ in _descendants(self.process.pid))]
-        for pid in everyone:
-            _kill(pid)
-        self.process.wait()
-
-    def kill_a_worker(self) -> None:
-        workers = [pid for pid, command in _descendants(self.process.pid) if "RayTrainWorker" in command]
-        assert len(workers) == 2, _descendants(self.process.pid)
-        _kill(workers[-1])
-
-
-@pytest.fixture
-def jobs() -> Iterator[list[Job]]:
-    started: list[Job] = []
-    yield started
-    for job in started:
-        if job.process.poll() is None:
-            job.kill_all()
-
-
-def _reference(recipe: Recipe, data: str) -> list[Report]:
-    """The undisturbed curve, on one rank in this process: the number of workers must not matter."""
-    settings = CinemoTrain(**(recipe.train.model_dump() | {"workers": 1, "micro_batch": 4, "zero_stage": 0}))
-    torch.manual_seed(keyed_seed(settings.seed, "weights"))
-    alone = recipe.model_copy(update={"train": settings})
-    engine = Engine(build_method(alone), settings, torch.device("cpu"))
-    index = DatasetIndex.load(data)
-    loader = LatentLoader.of(index, settings)
-    text = FrozenStates.of(recipe)
-    reports: list[Report] = []
-    validation = Validation(alone, engine, text, HeldOut.of(index, alone.train))
-    train(alone, engine, loader.batches(), text, on_report=reports.append, validate=validation)
-    return reports
 
 
 @pytest.mark.ray
@@ -152,7 +51,7 @@ def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
     from mlflow.tracking import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    recipe, output = _two_workers(small), tmp_path / "run"
+    recipe, output = two_workers(small), tmp_path / "run"
     # The first job runs on one worker, at another ZeRO stage: its checkpoint is everyone's.
     begun = {"workers": 1, "micro_batch": 2, "zero_stage": 3}
     first = recipe.model_copy(update={"train": CinemoTrain(**(recipe.train.model_dump() | begun))})
@@ -190,7 +89,7 @@ def test_a_killed_job_and_a_killed_worker_leave_the_curve_as_it_is(
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(1, STEPS + 1))
     losses = [float(row["loss"]) for row in rows]
-    alone = _reference(recipe, dataset)
+    alone = reference(recipe, dataset)
     assert losses == pytest.approx([report.loss for report in alone], rel=1e-3)
     assert [row["step"] for row in rows if row["val_loss"]] == ["8", "16", "24"]
     for row, report in zip(rows, alone, strict=True):
@@ -378,7 +277,7 @@ def stored(small: Recipe, dataset: str, tmp_path: Path) -> Path:
     (directory / "state").mkdir(parents=True)
     (directory / "state" / "weights.pt").write_bytes(b"weights")
     digest = dataset_digest(DatasetIndex.load(dataset))
-    checkpoints.describe(directory, small, 3, 1, digest, checkpoints.sizes(directory))
+    checkpoints.describe(directory, small, 3, 1, digest, sizes(directory))
     return tmp_path / "run"
 
 
@@ -413,10 +312,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(
         r"has done 3 steps, so train\.skip_steps 2-3 cannot be passed over any more", changed(skip_steps=("2-3", "3-4"))
     )
     refused(
-        r"has done 3 steps, and train.max_steps is 3; raise --max-steps",
-        changed(max_steps=3),
-        output=tmp_path / "new",
-        resume=str(stored),
+        r"has done 3 steps, so train\.skip_steps 2-3 cannot be passed over any more", changed(skip_steps=("2-3", "3-4"))
     )
     refused("checkpoint .*elsewhere: none there", output=tmp_path / "new", resume=str(tmp_path / "elsewhere"))
     refused("no dataset there", data=str(tmp_path))

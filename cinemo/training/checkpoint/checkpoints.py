@@ -6,14 +6,17 @@
                                      recipe.json       the recipe it was made with
                                      state/...         each rank's share (`cinemo.training.checkpoint.shares`)
 
-All ranks upload side by side, so no file is certain to be the last: a checkpoint is complete when every file that
-``checkpoint.json`` lists is there with its size. Any number of workers can take it up.
+All ranks write side by side, while steps go on (`UnderWay`). Each file appears whole, and none is certain to be the
+last: a checkpoint is complete when every file that ``checkpoint.json`` lists is there with its size. Any number of
+workers can take it up.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,10 +25,12 @@ from typing import Any
 
 from cinemo import storage
 from cinemo.config import Recipe
+from cinemo.training.checkpoint.shares import Memory
 from cinemo.types import NO_ROOM, InputError, RunError
 
 RUN = "train"  # Ray Train's run name: its directory under the output
 RECORD = "checkpoint.json"
+MOST = 2  # checkpoints that may be copied, but not yet written
 _NAME = re.compile(r"checkpoint_[\d_.-]+")
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
@@ -47,13 +52,8 @@ class CheckpointCard:
     sources: Sequence[Mapping[str, Any]] = ()
 
 
-def sizes(directory: Path) -> dict[str, int]:
-    """Relative name -> bytes of every file under a directory."""
-    return {str(p.relative_to(directory)): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
 def describe(
-    directory: Path,
+    directory: str | Path,
     recipe: Recipe,
     step: int,
     world: int,
@@ -61,11 +61,12 @@ def describe(
     files: dict[str, int],
     sources: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Add ``checkpoint.json`` and ``recipe.json`` to rank 0's share; ``files`` are those of all ranks."""
-    (directory / "recipe.json").write_text(recipe.to_json())
-    files = files | {"recipe.json": len(recipe.to_json().encode())}
+    """Add ``recipe.json`` and, at last, ``checkpoint.json`` to rank 0's share; ``files`` are those of all ranks."""
+    text = recipe.to_json().encode()
+    storage.write_bytes(storage.join(str(directory), "recipe.json"), text)
+    files = files | {"recipe.json": len(text)}
     record = {"step": step, "world": world, "dataset": dataset, "sources": list(sources), "files": files}
-    storage.write_json(str(directory / RECORD), record)
+    storage.write_json(storage.join(str(directory), RECORD), record)
 
 
 @contextmanager
@@ -84,6 +85,53 @@ def saving(step: int, size: int, place: str) -> Iterator[None]:
             f"{place}: no space left for the checkpoint of step {step} ({size / 2**20:.1f} MiB); free some or lower "
             "train.keep_checkpoints, then continue from the previous one with --resume auto"
         ) from error
+
+
+class UnderWay:
+    """The checkpoints of one rank that are copied, but not yet written: `MOST` at most.
+
+    Args:
+        pinned: see `cinemo.training.checkpoint.shares.Memory`.
+    """
+
+    def __init__(self, pinned: bool = False) -> None:
+        self._news = threading.Condition()
+        self._idle = [Memory(pinned) for _ in range(MOST)]
+        self._fault: BaseException | None = None
+        self.seconds = 0.0  # that the last one took to write
+
+    def begin(self) -> Memory:
+        """Memory for one more, which waits while `MOST` are being written.
+
+        Raises:
+            BaseException: what the writing of an earlier one raised.
+        """
+        with self._news:
+            self._news.wait_for(lambda: self._idle or self._fault)
+            if self._fault:
+                raise self._fault
+            return self._idle.pop()
+
+    @contextmanager
+    def writing(self, memory: Memory) -> Iterator[None]:
+        """Around the writing, in another thread. Memory of what could not be written is not used again."""
+        fault, begun = None, time.monotonic()
+        try:
+            yield
+            self.seconds = time.monotonic() - begun
+        except BaseException as error:
+            fault = error
+            raise
+        finally:
+            with self._news:
+                self._fault = fault
+                self._idle += [] if fault else [memory]
+                self._news.notify_all()
+
+    def finish(self) -> None:
+        """Wait until all that has begun is written, or could not be."""
+        with self._news:
+            self._news.wait_for(lambda: len(self._idle) == MOST or self._fault)
 
 
 def read(uri: str) -> CheckpointCard | None:
@@ -126,6 +174,7 @@ def prune(output: str, keep: int) -> None:
         if uri not in kept:
             storage.remove(uri)
     storage.remove(storage.join(output, RUN, _SNAPSHOT))
+    storage.sweep(storage.join(output, RUN))
 
 
 def find(location: str) -> CheckpointCard:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cinemo import storage
 from cinemo.types import RunError
 
 WEIGHT = "weight"
@@ -31,7 +32,8 @@ STATE = "state"  # the directory inside a checkpoint
 RECORD = "state.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_CHUNK = 2**24  # values that are copied or cast at a time
+_CHUNK = 2**24  # values that are read or cast at a time
+BLOCK = 2**26  # bytes of host memory that a snapshot takes at a time; a power of two is pinned without waste
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,8 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write(directory: Path, rank: int, fragments: Iterable[Fragment], dtype: torch.dtype | None = None) -> None:
-    """Write a rank's share straight from its tensors: nothing is there twice but a chunk at a time.
-
-    ``dtype``: of the files' values; None: as they are.
-    """
+def _header(fragments: Iterable[Fragment], dtype: torch.dtype | None = None) -> tuple[bytes, list[Tensor], int]:
+    """How a share's file begins, what it holds behind that, in order, and how many bytes this takes."""
     held = [fragment for fragment in fragments if len(fragment)]
     places = {fragment.name: {"start": fragment.start, "shape": fragment.shape} for fragment in held}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", "fragments": json.dumps(places)}}
@@ -79,18 +78,95 @@ def write(directory: Path, rank: int, fragments: Iterable[Fragment], dtype: torc
             tensors.append(value)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, tensors, end
+
+
+def write(directory: Path, rank: int, fragments: Iterable[Fragment], dtype: torch.dtype | None = None) -> None:
+    """Write a rank's share straight from its tensors: nothing is there twice but a chunk at a time.
+
+    ``dtype``: of the files' values; None: as they are.
+    """
+    header, tensors, _ = _header(fragments, dtype)
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / file_name(rank)).open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header)
         for tensor in tensors:
             for chunk in tensor.detach().split(_CHUNK):  # type: ignore[no-untyped-call]
                 file.write(_bytes(chunk.to(dtype or chunk.dtype).cpu().contiguous()))
 
 
-def write_record(directory: Path, record: Mapping[str, Any]) -> None:
-    """Write what belongs to no rank alone."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / RECORD).write_text(json.dumps(record))
+class Memory:
+    """Host memory for one snapshot, used again for the next one.
+
+    Args:
+        pinned: page-locked, so that an accelerator copies into it without waiting.
+    """
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.pinned = pinned
+        self._blocks: list[Tensor] = []
+
+    def blocks(self, size: int) -> list[Tensor]:
+        """Blocks of `BLOCK` bytes each, of at least ``size`` bytes together, with whatever they held before."""
+        while len(self._blocks) * BLOCK < size:
+            self._blocks.append(torch.empty(BLOCK, dtype=torch.uint8, pin_memory=self.pinned))
+        return self._blocks
+
+
+class Snapshot:
+    """A rank's share as it is now, copied to host memory as the bytes of its file; written later, by any thread.
+
+    On an accelerator nothing waits for the copy but `write`: it stands before whatever its stream does next.
+
+    Args:
+        fragments: of which this rank writes the values.
+        record: JSON of what belongs to no rank alone; of rank 0.
+        memory: what to copy into; until this snapshot is written, nothing else may use it.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        fragments: Iterable[Fragment],
+        record: Mapping[str, Any] | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        memory = memory or Memory()
+        self._header, tensors, self._size = _header(fragments)
+        self._blocks, self._copied = memory.blocks(self._size), None
+        self._copy(tensors)
+        if memory.pinned:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+        self._name = f"{STATE}/{file_name(rank)}"
+        self._record = None if record is None else json.dumps(record).encode()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name inside the checkpoint -> bytes of every file that `write` makes."""
+        found = {self._name: len(self._header) + self._size}
+        return found if self._record is None else found | {f"{STATE}/{RECORD}": len(self._record)}
+
+    def write(self, checkpoint: str | Path) -> None:
+        """Write the files under a checkpoint's directory, local or s3://, each whole or not at all."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        full, rest = divmod(self._size, BLOCK)
+        blocks = [_bytes(block) for block in self._blocks[:full]]
+        blocks += [_bytes(self._blocks[full][:rest])] if rest else []
+        storage.write_bytes(storage.join(str(checkpoint), self._name), [self._header, *blocks])
+        if self._record is not None:
+            storage.write_bytes(storage.join(str(checkpoint), STATE, RECORD), self._record)
+
+    def _copy(self, tensors: Iterable[Tensor]) -> None:
+        offset = 0
+        for tensor in tensors:
+            left = tensor.detach().contiguous().view(torch.uint8)
+            while len(left):
+                number, place = divmod(offset, BLOCK)
+                count = min(len(left), BLOCK - place)
+                self._blocks[number][place : place + count].copy_(left[:count], non_blocking=True)
+                left, offset = left[count:], offset + count
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 
 class Mailbox:
-    """Events in the order they were posted, and the first fault that no restart can mend."""
+    """Events in the order they were posted, the first fault that no restart can mend, and whether to end."""
 
     def __init__(self) -> None:
+        self._stopping = False
         self._events: list[bytes] = []
         self._fault: tuple[str, str] | None = None
 
@@ -27,3 +28,10 @@ class Mailbox:
 
     def fault(self) -> tuple[str, str] | None:
         return self._fault
+
+    def stop(self) -> None:
+        """The command was told to end: the workers save, and end."""
+        self._stopping = True
+
+    def stopping(self) -> bool:
+        return self._stopping

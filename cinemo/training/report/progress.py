@@ -76,7 +76,16 @@ class Grown:
     profile: Mapping[str, Any] | None = None
 
 
-Event = Report | Resumed | Saved | Sheet | Grown | Profiled
+@dataclass(frozen=True)
+class Notice:
+    """Why a checkpoint of ``step`` is written before its time. ``ends``: the training ends with it."""
+
+    step: int
+    text: str
+    ends: bool = False
+
+
+Event = Report | Resumed | Saved | Sheet | Grown | Profiled | Notice
 
 
 @dataclass(frozen=True)
@@ -213,6 +222,8 @@ class Progress:
                 self._board.resumed(event.step, event.history)
         elif isinstance(event, Saved):
             self._write_csv()
+        elif isinstance(event, Notice):
+            self._say(f"step {event.step}: {event.text}")
         elif isinstance(event, Grown):
             self._say(event.text)
             if event.fingerprint:

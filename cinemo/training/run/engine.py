@@ -233,20 +233,18 @@ class Engine:
         """What `save` writes on this rank."""
         return self._partitions.written_bytes
 
-    def save(self, directory: Path, client_state: dict[str, Any]) -> None:
-        """Write this rank's share (rank 0: the record with ``client_state`` too) under ``directory``.
+    def snapshot(self, client_state: dict[str, Any], memory: shares.Memory | None = None) -> shares.Snapshot:
+        """This rank's share as it is now (rank 0: the record with ``client_state`` too), to be written later.
 
-        Frozen parameters are written as well, so that a checkpoint needs nothing beside it.
+        Frozen parameters are in it as well, so that a checkpoint needs nothing beside it.
 
         Args:
             client_state: JSON values.
+            memory: what to copy into, see `shares.Snapshot`.
         """
-        state = directory / shares.STATE
-        shares.write(state, self.rank, self._partitions.written())
-        if self.rank == 0:
-            schedule = self._schedule.state_dict()["last_epoch"]
-            record = {"adam_steps": self._partitions.steps, "schedule_steps": schedule, "client": client_state}
-            shares.write_record(state, record)
+        schedule = self._schedule.state_dict()["last_epoch"]
+        record = {"adam_steps": self._partitions.steps, "schedule_steps": schedule, "client": client_state}
+        return shares.Snapshot(self.rank, self._partitions.written(), None if self.rank else record, memory)
 
     def save_averages(self, directory: Path, keys: Sequence[str], dtype: torch.dtype) -> int:
         """Write this rank's share of some averages under ``directory``, in ``dtype``; returns the optimiser's steps."""

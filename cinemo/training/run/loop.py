@@ -23,6 +23,7 @@ from cinemo.training.plan.search import too_large
 from cinemo.training.report.metrics import Losses, Report, Window
 from cinemo.training.run.batch import FrozenStates, HostBatch, host_batch, on_device
 from cinemo.training.run.engine import Engine
+from cinemo.training.run.notice import Agreement, Wish
 from cinemo.training.run.profiler import DATA, FORWARD, span
 from cinemo.types import RunError
 
@@ -44,20 +45,27 @@ def train(
     validate: Callable[[], Losses] | None = None,
     sample_seconds: float = math.nan,
     on_step: Callable[[int], None] = lambda step: None,
-) -> None:
+    agreement: Agreement | None = None,
+) -> Wish:
     """Train from ``start_step`` to ``recipe.train.max_steps``.
+
+    Returns:
+        `Wish.NOTHING` at the end; `Wish.LEAVE` or `Wish.STOP` where the ranks agreed on that earlier, after the
+        checkpoint.
 
     Args:
         batches: this rank's samples of ``start_step``, ``start_step + 1``, ... (they may go on for ever). A step
             without samples, which is one on every rank, is passed over.
         on_report: called every ``log_every`` steps, before a checkpoint and at the end. Only then the loop waits for
             the device.
-        on_checkpoint: called with the number of steps done, every ``checkpoint_every`` steps and at the end.
+        on_checkpoint: called with the number of steps done, every ``checkpoint_every`` steps, at the end, and where
+            the ranks agree to.
         on_sheet: the same for sample sheets, every ``sample_every`` steps and at the end.
         validate: measures the losses on held-out shards, every ``validate_every`` steps and at the end; they become
             part of that step's report.
         sample_seconds: see `cinemo.training.report.metrics.Window`.
         on_step: called with the number of steps done after each of them; its time is in no report.
+        agreement: whether a step is followed by a checkpoint for other reasons, and by nothing more.
 
     Raises:
         RunError: too many steps in a row have no finite gradient (they and their samples are named), the data ended
@@ -78,7 +86,9 @@ def train(
             lr = engine.lr
             # Where samples are left out, the mean is over the samples that are there, on all ranks together.
             share = _share(engine, settings.global_batch, got[1]) if got[1] and missing else 1.0
-            for micro, weights_B in got[1]:
+            for number, (micro, weights_B) in enumerate(got[1], 1):
+                if agreement is not None and number == len(got[1]):
+                    agreement.begin()
                 there_B = weights_B.to(engine.device, non_blocking=True)
                 try:
                     with span(FORWARD):
@@ -93,8 +103,10 @@ def train(
             on_step(done)
             window.leave_out(time.perf_counter() - begun)
 
-            checkpoint = _due(done, settings.checkpoint_every, settings.max_steps)
-            sheet = _due(done, settings.sample_every, settings.max_steps)
+            wish = Wish.NOTHING if agreement is None else agreement.end()
+            ends = wish >= Wish.LEAVE and done < settings.max_steps
+            checkpoint = wish >= Wish.SAVE or _due(done, settings.checkpoint_every, settings.max_steps)
+            sheet = not ends and _due(done, settings.sample_every, settings.max_steps)
             validation = validate is not None and _due(done, settings.validate_every, settings.max_steps)
             if checkpoint or sheet or validation or done % settings.log_every == 0:
                 report = window.close(done, lr)
@@ -105,12 +117,15 @@ def train(
                 on_report(report)
             if checkpoint:
                 on_checkpoint(done)
+            if ends:
+                return wish
             if sheet:
                 engine.method.eval()
                 on_sheet(done)
                 engine.method.train()
             if checkpoint or sheet or validation:
                 window.restart()
+    return Wish.NOTHING
 
 
 def _due(done: int, every: int, last: int) -> bool:

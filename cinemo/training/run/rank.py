@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
-import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.train import Checkpoint
+from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 from ray.train.torch import get_device
 
 from cinemo import cache, storage
@@ -27,7 +27,7 @@ from cinemo.recipes import parse_recipe
 from cinemo.training.checkpoint import checkpoints, snapshots
 from cinemo.training.report import sample_log
 from cinemo.training.report.metrics import Report
-from cinemo.training.report.progress import Event, Resumed, Saved, Sheet
+from cinemo.training.report.progress import Event, Notice, Resumed, Saved, Sheet
 from cinemo.training.report.prompt_sheets import animated as animated_prompts
 from cinemo.training.report.prompt_sheets import write_prompts
 from cinemo.training.report.prompts import kept
@@ -39,18 +39,30 @@ from cinemo.training.run.engine import Engine
 from cinemo.training.run.growth import Batches, Generations, TrainingData, batches_of, generations_of, opened
 from cinemo.training.run.left_out import LeftOut
 from cinemo.training.run.loop import AHEAD, train
+from cinemo.training.run.notice import Agreement, Terminated, Wish, Wishes
 from cinemo.training.run.profiler import Profiler
 from cinemo.types import InputError, RunError, keyed_seed
+
+WITHOUT_DEADLINE_SECONDS = 100.0  # left to a node that is taken away nobody knows when: Ray Train waits for 120
 
 
 def work(config: dict[str, Any]) -> None:
     """One rank."""
     mailbox = config["mailbox"]
-    if ray.get(mailbox.fault.remote()):
-        return  # the attempt before this one met what no restart can mend
-    try:
+    if ray.get(mailbox.fault.remote()) or ray.get(mailbox.stopping.remote()):
+        return  # the attempt before this one met what no restart can mend, or there shall be none
+    # Signals are for the actor's main thread; this function has one of its own.
+    ray.get(ray.get_runtime_context().current_actor.execute.remote(Terminated.listen))
+    with _posting_faults(mailbox):
         recipe = parse_recipe(config["recipe"], "recipe")
         _train(recipe, config, mailbox)
+
+
+@contextmanager
+def _posting_faults(mailbox: Any) -> Iterator[None]:
+    """What no restart can mend is told to the job's own process."""
+    try:
+        yield
     except (InputError, RunError) as error:
         ray.get(mailbox.post_fault.remote(type(error).__name__, str(error)))
         raise
@@ -60,6 +72,7 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     sources, output = config["sources"], config["output"]
     torch.set_num_threads(max(1, int(recipe.train.cpus_per_worker)))
     context = ray.train.get_context()
+    place = context.get_storage()
     rank, world = context.get_world_rank(), context.get_world_size()
     device = get_device()
     assert isinstance(device, torch.device)
@@ -80,11 +93,11 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     generations: list[Generations] = [[(0, shards)] for shards in config["shards"]]
     batches: list[Batches] | None = None
     committed = ray.train.get_checkpoint()  # of this job; else what it starts from
-    place = config["start"]
+    start = config["start"]
     if committed is not None:
-        place = f"s3://{committed.path}" if storage.is_remote(output) else committed.path
-    if place is not None:
-        with cache.borrowed(place) as directory:
+        start = f"s3://{committed.path}" if storage.is_remote(output) else committed.path
+    if start is not None:
+        with cache.borrowed(start) as directory:
             state = engine.load(directory)
             made_with = json.loads((directory / "recipe.json").read_text())["train"]
             engine.gather(None)  # all ranks of a node read one copy, so none gives it up before all have it
@@ -127,29 +140,57 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
             seen[batch.step] = batch.keys
             yield batch
 
+    under_way = checkpoints.UnderWay(pinned=device.type == "cuda")
+    wishes = Wishes(recipe.train, rank == 0, lambda: ray.get(mailbox.stopping.remote()), config["watched"])
+    taken: dict[str, None] = {}  # nodes that are about to be, in the order of their notices
+    reasons: list[str] = []
+
+    def look() -> Wish:
+        info = ray.train.get_preemption_info()
+        news = [node for node in info.preempted_node_ids if node not in taken] if info else []
+        if not news:
+            return Wish.NOTHING
+        taken.update(dict.fromkeys(news))
+        left = info.deadline_ms / 1000 - time.time() if info.deadline_ms else WITHOUT_DEADLINE_SECONDS
+        wishes.until(left, under_way.seconds)
+        reasons.append(f"node {', '.join(news)} will be taken away in {left:.0f} s: saved, training goes on until then")
+        return Wish.SAVE
+
     def on_checkpoint(done: int) -> None:
-        own = {step: seen.pop(step) for step in sorted(seen) if step < done}
-        parts = engine.gather(own)
-        if rank == 0:
-            sample_log.write(output, {step: [key for part in parts for key in part[step]] for step in own})
+        wishes.saved()
         if snapshots.is_due(recipe.train, done):
             snapshots.write(output, done, engine)
         follow(done, AHEAD)
         identity = data.identity
         state = {"step": done, "epoch": loader.epoch(done), **identity, "history": [row.kept() for row in history]}
-        with tempfile.TemporaryDirectory(prefix="cinemo-checkpoint-") as scratch:
-            share = Path(scratch)
-            with checkpoints.saving(done, engine.share_bytes, scratch):
-                engine.save(share, state)
-            files = {name: size for part in engine.gather(checkpoints.sizes(share)) for name, size in part.items()}
-            if rank == 0:
-                checkpoints.describe(share, recipe, done, world, identity["dataset"], files, identity["sources"])
-            with checkpoints.saving(done, sum(files.values()), output):
-                # Returns when the files are uploaded.
-                ray.train.report(
-                    {"step": done, "loss": history[-1].loss}, checkpoint=Checkpoint.from_directory(scratch)
-                )
-        post(Saved(done))
+        memory = under_way.begin()
+        snapshot = engine.snapshot(state, memory)
+        own = {step: seen.pop(step) for step in sorted(seen) if step < done}
+        ranks = engine.gather((own, snapshot.sizes))
+        keys = {step: [key for parts, _ in ranks for key in parts[step]] for step in own}
+        files = {name: size for _, sizes in ranks for name, size in sizes.items()}
+
+        def write(_: Checkpoint, name: str) -> Checkpoint:
+            uri = storage.join(output, checkpoints.RUN, name)
+            saving = checkpoints.saving(done, sum(files.values()), output)
+            with _posting_faults(mailbox), under_way.writing(memory), saving:
+                if rank == 0:
+                    sample_log.write(output, keys)
+                snapshot.write(uri)
+                if rank == 0:
+                    checkpoints.describe(uri, recipe, done, world, identity["dataset"], files, identity["sources"])
+            post(Saved(done))
+            return Checkpoint(place.build_checkpoint_path_from_name(name), place.storage_filesystem)
+
+        ray.train.report(
+            {"step": done, "loss": history[-1].loss},
+            checkpoint=Checkpoint(place.experiment_fs_path, place.storage_filesystem),  # `write` takes the snapshot
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=write,
+            delete_local_checkpoint_after_upload=False,
+        )
+        if reasons:
+            post(Notice(done, reasons.pop()))
 
     samples = first_samples(begun[0], recipe.train.sample_count, recipe.train.held_out_shards, stored)
 
@@ -181,17 +222,28 @@ def _train(recipe: Recipe, config: Mapping[str, Any], mailbox: Any) -> None:
     sample_seconds = config["flops"] / peak_flops(device, engine.dtype)
     profiled = range(0) if rank and not config["profile_all_ranks"] else config["profile"]
     profiler = Profiler(profiled, step, output, rank, device, lambda event: mailbox.post.remote(pickle.dumps(event)))
-    train(
-        recipe,
-        engine,
-        noted(left_out.batch(loader, number) for number in count(step)),
-        frozen,
-        step,
-        on_report,
-        on_checkpoint,
-        on_sheet,
-        validate,
-        sample_seconds,
-        profiler.after,
-    )
+    try:
+        ended = train(
+            recipe,
+            engine,
+            noted(left_out.batch(loader, number) for number in count(step)),
+            frozen,
+            step,
+            on_report,
+            on_checkpoint,
+            on_sheet,
+            validate,
+            sample_seconds,
+            profiler.after,
+            Agreement(wishes.own, look),
+        )
+        if ended is Wish.STOP:
+            post(Notice(history[-1].step, "the last one, as told; its checkpoint is being written", ends=True))
+        elif ended is Wish.LEAVE:
+            post(Notice(history[-1].step, "a worker was told to end (SIGTERM), so all of them begin anew from here"))
+    finally:
+        under_way.finish()
+    if ended is Wish.LEAVE:
+        ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+        raise RuntimeError("a worker was told to end (SIGTERM)")
     ray.get(mailbox.fault.remote())  # an actor answers in order: what was posted before has arrived

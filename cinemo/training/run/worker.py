@@ -43,6 +43,7 @@ from cinemo.training.report import prompts
 from cinemo.training.report.mailbox import Mailbox
 from cinemo.training.report.profiled import ProfileRequest
 from cinemo.training.report.progress import (
+    Notice,
     Progress,
     Resumed,
     TrainSummary,
@@ -54,10 +55,13 @@ from cinemo.training.run import rank
 from cinemo.training.run.base_weights import check_base
 from cinemo.training.run.batch import IMAGE_TOKENS, TEXT_STATES, KnownStates, stored_fields
 from cinemo.training.run.dataset_check import check_canary, check_dataset
+from cinemo.training.run.ending import Ending
 from cinemo.training.run.growth import TrainingData, digest_of, opened
 from cinemo.training.run.starting import name_of, starting_point
 from cinemo.training.run.stored_states import with_stored_states
 from cinemo.types import InputError, RunError
+
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # Ray Train's: an actor that tells workers of nodes that will be taken
 
 
 def run(
@@ -195,9 +199,10 @@ def _train(
     profile = dataset_profile(indexes[0])
     progress = Progress(recipe, output, name_of(sources), digest_of(indexes), profile=profile, previous=before)
     mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    ending = Ending(lock, mailbox.stop.remote)
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         rank.work,
         train_loop_config={
             "recipe": recipe.model_dump(mode="json"),
@@ -210,6 +215,7 @@ def _train(
             "mailbox": mailbox,
             **profiled,
             "known": _known_states(recipe),
+            "watched": os.environ.get(_WATCHER, "1") == "1",
         },
         torch_config=TorchConfig(backend="nccl" if train_settings.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
@@ -225,16 +231,21 @@ def _train(
             failure_config=FailureConfig(max_failures=train_settings.max_failures),
         ),
     )
+    trainer.ending = ending
     workers = f"{train_settings.workers} worker" + ("s" if train_settings.workers > 1 else "")
     try:
-        with doing(f"starting {workers}") as work, _following(mailbox, progress, lock, work):
+        with (
+            ending.listening(),
+            doing(f"starting {workers}") as work,
+            _following(mailbox, progress, lock, ending, work),
+        ):
             trainer.fit()
         _raise_fault(mailbox)
-    except SystemExit:  # what Ray Train makes of an interrupt
+    except (SystemExit, KeyboardInterrupt):  # ended at once; Ray Train makes the former of an interrupt
         if lock.lost:
             lock.check()
         progress.fail("KILLED")
-        raise KeyboardInterrupt from None
+        ending.leave()
     except Exception as error:
         with suppress(Exception):  # before anything else is written: half a checkpoint may be what fills a disk
             checkpoints.prune(output, train_settings.keep_checkpoints)
@@ -253,11 +264,27 @@ def _train(
         with storage.tidying(f"{output}: checkpoints before the last {train_settings.keep_checkpoints}"):
             checkpoints.prune(output, train_settings.keep_checkpoints)
         latest = checkpoints.latest(output)
+        if (ending.asked or ending.step) and (latest is None or latest.step < train_settings.max_steps):
+            progress.fail("KILLED")
+            why = ending.asked.name if ending.asked else f"train.stop_file {train_settings.stop_file}"
+            at = f"at step {latest.step}, which is saved" if latest else "before anything was saved"
+            say(f"{output}: ended {at} ({why}); the same command with --resume auto continues there")
+            ending.leave()
         if latest is None:
             raise RunError(
                 f"{output}: no checkpoint is complete there: the storage has lost files that were written to it"
             )
         return progress.finish(latest.uri)
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray Train's own, which ends a training at once when it is interrupted: here that is the second choice."""
+
+    ending: Ending
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        super()._register_sigint_handler(controller)
+        self.ending.take_over()
 
 
 def _check_packages(recipe: Recipe) -> None:
@@ -280,7 +307,7 @@ def _join_cluster(recipe: Recipe) -> None:
     """Connect to Ray and see that the worker group can be placed at all; it would wait for ever otherwise."""
     workers = recipe.train.workers
     if not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process more, for nodes that may be taken
+        os.environ.setdefault(_WATCHER, "0")  # a process more, for nodes that may be taken
     # A private Ray counts logical CPUs, so that more workers than cores are slow but possible.
     connect(cpus=math.ceil(workers * recipe.train.cpus_per_worker))
     there = ray.cluster_resources()
@@ -343,7 +370,7 @@ def _raise_fault(mailbox: Any) -> None:
 
 
 @contextmanager
-def _following(mailbox: Any, progress: Progress, lock: Lock, work: Work) -> Iterator[None]:
+def _following(mailbox: Any, progress: Progress, lock: Lock, ending: Ending, work: Work) -> Iterator[None]:
     """Hand the mailbox's events to ``progress`` from a thread, until the block ends and none are left.
 
     Once the lock is lost, nothing more is written, and the block is interrupted as a person would do it.
@@ -352,17 +379,21 @@ def _following(mailbox: Any, progress: Progress, lock: Lock, work: Work) -> Iter
 
     def follow() -> None:
         preload()
-        ending = False
-        while not ending:
-            ending = over.wait(0.3)
+        last = False
+        while not last:
+            last = over.wait(0.3)
             if lock.lost:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
+            ending.follow()
             for event in ray.get(mailbox.take.remote()):
                 work.what, work.patience = "training", 9.0  # reports of steps say more
                 found = pickle.loads(event)
                 if isinstance(found, Resumed):  # its networks and data are there: nothing of its input is refused now
+                    ending.begin()
                     progress.track(found.step)
+                if isinstance(found, Notice) and found.ends:
+                    ending.step = found.step
                 progress.handle(found)
 
     with ThreadPoolExecutor(1, "progress") as pool:
