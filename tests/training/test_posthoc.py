@@ -83,7 +83,7 @@ def _saved(engine: Engine, recipe: Recipe, output: Path, step: int) -> None:
     snapshots.write(str(output), step, engine)
     directory = output / checkpoints.RUN / f"checkpoint_2030-01-01_00-00-{step:02d}.000001"
     directory.mkdir(parents=True)
-    engine.save(directory, {"step": step})
+    engine.snapshot({"step": step}).write(directory)
     checkpoints.describe(directory, recipe, step, 1, "digest", checkpoints.sizes(directory))
 
 
