@@ -45,7 +45,7 @@ def _checkpointing(value: Any) -> Any:
 
 
 # Keys of `DataConfig` about the machines of a run, which leave no trace in what it makes.
-MACHINES = ("decode_tasks", "wait_for_nodes")
+MACHINES = ("decode_tasks", "encode_resource", "wait_for_nodes")
 
 
 class DataConfig(Part):
@@ -89,14 +89,19 @@ class DataConfig(Part):
         0, ge=0, description="encoder processes at most; 0: as many as the cluster has accelerators, or cores, for"
     )
     encode_gpus: float = Field(0.0, ge=0, le=1, description="share of an accelerator for each encoder process")
+    encode_resource: str | None = Field(
+        None, description="Ray resource of the nodes that encode (one unit per encoder); null: wherever there is room"
+    )
     wait_for_nodes: float = Field(
-        900.0, ge=0, description="seconds that a cluster has to add the accelerators or cores that are missing"
+        900.0,
+        ge=0,
+        description="seconds that a cluster has to add the accelerators or cores that are missing, for training too",
     )
 
     @property
     def together(self) -> bool:
         """Whether one process decodes, scores and encodes a clip: all of it is work for the same cores."""
-        return not (self.encode_gpus or self.encode_actors or self.decode_resource)
+        return not (self.encode_gpus or self.encode_actors or self.decode_resource or self.encode_resource)
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -250,6 +255,9 @@ class TrainConfig(Part):
     workers: int = Field(8, ge=1)
     cpus_per_worker: float = Field(1, ge=0)
     gpus_per_worker: float = Field(0, ge=0, le=1, multiple_of=1, description="1: each rank drives a device of its own")
+    resource: str | None = Field(
+        None, description="Ray resource of the nodes that train (one unit per worker); null: wherever there is room"
+    )
     global_batch: int = Field(80, ge=1)
     micro_batch: Count | Literal["auto"] = Field(
         10,
@@ -523,6 +531,7 @@ _LATER = {
         "tensorboard",
         "posthoc_ema",
         "posthoc_snapshots",
+        "resource",
     ),
     "data": (*MACHINES, "scores", "other_shapes"),
 }

@@ -81,7 +81,7 @@ def dynamicrafter_256() -> DynamiCrafterRecipe:
       data.fields: stored frames, of which image tokens are made in training.
       data.clips_per_shard, data.decoder, data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource,
       data.max_quarantine_share, data.encode_batch, data.encode_actors, data.encode_gpus,
-      data.decode_tasks, data.wait_for_nodes, data.scores, data.other_shapes.
+      data.decode_tasks, data.wait_for_nodes, data.encode_resource, train.resource, data.scores, data.other_shapes.
     - Not used here. train.context_init: stage 2's. train.prompt_dropout, train.lora_rank, train.lora_alpha,
       train.lora_layers, data.ssim, data.bucket_edges, encoders.vae_decoder, encoders.flow.
     """

@@ -52,7 +52,7 @@ def longer_320x512() -> LongerRecipe:
       data.clips_per_shard, data.decoder,
       data.clip_timeout, data.clip_memory, data.decode_cpus, data.decode_resource, data.max_quarantine_share,
       data.encode_batch, data.encode_actors, data.encode_gpus,
-      data.decode_tasks, data.wait_for_nodes.
+      data.decode_tasks, data.wait_for_nodes, data.encode_resource, train.resource.
     - Not used here. encoders.image_encoder. encoders.flow: its weights make flow RAFT's, as the paper's was.
     """
     return LongerRecipe(

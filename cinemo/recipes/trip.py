@@ -61,7 +61,7 @@ def trip_256() -> TripRecipe:
       train.sample_every, train.sample_count, train.held_out_shards, train.validate_every,
       train.grow, train.where, train.canary. data.clips_per_shard, data.decoder, data.clip_timeout, data.clip_memory,
       data.decode_cpus, data.decode_resource, data.max_quarantine_share, data.encode_batch, data.encode_actors,
-      data.encode_gpus, data.decode_tasks, data.wait_for_nodes.
+      data.encode_gpus, data.decode_tasks, data.wait_for_nodes, data.encode_resource, train.resource.
       data.ssim, data.bucket_edges: of reports alone.
     - Not used here. train.lora_rank, train.lora_alpha, train.lora_layers, data.fields, data.scores, data.other_shapes,
       encoders.image_encoder, encoders.flow.

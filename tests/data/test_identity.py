@@ -44,6 +44,7 @@ UNCOVERED: dict[str, Any] = {
     "data.decode_tasks": 7,
     "data.wait_for_nodes": 3.0,
     "data.decode_resource": "decode",
+    "data.encode_resource": "encode",
     "data.clip_timeout": 5.0,
     "data.clip_memory": 1.0,
     "data.fields": ["text_states", "flow"],

@@ -308,9 +308,12 @@ def test_on_s3(dataset: Path, clips_folder: Path, small_recipe: Recipe, s3_endpo
 def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
     small_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def recipe_of(*changes: str) -> Recipe:
+        return override(small_recipe, ["data.encode_actors=0", *changes])
+
     def found(have: dict[str, float], *changes: str, wait: bool = True) -> pools.Pools:
         monkeypatch.setattr(pools.ray, "cluster_resources", lambda: have)
-        recipe = override(small_recipe, ["data.encode_actors=0", *changes])
+        recipe = recipe_of(*changes)
         if wait:
             pools.wait_for_nodes(recipe)
         return pools.pools(recipe)
@@ -333,6 +336,13 @@ def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
     assert (limited.encode["compute"].min_size, limited.encode["compute"].max_size) == (8, 12)
     monkeypatch.delenv("RAY_ADDRESS")
 
+    mixed = nodes | {"encode": 4.0}
+    theirs = found(mixed, "data.encode_gpus=1", "data.encode_resource=encode")
+    assert (theirs.encoders, theirs.encode["num_gpus"], theirs.encode["resources"]) == (4, 1.0, {"encode": 1.0})
+    on_cpus = found({"CPU": 16.0, "encode": 2.0}, "data.encode_resource=encode")
+    assert on_cpus.encoders == 2
+    assert not recipe_of("data.encode_resource=encode").data.together
+
     laptop = found({"CPU": 2.0})
     assert (laptop.decoders, laptop.capacity) == (2, {"decode": 2, "encode": 2})
     apart = found({"CPU": 2.0}, "data.encode_actors=2")
@@ -340,6 +350,8 @@ def test_decoders_and_encoders_take_the_nodes_that_are_theirs(
     assert 2 * apart.decode["num_cpus"] + apart.encode["num_cpus"] <= 2, "an encoder must fit beside them"
     with pytest.raises(InputError, match=r"of which the cluster has 0 decode; --set data.decode_resource=null"):
         found({"CPU": 2.0}, "data.decode_resource=decode")
+    with pytest.raises(InputError, match=r"of which the cluster has 0 encode; --set data.encode_resource=null"):
+        found({"CPU": 2.0}, "data.encode_resource=encode")
     with pytest.raises(InputError, match=r"for 1 encoder, but the cluster has 0 accelerators; --set"):
         found({"CPU": 2.0}, "data.encode_gpus=1")
 

@@ -31,6 +31,7 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.data.dataset.statistics import with_statistics
 from cinemo.data.loading.source import Source
 from cinemo.data.precompute.cluster import connect
+from cinemo.data.precompute.pools import ask_for_nodes, joined
 from cinemo.lock import Lock, hold
 from cinemo.methods import check_trainable, image_encoder_place, method_class
 from cinemo.networks.frozen import check_image_encoder
@@ -198,7 +199,9 @@ def _train(
     before = start.before if start else None
     profile = dataset_profile(indexes[0])
     progress = Progress(recipe, output, name_of(sources), digest_of(indexes), profile=profile, previous=before)
-    mailbox = ray.remote(num_cpus=0)(Mailbox).remote()
+    # Beside this process, without which there is no job: nodes that may be taken are no place for it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(Mailbox).remote()
     ending = Ending(lock, mailbox.stop.remote)
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
@@ -299,27 +302,40 @@ def _check_packages(recipe: Recipe) -> None:
 
 
 def _resources(recipe: Recipe) -> dict[str, float]:
-    wanted = {"CPU": recipe.train.cpus_per_worker}
-    return wanted | ({"GPU": recipe.train.gpus_per_worker} if recipe.train.gpus_per_worker else {})
+    train = recipe.train
+    wanted = {"CPU": train.cpus_per_worker}
+    if train.gpus_per_worker:
+        wanted["GPU"] = train.gpus_per_worker
+    return wanted | ({train.resource: 1.0} if train.resource else {})
 
 
 def _join_cluster(recipe: Recipe) -> None:
-    """Connect to Ray and see that the worker group can be placed at all; it would wait for ever otherwise."""
+    """Connect to Ray and see that the worker group can be placed at all; it would wait for ever otherwise.
+
+    A cluster that may grow is asked for the nodes that are missing, and waited for ``data.wait_for_nodes`` seconds.
+    """
     workers = recipe.train.workers
     if not os.environ.get("RAY_ADDRESS"):
         os.environ.setdefault(_WATCHER, "0")  # a process more, for nodes that may be taken
     # A private Ray counts logical CPUs, so that more workers than cores are slow but possible.
     connect(cpus=math.ceil(workers * recipe.train.cpus_per_worker))
+    wanted = " and ".join(f"{each:g} {name}" for name, each in _resources(recipe).items())
+    if joined() and _room(recipe) < workers and recipe.data.wait_for_nodes:
+        ask_for_nodes(
+            [_resources(recipe)] * workers,
+            lambda: _room(recipe) >= workers,
+            recipe.data.wait_for_nodes,
+            lambda: f"waiting for {workers} times {wanted}, of which the nodes have room for {_room(recipe):g}",
+        )
     there = ray.cluster_resources()
+    keys = {"CPU": "train.cpus_per_worker", "GPU": "train.gpus_per_worker"}
     for name, each in _resources(recipe).items():
         if there.get(name, 0) < workers * each:
             raise InputError(
                 f"train.workers is {workers} with {each:g} {name} each, but the cluster has {there.get(name, 0):g} "
-                f"{name}; lower train.workers or train.{name.lower()}s_per_worker, or add nodes"
+                f"{name}; lower train.workers or {keys.get(name, 'change train.resource')}, or add nodes"
             )
-    places = sum(_places(node["Resources"], _resources(recipe)) for node in ray.nodes() if node["Alive"])
-    if places < workers:
-        wanted = " and ".join(f"{each:g} {name}" for name, each in _resources(recipe).items())
+    if (places := _room(recipe)) < workers:
         raise InputError(
             f"train.workers is {workers} with {wanted} each on one node, but the nodes have room for {places:g}; lower "
             "train.workers or train.cpus_per_worker, or add nodes"
@@ -335,6 +351,11 @@ def _accelerator(recipe: Recipe) -> Accelerator | None:
     there = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     found: list[Accelerator] = ray.get([look.options(scheduling_strategy=node).remote() for node in there])
     return min(found, key=lambda known: known.memory)
+
+
+def _room(recipe: Recipe) -> float:
+    """How many workers the nodes have room for."""
+    return sum(_places(node["Resources"], _resources(recipe)) for node in ray.nodes() if node["Alive"])
 
 
 def _places(node: Mapping[str, float], wanted: Mapping[str, float]) -> float:
