@@ -35,6 +35,7 @@ LAYERS = [
         "lock",
         "cache",
         "tracking",
+        "monitoring",
     ],
     ["diffusion", "media"],
     ["networks"],
@@ -49,6 +50,7 @@ RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 # Top-level import name -> the only modules that may name it.
 ONLY_IN = {
     "ray": [
+        "monitoring",
         "evaluation.cluster",
         "data.precompute",
         "training.run.rank",

@@ -12,7 +12,7 @@ from cinemo.data.precompute.tracker import tracked
 from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.types import InputError
 
-FIGURES = Figures(100, 30, 20, 10, 1, 10, 5.0, 2.5, 0.5, {"decode": 0.9, "encode": 0.4}, {"missing": 3})
+FIGURES = Figures(100, 30, 20, 10, 1, 10, 4096, 5.0, 2.5, 0.5, {"decode": 0.9, "encode": 0.4}, {"missing": 3})
 SUMMARY = {
     "clips": 100, "samples": 97, "quarantined": 3, "shards": 10, "bytes": 5000, "seconds": 40.0,
     "stage_seconds": {"decode": 60.0, "encode": 30.0},

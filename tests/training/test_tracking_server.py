@@ -131,7 +131,7 @@ def test_a_bundle_is_registered(server: Server, tmp_path: Path) -> None:
 def test_a_precompute_run_is_tracked(server: Server, small: Recipe) -> None:
     from mlflow.tracking import MlflowClient
 
-    figures = Figures(100, 30, 20, 10, 1, 10, 5.0, 2.5, 0.5, {"decode": 0.9}, {"missing": 3})
+    figures = Figures(100, 30, 20, 10, 1, 10, 4096, 5.0, 2.5, 0.5, {"decode": 0.9}, {"missing": 3})
     totals = {"clips": 100, "samples": 97, "quarantined": 3, "shards": 10, "bytes": 5000, "seconds": 40.0}
     with tracked(small, "s3://bucket/made") as tracker:
         assert tracker is not None

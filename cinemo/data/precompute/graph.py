@@ -27,6 +27,7 @@ from cinemo.data.dataset.sidecars import FieldStore
 from cinemo.data.manifest.columns import Columns
 from cinemo.data.precompute import cluster, pools, stages
 from cinemo.data.precompute.dataset import Dataset
+from cinemo.data.precompute.exported import Exported
 from cinemo.data.precompute.plan import PlannedRows, plan_manifest
 from cinemo.data.precompute.probing import Probe
 from cinemo.data.precompute.progress import Figures, describe
@@ -94,7 +95,10 @@ def run(
         if len(rows):
             plan.clips.check_buckets()
             dataset.begin()
-            with cluster.watch(len(rows), rows.count_shards(), recipe, listener) as (progress, meter):
+            with cluster.watch(len(rows), rows.count_shards(), recipe, Exported(dataset.uri, listener)) as (
+                progress,
+                meter,
+            ):
                 capacity = progress.capacity
                 for wave in rows.waves(_WAVE_CLIPS):
                     for shard in _execute(wave, dataset, retried, meter):

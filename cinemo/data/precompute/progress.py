@@ -44,7 +44,8 @@ class Meter:
 class Figures:
     """A run at one moment. Rates and ``use`` are those of the last minute.
 
-    ``decoded``, ``encoded`` and ``committed`` count clips; ``use`` is the busy share of a stage's processes, 0..1.
+    ``decoded``, ``encoded`` and ``committed`` count clips, ``bytes`` are those of committed shards; ``use`` is the busy
+    share of a stage's processes, 0..1.
     """
 
     clips: int
@@ -53,6 +54,7 @@ class Figures:
     committed: int
     shards: int
     all_shards: int
+    bytes: int
     seconds: float
     rate: float
     megabytes_per_second: float
@@ -166,6 +168,7 @@ class Progress:
             committed=committed,
             shards=shards,
             all_shards=self.all_shards,
+            bytes=size,
             seconds=now - self._started,
             rate=(encoded - encoded_then) / span,
             megabytes_per_second=(size - size_then) / span / 1e6,

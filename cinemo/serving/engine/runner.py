@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from cinemo import monitoring
 from cinemo.animate import AnimateRequest, load_image
 from cinemo.bundle import ModelBundle
 from cinemo.media.saving import save_animation
@@ -210,6 +211,9 @@ class JobRunner:
 
     def _report(self, outcome: Outcome, seconds_left: Mapping[str, float]) -> None:
         now = time.monotonic()
+        for seconds, videos in outcome.calls:
+            monitoring.record(monitoring.DENOISING, seconds)
+            monitoring.record(monitoring.VIDEO_STEPS, videos)
         with self._changed:
             for key, (done, steps) in outcome.progress.items():
                 if held := self._held.get(key):

@@ -42,12 +42,14 @@ _SHOWN, _PREVIEW_SECONDS = 4, 0.5  # frames of a preview; at least between two o
 @dataclass(frozen=True)
 class Outcome:
     """What a step brought, by key. ``progress``: (steps done, all steps). ``failed``: (code, message for a person).
-    ``previews``: the step, and a few small frames (F, h, w, 3) uint8 of the video as it is predicted there."""
+    ``previews``: the step, and a few small frames (F, h, w, 3) uint8 of the video as it is predicted there.
+    ``calls``: seconds that a step took, and how many videos went on in it."""
 
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     finished: dict[str, Animation] = field(default_factory=dict)
     failed: dict[str, tuple[str, str]] = field(default_factory=dict)
     previews: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict)
+    calls: list[tuple[float, int]] = field(default_factory=list)
 
 
 class _Video:
@@ -315,7 +317,9 @@ class SamplingEngine:
             flight.event.synchronize()
         now = self._clock()
         if flight.work:
-            self._pace.step(flight.work, now - max(flight.began, self._landed))
+            seconds = now - max(flight.began, self._landed)
+            self._pace.step(flight.work, seconds)
+            outcome.calls.append((seconds, len(flight.steps)))
         self._landed = now
         finite = [] if flight.finite is None else flight.finite.tolist()
         for (video, done), good in zip(flight.steps, finite, strict=True):

@@ -7,7 +7,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -15,12 +15,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cinemo import monitoring
 from cinemo.serving.store.counters import BOUNDS, Statistics
 from cinemo.serving.store.counters import Histogram as Counted
 
 _STATUSES = ("queued", "in_progress", "completed", "failed", "cancelled")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9._~:+/=-]{1,128}")
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Exposition:
@@ -35,22 +35,21 @@ class Exposition:
         self._registry = CollectorRegistry()
         # Replicas behind one address answer in turn: the label keeps their own counters apart.
         self._process = f"{socket.gethostname()}:{os.getpid()}"
+        asked = monitoring.REQUESTS
         self._requests = Histogram(
-            "cinemo_http_request_seconds",
-            "Seconds until an answer begins",
-            ["process", "method", "route", "status"],
-            buckets=_SECONDS,
-            registry=self._registry,
+            asked.name, asked.meaning, asked.labels, buckets=asked.bounds, registry=self._registry
         )
-        self._registry.register(_Jobs(statistics, streams, self._process))
+        self._jobs = _Jobs(statistics, streams, self._process)
+        self._registry.register(self._jobs)
         ProcessCollector(registry=self._registry)
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:
         """Note a request that was answered."""
         self._requests.labels(self._process, method, route, str(status)).observe(seconds)
 
-    def render(self, accept: str) -> tuple[bytes, str]:
+    def render(self, accept: str, is_ready: bool) -> tuple[bytes, str]:
         """The text in the format that ``accept`` prefers, and its content type."""
+        self._jobs.is_ready = is_ready
         encode, kind = choose_encoder(accept)
         return encode(self._registry), kind
 
@@ -58,36 +57,40 @@ class Exposition:
 class _Jobs(Collector):
     def __init__(self, statistics: Callable[[], Statistics], streams: Callable[[], int], process: str) -> None:
         self._statistics, self._streams, self._process = statistics, streams, process
+        self.is_ready = False
 
     def describe(self) -> list[Metric]:
         return []  # nothing is read from the database before the first scrape
 
     def collect(self) -> Iterator[Metric]:
         found = self._statistics()
-        jobs = GaugeMetricFamily("cinemo_jobs", "Jobs in the database now", labels=["status"])
-        finished = CounterMetricFamily("cinemo_jobs_finished", "Jobs that have ended so far", labels=["status"])
-        for status in _STATUSES:
-            jobs.add_metric([status], found.by_status.get(status, 0))
-        for status, count in found.finished.items():
-            finished.add_metric([status], count)
-        yield jobs
-        yield finished
-        yield GaugeMetricFamily(
-            "cinemo_oldest_waiting_seconds", "Age of the oldest queued job", found.oldest_waiting_seconds
-        )
-        yield _histogram("cinemo_job_queue_seconds", "From submission to the last start", found.queue_seconds)
-        yield _histogram("cinemo_job_run_seconds", "From the last start to the end", found.run_seconds)
-        streams = GaugeMetricFamily("cinemo_event_streams", "Open event streams", labels=["process"])
-        streams.add_metric([self._process], self._streams())
-        yield streams
+        yield _family(GaugeMetricFamily, monitoring.READY, {(): self.is_ready})
+        yield _family(GaugeMetricFamily, monitoring.JOBS, {(key,): found.by_status.get(key, 0) for key in _STATUSES})
+        yield _family(CounterMetricFamily, monitoring.FINISHED, {(key,): n for key, n in found.finished.items()})
+        yield _family(GaugeMetricFamily, monitoring.WAITING, {(): found.oldest_waiting_seconds})
+        yield _histogram(monitoring.QUEUED, found.queue_seconds)
+        yield _histogram(monitoring.RAN, found.run_seconds)
+        yield _family(GaugeMetricFamily, monitoring.STREAMS, {(self._process,): self._streams()})
 
 
-def _histogram(name: str, text: str, counted: Counted) -> HistogramMetricFamily:
+def _family(
+    kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    metric: monitoring.Metric,
+    values: Mapping[tuple[str, ...], float],
+) -> Metric:
+    """``values`` by the values of the metric's labels."""
+    family = kind(metric.name, metric.meaning, labels=metric.labels)
+    for labels, value in values.items():
+        family.add_metric(labels, float(value))
+    return family
+
+
+def _histogram(metric: monitoring.Metric, counted: Counted) -> HistogramMetricFamily:
     buckets, below = [], 0
     for bound, count in zip((*map(str, BOUNDS), "+Inf"), counted.counts, strict=True):
         below += count
         buckets.append((bound, float(below)))
-    return HistogramMetricFamily(name, text, buckets, counted.total)
+    return HistogramMetricFamily(metric.name, metric.meaning, buckets, counted.total)
 
 
 class Observed:

@@ -50,9 +50,9 @@ def add_operation(
     if exposition is not None:
 
         @api.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": _TEXT}}})
-        def metrics(accept: Annotated[str, Header()] = "") -> Response:
+        async def metrics(accept: Annotated[str, Header()] = "") -> Response:
             """For Prometheus."""
-            text, kind = exposition.render(accept)
+            text, kind = await run_in_threadpool(exposition.render, accept, await ready())
             return Response(text, media_type=kind)
 
 

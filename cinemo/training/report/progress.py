@@ -25,6 +25,7 @@ from cinemo.progress import say, times
 from cinemo.recipes import parse_recipe
 from cinemo.tracking import Run, changes, flatten, run_name
 from cinemo.training.report.board import Board
+from cinemo.training.report.exported import Exported
 from cinemo.training.report.metrics import COLUMNS, Report, names_of
 from cinemo.training.report.profiled import Profiled
 from cinemo.types import InputError, RunError
@@ -157,6 +158,7 @@ class Progress:
             say("resuming with " + "; ".join(f"{key} {change}" for key, change in self._changed.items()))
         storage.write_json(storage.join(output, RUN_FILE), self._record)
         self._rows: list[Report] = []
+        self._exported = Exported(output, recipe.train.max_steps, recipe.train.global_batch)
         self._start: int | None = None
         self._csv_due = 0.0
         self._run: Run | None = None
@@ -200,6 +202,7 @@ class Progress:
         """Take up one event, in the order they were posted."""
         if isinstance(event, Report):
             self._rows.append(event)
+            self._exported.report(event)
             for step, samples in event.unmoved.items():
                 self._say(
                     f"warning: step {step} moved no weights: its gradient is not finite; samples {names_of(samples)} "
@@ -215,12 +218,14 @@ class Progress:
             elif self._start is not None:
                 self._say("starting again at step 0")
             self._start = event.step if self._start is None else self._start
+            self._exported.started(event.step)
             self._rows = list(event.history)
             # What a killed job had not yet sent, or could not; what is there already is left out.
             self._log(*((row.step, row.metrics()) for row in event.history))
             if self._board:
                 self._board.resumed(event.step, event.history)
         elif isinstance(event, Saved):
+            self._exported.saved()
             self._write_csv()
         elif isinstance(event, Notice):
             self._say(f"step {event.step}: {event.text}")
@@ -237,6 +242,10 @@ class Progress:
             self._store(event.uris)
             if self._board:
                 self._board.sheet(event.step, event.uris)
+
+    def wait(self) -> None:
+        """To be called often while no event comes."""
+        self._exported.repeat()
 
     def finish(self, checkpoint: str) -> TrainSummary:
         """Write ``loss.csv`` and ``train.json``, end the MLflow run."""

@@ -407,6 +407,7 @@ def _following(mailbox: Any, progress: Progress, lock: Lock, ending: Ending, wor
                 os.kill(os.getpid(), signal.SIGINT)
                 return
             ending.follow()
+            progress.wait()
             for event in ray.get(mailbox.take.remote()):
                 work.what, work.patience = "training", 9.0  # reports of steps say more
                 found = pickle.loads(event)
