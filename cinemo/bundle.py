@@ -43,9 +43,10 @@ from cinemo.networks.weight_files import DIFFUSERS, TRANSFORMERS, WeightFiles
 from cinemo.networks.weights import gather, resolve, save_network
 from cinemo.progress import doing
 from cinemo.recipes import parse_recipe
-from cinemo.types import InputError
+from cinemo.types import InputError, check_schema
 
 RECORD = "bundle.json"
+SCHEMA_VERSION = 1
 CALIBRATION = "calibration.json"
 QUALITY = "quality.json"
 # Pickled or duplicate weights that published folders carry beside the safetensors file.
@@ -162,7 +163,8 @@ def save_bundle(
         _write_json(staged / "motion.json", _motion_json(recipe.data, scale))
         files = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in _files(staged)}
         digest = _digest(files)
-        record = {"cinemo": cinemo.__version__, "digest": digest, "files": files, "provenance": dict(provenance)}
+        record = {"schema": SCHEMA_VERSION, "cinemo": cinemo.__version__, "digest": digest, "files": files}
+        record |= {"provenance": dict(provenance)}
         _write_json(staged / RECORD, record)
         os.chmod(staged, 0o755)
         _swap(staged, directory)
@@ -432,9 +434,12 @@ def _read_record(root: Path, location: str | Path) -> dict[str, Any]:
         raise InputError(f"bundle {location}: no {RECORD} there; expected a folder written by pipelines/export.py")
     try:
         record = json.loads(path.read_bytes())
+        check_schema(record.get("schema"), SCHEMA_VERSION, f"bundle {location}")
         files, digest = record["files"], record["digest"]
         if all(isinstance(entry["bytes"], int) and entry["sha256"] for entry in files.values()) and digest:
             return dict(record)
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise InputError(f"bundle {location}: {RECORD} is damaged; export or fetch the bundle again")

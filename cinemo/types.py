@@ -41,6 +41,20 @@ class BadPlace(InputError, OSError):
     """A local path that cannot be written: its name is too long, it is forbidden, or a file is in its way."""
 
 
+def check_schema(found: object, known: int, what: str) -> None:
+    """Refuse what was written in a later format than ``known``, the latest that this version reads.
+
+    Args:
+        found: the number that the record states; None where it states none, as the first format of some records.
+        what: the thing and its place, for the error.
+
+    Raises:
+        InputError: it is later, or no number.
+    """
+    if found is not None and not (isinstance(found, int) and 1 <= found <= known):
+        raise InputError(f"{what}: has format {found}, this version of cinemo reads up to {known}; update cinemo")
+
+
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # of a full disk
 _BAD_PLACE = frozenset(
     {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP}

@@ -234,3 +234,11 @@ def test_pickled_weights_are_kept_as_safetensors(written: Path, tmp_path: Path) 
 def test_a_bundle_on_s3(written: Path, s3_endpoint: str) -> None:
     storage.upload(written, "s3://cinemo-test/bundles/one")
     assert load_bundle("s3://cinemo-test/bundles/one", full=True).digest == read_card(written).digest
+
+
+def test_a_bundle_of_a_later_format_is_named(bundle: Path) -> None:
+    record = json.loads((bundle / RECORD).read_text())
+    assert record["schema"] == 1
+    (bundle / RECORD).write_text(json.dumps(record | {"schema": 2}))
+    with pytest.raises(InputError, match=r"bundle .*: has format 2, this version of cinemo reads up to 1; update cinemo"):
+        load_bundle(bundle)

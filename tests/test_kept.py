@@ -1,7 +1,8 @@
-"""What the version before methods had recipes and controls of their own has written is still read, bit for bit.
+"""What earlier versions have written is still read, bit for bit.
 
-``tests/kept/before-controls.tar.gz`` was written by its entry scripts: a dataset of four clips, a LoRA checkpoint of
-two steps on it, the bundle exported from that, a video, a job database with a finished and a waiting job, its recipes.
+``tests/kept/before-controls.tar.gz`` was written by entry scripts from before methods had recipes and controls of their
+own: a dataset of four clips, a LoRA checkpoint of two steps on it, the bundle exported from that, a video, a job
+database with a finished and a waiting job, its recipes. Archives of versions are made by ``tests/kept/make.py``.
 """
 
 from __future__ import annotations
@@ -39,10 +40,8 @@ CHANGED = {
 }
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("kept")
-    with tarfile.open(Path(__file__).parent / "kept" / "before-controls.tar.gz") as archive:
+def unpacked(name: str, directory: Path) -> Path:
+    with tarfile.open(Path(__file__).parent / "kept" / f"{name}.tar.gz") as archive:
         archive.extractall(directory, filter="data")
     # Its frozen encoders are those of the bundle.
     recipe, card = directory / "checkpoint" / "recipe.json", directory / "checkpoint" / "checkpoint.json"
@@ -53,12 +52,22 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpacked("before-controls", tmp_path_factory.mktemp("kept"))
+
+
+@pytest.fixture(scope="module", params=["before-controls", "0.1.0"])
+def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpacked(request.param, tmp_path_factory.mktemp("kept"))
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_named_recipes_are_what_they_were(kept: Path, name: str) -> None:
-    if (kept / f"{name}.json").exists():
+def test_named_recipes_are_what_they_were(first: Path, name: str) -> None:
+    if (first / f"{name}.json").exists():
         now = load_recipe(name, CHANGED.get(name, ()))
-        assert load_recipe(str(kept / f"{name}.json")) == now
-        assert (kept / f"{name}.json").read_text() == now.to_json()
+        assert load_recipe(str(first / f"{name}.json")) == now
+        assert (first / f"{name}.json").read_text() == now.to_json()
 
 
 def test_a_bundle_makes_the_same_video(kept: Path) -> None:
@@ -85,13 +94,14 @@ def test_a_dataset_is_the_one_that_its_recipe_means(kept: Path) -> None:
     )
     assert identity.fingerprint(recipe)[0] == index.info["fingerprint"]
     samples = LatentLoader(index, global_batch=4, lanes=2, seed=0).batch(0).samples
-    assert {sample.clip_id for sample in samples} == {"c0", "c1", "c2", "c3"}
-    assert samples[0].latents_FCHW.shape == (4, 4, 4, 4)
+    assert len({sample.clip_id for sample in samples}) == 4
+    height, width = recipe.data.size
+    assert samples[0].latents_FCHW.shape == (4, 4, height // 8, width // 8)
 
 
-def test_jobs_are_shown_and_a_waiting_one_is_finished(kept: Path) -> None:
-    names = json.loads((kept / "jobs.json").read_text())
-    store = JobStore(Database(f"sqlite:///{kept}/serve/serving.sqlite"), MediaStore(str(kept / "serve" / "media")))
+def test_jobs_are_shown_and_a_waiting_one_is_finished(first: Path) -> None:
+    names = json.loads((first / "jobs.json").read_text())
+    store = JobStore(Database(f"sqlite:///{first}/serve/serving.sqlite"), MediaStore(str(first / "serve" / "media")))
     job = store.get(names["completed"])
     assert job is not None
     shown = Video.of(job).model_dump()
@@ -100,11 +110,11 @@ def test_jobs_are_shown_and_a_waiting_one_is_finished(kept: Path) -> None:
     # The same form is still the same request: an Idempotency-Key from before finds its job.
     controls = CinemoControls(motion_bucket=3, seed=1, solver="multistep", guidance_interval=(0.1, 0.9), steps=3)
     asked = VideoRequest(VideoForm(prompt="waves"), controls, {}, frozenset(), seed_drawn=False)
-    assert asked.asked(read_card(kept / "bundle")) == job.request
+    assert asked.asked(read_card(first / "bundle")) == job.request
     picture = store.media.read(job.files["image"])
     assert fingerprint(job.request, picture, ()) == _stored_fingerprint(store, job.id)
 
-    runner = JobRunner(store, load_bundle(kept / "bundle", "cpu"))
+    runner = JobRunner(store, load_bundle(first / "bundle", "cpu"))
     runner.start()
     deadline = time.monotonic() + 60
     while (waiting := store.get(names["queued"])) and waiting.status != "completed" and time.monotonic() < deadline:

@@ -6,11 +6,12 @@ import dataclasses
 import pickle
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cinemo.types import ClipError, Condition, LatentSample, keyed_generator, keyed_seed
+from cinemo.types import ClipError, Condition, InputError, LatentSample, check_schema, keyed_generator, keyed_seed
 
 KEY = st.lists(st.one_of(st.text(max_size=8), st.integers(0, 1 << 30)), min_size=1, max_size=3)
 
@@ -67,3 +68,13 @@ def test_a_changed_sample_is_what_replace_gives() -> None:
     assert changed == dataclasses.replace(sample, key="1", ssim=1.0)
     assert changed.extra is sample.extra
     assert sample.key == "0"
+
+
+@pytest.mark.parametrize("found", [2, 0, "1", 1.5])
+def test_a_later_format_is_refused(found: object) -> None:
+    check_schema(None, 1, "bundle b")
+    check_schema(1, 1, "bundle b")
+    with pytest.raises(
+        InputError, match=rf"bundle b: has format {found}, this version of cinemo reads up to 1; update"
+    ):
+        check_schema(found, 1, "bundle b")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.compute as pc
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _BETWEEN = "::"
 _TAR = re.compile(rf"(.+?\.tar){_BETWEEN}(.+){_BETWEEN}(\d+)\+(\d+)", re.DOTALL)
@@ -49,4 +50,7 @@ def tar_uri(container: str, name: str, offset: int, size: int) -> str:
 
 def row_uris(container: str, column: str, rows: pa.Array) -> pa.Array:
     """The uris of some rows of a column of bytes in a Parquet file."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     return pc.binary_join_element_wise(container, column, pc.cast(rows, pa.string()), _BETWEEN)

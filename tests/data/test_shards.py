@@ -181,7 +181,8 @@ def test_an_unknown_checksum_is_named() -> None:
     ("change", "message"),
     [
         ({"complete": False}, "not complete; run the same precompute.py command"),
-        ({"schema": 99}, "expected a dataset of schema 1"),
+        ({"schema": 99}, "has format 99, this version of cinemo reads up to 1; update cinemo"),
+        ({"schema": None}, "is no record of a dataset"),
         ({"samples": 0}, "has no samples: all 1 clips were refused"),
     ],
 )

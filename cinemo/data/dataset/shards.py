@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from cinemo import checksums, storage
 from cinemo.config import Shape
-from cinemo.types import InputError, LatentSample, Refusal
+from cinemo.types import InputError, LatentSample, Refusal, check_schema
 
 SCHEMA_VERSION = 1
 SSIM_BINS = 1000  # of width 0.001 over 0..1: fine enough to cut motion buckets at quantiles
@@ -301,7 +301,8 @@ class DatasetIndex:
         except ValueError as error:
             raise InputError(f"{place}: not JSON ({error})") from None
         if not isinstance(info, dict) or info.get("schema") != SCHEMA_VERSION:
-            raise InputError(f"{place}: expected a dataset of schema {SCHEMA_VERSION}")
+            check_schema(info.get("schema") if isinstance(info, dict) else None, SCHEMA_VERSION, place)
+            raise InputError(f"{place}: is no record of a dataset; make one with precompute.py")
         if not info["complete"]:
             raise InputError(f"{uri}: the dataset is not complete; run the same precompute.py command to finish it")
         table = index_table(storage.read_bytes(storage.join(uri, "index.parquet")))

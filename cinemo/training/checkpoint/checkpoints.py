@@ -26,10 +26,11 @@ from typing import Any
 from cinemo import storage
 from cinemo.config import Recipe
 from cinemo.training.checkpoint.shares import Memory
-from cinemo.types import NO_ROOM, InputError, RunError
+from cinemo.types import NO_ROOM, InputError, RunError, check_schema
 
 RUN = "train"  # Ray Train's run name: its directory under the output
 RECORD = "checkpoint.json"
+SCHEMA_VERSION = 1
 MOST = 2  # checkpoints that may be copied, but not yet written
 _NAME = re.compile(r"checkpoint_[\d_.-]+")
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -65,7 +66,8 @@ def describe(
     text = recipe.to_json().encode()
     storage.write_bytes(storage.join(str(directory), "recipe.json"), text)
     files = files | {"recipe.json": len(text)}
-    record = {"step": step, "world": world, "dataset": dataset, "sources": list(sources), "files": files}
+    record = {"schema": SCHEMA_VERSION, "step": step, "world": world, "dataset": dataset, "sources": list(sources)}
+    record |= {"files": files}
     storage.write_json(storage.join(str(directory), RECORD), record)
 
 
@@ -138,6 +140,7 @@ def read(uri: str) -> CheckpointCard | None:
     """The card of a checkpoint directory, or None where it is incomplete or none."""
     try:
         record = storage.read_json(storage.join(uri, RECORD))
+        check_schema(record.get("schema"), SCHEMA_VERSION, f"checkpoint {uri}")
         if any(storage.size(storage.join(uri, name)) != size for name, size in record["files"].items()):
             return None
         recipe = storage.read_json(storage.join(uri, "recipe.json"))
