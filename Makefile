@@ -10,7 +10,7 @@ CLIPS  ?=
 METHOD ?= cinemo-tiny
 JOBS   ?= 2
 
-.PHONY: setup demo test test-slow check format bench bench-gpu bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
+.PHONY: setup demo test test-slow check format docs bench bench-gpu bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,10 @@ check: setup
 format: setup
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# The documentation as a site in build/site.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 bench: setup
 	$(BENCH) benchmarks/bench.py

@@ -122,7 +122,9 @@ class Client(_Connection):
         Args:
             picture: a PNG, JPEG or WebP: its path, ``https://`` or ``data:`` address, bytes, or an open file.
             prompt: what happens.
-            model, size, seconds: the name, WIDTHxHEIGHT and length; None: the server's.
+            model: its name; None: the server's.
+            size: WIDTHxHEIGHT; None: the model's.
+            seconds: the length; None: the model's.
             timeout: seconds from now after which the video fails if it is not finished.
             webhook_url: told when it is completed or failed; `cinemo.client.webhooks` reads what it is told.
             previews: whether `wait` can tell previews. ``reuse``: whether a finished video of the same request will do.

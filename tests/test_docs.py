@@ -1,0 +1,147 @@
+"""The documentation builds without a warning, its commands are ones that the scripts take, and its tutorial runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cinemo.recipes import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# Placeholders of synopses, which are no commands.
+SYNOPSIS = re.compile(r"[\[|]|\b(URI|DIR|FILE|ID|BUNDLE)\b|\.\.\.")
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of each fenced block."""
+    for found in BLOCK.finditer(page.read_text()):
+        yield found[1], found[2]
+
+
+def lines(page: Path) -> Iterator[str]:
+    """Shell lines that start an entry script, as they would be typed."""
+    for language, text in blocks(page):
+        if language in ("", "sh", "console"):
+            for line in text.replace("\\\n", " ").splitlines():
+                if found := re.search(r"(?:python pipelines/|(?<!\w)cinemo )(\w.*)", line):
+                    yield found[1].partition("  #")[0].strip()
+
+
+COMMANDS = sorted({(page.name, line) for page in PAGES for line in lines(page) if not SYNOPSIS.search(line)})
+
+
+class Parsed(Exception):
+    """A script has read its flags."""
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_a_command_is_one_that_its_script_takes(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, *flags = shlex.split(line)
+    script = importlib.import_module(f"pipelines.{name.removesuffix('.py').replace('-', '_')}")
+    parse = argparse.ArgumentParser.parse_known_args
+
+    def parsed(self: Any, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        found, unknown = parse(self, args, namespace)
+        raise Parsed(found, unknown)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed)
+    if hasattr(script, "card_of_bundle"):
+        monkeypatch.setattr(
+            script, "card_of_bundle", lambda argv: None
+        )  # there is no bundle; the default recipe's flags
+    with pytest.raises(Parsed) as read:
+        script.main(flags)
+    found, unknown = read.value.args
+    assert unknown == []
+    if hasattr(found, "assignments"):
+        load_recipe(found.recipe, found.assignments)
+
+
+def test_the_search_for_commands_finds_them() -> None:
+    assert len(COMMANDS) > 25
+    assert {line.partition(".py")[0] for _, line in COMMANDS} >= {"precompute", "train", "export", "animate", "serve"}
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True
+    )
+    assert built.returncode == 0, built.stderr
+    for page, shown in (
+        ("papers/cinemo", "motion residuals"),
+        ("reference/commands", "--skip-sample"),
+        ("reference/recipes", "data.bucket_edges"),
+        ("reference/http", "POST /v1/videos/sync"),
+        ("reference/python", "stored_fields"),
+        ("howto/add-a-method", "class FifthMethod(Method)"),
+    ):
+        text = re.sub(r"<[^>]+>", "", (tmp_path / page / "index.html").read_text())
+        assert shown in text, page
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server: subprocess.Popen[bytes] | None = None
+    try:
+        for language, text in blocks(ROOT / "docs" / "tutorial.md"):
+            text = text.replace("8000", str(port))
+            if "serve.py" in text:
+                words = shlex.split(text)
+                server = subprocess.Popen(words, cwd=tmp_path, env=environment)
+                continue
+            if language == "python":
+                until_ready(port, server)
+                words = [sys.executable, "-c", textwrap.dedent(text)]
+            else:
+                words = ["bash", "-euc", text]
+            done = subprocess.run(words, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=500)
+            assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    finally:
+        if server:
+            server.send_signal(signal.SIGTERM)
+            server.wait(120)
+    made = [
+        tmp_path / "tutorial" / name
+        for name in ("dataset/report.html", "video.mp4", "served.mp4", "evaluation/motion.json")
+    ]
+    assert [path.name for path in made if not path.is_file()] == []
+
+
+def until_ready(port: int, server: subprocess.Popen[bytes] | None) -> None:
+    import time
+
+    deadline = time.monotonic() + 240
+    while True:
+        assert server is not None
+        assert server.poll() is None, "the server ended"
+        assert time.monotonic() < deadline, "the server is not ready"
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.5)
