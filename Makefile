@@ -10,7 +10,7 @@ CLIPS  ?=
 METHOD ?= cinemo-tiny
 JOBS   ?= 2
 
-.PHONY: setup demo test test-slow check format docs bench bench-gpu bench-network bench-precompute bench-scale bench-train bench-serve chaos chaos-train soak clean
+.PHONY: setup demo test test-slow check format docs bench bench-gpu bench-network bench-precompute bench-scale simulate bench-train bench-serve chaos chaos-train soak clean
 
 setup: $(VENV)/.ready
 
@@ -60,6 +60,10 @@ bench-precompute: setup
 
 bench-scale: setup
 	$(BENCH) benchmarks/bench_scale.py
+
+# Precompute on up to a thousand simulated nodes; ARGS=--calibrate holds it against real runs first.
+simulate: setup
+	$(BENCH) benchmarks/simulate_precompute.py $(ARGS)
 
 bench-train: setup
 	$(BENCH) benchmarks/bench_train.py

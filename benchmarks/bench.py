@@ -119,10 +119,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(" | ".join(row).join(("| ", " |")) for row in [head, ("---",) * len(head), *rows])
 
 
-def fill(title: str, text: str) -> None:
-    """Replace the section of BENCHMARKS.md that begins with the line ``title``, or append it."""
+def fill(title: str, text: str, page: str = "BENCHMARKS.md") -> None:
+    """Replace the section of a page that begins with the line ``title``, or append it."""
     print(f"{title}\n{text}\n")
-    path = ROOT / "BENCHMARKS.md"
+    path = ROOT / page
     before, found, after = path.read_text().partition(f"{title}\n")
     rest = after[after.index("\n## ") :] if found and "\n## " in after else ""
     path.write_text(f"{before.rstrip()}\n\n{title}\n{text.rstrip()}\n{rest}")
