@@ -240,5 +240,7 @@ def test_a_bundle_of_a_later_format_is_named(bundle: Path) -> None:
     record = json.loads((bundle / RECORD).read_text())
     assert record["schema"] == 1
     (bundle / RECORD).write_text(json.dumps(record | {"schema": 2}))
-    with pytest.raises(InputError, match=r"bundle .*: has format 2, this version of cinemo reads up to 1; update cinemo"):
+    with pytest.raises(
+        InputError, match=r"bundle .*: has format 2, this version of cinemo reads up to 1; update cinemo"
+    ):
         load_bundle(bundle)
