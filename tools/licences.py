@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -54,7 +55,7 @@ def canonical(name: str) -> str:
 
 def licence(package: Distribution) -> str:
     """In a few words: the SPDX expression, else the classifiers, else the first line of the field."""
-    about = package.metadata
+    about: Any = package.metadata  # an email.message.Message, whatever its protocol says
     if expression := about.get("License-Expression"):
         return str(expression)
     listed = [line.rpartition(" :: ")[2] for line in about.get_all("Classifier", []) if line.startswith("License ::")]
