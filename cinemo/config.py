@@ -10,7 +10,16 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 MOTION_BUCKETS = 20
 MAX_SHAPES = 64
@@ -42,6 +51,11 @@ class Setting(NamedTuple):
 def _checkpointing(value: Any) -> Any:
     """Recipes of earlier versions had a switch."""
     return {True: "whole", False: "none"}[value] if isinstance(value, bool) else value
+
+
+def _as_stored(value: str) -> str | bool:
+    """Its two ways are stored as the switch, so that a recipe that has not changed is the same file."""
+    return {"none": False, "whole": True}.get(value, value)
 
 
 # Keys of `DataConfig` about the machines of a run, which leave no trace in what it makes.
@@ -336,7 +350,9 @@ class TrainConfig(Part):
     precision: Literal["fp32", "bf16"] = "bf16"
     tf32: bool = Field(True, description="float32 products on tensor cores, where an accelerator has them")
     gradient_checkpointing: Annotated[
-        Literal["none", "selective", "whole", "auto"], BeforeValidator(_checkpointing)
+        Literal["none", "selective", "whole", "auto"],
+        BeforeValidator(_checkpointing),
+        PlainSerializer(_as_stored, when_used="json"),
     ] = Field(
         "none",
         description="what is computed twice to save activation memory: none; selective, the cheaper parts of "
@@ -531,6 +547,9 @@ _LATER = {
         "tensorboard",
         "posthoc_ema",
         "posthoc_snapshots",
+        "text_states",
+        "checkpoint_minutes",
+        "stop_file",
         "resource",
     ),
     "data": (*MACHINES, "scores", "other_shapes"),
