@@ -36,7 +36,7 @@ from cinemo.training.checkpoint.export import from_checkpoint
 ENCODERS = "/tmp/kept/encoders"  # where they were
 # What was another value then.
 CHANGED = {
-    "cinemo-320x512": ("train.micro_batch=10", "train.gradient_checkpointing=true"),
+    "cinemo-320x512": ("train.micro_batch=10", "train.gradient_checkpointing=true", "train.lanes=8"),
     "cinemo-tiny": ("sample.guidance_scale=3.0", "sample.guidance_interval=[0.0, 1.0]", "sample.final_level=a_0"),
 }
 
