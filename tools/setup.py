@@ -27,7 +27,7 @@ def main(directory: str) -> None:
     uv, python = shutil.which("uv"), os.path.join(directory, "bin", "python")
     if uv:
         make = [uv, "venv", "--quiet", "--seed", "--allow-existing", "--python", sys.executable, directory]
-        install = [uv, "pip", "install", "--python", python, *indexes_of_pip()]
+        install = [uv, "pip", "install", "--compile-bytecode", "--python", python, *indexes_of_pip()]
     else:
         make = [sys.executable, "-m", "venv", directory]
         install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
