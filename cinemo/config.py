@@ -15,7 +15,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     SerializeAsAny,
     ValidationError,
     model_validator,
@@ -51,11 +50,6 @@ class Setting(NamedTuple):
 def _checkpointing(value: Any) -> Any:
     """Recipes of earlier versions had a switch."""
     return {True: "whole", False: "none"}[value] if isinstance(value, bool) else value
-
-
-def _as_stored(value: str) -> str | bool:
-    """Its two ways are stored as the switch, so that a recipe that has not changed is the same file."""
-    return {"none": False, "whole": True}.get(value, value)
 
 
 # Keys of `DataConfig` about the machines of a run, which leave no trace in what it makes.
@@ -352,7 +346,6 @@ class TrainConfig(Part):
     gradient_checkpointing: Annotated[
         Literal["none", "selective", "whole", "auto"],
         BeforeValidator(_checkpointing),
-        PlainSerializer(_as_stored, when_used="json"),
     ] = Field(
         "none",
         description="what is computed twice to save activation memory: none; selective, the cheaper parts of "
@@ -619,7 +612,11 @@ class Recipe(Part):
             for section, names in _LATER.items()
             for part in [getattr(self, section)]
         }
-        return json.dumps(self.with_lanes().model_dump(mode="json", exclude=exclude), indent=2, sort_keys=True) + "\n"
+        content = self.with_lanes().model_dump(mode="json", exclude=exclude)
+        # As the switch it was, so that a recipe that has not changed is the same file.
+        checkpointing = content["train"]["gradient_checkpointing"]
+        content["train"]["gradient_checkpointing"] = {"none": False, "whole": True}.get(checkpointing, checkpointing)
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> list[str]:
