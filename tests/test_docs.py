@@ -39,7 +39,7 @@ def lines(page: Path) -> Iterator[str]:
     for language, text in blocks(page):
         if language in ("", "sh", "console"):
             for line in text.replace("\\\n", " ").splitlines():
-                if found := re.search(r"(?:python pipelines/|(?<!\w)cinemo )(\w.*)", line):
+                if found := re.search(r"(?:python pipelines/|^cinemo |-- cinemo )(\w.*)", line):
                     yield found[1].partition("  #")[0].strip()
 
 

@@ -42,7 +42,7 @@ LAYERS = [
     ["methods"],
     ["recipes", "bundle", "animate", "data"],
     ["training", "evaluation", "serving"],
-    ["cli"],
+    ["cli", "command"],
     ["pipelines"],
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}

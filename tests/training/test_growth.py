@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training.conftest import moving_samples
-from training.test_worker import ROOT, Job
+from training.jobs import ROOT, Job
 
 from cinemo import storage
 from cinemo.config import Recipe, TrainConfig
