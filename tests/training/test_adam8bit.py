@@ -104,7 +104,7 @@ def _curve(
     curve = []
     if begun is None:
         curve += train_steps(made, recipe, range(3))
-        made.save(directory, {})
+        made.snapshot({}).write(directory)
     else:
         made.load(begun)
     curve += train_steps(made, recipe, range(3, 6))

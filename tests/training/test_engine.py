@@ -260,7 +260,7 @@ def test_averages_take_the_place_of_the_weights_and_give_it_back(
 
     made = _engine(small, zero_stage=stage, precision=precision, ema_decay=0.9)
     _run(made, small, range(3))
-    made.save(tmp_path / "before", {})
+    made.snapshot({}).write(tmp_path / "before")
     weights = shown()
     with made.averaged():
         averages = shown()

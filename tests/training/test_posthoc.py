@@ -18,6 +18,7 @@ from cinemo.training.checkpoint import checkpoints, snapshots
 from cinemo.training.checkpoint.profiles import NARROWEST, WIDEST, Profile, coefficients, exponent, share_of_new
 from cinemo.training.run.engine import Engine
 from cinemo.types import InputError
+from tests.training.conftest import sizes
 from tests.training.ranks import made_engine, train_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +85,7 @@ def _saved(engine: Engine, recipe: Recipe, output: Path, step: int) -> None:
     directory = output / checkpoints.RUN / f"checkpoint_2030-01-01_00-00-{step:02d}.000001"
     directory.mkdir(parents=True)
     engine.snapshot({"step": step}).write(directory)
-    checkpoints.describe(directory, recipe, step, 1, "digest", checkpoints.sizes(directory))
+    checkpoints.describe(directory, recipe, step, 1, "digest", sizes(directory))
 
 
 @pytest.mark.slow
