@@ -32,10 +32,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Files of the repository in the place of ``--8<-- "PATH"``."""
-    return re.sub(
-        r'^--8<-- "(.+)"$', lambda found: (ROOT / found[1]).read_text().rstrip(), markdown, flags=re.MULTILINE
-    )
+    """Python files of the repository in the place of ``--8<-- "PATH"``."""
+    return re.sub(r'^--8<-- "(.+)"$', lambda found: f"```python\n{shown(found[1])}\n```", markdown, flags=re.MULTILINE)
+
+
+def shown(path: str) -> str:
+    return (ROOT / path).read_text().rstrip()
 
 
 def commands() -> Iterator[str]:
@@ -46,14 +48,14 @@ def commands() -> Iterator[str]:
 
 
 def help_of(script: str) -> str:
-    shown, argv = io.StringIO(), sys.argv
+    said, argv = io.StringIO(), sys.argv
     sys.argv = [f"{script}.py"]
     try:
-        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             importlib.import_module(f"pipelines.{script}").main(["--help"])
     finally:
         sys.argv = argv
-    return shown.getvalue().strip()
+    return said.getvalue().strip()
 
 
 def recipes() -> Iterator[str]:
