@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, its commands are ones that the scripts take, and its tutorial runs."""
+"""The documentation builds without a warning, and its commands are ones that the scripts take."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import importlib
 import os
 import re
 import shlex
-import signal
-import socket
 import subprocess
 import sys
-import textwrap
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,53 +91,3 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     ):
         text = re.sub(r"<[^>]+>", "", (tmp_path / page / "index.html").read_text())
         assert shown in text, page
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    (tmp_path / "pipelines").symlink_to(ROOT / "pipelines")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server: subprocess.Popen[bytes] | None = None
-    try:
-        for language, text in blocks(ROOT / "docs" / "tutorial.md"):
-            text = text.replace("8000", str(port))
-            if "serve.py" in text:
-                words = shlex.split(text)
-                server = subprocess.Popen(words, cwd=tmp_path, env=environment)
-                continue
-            if language == "python":
-                until_ready(port, server)
-                words = [sys.executable, "-c", textwrap.dedent(text)]
-            else:
-                words = ["bash", "-euc", text]
-            done = subprocess.run(words, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=500)
-            assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    finally:
-        if server:
-            server.send_signal(signal.SIGTERM)
-            server.wait(120)
-    made = [
-        tmp_path / "tutorial" / name
-        for name in ("dataset/report.html", "video.mp4", "served.mp4", "evaluation/motion.json")
-    ]
-    assert [path.name for path in made if not path.is_file()] == []
-
-
-def until_ready(port: int, server: subprocess.Popen[bytes] | None) -> None:
-    import time
-
-    deadline = time.monotonic() + 240
-    while True:
-        assert server is not None
-        assert server.poll() is None, "the server ended"
-        assert time.monotonic() < deadline, "the server is not ready"
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
