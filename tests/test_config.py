@@ -107,6 +107,7 @@ def test_one_assignment_may_need_another() -> None:
         ("lr=1", "did you mean train.lr?"),
         ("train.lr", "expected dotted.key=value"),
         ("train.lr=fast", "train.lr: Input should be a valid number"),
+        ("train.micro_batch=many", "parse string as an integer or: Input should be 'auto' (got 'many')"),
         ("train.lr=-1", "train.lr: Input should be greater than 0"),
         ("train.global_batch=7", "multiple of workers x micro_batch"),
         ("data.size=[60, 96]", "expected multiples of 8"),

@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,13 +86,17 @@ def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
     try:
         return kind.model_validate({**values, "method": name})
     except ValidationError as error:
-        faults = []
+        every, faults = set(keys(kind)), dict[tuple[str, str], list[str]]()
         for fault in error.errors():
-            key = ".".join(map(str, fault["loc"])) or "recipe"
+            # Behind a key that takes one of several types pydantic names the type that it tried.
+            where = [part for part in fault["loc"] if not (isinstance(part, str) and re.search(r"[^\w]|-", part))]
+            key = ".".join(map(str, where)) or "recipe"
             got = "" if fault["type"] in ("missing", "value_error") else f" (got {fault['input']!r})"
             hint = _near(key, kind, name) if fault["type"] == "extra_forbidden" else ""
-            faults.append(f"{key}: {fault['msg']}{got}{hint}")
-        raise InputError(f"{source}: " + "; ".join(faults)) from None
+            leaf = key if key in every else ".".join(map(str, fault["loc"]))
+            faults.setdefault((leaf, got + hint), []).append(fault["msg"])
+        lines = [f"{key}: {' or: '.join(said)}{after}" for (key, after), said in faults.items()]
+        raise InputError(f"{source}: " + "; ".join(lines)) from None
 
 
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
