@@ -33,7 +33,7 @@ from cinemo.types import InputError, RunError, local_faults
 
 LIMIT, _LIMIT_GB = "CINEMO_CACHE_GB", 50.0
 _LONGEST_NAME = 200  # bytes of a local file's; keys may be longer
-_LOCK, _REMOVED = ".lock", ".removed."
+_LOCK, _FETCHING, _REMOVED = ".lock", ".fetching", ".removed."
 _MOST_HELD = 256  # locks that a process keeps: each is an open file
 _held: OrderedDict[Path, int] = OrderedDict()
 _holding = threading.Lock()
@@ -144,7 +144,11 @@ def _remote(uri: str) -> Download:
 
 
 def _obtain(root: Path, download: Download, limit: int) -> tuple[int, Path]:
-    """A descriptor whose shared lock keeps the copy of a download from being removed, and the copy's path."""
+    """A descriptor whose shared lock keeps the copy of a download from being removed, and the copy's path.
+
+    Whoever fetches has another lock besides. The shared one never becomes an exclusive one: of several processes that
+    wait for that at once, the first would then keep the others waiting for as long as it uses the copy.
+    """
     entry = root / hashlib.sha256(download.stamp.encode()).hexdigest()[:32]
     target = entry / download.name
     with local_faults(entry):
@@ -155,18 +159,12 @@ def _obtain(root: Path, download: Download, limit: int) -> tuple[int, Path]:
             except FileNotFoundError:  # it was removed since
                 continue
             try:
-                _lock(descriptor, fcntl.LOCK_SH)  # waits for whoever fetches it
-                if not target.exists() and os.fstat(descriptor).st_size:
-                    # It was there, and a person removed it: processes that used it still hold this lock.
-                    if _is_open(entry / _LOCK, descriptor):
-                        os.unlink(entry / _LOCK)
-                elif not target.exists():
-                    locked = _lock(descriptor, fcntl.LOCK_EX)
-                    if _is_open(entry / _LOCK, descriptor) and not target.exists():
-                        _fetch(download, target, limit, locked)
-                        os.write(descriptor, b"fetched\n")
-                    _lock(descriptor, fcntl.LOCK_SH)
-                # Between two kinds of lock there is none for a moment.
+                _lock(descriptor, fcntl.LOCK_SH)
+                if not target.exists() and _is_open(entry / _LOCK, descriptor):
+                    with (entry / _FETCHING).open("ab") as fetching:
+                        alone = _lock(fetching.fileno(), fcntl.LOCK_EX)  # waits for whoever fetches it
+                        if not target.exists():
+                            _fetch(download, target, limit, alone)
                 if _is_open(entry / _LOCK, descriptor) and target.exists():
                     os.utime(descriptor)
                     return descriptor, target
@@ -177,12 +175,12 @@ def _obtain(root: Path, download: Download, limit: int) -> tuple[int, Path]:
             os.close(descriptor)
 
 
-def _fetch(download: Download, target: Path, limit: int, locked: bool) -> None:
+def _fetch(download: Download, target: Path, limit: int, alone: bool) -> None:
     """Fetch into a temporary directory beside the target, whose name says how many bytes it will have."""
     entry = target.parent
     _make_room(entry, download.size, limit)
-    for left in entry.iterdir() if locked else ():
-        if left.name != _LOCK:  # of a process that was killed
+    for left in entry.iterdir() if alone else ():
+        if left.name not in (_LOCK, _FETCHING):  # of a process that was killed
             shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=f".{download.size}.", suffix=".partial", dir=entry) as scratch:
         staged = Path(scratch) / target.name

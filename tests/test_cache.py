@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from cinemo import storage
-from cinemo.cache import Damaged, FileCache, borrowed, localize
+from cinemo.cache import Damaged, Download, FileCache, borrowed, keep, localize
 from cinemo.types import InputError, RunError, keyed_seed
 
 if TYPE_CHECKING:
@@ -309,6 +310,39 @@ def test_many_processes_fetch_once(node: Node, s3_faults: FaultyS3, borrow: bool
     assert len(node.files(".bin", ".json")) == (0 if borrow else len(FILES))
     if borrow:
         assert not node.files()
+
+
+def test_those_that_all_find_nothing_do_not_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CINEMO_CACHE", str(tmp_path))
+    all_have_looked, first_look, fetches, real = threading.Barrier(4, timeout=60), threading.local(), [], Path.exists
+
+    def look(path: Path) -> bool:
+        found = real(path)
+        if path.name == "model" and not hasattr(first_look, "over"):
+            first_look.over = True
+            all_have_looked.wait()
+        return found
+
+    def fetch(path: Path) -> None:
+        fetches.append(path)
+        path.write_bytes(b"weights")
+
+    monkeypatch.setattr(Path, "exists", look)
+    paths: list[Path] = []
+    # Each of them keeps its lock to the end of the process, and is a thread that a failing test need not wait for.
+    seekers = [
+        threading.Thread(target=lambda: paths.append(keep(Download("model", "1", 7, fetch))), daemon=True)
+        for _ in range(4)
+    ]
+    for seeker in seekers:
+        seeker.start()
+    for seeker in seekers:
+        seeker.join(60)
+    assert len(paths) == 4
+    assert len(fetches) == 1
+    assert paths[0].read_bytes() == b"weights"
 
 
 @pytest.mark.s3
