@@ -6,10 +6,11 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cinemo.config import Checkpointing, Recipe
 from cinemo.methods import build_method
@@ -188,6 +189,51 @@ def test_every_zero_stage_does_the_same_arithmetic(small: Recipe) -> None:
         losses, norms = _run(_engine(small, zero_stage=stage), small, range(3))
         assert losses == pytest.approx(plain_losses, abs=2e-6), stage
         assert norms == pytest.approx(plain_norms, rel=1e-4), stage
+
+
+class Reads(TorchDispatchMode):
+    """How often the host waits for a value."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_optimizer_step_reads_the_device_a_few_times_and_not_at_every_weight(
+    small: Recipe, stage: int, precision: str
+) -> None:
+    made = _engine(small, zero_stage=stage, precision=precision)
+    _run(made, small, range(1))
+    step, found = made._engine.step, []
+    with Reads() as reads:
+
+        def watched() -> None:
+            before = reads.count
+            step()
+            found.append(reads.count - before)
+
+        made._engine.step = watched
+        _run(made, small, range(1, 2))
+    assert len(list(made.method.parameters())) > 100
+    assert reads.count >= 2, "the losses"
+    assert max(found) <= 5
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_that_is_not_finite_keeps_the_weights_where_they_are(small: Recipe, value: float) -> None:
+    made = _engine(small, zero_stage=0, precision="bf16")
+    weight = next(parameter for parameter in made.method.parameters() if parameter.dim() > 1)
+    before = weight.detach().clone()
+    weight.register_hook(lambda gradient: gradient.clone().index_fill_(0, torch.tensor(3), value))
+    _run(made, small, range(1))
+    assert not made.moved
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.slow

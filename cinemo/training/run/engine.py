@@ -165,6 +165,8 @@ class Engine:
             # corrections would be those of one step later for good, and weight decay has been applied once.
             self._adam.state.clear()
             self._engine.optimizer.refresh_fp32_params()
+            # It also looks at every gradient on its own, and waits for the device each time.
+            self._engine.optimizer.overflow_checker.has_overflow_serial = _not_finite
         self._partitions = Partitions(self._engine, self._adam, train.setting.zero_stage, self.rank, self.world)
 
     @property
@@ -273,6 +275,12 @@ def _without_gradients(adam: Any, *_: object) -> None:
     """Adam leaves alone what has no gradient; DeepSpeed's wrappers do not even ask it, where the gradient overflows."""
     if getattr(adam, "overflow", False):
         adam.zero_grad(set_to_none=True)
+
+
+def _not_finite(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a gradient has infinite values or none; the device is read once."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return bool(gradients) and not bool(nn.utils.get_total_norm(gradients, math.inf).isfinite())
 
 
 def allow_tf32() -> None:
