@@ -52,6 +52,11 @@ def _checkpointing(value: Any) -> Any:
     return {True: "whole", False: "none"}[value] if isinstance(value, bool) else value
 
 
+def _derived(value: Any) -> Any:
+    """Recipes of earlier versions had null where nothing is set."""
+    return {} if value is None else value
+
+
 # Keys of `DataConfig` about the machines of a run, which leave no trace in what it makes.
 MACHINES = ("decode_tasks", "encode_resource", "wait_for_nodes")
 
@@ -333,11 +338,7 @@ class TrainConfig(Part):
     offload: Offload = Field(
         "none", description="what is kept in host memory: the optimizer (ZeRO 1-3), or the weights too (all, ZeRO 3)"
     )
-    deepspeed: DeepspeedConfig | None = Field(
-        None,
-        description="DeepSpeed's communication settings, by its names, where they should not be what is derived: "
-        + ", ".join(DeepspeedConfig.model_fields),
-    )
+    deepspeed: Annotated[DeepspeedConfig, BeforeValidator(_derived)] = DeepspeedConfig()
     optimizer: Literal["adam", "adam8bit"] = Field(
         "adam", description="adam8bit: moments of a byte a value (needs the package bitsandbytes)"
     )
@@ -435,7 +436,7 @@ class TrainConfig(Part):
                 f"offload is {self.offload} with zero_stage {self.zero_stage}, expected zero_stage {least} or more; "
                 f"set train.zero_stage={max(2, least)} or train.offload=none"
             )
-        if self.deepspeed and self.zero_stage != "auto":
+        if self.zero_stage != "auto":
             self.deepspeed.check(self.zero_stage)
         if self.optimizer == "adam8bit" and (self.ema_decay or self.posthoc_ema):
             raise ValueError(

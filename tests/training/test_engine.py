@@ -119,6 +119,15 @@ def test_what_deepspeed_may_be_told_is_checked_by_name(settings: str, message: s
     assert "\n" not in str(caught.value)
 
 
+def test_what_deepspeed_may_be_told_is_set_key_by_key() -> None:
+    tiny = RECIPES["cinemo-tiny"]()
+    told = override(tiny, ["train.zero_stage=2", "train.deepspeed.reduce_bucket_size=1000"]).train
+    assert engine.deepspeed_config(told)["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert override(tiny, ["train.deepspeed=null"]) == tiny, "as recipes of earlier versions have it"
+    with pytest.raises(InputError, match=r"did you mean train.deepspeed.reduce_bucket_size"):
+        override(tiny, ["train.deepspeed.reduce_bucket=1"])
+
+
 def test_what_has_no_meaning_at_a_stage_is_refused() -> None:
     tiny = RECIPES["cinemo-tiny"]()
     cases = [(3, "allgather_bucket_size", 2), (0, "reduce_bucket_size", 2), (0, "overlap_comm", False)]

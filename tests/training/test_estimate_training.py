@@ -20,11 +20,13 @@ from cinemo.config import Checkpointing, Recipe, Setting, Stage
 from cinemo.data.precompute.prices import Prices
 from cinemo.methods import build_method
 from cinemo.recipes import load_recipe, override
+from cinemo.training.checkpoint.checkpoints import MOST
 from cinemo.training.plan.activations import counted, shapes
 from cinemo.training.plan.cost import sample_flops
 from cinemo.training.plan.encoders import text_encoder_values
 from cinemo.training.plan.estimate import plan_training
 from cinemo.training.plan.footprint import Parameters, footprint, stages
+from cinemo.training.run.engine import Engine
 from cinemo.types import InputError
 from pipelines.train import main
 
@@ -110,7 +112,7 @@ def test_laws_of_the_parts(workers: int, precision: str, values: int, again: Che
     assert len(rows) == len({(row.zero_stage, row.offload) for row in rows}) == 8
     for row in rows:
         parts = row.weights + row.gradients + row.optimizer + row.activations + row.buffers + row.inputs
-        parts += row.kernels + row.kept
+        parts += row.kernels + row.kept + row.checkpoints
         assert row.weights + row.optimizer + row.activations <= row.in_use <= row.peak <= parts
     own = {(row.zero_stage, row.offload): row for row in rows}
     for name in ("weights", "gradients") if workers > 2 or precision == "fp32" else ("weights",):
@@ -120,6 +122,22 @@ def test_laws_of_the_parts(workers: int, precision: str, values: int, again: Che
         assert own[stage, "optimizer"].optimizer == 0
         assert own[stage, "optimizer"].host >= own[stage, "none"].optimizer
     assert own[3, "all"].weights == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [["train.precision=bf16"], ["train.ema_decay=0.9", "train.posthoc_ema=[0.05,0.1]"], ["train.trainable=temporal"]],
+    ids=["bfloat16", "averages", "frozen"],
+)
+def test_what_is_copied_for_a_checkpoint_is_as_planned(small: Recipe, stage: Stage, settings: list[str]) -> None:
+    recipe = override(small, [*settings, "train.workers=1", f"train.zero_stage={stage}"])
+    method = build_method(recipe)
+    planned = footprint(recipe, Parameters.of(method), ACTIVATIONS, 0, Setting(2, "none", stage, "none"))
+    copied = Engine(method, recipe.train, torch.device("cpu")).snapshot({}).sizes
+    assert planned.checkpoints == pytest.approx(MOST * sum(copied.values()), rel=0.03)  # the file's header
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from torch import nn
 
 from cinemo.config import Checkpointing, Offload, Recipe, Setting, Stage
 from cinemo.methods import method_class
+from cinemo.training.checkpoint.checkpoints import MOST
 from cinemo.training.plan.activations import precision
 from cinemo.training.run.batch import TEXT_CACHE, TOKENS, latent_shape
 from cinemo.training.run.engine import deepspeed_config
@@ -54,9 +55,10 @@ class Footprint:
 
     ``buffers``: the most at one time of DeepSpeed's buckets, and gathered weights.
     ``inputs``: the frozen encoders, kept text states, a micro batch. ``kernels``: what the CPU's kernel library
-    holds. ``kept``: freed memory that a process on CPUs does not give back. ``peak``: on the device, less than the sum
-    of the parts, which are not all there at one time: the larger of the backward pass and the optimizer's step.
-    ``in_use``: the same without ``kept``. ``host``: host memory of a worker on an accelerator.
+    holds. ``kept``: freed memory that a process on CPUs does not give back. ``checkpoints``: host memory for those that
+    are being written. ``peak``: on the device, less than the sum of the parts, which are not all there at one time: the
+    larger of the backward pass and the optimizer's step; on CPUs with ``checkpoints``. ``in_use``: the same without
+    ``kept`` and ``checkpoints``. ``host``: host memory of a worker on an accelerator.
     """
 
     zero_stage: Stage
@@ -70,6 +72,7 @@ class Footprint:
     inputs: int
     kernels: int
     kept: int
+    checkpoints: int
     peak: int
     in_use: int
     host: int
@@ -160,6 +163,12 @@ def footprint(
     else:
         inputs += waiting
 
+    # What is trained as float32 masters, moments and averages (8-bit moments too are stored as float32).
+    stored = 4 * (3 + bool(train.ema_decay) + len(train.posthoc_ema)) * trainable + value * frozen
+    checkpoints = MOST * -(-stored // workers)
+    if on_accelerator:
+        host += checkpoints
+
     kernels = KERNELS_BF16 if value < 4 and not on_accelerator else 0
 
     resident = weights + states + inputs + kernels
@@ -167,10 +176,10 @@ def footprint(
     adding_up = gradients if micro_batch * workers < train.global_batch or offload != "none" or stage == 3 else 0
     backward = active + adding_up + at_backward
     in_use = resident + max(backward, gradients + reducing, gradients + at_step)
-    peak = max(in_use, resident + backward + kept)
+    peak = max(in_use, resident + backward + kept) + (0 if on_accelerator else checkpoints)
     buffers = max(at_backward, reducing, at_step)
     return Footprint(
         stage, checkpointing, offload,
-        weights, gradients, states, active, buffers, inputs, kernels, kept,
+        weights, gradients, states, active, buffers, inputs, kernels, kept, checkpoints,
         peak, in_use, host,
     )  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Any
 
 from cinemo import storage
 
-_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "inputs", "kernels", "kept", "peak", "host")
+_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "inputs", "kernels", "kept", "checkpoints")
+_PARTS += ("peak", "host")
 _ON_CPUS = {
     "kernels": "kernels: what the CPU's kernel library keeps in bfloat16",
     "kept": "kept: freed memory that a process on CPUs holds on to",
@@ -44,7 +45,8 @@ def plan_lines(plan: Mapping[str, Any], output: str | None) -> list[str]:
         *_table(memory),
         "  *: this recipe; peak: the most at one time, less than the sum because gradients come as activations go; "
         "buffers: DeepSpeed's buckets, gathered weights, the optimizer's temporaries; inputs: frozen encoders, "
-        "text states, batches" + "".join(f"; {said}" for part, said in _ON_CPUS.items() if memory["recipe"][part]),
+        "text states, batches; checkpoints: copies in host memory that are being written"
+        + "".join(f"; {said}" for part, said in _ON_CPUS.items() if memory["recipe"][part]),
     ]
     if not memory["fits"]:
         lines.append(

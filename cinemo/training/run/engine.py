@@ -62,8 +62,7 @@ def deepspeed_config(train: TrainConfig, across_nodes: bool = False) -> dict[str
         zero["offload_optimizer"] = host
     if train.offload == "all":
         zero["offload_param"] = host
-    if train.deepspeed:
-        zero |= train.deepspeed.model_dump(exclude_none=True)
+    zero |= train.deepspeed.model_dump(exclude_none=True)
     wide: dict[str, Any] = {}
     if train.precision == "bf16" and stage:
         wide["communication_data_type"] = "fp32"

@@ -112,10 +112,10 @@ def run(
         validated = _validation(validation, recipe)
     summary, card = read_summary(output), start.card if start else None
     if card and card.step >= recipe.train.max_steps:
-        if summary and card.uri.startswith(output):
+        if resume == "auto" and summary:
             say(f"{output}: already finished at step {summary.steps}; raise --max-steps to continue")
             return summary
-        if not card.uri.startswith(output):
+        if resume != "auto":  # it is another run's
             raise InputError(
                 f"checkpoint {card.uri}: has done {card.step} steps, and train.max_steps is {recipe.train.max_steps}; "
                 "raise --max-steps, which counts them too"
