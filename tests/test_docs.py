@@ -1,4 +1,4 @@
-"""The documentation builds without a warning, and its commands are ones that the scripts take."""
+"""The documentation builds without a warning, its commands are ones that the scripts take, and its tutorial runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving.process import Server, free_port
 
 from cinemo.recipes import load_recipe
 
@@ -91,3 +93,34 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     ):
         text = re.sub(r"<[^>]+>", "", (tmp_path / page / "index.html").read_text())
         assert shown in text, page
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
+    made, port, servers = tmp_path / "tutorial", free_port(), []
+    made.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    try:
+        for language, text in blocks(ROOT / "docs" / "tutorial.md"):
+            text = re.sub(r"\btutorial/", f"{made}/", text).replace("8000", str(port))
+            if "serve.py" in text:
+                servers.append(Server(shlex.split(text)[1:], port))
+                continue
+            command = [sys.executable, "-c"] if language == "python" else ["bash", "-euc"]
+            done = subprocess.run(
+                [*command, textwrap.dedent(text)],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                capture_output=True,
+                timeout=500,
+            )
+            assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    finally:
+        for server in servers:
+            server.kill()
+    assert len(servers) == 1
+    results = ("dataset/report.html", "video.mp4", "served.mp4", "evaluation/motion.json")
+    assert [name for name in results if not (made / name).is_file()] == []

@@ -6,19 +6,18 @@ import csv
 import importlib
 import json
 import os
-import secrets
-import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray_nodes
 from hearing import listen
+from ray_nodes import Nodes
 
 from cinemo import cli
 from cinemo.evaluation.metrics.frames import psnr
@@ -105,6 +104,11 @@ def shard_digests(dataset: Path) -> dict[str, str]:
     return {p.name: json.loads(p.read_text())["checksum"] for p in sorted((dataset / "shards").glob("*.json"))}
 
 
+def losses(run: Path) -> list[float]:
+    with (run / "loss.csv").open() as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
 def test_precompute_stores_or_quarantines_every_clip(dataset: Path) -> None:
     described = json.loads((dataset / "dataset.json").read_text())
     assert (described["samples"], described["quarantined"], described["complete"]) == (10, 2, True)
@@ -119,10 +123,8 @@ def test_precompute_stores_or_quarantines_every_clip(dataset: Path) -> None:
 def test_train_starts_from_the_shipped_base(run: Path) -> None:
     summary = json.loads((run / "train.json").read_text())
     assert summary["steps"] == 4
-    with (run / "loss.csv").open() as file:
-        losses = [float(row["loss"]) for row in csv.DictReader(file)]
-    assert len(losses) == 4
-    assert max(losses) < 0.6  # from nothing it begins at 1
+    assert len(losses(run)) == 4
+    assert max(losses(run)) < 0.6  # from nothing it begins at 1
     assert (run / "mlflow.db").stat().st_size > 0
     assert list((run / "samples").glob("*.png"))
 
@@ -247,68 +249,74 @@ def test_bad_input_is_one_line_and_exit_2(
     assert len(told) == 1, output
 
 
-def free_port() -> int:
-    with socket.socket() as probe_socket:
-        probe_socket.bind(("127.0.0.1", 0))
-        return int(probe_socket.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A private `ray start --head` with token authentication; yields the environment of a client."""
-    dashboard = free_port()
-    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONPATH")}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["PATH"] = f"{BIN}:{environment['PATH']}"
-    # Unix socket paths may not exceed 107 bytes, so not under pytest's own deep directory.
-    scratch = Path("/tmp") / f"cinemo-ray-{os.getpid()}"
-    head = subprocess.Popen(
-        [
-            BIN / "ray", "start", "--head", "--block", "--port", str(free_port()), "--temp-dir", str(scratch),
-            "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard), "--num-cpus", "2",
-            "--ray-client-server-port", str(free_port()), "--dashboard-agent-listen-port", str(free_port()),
-        ],
-        env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{dashboard}"
-    request = urllib.request.Request(
-        f"{address}/api/version", headers={"Authorization": f"Bearer {environment['RAY_AUTH_TOKEN']}"}
-    )
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(request, timeout=5)
-                break
-            except OSError:
-                assert head.poll() is None, f"ray start ended with {head.returncode}"
-                assert time.monotonic() < deadline, "ray start was not ready after 90 s"
-                time.sleep(0.5)
-        yield environment | {"RAY_API_SERVER_ADDRESS": address}
-    finally:
-        os.killpg(head.pid, signal.SIGKILL)
-        head.wait(timeout=60)
-        subprocess.run(["rm", "-rf", str(scratch)], check=False)
+def cluster() -> Iterator[Nodes]:
+    with ray_nodes.nodes() as made:
+        yield made
 
 
-def submit(environment: dict[str, str], script: str, *arguments: str | Path) -> str:
-    done = subprocess.run(
-        [
-            BIN / "ray", "job", "submit", "--working-dir", ".", "--",
-            "python", f"pipelines/{script}.py", *map(str, arguments),
-        ],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
+def submit(cluster: Nodes, script: str, *arguments: str | Path) -> Job:
+    command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", "python", f"pipelines/{script}.py", *arguments]
+    return Job(list(map(str, command)), cluster.environment | {"PYTHONUNBUFFERED": "1"})
 
 
-def test_submitted_jobs_do_the_same(
-    cluster: dict[str, str], clips: Path, dataset: Path, run: Path, tmp_path: Path
+class Job:
+    """A submitted job; its output is read as it comes."""
+
+    def __init__(self, command: list[str], environment: dict[str, str]) -> None:
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        self.said: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout
+        self.said.extend(self.process.stdout)
+
+    def until(self, what: str, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not happened():
+            assert self.process.poll() is None, f"ended before {what}: {''.join(self.said)[-8000:]}"
+            assert time.monotonic() < deadline, f"{what} did not happen: {''.join(self.said)[-8000:]}"
+            time.sleep(0.1)
+
+    def says(self, text: str) -> None:
+        self.until(f"it said {text!r}", lambda: any(text in line for line in self.said))
+
+    def succeeds(self) -> None:
+        code = self.process.wait(timeout=400)
+        self._reader.join(timeout=30)
+        assert code == 0, "".join(self.said)[-12000:]
+
+
+def test_submitted_jobs_do_the_same_on_nodes_that_differ_come_and_go(
+    cluster: Nodes, clips: Path, dataset: Path, run: Path, tmp_path: Path
 ) -> None:
-    submit(cluster, "precompute", "--manifest", clips, "--output", tmp_path / "dataset", *PRECOMPUTE)
+    """Nodes that decode have no accelerator and may be taken; one that has them comes only when it is asked for."""
+    first, second = (cluster.add(cpus=1, decode=1) for _ in range(2))
+    machines = ["--set", "data.decode_resource=decode", "--set", "data.encode_resource=accelerator"]
+    job = submit(cluster, "precompute", "--manifest", clips, "--output", tmp_path / "dataset", *PRECOMPUTE, *machines)
+    job.says("waiting for 1 accelerator: data.encode_resource is 'accelerator', of which the cluster has 0")
+    accelerator = cluster.add(cpus=2, accelerator=1)
+    job.until("a clip was being decoded", lambda: any("_decode_and_score" in task for task in first.tasks()))
+    assert not any("_Encoder" in task for node in (first, second) for task in node.tasks())
+    first.kill()
+    third = cluster.add(cpus=1, decode=1)
+    job.succeeds()
     assert shard_digests(tmp_path / "dataset") == shard_digests(dataset)
-    submit(cluster, "train", "--data", tmp_path / "dataset", "--output", tmp_path / "run", *TRAIN)
+    assert json.loads((tmp_path / "dataset" / "dataset.json").read_text())["quarantined"] == 2
+
+    machines = ["--set", "train.resource=trainer"]
+    job = submit(cluster, "train", "--data", tmp_path / "dataset", "--output", tmp_path / "run", *TRAIN, *machines)
+    job.says("waiting for 2 times 1 CPU and 1 trainer, of which the nodes have room for 0")
+    accelerator.kill()
+    trainer = cluster.add(cpus=2, trainer=2)
+    job.until("training", lambda: any("TrainWorker" in task for task in trainer.tasks()))
+    for node in (second, third):
+        node.kill()
+    job.succeeds()
     here, there = (json.loads((path / "train.json").read_text()) for path in (run, tmp_path / "run"))
     assert there["steps"] == here["steps"] == 4
-    assert there["last_loss"] == pytest.approx(here["last_loss"], rel=1e-4)
+    assert losses(tmp_path / "run") == pytest.approx(losses(run), rel=1e-4)

@@ -7,8 +7,10 @@ from typing import Any
 
 from cinemo import storage
 
-_PARTS = ("weights", "gradients", "optimizer", "activations", "buffers", "inputs", "kernels", "kept", "checkpoints")
-_PARTS += ("peak", "host")
+_PARTS = (
+    *("weights", "gradients", "optimizer", "activations", "buffers", "inputs", "kernels", "kept"),
+    *("checkpoints", "peak", "host"),
+)
 _ON_CPUS = {
     "kernels": "kernels: what the CPU's kernel library keeps in bfloat16",
     "kept": "kept: freed memory that a process on CPUs holds on to",
