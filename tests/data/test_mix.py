@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data.small_data import make_dataset, make_sample
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cinemo.data.dataset.shards import DatasetIndex
@@ -200,6 +200,7 @@ def test_no_weight_is_refused() -> None:
     st.sampled_from([1, 2, 8]),
     st.integers(0, 10**12),
 )
+@example([Fraction(1, 1000), Fraction("999.12345678901234567")], 8, 0)
 def test_a_table_of_shares_says_what_they_say_one_by_one(weights: list[Fraction], lanes: int, first: int) -> None:
     shares, positions = Shares(weights, lanes), range(first, first + 4)
     expected = [[shares.counts(lane, position) for position in positions] for lane in range(lanes)]

@@ -38,7 +38,7 @@ class Shares:
 
     def table(self, lanes: range, positions: range) -> np.ndarray:
         """`counts` of some lanes at some positions: (sources, lanes, positions)."""
-        largest = positions.stop * max((share for share, _, _ in self._of_rest), default=1) + 1
+        largest = max((positions.stop * share + whole for share, _, whole in self._of_rest), default=positions.stop)
         kind = np.int64 if largest < 1 << 62 else object  # a share of many digits
         return np.stack(
             self._counts(np.array(lanes, kind)[:, None], np.tile(np.array(positions, kind), (len(lanes), 1)))
