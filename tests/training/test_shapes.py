@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from data.small_data import digests, film
+from training.jobs import Job
 
 from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex, pixels
@@ -29,9 +30,11 @@ from cinemo.data.precompute.probing import extents_of
 from cinemo.media.mp4 import write_video
 from cinemo.methods import build_method, method_class
 from cinemo.recipes import load_recipe, override
+from cinemo.training.checkpoint import checkpoints
+from cinemo.training.report import sample_log
 from cinemo.training.run.batch import FrozenStates, _blank_field, host_batch, latent_shape, on_device
 from cinemo.training.run.dataset_check import check_canary, check_dataset
-from cinemo.training.run.proof import verify_resume
+from cinemo.training.run.growth import TrainingData
 from cinemo.types import Clip, InputError, LatentSample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -177,11 +180,24 @@ def precomputed(recipe: Recipe, videos: Path, output: Path) -> str:
 
 
 @pytest.mark.slow
-def test_a_training_on_several_shapes_is_proved(tiny: Recipe, videos: Path, tmp_path: Path) -> None:
-    """Killed twice and resized: the same samples in the same order, each once in the first epoch."""
-    made = precomputed(tiny, videos, tmp_path / "data")
+def test_a_training_on_several_shapes_is_killed_and_goes_on(tiny: Recipe, videos: Path, tmp_path: Path) -> None:
+    """With fewer workers: the samples of the canonical order, each batch of one shape."""
+    made, steps, output = precomputed(tiny, videos, tmp_path / "data"), 60, tmp_path / "run"
     workers = ["train.workers=2", "train.lanes=4", "train.global_batch=4", "train.micro_batch=2", "train.canary=0"]
-    recipe = override(tiny, [*workers, "train.max_steps=12", "train.held_out_shards=2"])
-    script = str(ROOT / "pipelines/train.py")
-    lines = verify_resume(recipe, [Source(made)], str(tmp_path / "proof"), script)
-    assert any("samples, each exactly once" in line for line in lines), lines
+    often = [f"train.max_steps={steps}", "train.checkpoint_every=2", "train.sample_every=0", "train.validate_every=0"]
+    recipe = override(tiny, [*workers, *often, "train.held_out_shards=2"])
+    job = Job(recipe, made, output, tmp_path / "first.log")
+    job.wait_for(lambda: (card := checkpoints.latest(str(output))) is not None and card.step >= 2)
+    job.kill_all()
+    killed = checkpoints.latest(str(output))
+    assert killed is not None
+    assert killed.step < steps
+    job = Job(override(recipe, ["train.workers=1"]), made, output, tmp_path / "second.log")
+    assert job.process.wait() == 0, job.log.read_text()
+    index = DatasetIndex.load(made)
+    loader = TrainingData([Source(made)], [index], [[(0, len(index.shards))]], recipe.train).loader
+    batches = [loader.at(step).batch(step).samples for step in range(steps)]
+    assert sample_log.read(str(output)) == {step: [one.key for one in batch] for step, batch in enumerate(batches)}
+    shapes = [{one.latents_FCHW.shape for one in batch} for batch in batches]
+    assert all(len(found) == 1 for found in shapes)
+    assert len(set.union(*shapes)) > 1
