@@ -26,7 +26,8 @@ import psutil
 import torch
 from bench import TINY, fill, table
 from bench_sampling_engine import sampling_engine_part
-from serving.process import Server, free_port, png
+from ports import free_port
+from serving.process import Server, png
 from tiny import tiny_bundle
 
 from cinemo.animate import AnimateRequest, animate, load_image

@@ -24,9 +24,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
+from ports import free_port
 from prometheus_server import Prometheus
 from ray import serve
-from serving.process import eventually, free_port, png
+from serving.process import eventually, png
 
 from cinemo import monitoring
 from cinemo.data.precompute import graph

@@ -25,7 +25,8 @@ from typing import Any
 import httpx
 import psutil
 from bench import table
-from serving.process import FINAL, Server, eventually, free_port, png
+from ports import free_port
+from serving.process import FINAL, Server, eventually, png
 from serving.slow_clients import KINDS, slow_clients, slowest_answer
 from tiny import tiny_bundle
 

@@ -68,15 +68,22 @@ def real_clips() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_session(s3_endpoint: str) -> Iterator[None]:
-    """One private local Ray, shared by every test of the session that asks for it; its workers know the S3 server."""
+def ray_ends() -> Iterator[None]:
+    yield
     import ray
 
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_session(s3_endpoint: str, ray_ends: None) -> None:
+    """One private local Ray, shared by every module that asks for it; its workers know the S3 server.
+
+    A module that starts another one ends this one, and the next module has a new one.
+    """
     from cinemo.data.precompute.cluster import connect
 
     connect()
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ports import free_port
 
 ALERTS = Path(__file__).resolve().parents[1] / "cluster" / "prometheus" / "alerts.yaml"
 _OURS_OR_RAYS = re.compile(r"\b(?:ray|cinemo)_\w+")
@@ -45,8 +45,7 @@ class Prometheus:
     """Scrapes ``targets`` (``host:port``) every two seconds until `close`, and holds the alert rules against them."""
 
     def __init__(self, targets: Sequence[str], directory: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self.url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        self.url = f"http://127.0.0.1:{free_port()}"
         config = directory / "prometheus.yaml"
         config.write_text(
             yaml.safe_dump(

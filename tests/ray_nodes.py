@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from serving.process import free_port
+from ports import free_port
 
 _BIN = Path(sys.executable).parent
 _READY_SECONDS = 90.0
@@ -67,20 +67,32 @@ class Nodes:
         return self._start(*options, "--ray-client-server-port", str(free_port()))
 
     def _start(self, *options: str) -> Node:
+        """Until it has joined; a second time where it ended, as when a port of its was taken meanwhile."""
+        for _ in range(2):
+            node, log = self._launch(*options)
+            deadline = time.monotonic() + _READY_SECONDS
+            while node.process.poll() is None:
+                if "Ray runtime started" in log.read_text():
+                    return node
+                assert time.monotonic() < deadline, f"not ready after {_READY_SECONDS:g} s: {log.read_text()}"
+                time.sleep(0.2)
+            node.kill()
+        raise AssertionError(f"ray start ended with {node.process.returncode}: {log.read_text()}")
+
+    def _launch(self, *options: str) -> tuple[Node, Path]:
+        # As on a machine of its own: else nodes share sockets and unpack the job's files over each other.
+        directory = self.scratch / str(len(self.nodes))
+        directory.mkdir(parents=True)
         command = [str(_BIN / "ray"), "start", "--block", "--node-ip-address", "127.0.0.1", *options]
         command += ["--dashboard-agent-listen-port", str(free_port()), "--object-store-memory", str(256 << 20)]
-        command += ["--min-worker-port", "0", "--max-worker-port", "0"]
-        # As on machines of their own: else nodes share sockets and unpack the job's files over each other.
-        command += ["--temp-dir", str(self.scratch / str(len(self.nodes)))]
-        process = subprocess.Popen(
-            command,
-            env=self.environment,
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        command += ["--min-worker-port", "0", "--max-worker-port", "0", "--temp-dir", str(directory)]
+        log = directory / "start.log"
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                command, env=self.environment, start_new_session=True, stdout=sink, stderr=subprocess.STDOUT
+            )
         self.nodes.append(Node(process))
-        return self.nodes[-1]
+        return self.nodes[-1], log
 
 
 @contextlib.contextmanager
@@ -89,7 +101,6 @@ def nodes() -> Iterator[Nodes]:
     dashboard = free_port()
     environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONPATH")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["RAY_health_check_period_ms"] = "1000"  # a killed node is missed after five of them
     address = f"http://127.0.0.1:{dashboard}"
     environment |= {"PATH": f"{_BIN}:{environment['PATH']}", "RAY_API_SERVER_ADDRESS": address}
     # Unix socket paths may not exceed 107 bytes, so not under pytest's own deep directory.
@@ -103,8 +114,8 @@ def nodes() -> Iterator[Nodes]:
                 urllib.request.urlopen(urllib.request.Request(f"{address}/api/version", headers=headers), timeout=5)
                 break
             except OSError:
-                assert head.process.poll() is None, f"ray start ended with {head.process.returncode}"
-                assert time.monotonic() < deadline, f"ray start was not ready after {_READY_SECONDS:g} s"
+                assert head.process.poll() is None, f"the head ended with {head.process.returncode}"
+                assert time.monotonic() < deadline, f"the Jobs API does not answer after {_READY_SECONDS:g} s"
                 time.sleep(0.5)
         yield cluster
     finally:

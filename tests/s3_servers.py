@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 _SWIFT = ("proxy", "account", "container", "object")
@@ -71,7 +72,7 @@ def s3rver(directory: Path) -> Iterator[Server]:
     program = str(installed) if installed.exists() else shutil.which("s3rver")
     if program is None or shutil.which("node") is None:
         pytest.skip("no s3rver on this machine (npm install --prefix .cache/s3rver s3rver)")
-    (port,) = _free_ports(1)
+    port = free_port()
     command = [program, "-d", str(directory), "-a", "127.0.0.1", "-p", str(port), "-s", "--no-vhost-buckets"]
     with _process(command, directory / "s3rver.log"):
         _wait_for([port], directory)
@@ -90,7 +91,7 @@ def swift(directory: Path) -> Iterator[Server]:
         os.setxattr(directory, "user.test", b"")
     except OSError as error:
         pytest.skip(f"no OpenStack Swift here: it needs extended attributes, and {directory} has none ({error})")
-    ports = dict(zip(_SWIFT, _free_ports(len(_SWIFT)), strict=True))
+    ports = {name: free_port() for name in _SWIFT}
     _configure_swift(directory, ports)
     with ExitStack() as stack:
         for name in _SWIFT:
@@ -148,11 +149,3 @@ def _wait_for(ports: Iterable[int], directory: Path) -> None:
                     logs = "".join(path.read_text(errors="replace")[-500:] for path in directory.glob("*.log"))
                     raise RuntimeError(f"port {port} does not answer: {logs}") from None
                 time.sleep(0.1)
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving.process import Server, free_port
+from ports import free_port
+from serving.process import Server
 
 from cinemo.recipes import load_recipe
 

@@ -17,8 +17,9 @@ import httpx
 import numpy as np
 import pytest
 import yaml
+from ports import free_port
 from prometheus_server import ALERTS, Prometheus, find_programs, names_in, rules_file
-from serving.process import FINAL, eventually, free_port, png
+from serving.process import FINAL, eventually, png
 from tiny import tiny_bundle
 
 from cinemo import monitoring

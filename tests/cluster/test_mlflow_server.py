@@ -14,8 +14,8 @@ from pathlib import Path
 import boto3
 import pytest
 from cluster.published import pods
+from ports import free_port
 from postgres_server import PostgresServer, find_programs
-from serving.process import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.s3, pytest.mark.postgres]
 

@@ -40,7 +40,7 @@ def field_recipe(small_recipe: Recipe, image_encoder: Path) -> Recipe:
 
 @pytest.fixture(scope="session")
 def with_fields(
-    ray_session: None, clips_folder: Path, field_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+    ray_ends: None, s3_endpoint: str, clips_folder: Path, field_recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A dataset of two views of nine films in three shards, with all fields. Copy it before changing it."""
     directory = tmp_path_factory.mktemp("finished") / "dataset"

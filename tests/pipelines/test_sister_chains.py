@@ -19,8 +19,9 @@ import PIL.Image
 import psutil
 import pytest
 import torch
+from ports import free_port
 from safetensors.torch import load_file
-from serving.process import Server, free_port
+from serving.process import Server
 
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.synthetic import render_clips

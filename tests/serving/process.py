@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,11 +20,6 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 FINAL = ("completed", "failed", "cancelled")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def png(height: int = 40, width: int = 60) -> bytes:

@@ -19,7 +19,8 @@ import httpx
 import pytest
 import torch
 import yaml
-from serving.process import ROOT, Server, eventually, free_port, png
+from ports import free_port
+from serving.process import ROOT, Server, eventually, png
 from tiny import FRAMES, SIZE, random_unet, tiny_adapter, tiny_bundle, tiny_recipe
 
 from cinemo.bundle import read_card, save_bundle

@@ -19,7 +19,8 @@ import httpx2
 import openai
 import pytest
 from both_clients import opened
-from serving.process import Server, free_port
+from ports import free_port
+from serving.process import Server
 from small_server import Worker, make_keys, open_store, png, running, small_api
 from tiny import tiny_bundle
 

@@ -19,7 +19,8 @@ from typing import ClassVar
 import httpx
 import psutil
 import pytest
-from serving.process import eventually, free_port
+from ports import free_port
+from serving.process import eventually
 from serving.slow_clients import Kind, slow_clients, slowest_answer
 
 from cinemo.serving import haproxy

@@ -12,8 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 from listening import exposed
+from ports import free_port
 from serving.disk import fill, small_disk
-from serving.process import ROOT, Server, eventually, free_port
+from serving.process import ROOT, Server, eventually
 from serving.slow_clients import slow_clients, slowest_answer
 from tiny import tiny_bundle
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from serving.process import Server, eventually, free_port, png
+from ports import free_port
+from serving.process import Server, eventually, png
 from serving.test_webhooks import SECRET, Receiver
 from tiny import tiny_bundle
 

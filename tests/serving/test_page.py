@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
+from ports import free_port
 from tiny import FRAMES, SIZE, tiny_bundle
 
 from cinemo.animate import load_image
@@ -77,8 +77,7 @@ class Server:
     def __init__(self, card: BundleCard, bundle: ModelBundle, directory: Path) -> None:
         self.card, self.bundle = card, bundle
         self.store = open_store(directory)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = int(free.getsockname()[1])
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}/"
         self.runner: JobRunner | None = None
 

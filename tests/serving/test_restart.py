@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from serving.process import Server, eventually, free_port, png
+from ports import free_port
+from serving.process import Server, eventually, png
 from sqlalchemy import select
 from tiny import tiny_bundle
 

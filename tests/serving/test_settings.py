@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
-from serving.process import eventually, free_port
+from ports import free_port
+from serving.process import eventually
 from tiny import tiny_bundle
 
 from cinemo import cli

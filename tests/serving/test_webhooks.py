@@ -15,6 +15,7 @@ from typing import Any
 import openai
 import pytest
 from fastapi.testclient import TestClient
+from ports import free_port
 from small_server import complete_one, make_keys, open_store, png, small_api
 
 from cinemo.serving.http.signatures import read_secret, secret_of
@@ -32,10 +33,8 @@ class Receiver:
     """Notes what it was sent; ``statuses``: of the next answers, 200 afterwards. Down until `start`."""
 
     def __init__(self, port: int = 0, statuses: tuple[int, ...] = ()) -> None:
-        if not port:
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                port = free.getsockname()[1]
-        self.port, self.url = port, f"http://127.0.0.1:{port}/hook?a=1"
+        self.port = port = port or free_port()
+        self.url = f"http://127.0.0.1:{port}/hook?a=1"
         self.statuses, self.received = list(statuses), list[tuple[dict[str, str], bytes]]()
         self._server: http.server.ThreadingHTTPServer | None = None
 
