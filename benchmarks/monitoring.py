@@ -44,7 +44,7 @@ _ACROSS, _POINTS = 3, 120
 _REPORT_SECONDS = 10  # after which Ray has sent all that was recorded
 _COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#868e96", "#1864ab", "#e67700")
 _UNITS: dict[str, Callable[[float], str]] = {
-    "percentunit": lambda value: f"{value:.0%}",
+    "percentunit": lambda value: f"{100 * value:.3g}%",
     "s": lambda value: f"{value:g} s",
     "Bps": lambda value: f"{value / 1e6:g} MB/s",
     "bytes": lambda value: f"{value / 1e9:g} GB",
@@ -71,7 +71,7 @@ def precompute(directory: Path, clips: int) -> str:
 def train(directory: Path, dataset: str, steps: int) -> str:
     settings = [f"train.max_steps={steps}", "train.log_every=2", "train.sample_every=0", "train.global_batch=8"]
     settings += [
-        "train.micro_batch=8",
+        "train.micro_batch=4",
         "train.checkpoint_every=40",
         "train.held_out_shards=1",
         "train.validate_every=20",

@@ -9,7 +9,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cinemo.accelerators import peak_flops
+from cinemo.accelerators import measured_flops, peak_flops
 from cinemo.config import Recipe
 from cinemo.methods import build_method
 from cinemo.recipes import override
@@ -86,3 +86,19 @@ def test_a_cpu_is_measured() -> None:
     begun = time.perf_counter()
     torch.mm(a, b)
     assert 2 * 512**3 / (time.perf_counter() - begun) < 3 * peak  # nothing is faster than the peak
+
+
+def test_a_peak_is_not_that_of_a_product_that_loads_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a worker that starts beside others this takes longer than all the time there is for measuring."""
+    multiply, calls = torch.mm, list[float]()
+
+    def slow_at_first(*tensors: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        if not calls:
+            time.sleep(0.5)
+        calls.append(time.perf_counter())
+        return multiply(*tensors, **options)
+
+    monkeypatch.setattr(torch, "mm", slow_at_first)
+    peak = measured_flops(torch.device("cpu"), torch.float32)
+    assert len(calls) > 1
+    assert peak > 2 * 1024**3 / 0.4

@@ -84,7 +84,7 @@ def test_a_report_survives_a_checkpoint() -> None:
 @pytest.mark.usefixtures("process_group")
 def test_a_window(small: Recipe) -> None:
     engine = Engine(build_method(small), small.train, torch.device("cpu"))
-    window = Window(engine, small, sample_seconds=1e-3)
+    window = Window(engine, small, sample_seconds=1e-9)
     samples = moving_samples(4)
     losses, batches = [], []
     for step in range(3):
@@ -103,7 +103,11 @@ def test_a_window(small: Recipe) -> None:
     names = [f"loss_bucket_{int(bucket):02d}" for batch in batches[:2] for bucket in batch.bucket_B]
     assert len(set(names)) == 4  # each sample's own; the first of each pair has half the loss of the second
     assert report.buckets == {name: pytest.approx(mean) for name, mean in zip(names, (2.0, 4.0) * 2, strict=True)}
-    assert report.mfu == pytest.approx(report.samples_per_second * 1e-3)
+    assert report.mfu == pytest.approx(report.samples_per_second * 1e-9)
+    impossible = Window(engine, small, 1e9)
+    impossible.add(torch.tensor([1.0, 2.0]), batches[0])
+    impossible.end_step(8, moved=True)
+    assert math.isnan(impossible.close(9, 0.5).mfu)
     assert 0 < report.memory_gb <= peak_memory(engine.device) / 1e9
 
     window.add(torch.tensor([1.0, 1.0]), batches[0])

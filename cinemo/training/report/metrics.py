@@ -238,6 +238,7 @@ class Window:
                 )
         mean = Losses.of_sums(losses, weights)
         speed = steps * self._global_batch / seconds
+        mfu = speed / engine.world * self._sample_seconds
         report = Report(
             done,
             mean.overall,
@@ -245,7 +246,7 @@ class Window:
             engine.grad_norm,
             speed,
             waited,
-            speed / engine.world * self._sample_seconds,
+            mfu if mfu <= 1 else NAN,  # else a CPU's peak was measured beside other work, and is more
             max(memory) * engine.world / 1e9,
             skipped_steps=len(self._unmoved),
             unmoved=_blamed(engine, [*self._unmoved.values()]),
