@@ -31,9 +31,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
     parser.add_argument("--bf16", action="store_true", help="use bfloat16: for accelerators, and CPUs with AMX")
     parser.add_argument("--init", metavar="DIR", help="weights to start from, as train.init has them")
-    parser.add_argument(
-        "--refine", type=int, metavar="N", help="train --init by N samples more, at a low rate, and nothing else"
-    )
     parser.add_argument("--freeze-text", action="store_true", help="leave the text model as it is")
     parser.add_argument("--steady", action="store_true", help="only clips whose captions say how fast, or steady ones")
     parser.add_argument("--whole", action="store_true", help="all frames in every phase: some networks take no fewer")
@@ -42,12 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--count, --batch, --processes and --share: expected numbers above 0")
     if arguments.batch % arguments.processes:
         raise InputError(f"--batch is {arguments.batch}, expected a multiple of --processes {arguments.processes}")
-    if arguments.refine is not None and (arguments.refine < arguments.batch or not arguments.init):
-        raise InputError(f"--refine is {arguments.refine}, expected a batch or more ({arguments.batch}), and --init")
     recipe = cli.recipe_of(arguments)
 
     # Late: --help and bad flags need none of it.
-    from tools.tiny_base import TrainSettings, make_clips, planned, refining, steady, train_base
+    from tools.tiny_base import TrainSettings, make_clips, planned, steady, train_base
 
     def say(line: str) -> None:
         print(line, flush=True)
@@ -65,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes=processes,
     )
     phases = planned(arguments.share, recipe.data.frames if arguments.whole else None)
-    phases = refining(arguments.refine, recipe.data.frames) if arguments.refine else phases
     made = train_base(arguments.output, recipe, clips, phases, settings, say)
     facts = made | {"clips": arguments.count, "phases": [asdict(phase) for phase in phases]}
     (arguments.output / "unet" / "made.json").write_text(json.dumps(facts, indent=2) + "\n")

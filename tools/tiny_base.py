@@ -82,11 +82,6 @@ def planned(share: float, frames: int | None = None) -> tuple[Phase, ...]:
     )
 
 
-def refining(samples: int, frames: int) -> tuple[Phase, ...]:
-    """One phase for weights that are there, at a rate that does not undo them; of zooms they have seen least."""
-    return (Phase("refining", samples, frames, 2.5e-4, 3.0, {**SHARES, "pan": 2, "flow": 2, "zoom": 6}),)
-
-
 @dataclass(frozen=True)
 class Clips:
     """``latents_NFCHW``: float16, normalised as the autoencoder says. ``facts``: kind, caption, direction, SSIM and

@@ -237,10 +237,14 @@ def test_a_text_encoder_is_counted_by_its_configuration(small: Recipe) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["tiny, ZeRO 0", "dynamicrafter-tiny, ZeRO 2", "trip-tiny, ZeRO 2"])
 def test_the_memory_of_a_real_training_is_as_predicted(case: str) -> None:
-    in_use, as_it_runs = predicted(CASES[case])
-    assert in_use == pytest.approx(measured(CASES[case], False), rel=0.15)
-    # How much freed memory stays differs from run to run, now and then by a sixth.
-    assert as_it_runs == pytest.approx(median(measured(CASES[case], True) for _ in range(3)), rel=0.15)
+    assert predicted(CASES[case])[0] == pytest.approx(measured(CASES[case], False), rel=0.15)
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_real_training_that_keeps_what_it_frees_is_as_predicted() -> None:
+    """How much stays differs from run to run, now and then by a sixth."""
+    case = CASES["tiny, ZeRO 0"]
+    assert predicted(case)[1] == pytest.approx(median(measured(case, True) for _ in range(3)), rel=0.15)
 
 
 @pytest.mark.slow
