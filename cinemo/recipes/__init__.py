@@ -94,7 +94,7 @@ def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
             got = "" if fault["type"] in ("missing", "value_error") else f" (got {fault['input']!r})"
             hint = _near(key, kind, name) if fault["type"] == "extra_forbidden" else ""
             leaf = key if key in every else ".".join(map(str, fault["loc"]))
-            faults.setdefault((leaf, got + hint), []).append(fault["msg"])
+            faults.setdefault((leaf, got + hint), []).append(fault["msg"].removeprefix("Value error, "))
         lines = [f"{key}: {' or: '.join(said)}{after}" for (key, after), said in faults.items()]
         raise InputError(f"{source}: " + "; ".join(lines)) from None
 
