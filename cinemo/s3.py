@@ -217,12 +217,16 @@ def put_if(uri: str, data: bytes, **condition: str) -> str:
     """Write a small object with one PUT, and a condition on it; returns its ETag.
 
     Raises:
-        FileExistsError: ``IfNoneMatch="*"``, and there is one; ``IfMatch=ETAG``, and it has another one.
+        FileExistsError: ``IfNoneMatch="*"``, and there is one; ``IfMatch=ETAG``, and it has another one; or the server
+            took the request but stored nothing, as a newer PUT had come first (Swift's 202, which has no ETag).
         FileNotFoundError: ``IfMatch``, and there is none.
         NotSupported: the server knows no such condition.
     """
     bucket, key = split(uri)
-    return str(call(uri, "call_s3", "put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
+    answer = call(uri, "call_s3", "put_object", Bucket=bucket, Key=key, Body=data, **condition)
+    if "ETag" not in answer:
+        raise FileExistsError(f"{uri}: a newer PUT came first")
+    return str(answer["ETag"])
 
 
 def has_bucket(bucket: str) -> bool:

@@ -64,12 +64,13 @@ class FaultyS3(ThreadingHTTPServer):
         Args:
             rates: share of requests that meet each of `FAULTS`, or ``403``; ``drop`` closes the connection before the
                 request is forwarded, ``lose_reply`` after it was carried out, ``cut_reply`` amid the answer's body.
+                ``overtaken`` is for PUTs: answered as by Swift where a newer object is there (202), nothing is stored.
             delay: seconds of a ``slow`` answer.
             bytes_per_second: speed at which request bodies are taken in, all connections together; 0 = no limit.
             only: faults meet requests whose path contains this.
             conditions: what becomes of a conditional PUT: ``ignored``, ``501``, or as the server behind does it.
         """
-        assert set(rates or {}) <= {*FAULTS, *_CODES}, rates
+        assert set(rates or {}) <= {*FAULTS, *_CODES, "overtaken"}, rates
         with self.lock:
             self.seed, self.rates, self.delay, self.only = seed, dict(rates or {}), delay, only
             self.bytes_per_second, self.conditions = bytes_per_second, conditions
@@ -120,6 +121,9 @@ class _Handler(BaseHTTPRequestHandler):
                 del self.headers[name]
         if fault in _CODES:
             self._answer(int(fault), {"Content-Type": "application/xml"}, _ERROR.format(_CODES[fault]).encode())
+            return
+        if fault == "overtaken" and self.command == "PUT":
+            self._answer(202, {}, b"")
             return
         if fault == "slow":
             time.sleep(proxy.delay)

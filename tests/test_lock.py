@@ -214,6 +214,25 @@ def test_break_lock_does_not_break_what_is_alive_here(output: str) -> None:
 
 
 @pytest.mark.s3
+def test_a_put_that_a_newer_one_overtakes_has_lost(
+    s3_faults: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.0)
+    output = f"s3://cinemo-test/{tmp_path.name}"
+    uri = storage.join(output, NAME)
+    s3_faults.meet({"overtaken": 1.0}, only=NAME, conditions="501")
+    assert compare_and_swap.write_and_look(uri, b"mine", None, 0) is None
+    assert compare_and_swap.write_if(f"{uri}.other", b"mine", None) is None
+    with pytest.raises(RunError, match="its lock could not be taken in"), hold(output):
+        pass
+    s3_faults.meet(conditions="501")
+    version = compare_and_swap.write_and_look(uri, b"mine", None, 0)
+    s3_faults.meet({"overtaken": 1.0}, only=NAME, conditions="501")
+    assert compare_and_swap.write_and_look(uri, b"mine", version, 0) == version, "by an earlier attempt of our own"
+    s3_faults.meet()
+
+
+@pytest.mark.s3
 def test_what_can_be_read_but_not_written_for_a_while_is_still_held(
     s3_faults: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
