@@ -31,8 +31,8 @@ GETS_PER_PREFIX = 5500.0  # what Amazon S3 documents for one prefix
 SPOT_CORE_HOUR, A100_HOUR = 0.02, 1.8  # USD, an assumption: write your own prices
 SLOTS, PER_NODE = 31, 8  # of a node with 32 cores; A100s of a node
 # Blocks a core whose results may wait: Ray Data gives a stage about half of the object store, 19 of 128 GB, and a block
-# of latents has 5 MB, one of frames 64.
-WINDOW_OF_LATENTS, WINDOW_OF_FRAMES = 120.0, 10.0
+# of latents has 21 MB, one of frames 64.
+WINDOW_OF_LATENTS, WINDOW_OF_FRAMES = 30.0, 10.0
 
 
 def driver_seconds(blocks: int = 1000) -> float:
@@ -143,7 +143,7 @@ def work_on_accelerators(clips: int = CLIPS) -> Work:
 
 
 def work_on_cores(clips: int = CLIPS) -> Work:
-    return Work(clips, DECODE_SECONDS + CPU_ENCODE_SECONDS, SPREAD, 1e-4)
+    return Work(clips, DECODE_SECONDS + CPU_ENCODE_SECONDS, SPREAD, 1e-4, block=64)
 
 
 def cost(fleet: Fleet, made: Result) -> float:

@@ -36,9 +36,11 @@ from cinemo.methods import method_class
 from cinemo.progress import doing
 from cinemo.types import InputError, RunError
 
-# Decoded frames of one task: small enough that a few tasks in flight fit any object store.
-_TASK_BYTES = 64 << 20
-_TASK_CLIPS = 16
+# Decoded frames at a time: small enough that a few such blocks fit any object store.
+_FRAME_BYTES = 64 << 20
+_FRAME_CLIPS = 16
+# Of a task that hands on latents, not frames: Ray's driver takes the same time for a block of any size.
+_TASK_CLIPS = 64
 _TASK_SHARDS = 4  # of a field
 # About so many clips have their planned rows in the object store at a time.
 _WAVE_CLIPS = 1 << 20
@@ -161,7 +163,8 @@ def _execute(
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
 
-    most = max(1, min(_TASK_CLIPS, _TASK_BYTES // (data.views * math.prod(data.largest) * 3)))
+    at_once = max(1, min(_FRAME_CLIPS, _FRAME_BYTES // (data.views * math.prod(data.largest) * 3)))
+    most = _TASK_CLIPS if data.together else at_once
     size = min(most, math.ceil(len(rows) / (4 * found.decoders)))
     encoder = {
         "data": data,
@@ -172,7 +175,13 @@ def _execute(
     }
     graph = ray.data.from_arrow(list(_blocks(rows, data.clips_per_shard, size, most)))
     if data.together:
-        graph = graph.map_batches(_whole, fn_kwargs=encoder, batch_format="pyarrow", batch_size=None, **found.decode)
+        graph = graph.map_batches(
+            _whole,
+            fn_kwargs={**encoder, "at_once": at_once},
+            batch_format="pyarrow",
+            batch_size=None,
+            **found.decode,
+        )
     else:
         graph = graph.map_batches(
             _decode_and_score,
@@ -206,20 +215,22 @@ def _execute(
 
 
 def _blocks(rows: PlannedRows, shard: int, size: int, most: int) -> Iterator[pa.Table]:
-    """Blocks of about ``size`` rows that cross no boundary between shards, which have ``shard`` rows each.
-
-    Clips of one source, one after another, stay together as far as ``most`` rows go: a block is fetched and decoded by
-    one process.
-    """
+    """Blocks of about ``size`` rows, at most ``most``, that cross no boundary between shards of ``shard`` rows each."""
     piece = math.ceil(shard / math.ceil(shard / size))
     for start in range(0, len(rows), shard):
-        table = rows.slice(start, shard).combine_chunks()
-        ends = pc.run_end_encode(table["uri"].combine_chunks()).run_ends.to_numpy()
-        begin = 0
-        while begin < len(table):
-            end = min(int(ends[np.searchsorted(ends, min(begin + piece, len(table)))]), begin + most)
-            yield table.take(pa.array(range(begin, end)))
-            begin = end
+        yield from _pieces(rows.slice(start, shard).combine_chunks(), piece, most)
+
+
+def _pieces(rows: pa.Table, size: int, most: int) -> Iterator[pa.Table]:
+    """About ``size`` rows each. Clips of one source, one after another, stay together as far as ``most`` rows go: a
+    piece is fetched and decoded at once.
+    """
+    ends = pc.run_end_encode(rows["uri"].combine_chunks()).run_ends.to_numpy()
+    begin = 0
+    while begin < len(rows):
+        end = min(int(ends[np.searchsorted(ends, min(begin + size, len(rows)))]), begin + most)
+        yield rows.take(pa.array(range(begin, end)))
+        begin = end
 
 
 def _decode_and_score(clips: pa.Table, data: DataConfig, meter: Any) -> pa.Table:
@@ -228,11 +239,13 @@ def _decode_and_score(clips: pa.Table, data: DataConfig, meter: Any) -> pa.Table
     return rows
 
 
-def _whole(clips: pa.Table, data: DataConfig, vae: str, latent: str, dtype: str, meter: Any) -> pa.Table:
+def _whole(clips: pa.Table, at_once: int, data: DataConfig, vae: str, latent: str, dtype: str, meter: Any) -> pa.Table:
     """All that takes cores, in one process: no frames are copied, and no more processes work than there are cores."""
-    rows = _encoder(data, vae, latent, dtype)(_decode_and_score(clips, data, meter))
-    cluster.report(meter, "encode", rows, data.views, {"encode": ("encode_seconds",)})
-    return rows
+    made = []
+    for piece in _pieces(clips, at_once, at_once):
+        made.append(_encoder(data, vae, latent, dtype)(_decode_and_score(piece, data, meter)))
+        cluster.report(meter, "encode", made[-1], data.views, {"encode": ("encode_seconds",)})
+    return pa.concat_tables(made)
 
 
 @functools.lru_cache(maxsize=1)
