@@ -42,6 +42,18 @@ def make(meter: Meter, stream: io.StringIO | None = None, **more: Any) -> Progre
     return Progress(100, 10, {"decode": 2, "encode": 1}, meter.read, stream=stream or io.StringIO(), **more)
 
 
+def test_a_run_that_is_over_before_it_is_looked_at_twice_has_a_rate(clock: Clock) -> None:
+    meter = Meter()
+    run = make(meter)
+    clock.now += 5
+    meter.add("encode", 100, {"encode": 4.0}, {})
+    first = run.figures()
+    clock.now += 5
+    last = run.figures()
+    assert (first.rate, first.seconds_left) == (pytest.approx(20), 0)
+    assert (last.rate, last.seconds_left) == (pytest.approx(10), 0)
+
+
 def test_figures_before_the_first_shard(clock: Clock) -> None:
     meter = Meter()
     run = make(meter)

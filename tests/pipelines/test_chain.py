@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from cinemo.media.mp4 import read_metadata
 from cinemo.media.synthetic import render_clips
 from cinemo.media.transforms import prepare_image
 from cinemo.media.video import probe, read_frames
+from cinemo.training.checkpoint import checkpoints
+from cinemo.training.report import sample_log
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -256,8 +258,10 @@ def cluster() -> Iterator[Nodes]:
         yield made
 
 
-def submit(cluster: Nodes, script: str, *arguments: str | Path) -> Job:
-    command = [BIN / "ray", "job", "submit", "--working-dir", ".", "--", "python", f"pipelines/{script}.py", *arguments]
+def submit(cluster: Nodes, script: str, *arguments: str | Path, options: Sequence[str] = ()) -> Job:
+    """`ray job submit` with some options of its own."""
+    command = [BIN / "ray", "job", "submit", "--working-dir", ".", *options]
+    command += ["--", "python", f"pipelines/{script}.py", *arguments]
     return Job(list(map(str, command)), cluster.environment | {"PYTHONUNBUFFERED": "1"})
 
 
@@ -326,3 +330,39 @@ def test_submitted_jobs_do_the_same_on_nodes_that_differ_come_and_go(
     here, there = (json.loads((path / "train.json").read_text()) for path in (run, tmp_path / "run"))
     assert there["steps"] == here["steps"] == 4
     assert losses(tmp_path / "run") == pytest.approx(losses(run), rel=1e-4)
+
+
+def test_a_drained_node_and_a_stopped_job_cost_no_step(cluster: Nodes, dataset: Path, tmp_path: Path) -> None:
+    """A spot node is taken away with a notice, and the training that went on elsewhere is ended by `ray job stop`."""
+    output, options = tmp_path / "run", ["--submission-id", "on-spot-nodes"]
+    options += ["--runtime-env-json", json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}})]
+    endless = ["--max-steps", "100000", "--set", "train.checkpoint_every=100000", "--set", "train.workers=1"]
+    endless += ["--set", "train.resource=spot", "--set", "train.sample_every=0", "--set", "train.validate_every=0"]
+
+    node = cluster.add(cpus=2, spot=1)
+    job = submit(cluster, "train", "--data", dataset, "--output", output, *TRAIN, *endless, options=options)
+    job.says("step 1/")
+    there = "import ray; ray.init(); print(next(n['NodeID'] for n in ray.nodes() if n['Resources'].get('spot')))"
+    address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.gcs}"}
+    name = subprocess.check_output([sys.executable, "-c", there], env=cluster.environment | address, text=True).strip()
+    drain = [BIN / "ray", "drain-node", "--address", address["RAY_ADDRESS"], "--node-id", name, "--reason-message", "x"]
+    drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", "90"]
+    subprocess.run(drain, env=cluster.environment, check=True, capture_output=True)
+    told = time.monotonic()
+    job.says(f"node {name} will be taken away in ")
+    job.until("a checkpoint was complete", lambda: bool(checkpoints.complete(str(output))))
+    assert time.monotonic() - told < 60
+    saved = checkpoints.complete(str(output))[-1].step
+    cluster.add(cpus=2, spot=1)
+    node.kill()
+    job.says(f"continuing at step {saved}")
+
+    job.says(f"step {saved + 2}/")
+    stopped = subprocess.run(
+        [BIN / "ray", "job", "stop", "on-spot-nodes"], env=cluster.environment, capture_output=True, text=True
+    )
+    assert "was stopped" in stopped.stdout, f"{stopped.stdout}\n{stopped.stderr}"
+    last = checkpoints.complete(str(output))[-1].step
+    job.says(f"ended at step {last}, which is saved (SIGTERM)")
+    assert last >= saved + 2
+    assert list(sample_log.read(str(output))) == list(range(last))

@@ -58,13 +58,10 @@ def connect(cpus: int = 1) -> None:
         with doing("joining the Ray cluster"):
             ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": _WORKER_ENVIRONMENT | passed})
         return
-    # As Ray does on macOS: its processes talk over the loopback address, where they would listen on every interface.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
     memory = _OBJECT_STORE_LIMIT
     if _SHARED_MEMORY.is_dir():
         memory = min(memory, shutil.disk_usage(_SHARED_MEMORY).free // 2)
-    with doing("starting Ray"):
+    with doing("starting Ray"), _on_loopback():
         started = ray.init(
             address="local",  # never a cluster that happens to run on this machine
             num_cpus=max(cpus, os.cpu_count() or 1),
@@ -74,6 +71,23 @@ def connect(cpus: int = 1) -> None:
             object_store_memory=memory,
         )
     diagnostics.logs_are_in(os.path.join(started.address_info["session_dir"], "logs"))
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that starts meanwhile does as on macOS: its processes talk over the loopback address, where they would
+    listen on every interface. They inherit the setting; this process may join or start another Ray later.
+    """
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    set_by_user = os.environ.get(name)
+    ray_constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]
+        if set_by_user is not None:
+            os.environ[name] = set_by_user
 
 
 @contextlib.contextmanager

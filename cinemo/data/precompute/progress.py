@@ -125,7 +125,8 @@ class Progress:
         self._stop = threading.Event()
         self._started = time.perf_counter()
         self._latest: Mapping[str, Mapping[str, float]] = {"clips": {}, "seconds": {}, "reasons": {}}
-        self._history: deque[tuple[float, int, int, dict[str, float]]] = deque()
+        # Begins with the run: a short one is over before it is looked at twice.
+        self._history: deque[tuple[float, int, int, dict[str, float]]] = deque([(self._started, 0, 0, {})])
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:
