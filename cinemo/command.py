@@ -22,7 +22,7 @@ EXTRAS = {
     "demo": "all",
 }
 # A module of each extra that nothing else brings.
-_MODULES = {"data": "webdataset", "train": "deepspeed", "report": "matplotlib", "serve": "fastapi"}
+_MODULES = {"data": "webdataset", "train": "deepspeed", "report": "skimage", "serve": "psycopg"}
 
 
 def scripts() -> Path:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 import cinemo
 from cinemo import command
 from tests.tiny import tiny_bundle
-from tools.licences import closure
+from tools.licences import canonical, closure
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(sysconfig.get_paths()["purelib"])
@@ -55,6 +56,17 @@ def test_what_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert said == "cinemo precompute: webdataset is not installed; run: pip install 'cinemo[data]'\n"
     assert called(monkeypatch, "demo") == 2
     assert "'cinemo[all]'" in capsys.readouterr().err
+
+
+def test_the_module_that_stands_for_an_extra_comes_with_no_other() -> None:
+    """MLflow brings fastapi and matplotlib, for instance."""
+    provided = packages_distributions()
+    brought = {extra: set(closure("cinemo", frozenset({extra}))) for extra in command._MODULES}
+    for extra, module in command._MODULES.items():
+        packages = {canonical(name) for name in provided[module]}
+        assert packages <= brought[extra], extra
+        having = {other for other in brought if packages & brought[other]}
+        assert having == {other for other in brought if brought[extra] <= brought[other]}, extra
 
 
 @pytest.fixture(scope="module")
