@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,11 @@ def real_run(clips: int, taken: float | None, absent: float) -> dict[str, float]
     Returns:
         ``seconds`` of the run, ``per_clip`` of all stages, and when that share, or the first shard, was committed.
     """
-    import threading
-
     import ray
     from ray.cluster_utils import Cluster
 
     from cinemo.data.precompute import graph
+    from cinemo.data.precompute.cluster import connect
     from cinemo.media.synthetic import render_clips
     from cinemo.recipes import load_recipe
 
@@ -90,29 +90,26 @@ def real_run(clips: int, taken: float | None, absent: float) -> dict[str, float]
             many = [rows[k % len(rows)] | {"clip_id": f"clip-{k}"} for k in range(clips)]
             manifest.write_text("".join(json.dumps(row) + "\n" for row in many))
             recipe = load_recipe("cinemo-tiny", ["data.clips_per_shard=32"])
-            output, marks = Path(directory) / "out", {}
-
-            def disturb() -> None:
-                while len(list((output / "shards").glob("*.json"))) < max(1, (taken or 0) * clips / 32):
+            output = Path(directory) / "out"
+            connect()
+            begun = time.perf_counter()
+            with ThreadPoolExecutor(1) as pool:  # Ray starts nodes in the main thread alone
+                running = pool.submit(lambda: (graph.run(recipe, str(manifest), str(output)), time.perf_counter()))
+                enough = max(1, (taken or 0) * clips / 32)
+                while len(list((output / "shards").glob("*.json"))) < enough and not running.done():
                     time.sleep(0.05)
-                marks["first"] = time.perf_counter()
+                mark = time.perf_counter()
                 if taken:
                     cluster.remove_node(second, allow_graceful=False)
                     time.sleep(absent)
                     cluster.add_node(num_cpus=1)
-
-            watching = threading.Thread(target=disturb)
-            watching.start()
-            begun = time.perf_counter()
-            summary = graph.run(recipe, str(manifest), str(output))
-            ended = time.perf_counter()
-            watching.join()
+                summary, ended = running.result()
     finally:
         ray.shutdown()
         cluster.shutdown()
         del os.environ["RAY_ADDRESS"]
     seconds = sum(summary["stage_seconds"].values()) / clips
-    return {"seconds": ended - begun, "per_clip": seconds, "mark": marks["first"] - begun}
+    return {"seconds": ended - begun, "per_clip": seconds, "mark": mark - begun}
 
 
 def calibrate() -> dict[str, Any]:
@@ -132,7 +129,7 @@ def calibrate() -> dict[str, Any]:
     for name, run in runs:
         taken = ((1, run["mark"]),) if run is not calm else ()
         fleet = Fleet(2, 1, boot=boot, provision=absent, taken=taken)
-        made = simulate(Work(clips, run["per_clip"], 0.3, shard=32), fleet)
+        made = simulate(Work(clips, run["per_clip"], 0.3, block=32, shard=32), fleet)
         rows.append({"run": name, "real": run["seconds"], "simulated": made.seconds, "again": made.again})
     return {"driver_seconds_per_block": driver, "boot_seconds": boot, "runs": rows}
 
