@@ -27,14 +27,14 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SYNOPSIS = re.compile(r"[\[|]|\b(URI|DIR|FILE|ID|BUNDLE)\b|\.\.\.")
 
 
-def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """(language, text) of each fenced block."""
-    for found in BLOCK.finditer(page.read_text()):
+def blocks(page: str) -> Iterator[tuple[str, str]]:
+    """(language, text) of each fenced block of a page's text."""
+    for found in BLOCK.finditer(page):
         yield found[1], found[2]
 
 
-def lines(page: Path) -> Iterator[str]:
-    """Shell lines that start an entry script, as they would be typed."""
+def lines(page: str) -> Iterator[str]:
+    """Shell lines of a page's text that start an entry script, as they would be typed."""
     for language, text in blocks(page):
         if language in ("", "sh", "console"):
             for line in text.replace("\\\n", " ").splitlines():
@@ -42,7 +42,9 @@ def lines(page: Path) -> Iterator[str]:
                     yield found[1].partition("  #")[0].strip()
 
 
-COMMANDS = sorted({(page.name, line) for page in PAGES for line in lines(page) if not SYNOPSIS.search(line)})
+COMMANDS = sorted(
+    {(page.name, line) for page in PAGES for line in lines(page.read_text()) if not SYNOPSIS.search(line)}
+)
 
 
 class Parsed(Exception):
@@ -104,7 +106,7 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     try:
-        for language, text in blocks(ROOT / "docs" / "tutorial.md"):
+        for language, text in blocks((ROOT / "docs" / "tutorial.md").read_text()):
             text = re.sub(r"\btutorial/", f"{made}/", text).replace("8000", str(port))
             if "serve.py" in text:
                 servers.append(Server(shlex.split(text)[1:], port))

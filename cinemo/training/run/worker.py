@@ -63,6 +63,7 @@ from cinemo.training.run.stored_states import with_stored_states
 from cinemo.types import InputError, RunError
 
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # Ray Train's: an actor that tells workers of nodes that will be taken
+_CHDIR = "RAY_CHDIR_TO_TRIAL_DIR"  # Ray Train's: whether workers leave the directory that relative places begin at
 
 
 def run(
@@ -205,6 +206,7 @@ def _train(
     ending = Ending(lock, mailbox.stop.remote)
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
+    os.environ.setdefault(_CHDIR, "0")
     trainer = _Trainer(
         rank.work,
         train_loop_config={
