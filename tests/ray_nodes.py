@@ -99,7 +99,9 @@ class Nodes:
 def nodes() -> Iterator[Nodes]:
     """A head with token authentication that answers at its Jobs API; every process is gone afterwards."""
     dashboard = free_port()
-    environment = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "PYTHONPATH")}
+    # Of machines of their own: not what this process has told Ray about a private one.
+    own = [key for key in os.environ if key.startswith("RAY_") or key == "PYTHONPATH"]
+    environment = {key: value for key, value in os.environ.items() if key not in own}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     address = f"http://127.0.0.1:{dashboard}"
     environment |= {"PATH": f"{_BIN}:{environment['PATH']}", "RAY_API_SERVER_ADDRESS": address}

@@ -206,7 +206,6 @@ def _train(
     ending = Ending(lock, mailbox.stop.remote)
     filesystem, path = storage.arrow_filesystem(output)
     train_settings = recipe.train
-    os.environ.setdefault(_CHDIR, "0")
     trainer = _Trainer(
         rank.work,
         train_loop_config={
@@ -220,7 +219,7 @@ def _train(
             "mailbox": mailbox,
             **profiled,
             "known": _known_states(recipe),
-            "watched": os.environ.get(_WATCHER, "1") == "1",
+            "watched": os.environ.get(_WATCHER, _ray_train()[_WATCHER]) == "1",
         },
         torch_config=TorchConfig(backend="nccl" if train_settings.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
@@ -240,6 +239,7 @@ def _train(
     workers = f"{train_settings.workers} worker" + ("s" if train_settings.workers > 1 else "")
     try:
         with (
+            _environment(_ray_train()),
             ending.listening(),
             doing(f"starting {workers}") as work,
             _following(mailbox, progress, lock, ending, work),
@@ -282,6 +282,24 @@ def _train(
         return progress.finish(latest.uri)
 
 
+def _ray_train() -> dict[str, str]:
+    """What Ray Train is told, unless the environment says otherwise."""
+    watched = "1" if os.environ.get("RAY_ADDRESS") else "0"  # else a process more, for nodes that nobody takes
+    return {_WATCHER: watched, _CHDIR: "0"}
+
+
+@contextmanager
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Variables that are not set have these values meanwhile."""
+    missing = defaults.keys() - os.environ.keys()
+    os.environ.update({name: defaults[name] for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
+
+
 class _Trainer(TorchTrainer):  # type: ignore[misc]
     """Ray Train's own, which ends a training at once when it is interrupted: here that is the second choice."""
 
@@ -317,8 +335,6 @@ def _join_cluster(recipe: Recipe) -> None:
     A cluster that may grow is asked for the nodes that are missing, and waited for ``data.wait_for_nodes`` seconds.
     """
     workers = recipe.train.workers
-    if not os.environ.get("RAY_ADDRESS"):
-        os.environ.setdefault(_WATCHER, "0")  # a process more, for nodes that may be taken
     # A private Ray counts logical CPUs, so that more workers than cores are slow but possible.
     connect(cpus=math.ceil(workers * recipe.train.cpus_per_worker))
     wanted = " and ".join(f"{each:g} {name}" for name, each in _resources(recipe).items())
