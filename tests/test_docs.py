@@ -19,6 +19,7 @@ from ports import free_port
 from serving.process import Server
 
 from cinemo.recipes import load_recipe
+from tests.pipelines.test_chain import main_of
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -100,30 +101,33 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
-    made, port, servers = tmp_path / "tutorial", free_port(), []
-    made.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment |= {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def test_the_tutorial_runs_as_it_stands(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Entry scripts in this process, which has the libraries and a Ray; the server and all else in their own."""
+    monkeypatch.chdir(tmp_path)
+    port, servers = free_port(), []
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     try:
         for language, text in blocks((ROOT / "docs" / "tutorial.md").read_text()):
-            text = re.sub(r"\btutorial/", f"{made}/", text).replace("8000", str(port))
-            if "serve.py" in text:
-                servers.append(Server(shlex.split(text)[1:], port))
-                continue
-            command = [sys.executable, "-c"] if language == "python" else ["bash", "-euc"]
-            done = subprocess.run(
-                [*command, textwrap.dedent(text)],
-                cwd=ROOT,
-                env=environment,
-                text=True,
-                capture_output=True,
-                timeout=500,
-            )
-            assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+            text = text.replace("8000", str(port))
+            # The words after ``python``.
+            commands = [["-c", textwrap.dedent(text)]]
+            if language != "python":
+                commands = [shlex.split(line)[1:] for line in text.splitlines()]
+            for first, *words in commands:
+                if first == "pipelines/serve.py":
+                    words = [word.replace("tutorial", f"{tmp_path}/tutorial") for word in words]
+                    servers.append(Server([first, *words], port))
+                elif first.startswith("pipelines/"):
+                    main_of(Path(first).stem, capfd, *words)
+                else:
+                    command = [sys.executable, first, *words]
+                    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+                    assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     finally:
         for server in servers:
             server.kill()
     assert len(servers) == 1
     results = ("dataset/report.html", "video.mp4", "served.mp4", "evaluation/motion.json")
-    assert [name for name in results if not (made / name).is_file()] == []
+    assert [name for name in results if not (tmp_path / "tutorial" / name).is_file()] == []
