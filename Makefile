@@ -24,11 +24,12 @@ demo: setup
 test: setup
 	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
 
-# What kills, measures or trains for minutes; then, a file at a time in each process, what starts Ray or a server.
-# pytest ends with 5 where ARGS leave one of them no test.
+# What kills, measures or trains for minutes; then, a file at a time in each process, what starts Ray or a server; then
+# what wants a process of its own. pytest ends with 5 where ARGS leave one of them no test.
 test-slow: setup
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup -m 'slow and not ray' --durations 20 $(ARGS) || [ $$? = 5 ]
-	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m 'slow and ray' --durations 20 $(ARGS) || [ $$? = 5 ]
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m 'slow and ray and not own_process' --durations 20 $(ARGS) || [ $$? = 5 ]
+	$(PY) -m pytest -m 'slow and own_process' --durations 5 $(ARGS) || [ $$? = 5 ]
 
 check: setup
 	$(VENV)/bin/ruff format --check .
