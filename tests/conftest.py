@@ -22,6 +22,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 import hypothesis
 import pytest
 import torch
+from postgres_server import PostgresServer, find_programs
 
 if TYPE_CHECKING:
     from faulty_s3 import FaultyS3
@@ -84,6 +85,16 @@ def ray_session(s3_endpoint: str, ray_ends: None) -> None:
     from cinemo.data.precompute.cluster import connect
 
     connect()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("no PostgreSQL: neither initdb on the PATH nor /usr/lib/postgresql/*/bin")
+    server = PostgresServer(programs)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

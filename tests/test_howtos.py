@@ -22,7 +22,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from ports import free_port
-from postgres_server import PostgresServer, find_programs
+from postgres_server import PostgresServer
 from serving.process import Server
 from test_docs import ROOT, lines
 from tiny import IMAGE_TOKENS, WIDTH, random_unet, save_encoders, save_image_encoder, tiny_bundle
@@ -177,16 +177,6 @@ def test_the_pages_on_fine_tuning_and_clusters(
     assert Path("evaluation/report.html").is_file()
 
     assert (fine_tune, cluster) == ({}, {}), "sections with commands that are not run"
-
-
-@pytest.fixture
-def postgres() -> Iterator[PostgresServer]:
-    programs = find_programs()
-    if programs is None:
-        pytest.skip("no PostgreSQL: neither initdb on the PATH nor /usr/lib/postgresql/*/bin")
-    server = PostgresServer(programs)
-    yield server
-    server.close()
 
 
 @pytest.mark.postgres
