@@ -126,7 +126,8 @@ def measure_motion(
     """Every figure of this module for one bundle, JSON-ready; those of `BARS` and some beside them.
 
     Args:
-        count: clips of each moving kind; a third as many still ones and pictures for the grid of buckets.
+        count: clips of each moving kind; a third as many still ones, at least two. A picture of each kind, or one in all
+            where there are less than three clips of a kind, is animated at every level of motion.
         steps: sampling steps of the videos, with the recipe's own solver and guidance.
     """
     few = max(2, count // 3)
@@ -159,8 +160,9 @@ def measure_motion(
         _video(bundle, clip, clip.controls, steps, seed)
         for clip in counted("animating still scenes", stills, len(stills), "videos")
     ]
+    graded = [clips[0] for clips in sets.values()][: 3 if count > 2 else 1]
     if at_motion(bundle.recipe, 0):
-        ranks, achieved = _level_ranks(bundle, [clip for clips in sets.values() for clip in clips[:1]], steps, seed)
+        ranks, achieved = _level_ranks(bundle, graded, steps, seed)
         figures |= {"bucket_rank": _mean(ranks), "bucket_motion": {"buckets": list(GRID_BUCKETS), "motion": achieved}}
     say("still scenes and the grid of levels")
     figures |= measure_drawn(bundle, few, steps, seed + SEED)

@@ -31,7 +31,7 @@ from cinemo.media.video import probe, read_frames
 from cinemo.methods import method_class
 from cinemo.networks.weights import resolve
 from cinemo.recipes import load_recipe
-from tests.pipelines.test_chain import ROOT, command, main_of
+from tests.pipelines.test_chain import ROOT, main_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -39,8 +39,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 @dataclass(frozen=True)
 class Sister:
     """``asked``: a control that the method has, and a value of it that is not the default. ``wrong``: flags that it has
-    not, and what is said about them. ``killed``: once, after its first checkpoint; its commands are on their own, those
-    of the others share a process and its Ray."""
+    not, and what is said about them. ``killed``: its training, a process of its own with its Ray, once, after its first
+    checkpoint."""
 
     recipe: str
     asked: Mapping[str, Any]
@@ -63,20 +63,13 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("sister", SISTERS, ids=lambda sister: sister.recipe)
 def test_from_clips_to_a_served_video(
-    sister: Sister, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+    sister: Sister, ray_session: None, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def run_command(script: str, *arguments: Any) -> None:
-        if sister.killed:
-            command(script, *arguments)
-        else:
-            request.getfixturevalue("ray_session")
-            main_of(script, capfd, *arguments)
-
     recipe = load_recipe(sister.recipe)
     dataset, run, bundle = tmp_path / "dataset", tmp_path / "run", tmp_path / "bundle"
     named = ["--recipe", sister.recipe]
     small = ["--set", "data.clips_per_shard=4", "--set", "data.encode_actors=1"]
-    run_command("precompute", *named, "--manifest", clips, "--output", dataset, *small)
+    main_of("precompute", capfd, *named, "--manifest", clips, "--output", dataset, *small)
     stored = {path.name for path in (dataset / "fields").glob("*.json")} if (dataset / "fields").is_dir() else set()
     assert stored == {f"{name}.json" for name in method_class(recipe).stored_fields(recipe)}
 
@@ -89,7 +82,7 @@ def test_from_clips_to_a_served_video(
     if sister.killed:
         kill_after_a_checkpoint(train, run)
         assert not (run / "train.json").exists()
-    run_command("train", *train)
+    main_of("train", capfd, *train)
     with (run / "loss.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == list("1234")
     assert list((run / "samples").glob("step-000004.png"))

@@ -189,7 +189,7 @@ def test_the_queue_decides_how_many_animators_there_are_and_a_drain_finishes_wha
     flags = ["--max-replicas", "2", "--upscale-seconds", "1", "--downscale-seconds", "2", "--drain-seconds", "4"]
     first = serve(bundles / "bundle", state, *flags)
     try:
-        jobs = [first.submit(num_inference_steps=400) for _ in range(6)]
+        jobs = [first.submit(num_inference_steps=300) for _ in range(5)]
         eventually(lambda: len(first.replicas("animator")) == 2, 180)
         assert all(first.wait(video_id, 240)["status"] == "completed" for video_id in jobs)
         eventually(lambda: len(first.replicas("animator")) == 1, 180)

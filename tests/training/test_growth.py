@@ -229,6 +229,7 @@ def test_shares_are_part_of_what_is_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_filtered_mix_and_another_batch_are_proved(small: Recipe, dataset: str, tmp_path: Path) -> None:
     """Killed twice, resized, and with a larger batch from the middle on: the same samples in the same order, those of
     the canonical order.
@@ -255,6 +256,7 @@ def generations(card: checkpoints.CheckpointCard | None) -> list[tuple[int, int]
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_running_training_goes_on_with_the_longer_dataset(small: Recipe, dataset: str, tmp_path: Path) -> None:
     """It grows while the training runs, is killed, and grows again before it is continued."""
     root, output = str(tmp_path / "data"), tmp_path / "run"
