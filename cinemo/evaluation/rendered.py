@@ -126,8 +126,8 @@ def measure_motion(
     """Every figure of this module for one bundle, JSON-ready; those of `BARS` and some beside them.
 
     Args:
-        count: clips of each moving kind; a third as many still ones, at least two. A picture of each kind, or one in all
-            where there are less than three clips of a kind, is animated at every level of motion.
+        count: clips of each moving kind; a third as many still ones, at least two. A picture of each kind, of less than
+            three clips a single one, is animated at every level of motion.
         steps: sampling steps of the videos, with the recipe's own solver and guidance.
     """
     few = max(2, count // 3)
