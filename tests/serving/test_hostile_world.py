@@ -100,3 +100,32 @@ input()
         assert exposed(psutil.Process(process.pid)) == set()
     finally:
         process.communicate("\n", timeout=60)
+
+
+def test_a_ray_that_starts_too_late_is_started_again() -> None:
+    """On a busy machine half a minute, which is what Ray waits for a node of its own, is little."""
+    program = """
+import time
+import ray
+from ray._private import services
+from cinemo.data.precompute.cluster import connect
+known, seen = services.get_node, []
+
+def late(address, node):
+    if address not in seen:
+        seen.append(address)
+    if address == seen[0]:
+        time.sleep(1)
+        raise RuntimeError("this node is not there yet")
+    return known(address, node)
+
+services.get_node = late
+connect(2)
+print(ray.get(ray.remote(lambda: 7).remote()), len(seen), flush=True)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.split() == ["7", "2"], done.stdout + done.stderr

@@ -36,6 +36,7 @@ _WORKER_ENVIRONMENT = {
 _SHARED_MEMORY = Path("/dev/shm")
 _OBJECT_STORE_LIMIT = 2 << 30
 _METER_SECONDS = 2.0
+_TRIES = 3  # to start a Ray, which gives a node half a minute: on a busy machine that is little
 
 
 def connect(cpus: int = 1) -> None:
@@ -62,14 +63,24 @@ def connect(cpus: int = 1) -> None:
     if _SHARED_MEMORY.is_dir():
         memory = min(memory, shutil.disk_usage(_SHARED_MEMORY).free // 2)
     with doing("starting Ray"), _on_loopback():
-        started = ray.init(
-            address="local",  # never a cluster that happens to run on this machine
-            num_cpus=max(cpus, os.cpu_count() or 1),
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=bool(os.environ.get("CINEMO_DEBUG")),
-            object_store_memory=memory,
-        )
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                started = ray.init(
+                    address="local",  # never a cluster that happens to run on this machine
+                    num_cpus=max(cpus, os.cpu_count() or 1),
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=bool(os.environ.get("CINEMO_DEBUG")),
+                    object_store_memory=memory,
+                )
+                break
+            except Exception as error:  # Ray has no class of its own for it
+                if "timed out during startup" not in str(error):
+                    raise
+                if not tries_left:
+                    raise RunError(
+                        f"Ray did not start within half a minute, {_TRIES} times: is the machine busy?"
+                    ) from None
     diagnostics.logs_are_in(os.path.join(started.address_info["session_dir"], "logs"))
 
 
