@@ -25,13 +25,14 @@ demo: setup
 test: setup
 	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
 
-# What kills, measures or trains for minutes: tests that start Ray or a server a file at a time, the longest files first;
-# beside them what wants a process of its own. pytest ends with 5 where ARGS leave one of them no test.
+# What kills, measures or trains for minutes; then, a file at a time in each process, what starts Ray or a server; beside
+# them what wants a process of its own. pytest ends with 5 where ARGS leave one of them no test.
 test-slow: setup
 	$(MAKE) --jobs 2 --keep-going slow-alone slow-shared
 
 slow-shared:
-	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup -m 'slow and not own_process' --durations 40 $(ARGS) || [ $$? = 5 ]
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup -m 'slow and not ray' --durations 20 $(ARGS) || [ $$? = 5 ]
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m 'slow and ray and not own_process' --durations 20 $(ARGS) || [ $$? = 5 ]
 
 slow-alone:
 	$(PY) -m pytest --quiet -m 'slow and own_process' --durations 5 $(or $(ARGS),tests/test_howtos.py) || [ $$? = 5 ]

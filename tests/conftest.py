@@ -38,12 +38,7 @@ CHROMIUM_FLAGS = (
 )  # fmt: skip
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What starts Ray or a server, a file at a time: its tests share them.
-    for item in items:
-        if item.get_closest_marker("ray"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
     # The same tests run without an accelerator where that is asked for, to show that they are whole.
     if not torch.cuda.is_available() and os.environ.get("CINEMO_TEST_DEVICE") != "cpu":
         for item in items:

@@ -11,7 +11,6 @@ from cinemo.media.motion import mean_adjacent_ssim
 from cinemo.media.synthetic import FPS, render_scene
 from cinemo.methods import build_method
 from cinemo.networks.frozen import Vae
-from cinemo.recipes import override
 from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.training.report.progress import motion_lost
 from cinemo.training.report.sheets import decoded, motion_of, sheet_latents
@@ -34,7 +33,7 @@ def clip(vae: Vae, number: int, kind: str) -> LatentSample:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "steps", "dies"), [("still", 100, True), ("pan", 20, False)])
 def test_motion_dies_on_still_clips_and_not_on_others(kind: str, steps: int, dies: bool) -> None:
-    recipe = override(cinemo_tiny(), ["sample.steps=10"])
+    recipe = cinemo_tiny()
     device, vae, frozen = torch.device("cpu"), Vae(recipe.encoders.vae), FrozenStates.of(recipe)
     method = build_method(recipe, base_networks(recipe))
     shown = [clip(vae, number, kind) for number in (100, 101)]
