@@ -8,8 +8,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH)
 OUT    ?= demo
 CLIPS  ?=
 METHOD ?= cinemo-tiny
-# Test processes: one a core, two to four.
-JOBS   ?= $(shell cores=$$(nproc 2> /dev/null || echo 2); echo $$((cores > 4 ? 4 : cores < 2 ? 2 : cores)))
+JOBS   ?= 2
 
 .PHONY: setup demo test test-slow slow-shared slow-alone check format docs bench bench-gpu bench-network bench-precompute bench-scale simulate bench-train bench-serve chaos chaos-train soak clean
 
