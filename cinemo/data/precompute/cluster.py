@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
@@ -64,6 +65,7 @@ def connect(cpus: int = 1) -> None:
         memory = min(memory, shutil.disk_usage(_SHARED_MEMORY).free // 2)
     with doing("starting Ray"), _on_loopback():
         for tries_left in reversed(range(_TRIES)):
+            others = psutil.Process().children(recursive=True)
             try:
                 started = ray.init(
                     address="local",  # never a cluster that happens to run on this machine
@@ -77,9 +79,14 @@ def connect(cpus: int = 1) -> None:
             except Exception as error:  # Ray has no class of its own for it
                 if "timed out during startup" not in str(error):
                     raise
+                for process in psutil.Process().children(recursive=True):  # Ray leaves them
+                    if process not in others:
+                        with contextlib.suppress(psutil.NoSuchProcess):
+                            process.kill()
                 if not tries_left:
                     raise RunError(
-                        f"Ray did not start within half a minute, {_TRIES} times: is the machine busy?"
+                        f"Ray did not start within half a minute, {_TRIES} times: this machine has too much to do, or "
+                        "too little memory; start again when it has less, or set RAY_ADDRESS to a Ray that runs"
                     ) from None
     diagnostics.logs_are_in(os.path.join(started.address_info["session_dir"], "logs"))
 
