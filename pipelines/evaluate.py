@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--data",
         metavar="URI",
         help="dataset written by pipelines/precompute.py, or a folder of pictures: the prompt of boat.png is in "
-        "boat.txt, or else its name; local or s3://",
+        "boat.txt, or else its name; local or s3://; rendered:64: so many rendered pictures that no training has seen",
     )
     parser.add_argument(
         "--rendered", type=int, metavar="N", help="measure motion on N rendered scenes of each kind, with no dataset"

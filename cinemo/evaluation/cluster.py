@@ -31,7 +31,7 @@ class _Worker:
         return row
 
 
-def measure_on_ray(measurer: Measurer, data: str, output: str, workers: int, device: str | None, say: Say) -> None:
+def measure_on_ray(measurer: Measurer, output: str, workers: int, device: str | None, say: Say) -> None:
     """Measure by ``workers`` actors what ``measurer`` is to find: it then reads what they stored.
 
     Args:
@@ -41,7 +41,7 @@ def measure_on_ray(measurer: Measurer, data: str, output: str, workers: int, dev
     gpus = float(device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
     work = [{"kind": "scene", "number": number} for number in range(len(measurer.scenes))]
     work += [{"kind": "picture", "number": int(number)} for number in measurer.pictures()]
-    places = (storage.absolute(each) for each in (measurer.location, data, output))
+    places = (storage.absolute(measurer.location), measurer.scenes.place, storage.absolute(output))
     # A block of its own for each: what is measured is said when it is.
     rows = ray.data.from_items(work, override_num_blocks=len(work)).map(
         _Worker,

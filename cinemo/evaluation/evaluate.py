@@ -55,7 +55,7 @@ def evaluate(
         if workers:
             from cinemo.evaluation.cluster import measure_on_ray  # Ray is for those who ask for it
 
-            measure_on_ray(measurer, data, output, workers, device, say)
+            measure_on_ray(measurer, output, workers, device, say)
         results.append(measurer.result(say))
     result, others = results[0], results[1:]
     drifts = [_drift(result, other) for other in others]

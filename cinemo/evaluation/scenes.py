@@ -1,4 +1,4 @@
-"""What a bundle is measured on: clips of a dataset, or the pictures of a folder."""
+"""What a bundle is measured on: clips of a dataset, the pictures of a folder, or rendered ones."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from cinemo.animate import load_image
 from cinemo.bundle import ModelBundle
 from cinemo.data.dataset.shards import DatasetIndex, Members, fetch_sample, record_uri
 from cinemo.media.flow import dense_flow
+from cinemo.media.synthetic import CLIP_FRAMES, render_scene
 from cinemo.media.transforms import prepare_image
 from cinemo.types import InputError, LatentSample
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _DATASET = "dataset.json"
+_RENDERED, _KINDS, _SIZE, _SEED = "rendered:", ("pan", "object", "flow", "zoom"), (64, 96), 7717
 
 
 @dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Scene:
         key: names it in files; unique among the scenes.
         name: for people.
         sample: its stored clip.
-        picture: else where its picture is.
+        picture_HWC: else its picture, uint8.
     """
 
     key: str
     name: str
     prompt: str
     sample: LatentSample | None = None
-    picture: str = ""
+    picture_HWC: np.ndarray | None = None
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -61,8 +63,9 @@ class Scene:
 
     def frames(self, bundle: ModelBundle) -> np.ndarray:
         """The clip, as its latents decode, or the picture alone: (F, H, W, 3) or (1, H, W, 3) uint8, of any size."""
-        if self.sample is None:
-            return load_image(self.picture)[None]
+        if self.picture_HWC is not None:
+            return self.picture_HWC[None]
+        assert self.sample is not None
         return bundle.decoder.decode(torch.from_numpy(np.array(self.sample.latents_FCHW, np.float32)))
 
 
@@ -85,6 +88,11 @@ class Scenes(Sequence[Scene]):
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
         return self.at(self._places[number])
+
+    @property
+    def place(self) -> str:
+        """What `open_scenes` takes in a process with another working directory."""
+        return storage.absolute(self.uri)
 
     @abstractmethod
     def at(self, place: int) -> Scene: ...
@@ -164,19 +172,46 @@ class PictureScenes(Scenes):
                 raise InputError(f"{storage.join(self.uri, text)}: is no UTF-8 text, expected a prompt") from None
         uri = storage.join(self.uri, name)
         content = hashlib.sha256(storage.read_bytes(uri) + prompt.encode()).hexdigest()
-        return Scene(f"picture-{place:06d}-{content[:16]}", name, prompt, picture=uri)
+        return Scene(f"picture-{place:06d}-{content[:16]}", name, prompt, picture_HWC=load_image(uri))
 
     @property
     def fingerprint(self) -> str:
         return "pictures"
 
 
+class RenderedScenes(Scenes):
+    """Rendered pictures that no training has seen, of each kind in turn, with prompts that leave the speed to the
+    control of motion: ``rendered:64`` is what the cards of the shipped models speak of."""
+
+    def __init__(self, uri: str, limit: int) -> None:
+        count = uri.removeprefix(_RENDERED)
+        if not count.isdecimal() or int(count) < 1:
+            raise InputError(f"--data {uri}: {count or 'nothing'!r} is no number of pictures; give {_RENDERED}64")
+        super().__init__(uri, int(count), limit)
+
+    @property
+    def place(self) -> str:
+        return self.uri
+
+    def at(self, place: int) -> Scene:
+        kind, index = _KINDS[place % len(_KINDS)], place // len(_KINDS)
+        scene = render_scene(_SEED, index, _SIZE, kind=kind)
+        name = f"{kind}-{index:02d}"
+        return Scene(f"rendered-{name}", name, scene.without_speed(), picture_HWC=scene.draw(CLIP_FRAMES / 2))
+
+    @property
+    def fingerprint(self) -> str:
+        return f"rendered-{_SEED}"
+
+
 def open_scenes(uri: str, limit: int) -> Scenes:
-    """Up to ``limit`` scenes of a dataset or of a folder of pictures.
+    """Up to ``limit`` scenes of a dataset, of a folder of pictures, or of rendered ones (``rendered:64``).
 
     Raises:
-        InputError: neither is there, or it is damaged.
+        InputError: it is not there, or damaged.
     """
+    if uri.startswith(_RENDERED):
+        return RenderedScenes(uri, limit)
     is_dataset = storage.exists(storage.join(uri, _DATASET))
     return DatasetScenes(uri, limit) if is_dataset or not storage.names(uri) else PictureScenes(uri, limit)
 

@@ -41,7 +41,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bundle(tmp_path_factory.mktemp("tiny"))
 
 
-def measured(bundle: Path, dataset: Path, output: Path, **plan: Any) -> dict[str, Any]:
+def measured(bundle: Path, dataset: Path | str, output: Path, **plan: Any) -> dict[str, Any]:
     small = Plan(**{"limit": 2, "pictures": 2, "values": 3, "steps": 2, **plan})
     return evaluate(str(bundle), str(dataset), str(output), small, device="cpu", say=lambda line: None)
 
@@ -190,6 +190,20 @@ def test_a_clip_without_stored_flow_is_asked_for_at_the_speed_of_its_frames(tmp_
     assert slow < fast
     told = replace(moves, fields={"flow": np.full((FRAMES - 1, 2, 4, 6), 0.5, np.float16)})
     assert Scene("clip", "clip", "waves", told).controls(bundle) == bundle.method.controls_like(bundle.recipe, told)
+
+
+def test_rendered_pictures_are_measured_on_their_own_kinds(bundle: Path, tmp_path: Path) -> None:
+    scenes = open_scenes("rendered:64", 64)
+    assert [scene.name for scene in scenes][:5] == ["pan-00", "object-00", "flow-00", "zoom-00", "pan-01"]
+    assert len({scene.key for scene in scenes}) == 64
+    assert scenes[5].prompt == open_scenes(scenes.place, 64)[5].prompt
+    np.testing.assert_array_equal(scenes[5].picture_HWC, open_scenes("rendered:8", 8)[5].picture_HWC)
+
+    metrics = measured(bundle, "rendered:8", tmp_path, limit=4, pictures=1)
+    assert [row["clip"] for row in metrics["per_sample"]] == ["pan-00", "flow-00", "object-01", "zoom-01"]
+    for wrong in ("rendered:", "rendered:0", "rendered:-1", "rendered:all"):
+        with pytest.raises(InputError, match="give rendered:64"):
+            open_scenes(wrong, 4)
 
 
 def test_a_folder_of_pictures_is_measured(bundle: Path, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_shipped_network_follows_the_paper_and_its_mirror_the_code(bundle: ModelBundle) -> None:
     clip = render_clip(1000, 1, frames=1)
     images = [(clip.frames_FHWC[0], "")]

@@ -83,6 +83,7 @@ def test_commands_refuse_in_one_line(location: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_shipped_weights_give_42_db_in_14_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = quality.candidates
 
