@@ -10,7 +10,7 @@ CLIPS  ?=
 METHOD ?= cinemo-tiny
 JOBS   ?= 2
 
-.PHONY: setup demo test test-slow slow-shared slow-alone check format docs bench bench-gpu bench-network bench-precompute bench-scale simulate bench-train bench-serve chaos chaos-train soak clean
+.PHONY: setup demo test test-slow test-release check format docs bench bench-gpu bench-network bench-precompute bench-scale simulate bench-train bench-serve chaos chaos-train soak clean
 
 setup: $(VENV)/.ready
 
@@ -24,17 +24,14 @@ demo: setup
 test: setup
 	$(PY) -m pytest --numprocesses $(JOBS) --dist worksteal -m 'not slow' $(ARGS)
 
-# What kills, measures or trains for minutes; then, a file at a time in each process, what starts Ray or a server; beside
-# them what wants a process of its own. pytest ends with 5 where ARGS leave one of them no test.
+# What runs, kills and measures whole jobs and servers; a file with Ray stays in one process.
 test-slow: setup
-	$(MAKE) --jobs 2 --keep-going slow-alone slow-shared
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder -m 'slow and not release' --durations 40 $(ARGS)
 
-slow-shared:
-	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup -m 'slow and not ray' --durations 20 $(ARGS) || [ $$? = 5 ]
-	$(PY) -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder -m 'slow and ray and not own_process' --durations 20 $(ARGS) || [ $$? = 5 ]
-
-slow-alone:
-	$(PY) -m pytest --quiet -m 'slow and own_process' --durations 5 $(or $(ARGS),tests/test_howtos.py) || [ $$? = 5 ]
+# What a change seldom touches and takes hours of tests to see: before a release, and whenever you change it.
+test-release: setup
+	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder -m 'release and not own_process' $(ARGS) || [ $$? = 5 ]
+	$(PY) -m pytest -m 'release and own_process' --durations 5 $(ARGS) || [ $$? = 5 ]
 
 check: setup
 	$(VENV)/bin/ruff format --check .

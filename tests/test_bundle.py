@@ -103,7 +103,7 @@ def test_networks_stored_in_float16_are_not_served_in_less(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU: install g++")
-@pytest.mark.parametrize("how", [True, "regional"])
+@pytest.mark.parametrize("how", [pytest.param(True, marks=pytest.mark.release), "regional"])
 def test_a_compiled_network_gives_the_same(tmp_path: Path, how: bool | str) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -99,6 +99,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         assert shown in text, page
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.ray
 def test_the_tutorial_runs_as_it_stands(

@@ -41,7 +41,7 @@ from cinemo.recipes import RECIPES, load_recipe
 from cinemo.serving.settings import ServeSettings
 from tests.pipelines.test_chain import main_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.s3, pytest.mark.own_process]
+pytestmark = [pytest.mark.slow, pytest.mark.release, pytest.mark.ray, pytest.mark.s3, pytest.mark.own_process]
 
 SMALL = [
     "data.size=[32,48]", "data.frames=6", "data.frame_interval=[1,6]", "data.clips_per_shard=1", "data.fields=[]",

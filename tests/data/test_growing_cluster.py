@@ -81,6 +81,7 @@ def test_accelerators_that_are_missing_are_requested_and_waited_for(
         cluster.shutdown()
 
 
+@pytest.mark.release
 def test_a_node_that_comes_is_used_and_one_that_goes_is_no_loss(
     small_recipe: Recipe, no_ray: None, tmp_path: Path
 ) -> None:

@@ -223,6 +223,7 @@ def test_ordinary_files_are_never_decoded_to_be_counted(tmp_path: Path, monkeypa
         np.testing.assert_array_equal(got, np.stack([expected[k] for k in (5, 17, 39)]))
 
 
+@pytest.mark.release
 @pytest.mark.slow
 def test_files_of_stream_copies_against_ffmpeg(tmp_path: Path) -> None:
     """A hundred drawn files: as many frames as ffmpeg shows, and the same ones, in turn and sought."""

@@ -105,7 +105,11 @@ def test_bfloat16_is_as_close_to_float32_as_the_published_order(unet: LavieUNet)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "dtype"),
-    [("sampling", torch.float32), ("training", torch.bfloat16), ("gradient checkpointing", torch.bfloat16)],
+    [
+        ("sampling", torch.float32),
+        pytest.param("training", torch.bfloat16, marks=pytest.mark.release),
+        pytest.param("gradient checkpointing", torch.bfloat16, marks=pytest.mark.release),
+    ],
 )
 def test_activations_of_the_full_network_take_less_than_0_7_of_the_published_ones(
     mode: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

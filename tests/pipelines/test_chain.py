@@ -332,6 +332,7 @@ def test_submitted_jobs_do_the_same_on_nodes_that_differ_come_and_go(
     assert losses(tmp_path / "run") == pytest.approx(losses(run), rel=1e-4)
 
 
+@pytest.mark.release
 def test_a_drained_node_and_a_stopped_job_cost_no_step(cluster: Nodes, dataset: Path, tmp_path: Path) -> None:
     """A spot node is taken away with a notice, and the training that went on elsewhere is ended by `ray job stop`."""
     output, options = tmp_path / "run", ["--submission-id", "on-spot-nodes"]

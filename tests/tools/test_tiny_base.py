@@ -75,6 +75,7 @@ def straight(recipe: Recipe, clips: Clips, tmp_path_factory: pytest.TempPathFact
     return output
 
 
+@pytest.mark.release
 def test_stopped_and_taken_up_it_ends_at_the_same_weights(
     recipe: Recipe, clips: Clips, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

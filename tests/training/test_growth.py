@@ -228,6 +228,7 @@ def test_shares_are_part_of_what_is_continued(tmp_path: Path) -> None:
             generations_of(order, sources[: len(order)], made)
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_filtered_mix_and_another_batch_are_proved(small: Recipe, dataset: str, tmp_path: Path) -> None:
