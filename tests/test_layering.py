@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,7 @@ def test_the_rules_catch_a_late_import(tmp_path: Path, monkeypatch: pytest.Monke
 AT_HOME = ("methods", "networks", "recipes")
 
 
+@cache  # asked for by the tests alone: making the networks takes seconds, and every test process reads this file
 def names_of_methods() -> tuple[set[str], set[str]]:
     """(classes that are one method's: itself, its recipe, controls and networks; controls that only one method has)."""
     classes, controls = set(), set()
@@ -182,21 +184,19 @@ def names_of_methods() -> tuple[set[str], set[str]]:
     return classes, controls - {"loop"}  # a word that players and browsers have as well
 
 
-CLASSES, CONTROLS = names_of_methods()
-
-
 def named_methods(source: str) -> list[str]:
     """Where a file names a method's class, or one method's control: as an attribute, argument, field or text.
 
     A function of the same name, such as `cinemo.media.motion.motion_bucket`, is another thing.
     """
     found = []
+    classes, controls = names_of_methods()
     for node in ast.walk(ast.parse(source)):
-        name, among = "", CONTROLS
+        name, among = "", controls
         if isinstance(node, ast.Name | ast.alias):
-            name, among = (node.id if isinstance(node, ast.Name) else node.name), CLASSES
+            name, among = (node.id if isinstance(node, ast.Name) else node.name), classes
         elif isinstance(node, ast.Attribute):
-            name, among = node.attr, CLASSES | CONTROLS
+            name, among = node.attr, classes | controls
         elif isinstance(node, ast.keyword):
             name = node.arg or ""
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -226,13 +226,14 @@ def test_only_its_own_file_knows_a_method(path: Path) -> None:
 def test_the_page_knows_no_control_of_a_method() -> None:
     files = [path for path in ROOT.glob("cinemo/serving/page/static/*") if path.suffix in (".js", ".html")]
     assert len(files) > 8
-    words = re.compile(rf"\b({'|'.join(sorted(CONTROLS))})\b")
+    words = re.compile(rf"\b({'|'.join(sorted(names_of_methods()[1]))})\b")
     assert {path.name: words.findall(path.read_text()) for path in files if words.search(path.read_text())} == {}
 
 
 def test_the_rule_about_methods_catches_what_it_is_for() -> None:
-    assert {"motion_bucket", "dct_init"} <= CONTROLS
-    assert {"CinemoMethod", "LavieUNet"} <= CLASSES
+    classes, controls = names_of_methods()
+    assert {"motion_bucket", "dct_init"} <= controls
+    assert {"CinemoMethod", "LavieUNet"} <= classes
     source = (
         "from cinemo.methods.cinemo import CinemoMethod\nrequest(motion_bucket=3)\nx.dct_init\ny['motion_bucket']\n"
         "class A:\n    motion_bucket: int\nfrom cinemo.media.motion import motion_bucket\nmotion_bucket(0.5)\n"

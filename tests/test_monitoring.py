@@ -190,6 +190,7 @@ def scraped(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iter
         prometheus.close()
 
 
+@pytest.mark.release
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_precompute_run_is_told_as_its_summary_says(scraped: Scraped) -> None:
@@ -205,6 +206,7 @@ def test_a_precompute_run_is_told_as_its_summary_says(scraped: Scraped) -> None:
     scraped.becomes(f"max(last_over_time(ray_cinemo_precompute_refused_ratio{{{only}}}[1h]))", {(): 3 / 11})
 
 
+@pytest.mark.release
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_training_is_told_as_its_summary_says(scraped: Scraped) -> None:
@@ -224,6 +226,7 @@ def test_a_training_is_told_as_its_summary_says(scraped: Scraped) -> None:
     assert 0 <= waited < 1
 
 
+@pytest.mark.release
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_server_is_told_with_its_jobs(scraped: Scraped) -> None:
@@ -240,6 +243,7 @@ def test_a_server_is_told_with_its_jobs(scraped: Scraped) -> None:
     scraped.becomes("sum(ray_cinemo_serve_step_seconds_count)", {(): 4})
 
 
+@pytest.mark.release
 @pytest.mark.ray
 @pytest.mark.slow
 def test_dashboards_and_alerts_ask_for_what_is_exported(scraped: Scraped) -> None:

@@ -203,6 +203,12 @@ def documented() -> dict[str, set[str]]:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.parametrize(
+    "server",
+    ["moto", *(pytest.param(name, marks=pytest.mark.release) for name in ("swift", "s3rver"))],
+    indirect=True,
+    scope="module",
+)
 def test_precompute_verify_and_train_send_what_is_documented(
     server: FaultyS3, root: str, tmp_path: Path, say: Callable[[str], None]
 ) -> None:

@@ -61,7 +61,10 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return render_clips(tmp_path_factory.mktemp("clips"), count=8, seed=7, size=(72, 104), frames=160)
 
 
-@pytest.mark.parametrize("sister", SISTERS, ids=lambda sister: sister.recipe)
+@pytest.mark.parametrize(
+    "sister",
+    [pytest.param(sister, id=sister.recipe, marks=() if sister.killed else pytest.mark.release) for sister in SISTERS],
+)
 def test_from_clips_to_a_served_video(
     sister: Sister, ray_session: None, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +125,7 @@ def test_from_clips_to_a_served_video(
     server.stop()
 
 
+@pytest.mark.release
 def test_a_refinement_network_is_trained_beside_a_frozen_model(
     ray_session: None, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,6 +160,7 @@ def test_a_bundle_is_updated_under_a_stream_of_requests(server: Server, bundles:
     assert len(server.replicas("animator")) == 1
 
 
+@pytest.mark.release
 def test_new_adapters_are_taken_without_a_restart(bundles: Path, tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     server = serve(bundles / "bundle", tmp_path / "state", "--lora", str(tmp_path / "lora"))
@@ -181,6 +182,7 @@ def test_new_adapters_are_taken_without_a_restart(bundles: Path, tmp_path: Path)
         server.stop()
 
 
+@pytest.mark.release
 def test_the_queue_decides_how_many_animators_there_are_and_a_drain_finishes_what_it_can(
     bundles: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +217,7 @@ def test_the_queue_decides_how_many_animators_there_are_and_a_drain_finishes_wha
         third.stop(signal.SIGINT)
 
 
+@pytest.mark.release
 def test_serve_run_does_the_same(bundles: Path, tmp_path: Path) -> None:
     """`serve run` with a config file; a new bundle in the file and `serve deploy` replaces it without a restart."""
     port, config = free_port(), tmp_path / "serve.yaml"

@@ -102,6 +102,7 @@ input()
         process.communicate("\n", timeout=60)
 
 
+@pytest.mark.release
 def test_a_ray_that_starts_too_late_is_started_again() -> None:
     """On a busy machine half a minute, which is what Ray waits for a node of its own, is little. Nothing is left of the
     first one."""

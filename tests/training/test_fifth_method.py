@@ -55,6 +55,7 @@ def script(name: str, *words: object) -> str:
     return done.stdout
 
 
+@pytest.mark.release
 @pytest.mark.ray
 @pytest.mark.slow
 def test_from_training_to_a_served_video(

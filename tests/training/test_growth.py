@@ -256,6 +256,7 @@ def generations(card: checkpoints.CheckpointCard | None) -> list[tuple[int, int]
     return [(epoch, number) for epoch, number in card.sources[0]["generations"]]
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_running_training_goes_on_with_the_longer_dataset(small: Recipe, dataset: str, tmp_path: Path) -> None:

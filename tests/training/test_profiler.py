@@ -165,6 +165,7 @@ def test_its_files_go_into_mlflow(tmp_path: Path, small: Recipe, monkeypatch: py
     assert [item.path for item in stored] == ["profile/steps-000002-000003/rank-0.txt"]
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_job_of_two_workers_is_profiled_and_shown_in_tensorboard(

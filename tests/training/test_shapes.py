@@ -127,6 +127,7 @@ def made(ray_session: None, tiny: Recipe, videos: Path, tmp_path_factory: pytest
     return directory
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_that_was_killed_ends_in_the_same_bytes(made: Path, tiny: Recipe, videos: Path, tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_an_interrupt_ends_in_130_and_the_run_goes_on_later(
     assert "Traceback" not in jobs[0].log.read_text()
 
 
+@pytest.mark.release
 @pytest.mark.ray
 def test_a_training_that_lost_its_output_stops_and_writes_nothing_more(
     small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
@@ -370,6 +371,7 @@ def test_what_goes_on_otherwise_is_said(small: Recipe, dataset: str, stored: Pat
         start(str(other), ["train.global_batch=8"])
 
 
+@pytest.mark.release
 @pytest.mark.ray
 def test_weights_optimiser_and_step_go_on_with_another_dataset(
     small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
