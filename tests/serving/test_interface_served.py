@@ -43,6 +43,7 @@ def sync(server: Server, **fields: str) -> httpx.Response:
     return server.client.post("/v1/videos/sync", data=data, files=files)
 
 
+@pytest.mark.release
 def test_what_clients_get_and_what_survives_a_kill(bundle: Path, tmp_path: Path, receiver: Receiver) -> None:
     server = serve(bundle, tmp_path)
     try:

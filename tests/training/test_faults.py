@@ -67,6 +67,7 @@ def test_a_changed_shard_is_left_out_where_the_recipe_says_so(recipe: Recipe, da
     assert float(skipped) >= 24 - sum(map(len, log.values()))  # those read ahead count as well
 
 
+@pytest.mark.release
 def test_auto_is_what_it_stands_for_from_then_on(
     recipe: Recipe, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -170,6 +170,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.release
 @pytest.mark.ray
 def test_a_full_disk_ends_in_one_line_and_the_last_checkpoint_is_usable(
     small: Recipe,
