@@ -40,11 +40,11 @@ CHROMIUM_FLAGS = (
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Slow tests of a file that start Ray or a server share them in one process; they begin, as they take longest.
-    shared = {item for item in items if item.get_closest_marker("slow") and item.get_closest_marker("ray")}
-    for item in shared:
-        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
-    items.sort(key=lambda item: item not in shared)
+    # Slow tests of a file that start Ray or a server share them in one process. What is shared takes longest, and begins.
+    for item in items:
+        if item.get_closest_marker("slow") and item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
     # The same tests run without an accelerator where that is asked for, to show that they are whole.
     if not torch.cuda.is_available() and os.environ.get("CINEMO_TEST_DEVICE") != "cpu":
         for item in items:
