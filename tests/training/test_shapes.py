@@ -181,6 +181,8 @@ def precomputed(recipe: Recipe, videos: Path, output: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.release
 def test_a_training_on_several_shapes_is_killed_and_goes_on(tiny: Recipe, videos: Path, tmp_path: Path) -> None:
     """With fewer workers: the samples of the canonical order, each batch of one shape."""
     made, steps, output = precomputed(tiny, videos, tmp_path / "data"), 60, tmp_path / "run"
