@@ -58,6 +58,7 @@ def customer(url: str, directory: Path) -> Iterator[list[Path]]:
     assert not thread.is_alive()
 
 
+@pytest.mark.release
 def test_a_client_gets_its_videos_through_kills_and_a_restart(tmp_path: Path) -> None:
     port, state = free_port(), tmp_path / "state"
     words = ["pipelines/serve.py", "--bundle", tiny_bundle(tmp_path), "--state", state, "--port", str(port)]

@@ -87,6 +87,7 @@ def test_auto_is_what_it_stands_for_from_then_on(
     assert sample_log.read(output) == {step: list(loader.batch(step).keys) for step in range(4)}
 
 
+@pytest.mark.release
 def test_a_sample_that_is_no_number_is_named_and_can_be_left_out(
     recipe: Recipe, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -180,6 +180,7 @@ def test_every_method_animates_prompts(name: str, table: str) -> None:
     assert made.latents_CFHW.shape[1] == recipe.data.frames
 
 
+@pytest.mark.release
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_training_shows_them_and_a_resume_goes_on_with_them(

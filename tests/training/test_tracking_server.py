@@ -144,6 +144,7 @@ def test_a_precompute_run_is_tracked(server: Server, small: Recipe) -> None:
     assert [item.path for item in client.list_artifacts(stored.info.run_id)] == ["report.html"]
 
 
+@pytest.mark.release
 def test_a_server_that_dies_stops_nothing(small: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "server").mkdir()
     mortal = Server(tmp_path / "server")
