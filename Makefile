@@ -28,7 +28,7 @@ test: setup
 test-slow: setup
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder -m 'slow and not release' --durations 40 $(ARGS)
 
-# What a change seldom touches and takes hours of tests to see: before a release, and whenever you change it.
+# Slow tests that take minutes each and are not run with every change: before a release, or when you change what they test.
 test-release: setup
 	$(PY) -m pytest --numprocesses $(JOBS) --dist loadgroup --no-loadscope-reorder -m 'release and not own_process' $(ARGS) || [ $$? = 5 ]
 	$(PY) -m pytest -m 'release and own_process' --durations 5 $(ARGS) || [ $$? = 5 ]

@@ -40,7 +40,7 @@ CHROMIUM_FLAGS = (
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Slow tests of a file that start Ray or a server share them in one process; what is shared begins, as it is long.
+    # Slow tests of a file that start Ray or a server share them in one process. Groups take longest and go first.
     for item in items:
         if item.get_closest_marker("slow") and item.get_closest_marker("ray"):
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(ROOT).as_posix()))

@@ -41,7 +41,7 @@ def measure_on_ray(measurer: Measurer, output: str, workers: int, device: str | 
     gpus = float(device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0)
     work = [{"kind": "scene", "number": number} for number in range(len(measurer.scenes))]
     work += [{"kind": "picture", "number": int(number)} for number in measurer.pictures()]
-    places = (storage.absolute(measurer.location), measurer.scenes.place, storage.absolute(output))
+    places = (storage.absolute(measurer.location), measurer.scenes.location, storage.absolute(output))
     # A block of its own for each: what is measured is said when it is.
     rows = ray.data.from_items(work, override_num_blocks=len(work)).map(
         _Worker,

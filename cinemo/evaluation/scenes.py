@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -34,14 +36,14 @@ class Scene:
         key: names it in files; unique among the scenes.
         name: for people.
         sample: its stored clip.
-        picture_HWC: else its picture, uint8.
+        picture: else what makes its picture when it is asked for, (H, W, 3) uint8.
     """
 
     key: str
     name: str
     prompt: str
     sample: LatentSample | None = None
-    picture_HWC: np.ndarray | None = None
+    picture: Callable[[], np.ndarray] | None = None
 
     @property
     def facts(self) -> Mapping[str, Any]:
@@ -63,8 +65,8 @@ class Scene:
 
     def frames(self, bundle: ModelBundle) -> np.ndarray:
         """The clip, as its latents decode, or the picture alone: (F, H, W, 3) or (1, H, W, 3) uint8, of any size."""
-        if self.picture_HWC is not None:
-            return self.picture_HWC[None]
+        if self.picture is not None:
+            return self.picture()[None]
         assert self.sample is not None
         return bundle.decoder.decode(torch.from_numpy(np.array(self.sample.latents_FCHW, np.float32)))
 
@@ -90,7 +92,7 @@ class Scenes(Sequence[Scene]):
         return self.at(self._places[number])
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """What `open_scenes` takes in a process with another working directory."""
         return storage.absolute(self.uri)
 
@@ -172,7 +174,7 @@ class PictureScenes(Scenes):
                 raise InputError(f"{storage.join(self.uri, text)}: is no UTF-8 text, expected a prompt") from None
         uri = storage.join(self.uri, name)
         content = hashlib.sha256(storage.read_bytes(uri) + prompt.encode()).hexdigest()
-        return Scene(f"picture-{place:06d}-{content[:16]}", name, prompt, picture_HWC=load_image(uri))
+        return Scene(f"picture-{place:06d}-{content[:16]}", name, prompt, picture=partial(load_image, uri))
 
     @property
     def fingerprint(self) -> str:
@@ -185,19 +187,19 @@ class RenderedScenes(Scenes):
 
     def __init__(self, uri: str, limit: int) -> None:
         count = uri.removeprefix(_RENDERED)
-        if not count.isdecimal() or int(count) < 1:
-            raise InputError(f"--data {uri}: {count or 'nothing'!r} is no number of pictures; give {_RENDERED}64")
+        if not re.fullmatch(r"[1-9][0-9]{0,5}", count):
+            raise InputError(f"--data {uri}: expected a number of pictures, 1 to 999999, such as {_RENDERED}64")
         super().__init__(uri, int(count), limit)
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return self.uri
 
     def at(self, place: int) -> Scene:
         kind, index = _KINDS[place % len(_KINDS)], place // len(_KINDS)
         scene = render_scene(_SEED, index, _SIZE, kind=kind)
         name = f"{kind}-{index:02d}"
-        return Scene(f"rendered-{name}", name, scene.without_speed(), picture_HWC=scene.draw(CLIP_FRAMES / 2))
+        return Scene(f"rendered-{name}", name, scene.without_speed(), picture=partial(scene.draw, CLIP_FRAMES / 2))
 
     @property
     def fingerprint(self) -> str:

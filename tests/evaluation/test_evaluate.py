@@ -196,13 +196,13 @@ def test_rendered_pictures_are_measured_on_their_own_kinds(bundle: Path, tmp_pat
     scenes = open_scenes("rendered:64", 64)
     assert [scene.name for scene in scenes][:5] == ["pan-00", "object-00", "flow-00", "zoom-00", "pan-01"]
     assert len({scene.key for scene in scenes}) == 64
-    assert scenes[5].prompt == open_scenes(scenes.place, 64)[5].prompt
-    np.testing.assert_array_equal(scenes[5].picture_HWC, open_scenes("rendered:8", 8)[5].picture_HWC)
+    assert scenes[5].prompt == open_scenes(scenes.location, 64)[5].prompt
+    np.testing.assert_array_equal(scenes[5].picture(), open_scenes("rendered:8", 8)[5].picture())
 
     metrics = measured(bundle, "rendered:8", tmp_path, limit=4, pictures=1)
     assert [row["clip"] for row in metrics["per_sample"]] == ["pan-00", "flow-00", "object-01", "zoom-01"]
-    for wrong in ("rendered:", "rendered:0", "rendered:-1", "rendered:all"):
-        with pytest.raises(InputError, match="give rendered:64"):
+    for wrong in ("rendered:", "rendered:0", "rendered:-1", "rendered:all", "rendered:" + "9" * 5000):
+        with pytest.raises(InputError, match="such as rendered:64"):
             open_scenes(wrong, 4)
 
 
