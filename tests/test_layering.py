@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cinemo.methods import method_named
-from cinemo.methods.controls import Controls, FastSampling, LongVideo
+from cinemo.methods.controls import Controls
+from cinemo.methods.sampling_controls import FastSampling, LongVideo
 from cinemo.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent

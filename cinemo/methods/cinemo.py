@@ -22,8 +22,9 @@ from cinemo.media.motion import MotionScale, mean_adjacent_ssim, motion_bucket
 from cinemo.media.transforms import prepare_image
 from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, chance, run, training_loss
 from cinemo.methods.cinemo_weights import import_cinemo, import_lavie
-from cinemo.methods.controls import MAX_PROMPT, FastSampling, Input, LongVideo, MotionStrength, control
+from cinemo.methods.controls import MAX_PROMPT, Input, control
 from cinemo.methods.sampling import calls, long_config, solved
+from cinemo.methods.sampling_controls import FastSampling, LongVideo, MotionStrength
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.lavie_unet import LavieUNet, UNetConfig, is_temporal
 from cinemo.networks.weights import load_unet

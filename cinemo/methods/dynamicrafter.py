@@ -23,9 +23,10 @@ from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.stills import frame_of
 from cinemo.media.transforms import prepare_image
 from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, training_loss
-from cinemo.methods.controls import LongVideo, MotionStrength, control
+from cinemo.methods.controls import control
 from cinemo.methods.dynamicrafter_weights import import_dynamicrafter
 from cinemo.methods.sampling import calls, long_config, solved
+from cinemo.methods.sampling_controls import LongVideo, MotionStrength
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig, DynamiCrafterUNet, is_image_context, is_temporal
 from cinemo.networks.dynamicrafter_weights import Base, has_resampler, load_resampler, load_unet, save_published
 from cinemo.networks.features import DeepFeatures

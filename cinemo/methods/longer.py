@@ -26,9 +26,10 @@ from cinemo.media.stills import frame_of
 from cinemo.media.transforms import cropped_points, prepare_image
 from cinemo.methods.base import Draw, Encoders, Example, Method, Published, Reduction, chance
 from cinemo.methods.cinemo import CinemoMethod
-from cinemo.methods.controls import Arrows, Controls, Input, LongVideo, MotionStrength, control
+from cinemo.methods.controls import Arrows, Controls, Input, control
 from cinemo.methods.quality import QualityTable
 from cinemo.methods.sampling import calls, long_config, solved
+from cinemo.methods.sampling_controls import LongVideo, MotionStrength
 from cinemo.networks.features import DeepFeatures
 from cinemo.networks.field_refiner import FieldRefiner, RefinerConfig, load_refiner
 from cinemo.networks.motion_field import FieldUNet, FieldUNetConfig, learns, load_field_unet

@@ -21,8 +21,9 @@ from cinemo.diffusion.guidance import Sampling
 from cinemo.diffusion.schedule import NoiseSchedule, noise_schedule
 from cinemo.media.transforms import prepare_image
 from cinemo.methods.base import Draw, Encoders, Example, Method, Reduction, chance, training_loss
-from cinemo.methods.controls import FastSampling, LongVideo, control
+from cinemo.methods.controls import control
 from cinemo.methods.sampling import calls, long_config, solved
+from cinemo.methods.sampling_controls import FastSampling, LongVideo
 from cinemo.methods.trip_backbones import BACKBONES
 from cinemo.networks.dynamicrafter_unet import DynamiCrafterConfig
 from cinemo.networks.features import DeepFeatures

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from cinemo import cli
 from cinemo.methods import Input, at_motion, controls_of, method_named, served_controls
 from cinemo.methods.cinemo import CinemoControls, CinemoMethod
-from cinemo.methods.controls import Controls, FastSampling, check_names, control, expectation
+from cinemo.methods.controls import Controls, check_names, control, expectation
 from cinemo.methods.dynamicrafter import DynamiCrafterControls
 from cinemo.methods.longer import LongerControls
+from cinemo.methods.sampling_controls import FastSampling
 from cinemo.recipes import RECIPES
 from cinemo.recipes.cinemo import cinemo_tiny
 from cinemo.recipes.dynamicrafter import dynamicrafter_tiny
