@@ -61,13 +61,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return render_clips(tmp_path_factory.mktemp("clips"), count=8, seed=7, size=(72, 104), frames=160)
 
 
-@pytest.mark.parametrize(
-    "sister",
-    [
-        pytest.param(sister, id=sister.recipe, marks=() if sister.recipe == "longer-tiny" else pytest.mark.release)
-        for sister in SISTERS
-    ],
-)
+@pytest.mark.parametrize("sister", [pytest.param(sister, id=sister.recipe) for sister in SISTERS])
 def test_from_clips_to_a_served_video(
     sister: Sister, ray_session: None, clips: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

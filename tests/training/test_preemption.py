@@ -37,7 +37,6 @@ def ended_by_sigterm(job: Job, output: Path) -> int:
     return step
 
 
-@pytest.mark.release
 @pytest.mark.usefixtures("process_group")
 def test_sigterm_costs_no_step(
     small: Recipe, dataset: str, tmp_path: Path, jobs: list[Job], monkeypatch: pytest.MonkeyPatch
