@@ -49,6 +49,7 @@ def evaluate(
     plan = plan or Plan()
     storage.check_writable(output)
     scenes = open_scenes(data, plan.limit)
+    _check_all(scenes, say)
     results = []
     for location in (bundle_location, *against):
         measurer = Measurer(location, scenes, output, plan, device)
@@ -99,6 +100,23 @@ def evaluate(
                 f"{each.span_ratio:.0%} of the reach of its control are left"
             )
     return metrics
+
+
+def _check_all(scenes: Scenes, say: Say) -> None:
+    """
+    Raises:
+        InputError: scenes cannot be animated; what is wrong with each was said, where there are several.
+    """
+    faults = scenes.faults()
+    if len(faults) == 1:
+        raise InputError(faults[0])
+    for fault in faults:
+        say(fault)
+    if faults:
+        raise InputError(
+            f"--data {scenes.uri}: {len(faults)} of {len(scenes)} pictures cannot be animated, as said above; mend or "
+            "remove them"
+        )
 
 
 def sentences(metrics: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import PurePosixPath
@@ -21,10 +22,13 @@ from cinemo.data.dataset.shards import DatasetIndex, Members, fetch_sample, reco
 from cinemo.media.flow import dense_flow
 from cinemo.media.synthetic import CLIP_FRAMES, render_scene
 from cinemo.media.transforms import prepare_image
+from cinemo.methods.controls import check_text
+from cinemo.progress import counted
 from cinemo.types import InputError, LatentSample
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _DATASET = "dataset.json"
+_READERS = 32  # pictures fetched at once
 _RENDERED, _KINDS, _SIZE, _SEED = "rendered:", ("pan", "object", "flow", "zoom"), (64, 96), 7717
 
 
@@ -110,6 +114,10 @@ class Scenes(Sequence[Scene]):
             InputError: the bundle makes videos of another shape.
         """
 
+    def faults(self) -> list[str]:
+        """What is wrong with scenes that cannot be animated, found before hours are spent on the others."""
+        return []
+
 
 class DatasetScenes(Scenes):
     """Samples of a dataset, spread over all of its shards; of one with several shapes, those of the recipe's own."""
@@ -179,6 +187,20 @@ class PictureScenes(Scenes):
     @property
     def fingerprint(self) -> str:
         return "pictures"
+
+    def faults(self) -> list[str]:
+        with ThreadPoolExecutor(_READERS if storage.is_remote(self.uri) else 1) as pool:
+            tried = counted("trying the pictures", pool.map(self._fault, range(len(self))), len(self), "pictures")
+            return [fault for fault in tried if fault is not None]
+
+    def _fault(self, number: int) -> str | None:
+        try:
+            scene = self[number]
+            check_text(f"prompt of {storage.join(self.uri, scene.name)}", scene.prompt)
+            scene.picture()
+        except InputError as error:
+            return str(error)
+        return None
 
 
 class RenderedScenes(Scenes):

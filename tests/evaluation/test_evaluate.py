@@ -236,9 +236,23 @@ def test_a_folder_of_pictures_is_measured(bundle: Path, tmp_path: Path) -> None:
     assert again["per_sample"][0] != metrics["per_sample"][0]
     assert again["per_sample"][1:] == metrics["per_sample"][1:]
 
+
+def test_pictures_that_cannot_be_animated_are_named_before_anything_is_measured(bundle: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", SIZE[::-1]).save(folder / "a.png")
     (folder / "c.webp").write_bytes(b"RIFF")
     with pytest.raises(InputError, match=r"c\.webp: is not a picture"):
         measured(bundle, folder, tmp_path / "out", limit=3)
+    (folder / "b.png").write_bytes((folder / "a.png").read_bytes()[:40])
+    (folder / "d.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "d.txt").write_text("x" * 5000)
+    lines: list[str] = []
+    with pytest.raises(InputError, match="3 of 4 pictures cannot be animated, as said above"):
+        evaluate(str(bundle), str(folder), str(tmp_path / "out"), Plan(limit=4), say=lines.append)
+    for name, line in zip(("b.png", "c.webp", "d.png"), lines, strict=True):
+        assert name in line
+    assert not list((tmp_path / "out").rglob("*.npz"))
 
 
 def test_the_given_picture_is_compared_as_the_model_sees_it() -> None:
