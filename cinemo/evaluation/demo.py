@@ -197,7 +197,7 @@ def _animated(
 
 
 def _video_name(picture: _Picture, controls: Mapping[str, Any]) -> str:
-    parts = [picture.name, *(f"{name.replace('_', '-')}-{value:02d}" for name, value in controls.items())]
+    parts = [picture.name, *(f"{name.replace('_', '-')}-{value:02g}" for name, value in controls.items())]
     return "-".join(parts) + ".mp4"
 
 

@@ -21,6 +21,7 @@ from cinemo.checksums import checksum
 from cinemo.config import Recipe
 from cinemo.data.dataset import fields, sidecars
 from cinemo.data.dataset.shards import DatasetIndex
+from cinemo.data.dataset.verify import verify
 from cinemo.data.loading.loader import LatentLoader
 from cinemo.data.precompute.graph import run
 from cinemo.media.flow import dense_flow
@@ -134,6 +135,24 @@ def test_fields_are_added_and_a_killed_run_goes_on_while_shards_stay_as_they_are
         for kind in ("tar", "json")
     }
     assert {name for sample in samples_of(copy) for name in sample.fields} == set(ALL)
+
+
+@pytest.mark.ray
+def test_a_shard_whose_clips_were_all_refused_has_empty_sidecars(
+    with_fields: Path, field_recipe: Recipe, clips_folder: Path, tmp_path: Path
+) -> None:
+    recipe = override(field_recipe, ["data.clips_per_shard=1"])
+    clips, dataset = tmp_path / "clips", str(tmp_path / "out")
+    clips.mkdir()
+    for name in ("film 1.mp4", "film 1.txt", "film 1b.mp4", "film 1b.txt"):
+        shutil.copy(clips_folder / name, clips / name)
+    summary = run(recipe, str(clips), dataset)
+    assert {name: (made["samples"], made["missing"]) for name, made in summary["fields"].items()} == {
+        name: (2, {}) for name in ALL
+    }
+    assert DatasetIndex.load(dataset).samples_of_shards.tolist() == [2, 0]
+    assert [set(sample.fields) for sample in samples_of(dataset)] == [set(ALL)] * 2
+    assert verify(dataset, recipe, 2)["canary"]["equal"] == 2
 
 
 @pytest.mark.ray

@@ -16,7 +16,9 @@ from pathlib import Path
 import boto3
 import chaos
 import numpy as np
+import pyarrow as pa
 import pytest
+import ray.data
 from data.small_data import digests, film, stamps
 from faulty_s3 import FAULTS, FaultyS3
 
@@ -25,7 +27,7 @@ from cinemo.config import Recipe
 from cinemo.data.dataset.shards import DatasetIndex, read_ledger
 from cinemo.data.dataset.verify import verify
 from cinemo.data.loading.loader import LatentLoader
-from cinemo.data.precompute import pools
+from cinemo.data.precompute import cluster, pools
 from cinemo.data.precompute.graph import run
 from cinemo.media.mp4 import write_video
 from cinemo.recipes import override
@@ -197,6 +199,16 @@ def test_the_first_shard_is_committed_long_before_the_last_clip_is_decoded(
         process.wait()
     assert list(tmp_path.glob("o/shards/*.json"))
     assert json.loads((tmp_path / "o/dataset.json").read_text())["complete"] is False
+
+
+@pytest.mark.ray
+def test_what_nobody_foresaw_in_a_worker_is_named(ray_session: None) -> None:
+    def fail(rows: pa.Table) -> pa.Table:
+        raise IndexError("list index out of range")
+
+    graph = ray.data.from_items([1]).map_batches(fail, batch_format="pyarrow")
+    with pytest.raises(RuntimeError, match=r"^in a worker: IndexError: list index out of range$"):
+        list(cluster.results(graph))
 
 
 @pytest.mark.ray

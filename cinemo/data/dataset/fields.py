@@ -143,9 +143,10 @@ def read(todo: pa.Table, dataset: str, recipe: Recipe) -> pa.Table:
             "captions": [sample["caption"] for sample in samples],
         }
         if _DECODED & set(row["fields"]):
-            data, cells = recipe.data, (members.array_shape[2], members.array_shape[3])
-            if samples and data.other_shapes:
-                data = data.of_shape(shards.pixels(members.array_shape))
+            data, cells = recipe.data, (0, 0)
+            if samples:  # else every clip was refused, and the shard has no latents
+                cells = members.array_shape[2], members.array_shape[3]
+                data = data.of_shape(shards.pixels(members.array_shape)) if data.other_shapes else data
             row |= {"size": data.size, **_pictures(samples, row["fields"], data, cells, made_later)}
         rows.append({**row, "decode_seconds": time.perf_counter() - started, "encode_seconds": 0.0})
     return pa.Table.from_pylist(rows, MADE)

@@ -163,14 +163,15 @@ def results(graph: Any) -> Iterator[dict[str, Any]]:
         for table in graph.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             yield from table.to_pylist()
     except ray.exceptions.RayError as error:
-        raise cause(error) from None
+        raise cause(error) from error
 
 
 def cause(error: Exception) -> Exception:
-    """What a worker raised for a person to read; else the error as it is. Ray keeps it as text only."""
+    """What a worker raised, in one line; the error as it is where that cannot be told. Ray keeps it as text only."""
     names = "RunError|NoRoom|InputError|AccessDenied|BadName|BadPlace|NoBucket|NotSupported|PastEnd"
     found = re.findall(rf"^cinemo\.\w+\.({names}): (.+)$", str(error), re.MULTILINE)
     if not found:
-        return error
+        before, is_wrapped, _ = str(error).partition("\n\nThe above exception was the direct cause")
+        return RuntimeError(f"in a worker: {before.splitlines()[-1]}") if is_wrapped else error
     kind, message = found[-1]
     return (RunError if kind in ("RunError", "NoRoom") else InputError)(message)

@@ -84,7 +84,7 @@ class Probe:
                     return [answer for clip in clips for answer in answers([clip], _ATTEMPTS)]
                 return answers(clips, attempts - 1) if attempts > 1 else [UNKNOWN]
             except ray.exceptions.RayError as error:
-                raise cluster.cause(error) from None
+                raise cluster.cause(error) from error
 
         clips = _clips(plan, rows)
         groups = [clips[start : start + _TASK_CLIPS] for start in range(0, len(clips), _TASK_CLIPS)]
