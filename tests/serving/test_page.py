@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
 from cinemo.media.mp4 import read_metadata
 from cinemo.media.video import probe
 from cinemo.methods.cinemo import CinemoControls
+from cinemo.methods.quality import QualityTable, Sampled
 from cinemo.serving.engine.runner import JobRunner
 from cinemo.serving.http.api import ApiSettings, build_api
 from cinemo.serving.http.form import VideoForm, VideoRequest
@@ -634,6 +636,39 @@ def test_two_settings_side_by_side_in_step(open_tab: Callable[..., Tab], server:
     page.locator(".card").nth(1).locator(".card-compare").click()
     tab.done(2)
     assert tab.complaints == []
+
+
+@browser
+def test_qualities_and_adapters_are_offered_where_there_are_any(
+    open_tab: Callable[..., Tab], server: Server, picture: Path
+) -> None:
+    tab = open_tab().ready()
+    assert tab.page.query_selector("#quality, #lora") is None
+    way = partial(Sampled, solver="ddim", guidance_interval=(0.0, 1.0), reuse_features=1, motion=0.001)
+    rows = (way(steps=3, passes=6.0, psnr=40.0, psnr_low=38.0), way(steps=9, passes=18.0, psnr=100.0, psnr_low=100.0))
+    server.card = replace(server.card, quality=QualityTable("d" * 64, 2, rows), adapters={"snow": "a" * 64})
+    tab.page.reload()
+    tab.ready()
+    offered = "[...document.querySelectorAll('#quality option, #lora option')].map(option => option.textContent)"
+    shares = {"draft": 33, "standard": 100, "best": 100}
+    work = [f"{name}, {share}\u00a0% of the work" for name, share in shares.items()]
+    assert tab.page.evaluate(offered) == ["as usual", *work, "none", "snow"]
+    tab.page.locator(".fold").evaluate("fold => fold.open = true")
+    tab.page.get_by_label("Quality").select_option("draft")
+    tab.page.get_by_label("Adapter").select_option("snow")
+    tab.ask(picture=picture, num_inference_steps=4)
+    told = tab.page.wait_for_selector("#form-note p, .error:visible")
+    assert "quality and steps are both given" in told.text_content()
+    tab.ask(picture=picture, num_inference_steps="")
+    tab.page.wait_for_selector(".pane")
+    (job,) = server.store.page()
+    assert (job.request["num_inference_steps"], job.request["lora"]) == (3, "snow:1")
+    # The steps that a quality stood for are an earlier video's settings; an adapter keeps the scale that it had.
+    page = tab.page
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name="Use settings").first.click()
+    assert [page.input_value(f"#{name}") for name in ("quality", "num_inference_steps", "lora")] == ["", "3", "snow:1"]
+    assert [line for line in tab.complaints if "422" not in line] == []
 
 
 @browser

@@ -23,8 +23,11 @@ export class ControlFields {
       if (control.kind === "vectors") this.board = field;
       this.fields.set(control.name, field);
     }
+    const further = furtherChoices(model);
+    this.further = further.map(({ name }) => name);
+    for (const control of further) this.fields.set(control.name, new ChoiceField(control));
     const front = shown.filter(({ place }) => place === "front");
-    const folded = shown.filter(({ place }) => place === "folded");
+    const folded = [...further, ...shown.filter(({ place }) => place === "folded")];
     byId("front-controls").replaceChildren(...this.arranged(front));
     byId("folded-controls").replaceChildren(...this.arranged(folded));
     byId("more").hidden = folded.length === 0;
@@ -56,6 +59,7 @@ export class ControlFields {
       const value = settings[control.name] ?? settings[control.setting];
       if (value !== undefined && value !== null && this.fields.has(control.name)) this.fields.get(control.name).value = value;
     }
+    for (const name of this.further) this.fields.get(name).value = settings[name] ?? "";
   }
 
   // files: {name: File} of an earlier video; what it did not have is emptied.
@@ -81,6 +85,27 @@ export class ControlFields {
     for (const row of rows) if (row.className === "pair" && row.children.length === 1) row.classList.add("single");
     return rows;
   }
+}
+
+// What a model offers beside its controls: qualities that were measured, and adapters that it was loaded with.
+function furtherChoices({ qualities, adapters }) {
+  const share = ({ passes }) => Math.round((100 * passes) / qualities.best.passes);
+  const work = Object.entries(qualities).map(([name, way]) => [name, `${name}, ${share(way)}\u00a0% of the work`]);
+  const quality = {
+    name: "quality",
+    title: "Quality",
+    choices: [["", "as usual"], ...work],
+    default: "",
+    description: "how close to the model's best; in place of the number of steps",
+  };
+  const adapter = {
+    name: "lora",
+    title: "Adapter",
+    choices: [["", "none"], ...adapters.map((name) => [`${name}:1`, name])],
+    default: "",
+    description: "what the model learnt in addition, such as a style",
+  };
+  return [quality, adapter].filter(({ choices }) => choices.length > 1);
 }
 
 const isDrawn = (control) => control.name === "seed";
@@ -152,10 +177,12 @@ class SwitchField {
   }
 }
 
+const optionOf = (value, label = value) => make("option", { value }, label);
+
 class ChoiceField {
   constructor(control) {
-    const options = control.choices.map((choice) => make("option", { value: choice }, choice));
-    this.input = make("select", { id: control.name }, ...options);
+    const options = control.choices.map((choice) => optionOf(...[choice].flat()));
+    this.input = make("select", { id: control.name, "aria-describedby": `${control.name}-note ${control.name}-error` }, ...options);
     this.input.value = control.default;
     const label = make("label", { for: control.name }, control.title);
     this.root = make("div", { className: "field" }, label, this.input, note(control), error(control));
@@ -165,7 +192,9 @@ class ChoiceField {
     return this.input.value;
   }
 
+  // One that is not offered, such as an adapter at another scale, is what an earlier video had.
   set value(value) {
+    if (![...this.input.options].some((option) => option.value === String(value))) this.input.append(optionOf(value));
     this.input.value = value;
   }
 }

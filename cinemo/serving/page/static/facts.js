@@ -65,7 +65,8 @@ function told(videos, model) {
     videos.some((video) => ![undefined, null, ""].includes(video[name])
       && (place !== "api" || String(video[name]) !== String(usual))));
   const own = controls.map(({ name, title }) => [name, title]);
-  return [["prompt", "What happens"], ...own, ["model", "Model"]];
+  const adapter = videos.some(({ lora }) => lora) ? [["lora", "Adapter"]] : [];
+  return [["prompt", "What happens"], ...own, ...adapter, ["model", "Model"]];
 }
 
 function said(value) {
