@@ -53,7 +53,7 @@ def test_images_of_a_batch_do_not_see_each_other() -> None:
     assert together.shape == (2, 4, 12)
     for i in range(2):
         torch.testing.assert_close(together[i : i + 1], resampler(tokens[i : i + 1]), rtol=0, atol=1e-12)
-    assert float((together[0] - together[1]).abs().max()) > 1e-3
+    assert (together[0] - together[1]).abs().max().item() > 1e-3
 
 
 def test_gradients_reach_every_weight_and_without_them_nothing_that_is_kept_is_overwritten() -> None:
