@@ -16,7 +16,7 @@ from cinemo.evaluation.rendered import BARS, STEPS, measure_motion, misses
 from cinemo.evaluation.report import write_evaluation_report
 from cinemo.evaluation.scenes import Scenes, open_scenes
 from cinemo.media.synthetic import CLIP_FRAMES
-from cinemo.progress import doing, say
+from cinemo.progress import doing, refuse, say
 from cinemo.types import InputError
 
 CARD = "README.md"
@@ -49,7 +49,11 @@ def evaluate(
     plan = plan or Plan()
     storage.check_writable(output)
     scenes = open_scenes(data, plan.limit)
-    _check_all(scenes, say)
+    faults = scenes.faults()
+    told = (
+        f"--data {data}: {len(faults)} of {len(scenes)} pictures cannot be animated, as said above; mend or remove them"
+    )
+    refuse(faults, told, say)
     results = []
     for location in (bundle_location, *against):
         measurer = Measurer(location, scenes, output, plan, device)
@@ -100,23 +104,6 @@ def evaluate(
                 f"{each.span_ratio:.0%} of the reach of its control are left"
             )
     return metrics
-
-
-def _check_all(scenes: Scenes, say: Say) -> None:
-    """
-    Raises:
-        InputError: scenes cannot be animated; what is wrong with each was said, where there are several.
-    """
-    faults = scenes.faults()
-    if len(faults) == 1:
-        raise InputError(faults[0])
-    for fault in faults:
-        say(fault)
-    if faults:
-        raise InputError(
-            f"--data {scenes.uri}: {len(faults)} of {len(scenes)} pictures cannot be animated, as said above; mend or "
-            "remove them"
-        )
 
 
 def sentences(metrics: Mapping[str, Any]) -> list[str]:

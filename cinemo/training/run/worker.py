@@ -35,7 +35,7 @@ from cinemo.data.precompute.pools import ask_for_nodes, joined
 from cinemo.lock import Lock, hold
 from cinemo.methods import check_trainable, image_encoder_place, method_class
 from cinemo.networks.frozen import check_image_encoder
-from cinemo.progress import Work, doing, say
+from cinemo.progress import Work, doing, refuse, say
 from cinemo.tracking import preload
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.plan.cost import training_flops
@@ -147,12 +147,7 @@ def _validation(place: str | None, recipe: Recipe) -> list[Prompt]:
         return []
     found = prompts.read(place, recipe)
     faults = prompts.faults(found, recipe)
-    if len(faults) == 1:
-        raise InputError(faults[0])
-    for fault in faults:
-        say(fault)
-    if faults:
-        raise InputError(f"validation {place}: {len(faults)} of {len(found)} rows cannot be animated, as said above")
+    refuse(faults, f"validation {place}: {len(faults)} of {len(found)} rows cannot be animated, as said above")
     return found
 
 
