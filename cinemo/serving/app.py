@@ -26,11 +26,13 @@ from typing import Any
 import ray
 import torch
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from cinemo import storage, tracking
 from cinemo.bundle import BundleCard, ModelBundle, load_bundle
-from cinemo.data.precompute.cluster import connect
+from cinemo.data.precompute.cluster import connect, disconnect, ended_within
 from cinemo.progress import doing
 from cinemo.serving.engine.runner import JobRunner
 from cinemo.serving.engine.warmup import warm_up
@@ -49,6 +51,7 @@ _MAX_CPUS = 8.0
 _HEALTH_SECONDS = 1.0  # after which Serve sees at the latest that a replica is dead
 # What a replica gets beside the drain itself: open requests, the release of jobs, its own end.
 _EXIT_SECONDS = 15.0
+_SIGNAL_SECONDS = 1.0
 _UPDATE_SECONDS = 1800.0  # for loading and warming a bundle beside the served one
 _HTTP_EXIT_SECONDS = 5.0  # event streams are cut after this; clients come back by themselves
 
@@ -251,7 +254,7 @@ def serve_forever(
                 for name, value in proxy_environment(directory, settings.proxy_limits, standby.socket).items():
                     os.environ.setdefault(name, value)
             connect()
-            leaving.callback(ray.shutdown)
+            leaving.callback(disconnect)
             if standby:
                 leaving.callback(standby.detach)
             _handle_signals(_interrupt)  # again: Ray's own handler of SIGTERM ends the process at once
@@ -268,7 +271,9 @@ def serve_forever(
             print(f"{card.recipe.name} ({card.digest[:12]}) at http://{host}:{port}/v1/videos", flush=True)
             StorageWatch(store, lambda line: print(line, flush=True))
             while True:
-                hangup.wait()
+                # Not without end: a signal that another thread gets is acted on when this one next runs.
+                if not hangup.wait(_SIGNAL_SECONDS):
+                    continue
                 hangup.clear()
                 settings = _take_bundle(settings, reload)
     except KeyboardInterrupt:
@@ -332,12 +337,16 @@ def _wait_for_update(card: BundleCard) -> Served:
 
 
 def _delete(settings: ServeSettings) -> None:
-    """Remove the application, and wait for its drain."""
-    serve.delete(_NAME, _blocking=False)
-    deadline = time.monotonic() + settings.drain_seconds + 2 * _EXIT_SECONDS
+    """Remove the application, and wait for its drain; not for a controller that does not answer."""
+
+    def drain() -> None:
+        with contextlib.suppress(RayError, RayServeException):  # the controller is dead: there is nobody to drain
+            serve.delete(_NAME, _blocking=False)
+            while _NAME in serve.status().applications:
+                time.sleep(0.1)
+
     with doing("finishing what is being animated"):
-        while _NAME in serve.status().applications and time.monotonic() < deadline:
-            time.sleep(0.1)
+        ended_within(settings.drain_seconds + 2 * _EXIT_SECONDS, drain)
 
 
 def _handle_signals(handler: Any) -> None:

@@ -129,12 +129,14 @@ class Server:
 
         return dict(eventually(under_way))
 
-    def stop(self, with_signal: int = signal.SIGTERM, seconds: float = 90) -> str:
-        """What it printed; it must leave with 0."""
+    def stop(self, with_signal: int = signal.SIGTERM, seconds: float = 120) -> str:
+        """What it printed; it must leave with 0. Where it does not, the error shows what its threads were doing."""
         self.process.send_signal(with_signal)
         try:
             self.process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            eventually(lambda: self.process.poll() is not None)
             self.kill()
             raise AssertionError(f"still there {seconds:g} s after signal {with_signal}: {self.output()}") from None
         self.client.close()

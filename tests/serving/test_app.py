@@ -218,6 +218,19 @@ def test_the_queue_decides_how_many_animators_there_are_and_a_drain_finishes_wha
 
 
 @pytest.mark.release
+def test_a_controller_that_hangs_does_not_keep_the_server(bundles: Path, tmp_path: Path) -> None:
+    """SIGTERM while Serve's controller answers nothing: no drain can be asked for, and the process still ends."""
+    server = serve(bundles / "bundle", tmp_path / "state", "--drain-seconds", "0")
+    try:
+        (controller,) = server.processes("ServeController")
+        controller.suspend()
+        assert "stopped; unfinished jobs will continue at the next start" in server.stop()
+        assert not any(process.is_running() for process in server.family.values())
+    finally:
+        server.kill()
+
+
+@pytest.mark.release
 def test_serve_run_does_the_same(bundles: Path, tmp_path: Path) -> None:
     """`serve run` with a config file; a new bundle in the file and `serve deploy` replaces it without a restart."""
     port, config = free_port(), tmp_path / "serve.yaml"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import faulthandler
 import logging
 import os
 import re
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +28,8 @@ from cinemo.data.precompute import pools
 from cinemo.data.precompute.progress import Figures, Meter, Progress
 from cinemo.progress import doing
 from cinemo.types import InputError, RunError
+
+log = logging.getLogger(__name__)
 
 _WORKER_ENVIRONMENT = {
     # Ray would otherwise hide the accelerator from tasks that ask for none of it, with a warning in every worker.
@@ -89,6 +94,32 @@ def connect(cpus: int = 1) -> None:
                         "too little memory; start again when it has less, or set RAY_ADDRESS to a Ray that runs"
                     ) from None
     diagnostics.logs_are_in(os.path.join(started.address_info["session_dir"], "logs"))
+
+
+def disconnect(patience: float = 30.0) -> None:
+    """Leave Ray, and end a private one.
+
+    Ray waits for its own threads and processes without a limit (ray-project/ray#44836). After ``patience`` seconds the
+    processes of a private Ray are killed, which is all that was left to do, and this process ends with 0 when it comes
+    to its end.
+    """
+    others = psutil.Process().children(recursive=True)
+    if ended_within(patience, ray.shutdown):
+        return
+    faulthandler.dump_traceback()
+    log.error("Ray has not ended within %g s; its processes are killed (%s)", patience, diagnostics.where())
+    for process in others:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    atexit.register(os._exit, 0)  # before Ray's own handler, which would wait as long
+
+
+def ended_within(seconds: float, work: Callable[[], object]) -> bool:
+    """Do ``work`` in a thread; whether it has ended in time. One that has not goes on, and keeps no process alive."""
+    thread = threading.Thread(target=work, name="cinemo-ending", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 @contextlib.contextmanager
