@@ -26,8 +26,9 @@ log = logging.getLogger("ray.serve")
 
 ANSWER_SECONDS = 3.0
 HTTP_PATIENCE = 5.0  # for which a request waits for a database that is away
-# HTTP asks the animators so often which bundle they serve; one that has not answered for `_SILENCE` is not ready.
-_ASK_SECONDS, _SILENCE = 1.0, 6.0
+# HTTP asks the animators so often which bundle they serve; where none has answered for `_SILENCE`, after which Serve
+# takes them for dead, it is not ready. A shorter one would take a busy machine's replicas out of service.
+_ASK_SECONDS, _SILENCE = 1.0, 30.0
 _WATCH_SECONDS = 0.5  # between two looks whether the animators' processes live
 
 
@@ -71,11 +72,12 @@ class Ingress:
         self._living: dict[str, Any] = {}
         self._draining = False
         self._threads: list[threading.Thread] = []
-        self._detached = threading.Event()
+        self._asked, self._detached = threading.Event(), threading.Event()
         self._is_replica = animator is not None
         if self._is_replica:
             listen_on_loopback()
             self.attach(animator)
+            self._asked.wait(ANSWER_SECONDS)  # one that joins others is ready when it is first asked, as they are
 
     def attach(self, animator: Any) -> None:
         """Ask this deployment from now on."""
@@ -137,18 +139,20 @@ class Ingress:
         return is_heard and not self._draining and self._storage.fault is None
 
     def _ask(self) -> None:
-        self._read_tokenizer(self._settings.bundle, self._card)
+        location, read = self._settings.bundle, ""
         while not self._detached.is_set():
             answer = self._animator.served.remote()
             try:
                 served: Served = answer.result(timeout_s=ANSWER_SECONDS)
-                if served.card.digest != self._card.digest:
-                    self._read_tokenizer(served.location, served.card)
-                self._card = served.card
+                location, self._card = served.location, served.card
                 self._living[served.worker] = served.actor
                 self._heard = time.monotonic()
             except Exception:  # none lives, or it is just dying: asked again for ever
                 answer.cancel()
+            self._asked.set()
+            if read != self._card.digest:
+                self._read_tokenizer(location, self._card)
+                read = self._card.digest
             self._detached.wait(_ASK_SECONDS)
 
     def _watch(self) -> None:
@@ -168,6 +172,8 @@ class Ingress:
             log.warning("%s is dead, but its jobs were not given back (%s); trying again", worker, error)
             return
         del self._living[worker]
+        if not self._living:
+            self._heard = None
         if count:
             log.warning("%s is dead; its %d jobs go to others", worker, count)
 

@@ -91,6 +91,7 @@ def test_a_killed_animator_loses_no_job(server: Server) -> None:
     server.begun(running)
     (animator,) = server.replicas("animator")
     animator.kill()
+    eventually(lambda: server.client.get("/readyz").status_code == 503, 10)
     late = server.submit(num_inference_steps=2)  # accepted while no animator lives
     for video_id in [running, *waiting, late]:
         assert server.wait(video_id)["status"] == "completed"
