@@ -32,7 +32,7 @@ def model_card(card: BundleCard, metrics: Mapping[str, Any], calibration: Mappin
         "",
         "## What was measured",
         "",
-        f"On {_measured_on(metrics)}, {metrics['steps']} steps ({metrics['calls_a_video']} calls of the network), "
+        f"On {_measured_on(metrics)}, {metrics['steps']} steps ({metrics['passes_a_video']:g} passes of the network), "
         f"seed {metrics['seed']}. Intervals are 95%. A metric without a value needs weights that were not given.",
         "",
         "| metric | value | interval | at half the videos |",

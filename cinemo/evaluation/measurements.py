@@ -195,7 +195,8 @@ class Shown:
 class Result:
     """What was measured of one bundle.
 
-    ``size``: height and width of its videos. ``calls``, ``seconds``: of its network and of this machine, a video.
+    ``size``: height and width of its videos. For a video:
+    ``calls`` of its network, ``passes`` in them (guidance needs two for a step) and ``seconds`` of this machine.
     """
 
     location: str
@@ -205,6 +206,7 @@ class Result:
     frames: int
     size: tuple[int, int]
     calls: int
+    passes: float
     seconds: float
     estimates: Mapping[str, Estimate]
     rows: Sequence[Mapping[str, Any]]
@@ -221,6 +223,7 @@ class Result:
             "recipe": self.name,
             "steps": self.steps,
             "calls_a_video": self.calls,
+            "passes_a_video": self.passes,
             "seconds_a_video": self.seconds,
             "metrics": {each.name: known[each.name].to_json() if each.name in known else None for each in METRICS},
             "extractors": {name: dict(identity) for name, identity in self.extractors.items()},

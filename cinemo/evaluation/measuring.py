@@ -26,6 +26,7 @@ from cinemo.evaluation.measurements import Measurements, Pair, Result, Seen, Sho
 from cinemo.evaluation.metrics.frames import flow_speed, motion
 from cinemo.evaluation.noise import compare_noise
 from cinemo.evaluation.protocols import Protocol
+from cinemo.evaluation.quality import made
 from cinemo.evaluation.scenes import Scene, Scenes, as_given
 from cinemo.methods import method_class
 from cinemo.progress import counted, doing
@@ -173,23 +174,19 @@ class Measurer:
         """Numbers of the scenes whose pictures measure the control: spread over those that are measured."""
         yield from np.linspace(0, len(self.scenes) - 1, min(self.plan.pictures, len(self.scenes))).round().astype(int)
 
-    def cost(self) -> tuple[int, float]:
-        """How often the network is asked for a video, and the seconds that one takes here; measured once."""
-        uri = storage.join(self._videos, "cost.json")
+    def cost(self) -> tuple[int, float, float]:
+        """Calls of the network for a video, its passes, and the seconds that one takes here; measured once."""
+        uri = storage.join(self._videos, "work.json")
         if not storage.exists(uri):
-            scene, calls = self.scenes[0], 0
+            scene = self.scenes[0]
             request = self._request(scene, scene.frames(self.bundle))
-
-            def count(done: int, total: int) -> None:
-                nonlocal calls
-                calls = total
-
             began = time.perf_counter()
-            animate(self.bundle, request, count)
-            storage.write_json(uri, {"calls": calls, "seconds": time.perf_counter() - began})
+            _, work = made(self.bundle, request)
+            seconds = time.perf_counter() - began
+            storage.write_json(uri, {"calls": work.calls, "passes": work.passes, "seconds": seconds})
         try:
             kept = storage.read_json(uri)
-            return int(kept["calls"]), float(kept["seconds"])
+            return int(kept["calls"]), float(kept["passes"]), float(kept["seconds"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{uri}: is damaged ({error}); remove it, it is then measured again") from None
 
@@ -207,7 +204,7 @@ class Measurer:
             say(f"{bundle.recipe.name}: sample {number + 1}/{total}: {scene.name}")
         pictures = [self.picture(number) for number in self.pictures()]
         with doing("measuring the time of a video"):
-            calls, seconds = self.cost()
+            calls, passes, seconds = self.cost()
         return Result(
             self.location,
             bundle.recipe.name,
@@ -216,6 +213,7 @@ class Measurer:
             bundle.recipe.data.frames,
             bundle.recipe.data.size,
             calls,
+            passes,
             seconds,
             measurements.estimates(),
             rows,

@@ -6,6 +6,7 @@ The table (``quality.json``) is kept in the bundle; requests for a ``quality`` t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,15 +72,15 @@ def measure_quality(
     rows: list[Sampled] = []
     ways = list(candidates(bundle)) if ways is None else ways
     for number, way in enumerate(ways, 1):
-        made = [
-            _made(bundle, AnimateRequest(picture, prompt, inputs=others, seed=seed, **at_motion(recipe, level), **way))
+        videos = [
+            made(bundle, AnimateRequest(picture, prompt, inputs=others, seed=seed, **at_motion(recipe, level), **way))
             for (picture, prompt), level in zip(pictures, _turns(len(pictures)), strict=True)
         ]
-        frames = [each for each, _ in made]
+        frames = [each for each, _ in videos]
         reference = reference or frames
         distances = [psnr(a[1:], b[1:]) for a, b in zip(reference, frames, strict=True)]
         changes = [abs(motion(b) - motion(a)) for a, b in zip(reference, frames, strict=True)]
-        passes = float(np.mean([each for _, each in made]))
+        passes = float(np.mean([work.passes for _, work in videos]))
         row = Sampled(**way, passes=passes, psnr=_mean(distances), psnr_low=min(distances), motion=max(changes))
         rows.append(row)
         say(f"quality {number}/{len(ways)}: {said(row)}")
@@ -139,17 +140,28 @@ def _turns(count: int) -> list[int]:
     return [LEVELS[place % len(LEVELS)] for place in range(count)]
 
 
-def _made(bundle: ModelBundle, request: AnimateRequest) -> tuple[np.ndarray, float]:
-    """(F, H, W, 3) uint8, and the passes that they took."""
-    passes = [0.0]
-    latents_BCFHW = run(bundle.method, _counted(prepare(bundle, request).sampling, passes))
-    return bundle.decoder.decode(latents_BCFHW[0].float().transpose(0, 1)), passes[0]
+@dataclass
+class Work:
+    """What sampling took: ``calls`` of the network, and its ``passes``, one for each video in a call; guidance asks for
+    two. A pass that reuses features counts by its share."""
+
+    calls: int = 0
+    passes: float = 0.0
 
 
-def _counted(sampling: Sampling, passes: list[float]) -> Sampling:
+@torch.inference_mode()
+def made(bundle: ModelBundle, request: AnimateRequest) -> tuple[np.ndarray, Work]:
+    """A request's video, (F, H, W, 3) uint8, and what it took."""
+    work = Work()
+    latents_BCFHW = run(bundle.method, _counted(prepare(bundle, request).sampling, work))
+    return bundle.decoder.decode(latents_BCFHW[0].float().transpose(0, 1)), work
+
+
+def _counted(sampling: Sampling, work: Work) -> Sampling:
     query = next(sampling)
     while True:
-        passes[0] += len(query.x) * (OUTER_SHARE if query.features == "again" else 1)
+        work.calls += 1
+        work.passes += len(query.x) * (OUTER_SHARE if query.features == "again" else 1)
         try:
             query = sampling.send((yield query))
         except StopIteration as end:

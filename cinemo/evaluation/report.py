@@ -209,6 +209,7 @@ def _metrics_part(results: Sequence[Result], needed: Mapping[str, str]) -> list[
         name = f"{html.escape(metric.title)} {arrows[metric.better]}"
         rows.append([name, *(_with_interval(result.estimates.get(metric.name)) for result in results), *half])
     rows.append(["calls of the network a video", *(str(result.calls) for result in results), "-", "-"])
+    rows.append(["passes in them, two where guidance is", *(f"{result.passes:g}" for result in results), "-", "-"])
     rows.append(["seconds a video, on this machine", *(number(result.seconds) for result in results), "-", "-"])
     text = (
         "With 95% intervals: bootstrap over videos of means, spread over halves of the videos for distances between "

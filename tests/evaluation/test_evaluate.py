@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from PIL import Image
 from ray.data import DataContext
 from tiny import FRAMES, SIZE, tiny_bundle, tiny_longer_bundle, write_dataset
 
-from cinemo.animate import AnimateRequest, Animation, animate
+from cinemo.animate import AnimateRequest, animate
 from cinemo.bundle import keep_beside, keep_calibration, load_bundle, read_card
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.evaluate import evaluate, sentences
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
 from cinemo.evaluation.measuring import Plan
 from cinemo.evaluation.protocols import PROTOCOLS
+from cinemo.evaluation.quality import made
 from cinemo.evaluation.scenes import DatasetScenes, Scene, as_given, open_scenes
 from cinemo.media.transforms import prepare_image
 from cinemo.types import InputError, LatentSample
@@ -59,7 +61,7 @@ def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path
     assert f"PSNR to the real continuation (dB): {psnr['value']:.4g}" in told
     assert not any("FVD" in line or STRAY.search(line) for line in told)
     assert not any("motion control" in line for line in sentences({**metrics, "motion_spearman": None}))
-    assert metrics["calls_a_video"] == 2
+    assert (metrics["calls_a_video"], metrics["passes_a_video"]) == (2, 4)  # guided in both
     assert metrics["seconds_a_video"] > 0
     assert metrics["protocol"]["videos"] == 2
     assert read_card(bundle).motion.calibration is None
@@ -91,14 +93,18 @@ def test_a_stopped_evaluation_goes_on_and_a_longer_one_adds_to_it(
     calls: list[Any] = []
     stops = [3]
 
-    def counted(*given: Any) -> Animation:
-        calls.append(given)
-        if len(calls) in stops:
-            stops.clear()
-            raise ConnectionError("stopped")
-        return animate(*given)
+    def counting(work: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any) -> Any:
+            calls.append(given)
+            if len(calls) in stops:
+                stops.clear()
+                raise ConnectionError("stopped")
+            return work(*given)
 
-    monkeypatch.setattr("cinemo.evaluation.measuring.animate", counted)
+        return counted
+
+    monkeypatch.setattr("cinemo.evaluation.measuring.animate", counting(animate))
+    monkeypatch.setattr("cinemo.evaluation.measuring.made", counting(made))
     with pytest.raises(ConnectionError):
         measured(bundle, dataset, tmp_path / "parts", limit=5)
     again = measured(bundle, dataset, tmp_path / "parts", limit=5)
