@@ -115,7 +115,7 @@ def test_one_assignment_may_need_another() -> None:
         ("data.size=[60, 96]", "expected multiples of 8"),
         ("data.frame_interval=[5, 3]", "expected 1 <= low <= high"),
         ("data.bucket_edges=[0.5]", "expected 19"),
-        ("train=3", "train"),
+        ("train=3", "train: has keys of its own; set one of them, as in train.betas=..."),
     ],
 )
 def test_a_wrong_assignment_is_one_line_that_names_the_key(assignment: str, message: str) -> None:

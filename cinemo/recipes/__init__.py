@@ -94,7 +94,10 @@ def parse_recipe(values: Mapping[str, Any], source: str) -> Recipe:
             got = "" if fault["type"] in ("missing", "value_error") else f" (got {fault['input']!r})"
             hint = _near(key, kind, name) if fault["type"] == "extra_forbidden" else ""
             leaf = key if key in every else ".".join(map(str, fault["loc"]))
-            faults.setdefault((leaf, got + hint), []).append(fault["msg"].removeprefix("Value error, "))
+            said = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] == "model_type" and (inside := [each for each in every if each.startswith(f"{key}.")]):
+                said = f"has keys of its own; set one of them, as in {min(inside)}=..."
+            faults.setdefault((leaf, got + hint), []).append(said)
         lines = [f"{key}: {' or: '.join(said)}{after}" for (key, after), said in faults.items()]
         raise InputError(f"{source}: " + "; ".join(lines)) from None
 
