@@ -526,6 +526,17 @@ def test_models(client: TestClient) -> None:
     assert (listed["id"], listed["size"], listed["seconds"], listed["motion_buckets"]) == (MODEL, "48x32", "0.75", 20)
 
 
+def test_head_says_what_get_does_without_the_body(client: TestClient) -> None:
+    video_id = post(client).json()["id"]
+    for path in ("/healthz", "/readyz", "/metrics", "/v1/models", f"/v1/models/{MODEL}", "/v1/videos", "/v1/models/x"):
+        got, head = client.get(path), client.head(path)
+        assert (head.status_code, head.headers["content-type"]) == (got.status_code, got.headers["content-type"]), path
+        assert not head.content
+    assert client.head(f"/v1/videos/{video_id}").headers["openai-poll-after-ms"] == "500"
+    assert client.head(f"/v1/videos/{video_id}/events").status_code == 405
+    assert "head" not in {method for path in client.get("/openapi.json").json()["paths"].values() for method in path}
+
+
 def test_a_failing_store_is_an_answer_without_its_reasons(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for fault, status in [(RunError(f"{store.media.uri}: lost"), 503), (OSError(f"{store.media.uri}: lost"), 500)]:
 

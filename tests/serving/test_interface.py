@@ -309,13 +309,14 @@ def test_a_client_that_leaves_while_it_waits_keeps_its_job(store: JobStore) -> N
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
-        ("PUT", "/v1/videos", "GET, POST, OPTIONS"),
-        ("POST", f"/v1/videos/{UNKNOWN}", "DELETE, GET, OPTIONS"),
+        ("PUT", "/v1/videos", "GET, HEAD, POST, OPTIONS"),
+        ("POST", f"/v1/videos/{UNKNOWN}", "DELETE, GET, HEAD, OPTIONS"),
         ("POST", f"/v1/videos/{UNKNOWN}/content", "GET, HEAD, OPTIONS"),
         ("GET", f"/v1/videos/{UNKNOWN}/remix", "POST, OPTIONS"),
         ("GET", "/v1/models", None),
+        ("POST", f"/v1/videos/{UNKNOWN}/events", "GET, OPTIONS"),
         ("POST", "/", "GET, HEAD, OPTIONS"),
-        ("BREW", "/healthz", "GET, OPTIONS"),
+        ("BREW", "/healthz", "GET, HEAD, OPTIONS"),
     ],
 )
 def test_allow_names_every_method_of_a_path(client: TestClient, method: str, path: str, allowed: str | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 
 import cinemo
 from cinemo.bundle import BundleCard
@@ -79,7 +80,25 @@ def build_api(
     add_events(api, store, streams)
     add_models(api, card, PictureLimits(bytes=settings.body_bytes, pixels=settings.pixels))
     add_operation(api, store, ready, exposition if settings.metrics != "off" else None)
+    answer_head(api)
     add_page(api)
     describe_webhooks(api)
     api.openapi = partial(describe, api, keys is not None, card)  # type: ignore[method-assign]
     return api
+
+
+def answer_head(api: FastAPI) -> None:
+    """HEAD is answered wherever GET is, without the body, which the server leaves out (RFC 9110, 9.3.2): watchers of
+    uptime ask so. Not where the answer has no end."""
+    routes = [route for route in api.routes if isinstance(route, APIRoute)]
+    own = {route.path for route in routes if "HEAD" in (route.methods or ())}
+    for route in routes:
+        if "GET" in (route.methods or ()) and route.path not in own and not route.path.endswith("/events"):
+            api.add_api_route(
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                include_in_schema=False,
+                response_model=route.response_model,
+                response_class=route.response_class,
+            )
