@@ -11,11 +11,9 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
-
-from cinemo.types import InputError
 
 FIRST_SECONDS, LINE_SECONDS, REWRITE_SECONDS = 2.5, 5.0, 1.0
 _POLL_SECONDS = 0.25
@@ -178,17 +176,3 @@ def counted(what: str, items: Iterable[T], total: int, unit: str) -> Iterator[T]
     """The same items, each counted once the next is asked for."""
     with doing(what, total, unit) as work:
         yield from work.counting(items)
-
-
-def refuse(faults: Sequence[str], all_of_them: str, say: Callable[[str], None] = say) -> None:
-    """Nothing where there is no fault; else end with the only one, or say each and end with ``all_of_them``.
-
-    Raises:
-        InputError: there are faults.
-    """
-    if len(faults) == 1:
-        raise InputError(faults[0])
-    for fault in faults:
-        say(fault)
-    if faults:
-        raise InputError(all_of_them)

@@ -55,6 +55,20 @@ def check_schema(found: object, known: int, what: str) -> None:
         raise InputError(f"{what}: has format {found}, this version of cinemo reads up to {known}; update cinemo")
 
 
+def refuse(faults: Sequence[str], all_of_them: str, say: Callable[[str], None]) -> None:
+    """Nothing where there is no fault; else end with the only one, or say each and end with ``all_of_them``.
+
+    Raises:
+        InputError: there are faults.
+    """
+    if len(faults) == 1:
+        raise InputError(faults[0])
+    for fault in faults:
+        say(fault)
+    if faults:
+        raise InputError(all_of_them)
+
+
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})  # of a full disk
 _BAD_PLACE = frozenset(
     {errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP}

@@ -16,8 +16,8 @@ from cinemo.evaluation.rendered import BARS, STEPS, measure_motion, misses
 from cinemo.evaluation.report import write_evaluation_report
 from cinemo.evaluation.scenes import Scenes, open_scenes
 from cinemo.media.synthetic import CLIP_FRAMES
-from cinemo.progress import doing, refuse, say
-from cinemo.types import InputError
+from cinemo.progress import doing, say
+from cinemo.types import InputError, refuse
 
 CARD = "README.md"
 

@@ -33,8 +33,8 @@ def log(tmp_path: Path) -> Path:
 
 def set_up(log: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     path = f"{log.parent / 'bin'}:{os.environ['PATH']}"
-    return subprocess.run(
-        [sys.executable, "-m", "tools.setup", str(log.parent / "venv")], cwd=ROOT, capture_output=True, text=True,
+    return subprocess.run(  # -S: with the standard library alone, as where nothing is installed yet
+        [sys.executable, "-S", "-m", "tools.setup", str(log.parent / "venv")], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PATH": path, "PIP_INDEX_URL": "file:///packages", **environment},
     )  # fmt: skip
 

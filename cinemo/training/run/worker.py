@@ -35,7 +35,7 @@ from cinemo.data.precompute.pools import ask_for_nodes, joined
 from cinemo.lock import Lock, hold
 from cinemo.methods import check_trainable, image_encoder_place, method_class
 from cinemo.networks.frozen import check_image_encoder
-from cinemo.progress import Work, doing, refuse, say
+from cinemo.progress import Work, doing, say
 from cinemo.tracking import preload
 from cinemo.training.checkpoint import checkpoints
 from cinemo.training.plan.cost import training_flops
@@ -60,7 +60,7 @@ from cinemo.training.run.ending import Ending
 from cinemo.training.run.growth import TrainingData, digest_of, opened
 from cinemo.training.run.starting import name_of, starting_point
 from cinemo.training.run.stored_states import with_stored_states
-from cinemo.types import InputError, RunError
+from cinemo.types import InputError, RunError, refuse
 
 _WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"  # Ray Train's: an actor that tells workers of nodes that will be taken
 _CHDIR = "RAY_CHDIR_TO_TRIAL_DIR"  # Ray Train's: whether workers leave the directory that relative places begin at
@@ -147,7 +147,7 @@ def _validation(place: str | None, recipe: Recipe) -> list[Prompt]:
         return []
     found = prompts.read(place, recipe)
     faults = prompts.faults(found, recipe)
-    refuse(faults, f"validation {place}: {len(faults)} of {len(found)} rows cannot be animated, as said above")
+    refuse(faults, f"validation {place}: {len(faults)} of {len(found)} rows cannot be animated, as said above", say)
     return found
 
 
