@@ -271,7 +271,7 @@ def _write_page(
         f"<h1>{frames} frames of {html.escape(bundle.recipe.name)}</h1>",
         f'<p class="lead">The network makes {bundle.recipe.data.frames} at once. Means over {len(prompts)} rendered '
         "pictures, with 95% intervals; the same seeds for all ways. Tem-Cons is of the class token of "
-        f"{html.escape(_encoder_place(bundle))}.</p>",
+        f"an image encoder: {html.escape(_encoder_place(bundle))}.</p>",
         table(header, rows),
         section(
             "What the columns say", "; ".join(f"{name.replace('_', ' ')}: {text}" for name, text in FIGURES.items())

@@ -94,7 +94,10 @@ def code(text: str) -> str:
 
 
 def number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """Three significant digits; four just below 1, where similarities differ in the last ones alone."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if 0.95 <= abs(value) < 1 else f"{value:.3g}"
 
 
 def write_page(uri: str, title: str, body: Sequence[str], before: str | None = None) -> str:
