@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl
@@ -18,6 +19,7 @@ from cinemo.evaluation.calibration import Calibration
 from cinemo.media.motion import motion_bucket
 
 INK, ACCENT, MUTED, GRID = "#1f2933", "#0b7285", "#868e96", "#e9ecef"
+_TICK_CHARACTERS = 75  # that fit below one of the figures
 _STYLE = {
     "font.size": 10,
     "axes.edgecolor": MUTED,
@@ -161,15 +163,16 @@ def loss_curve(steps: Sequence[int], losses: Sequence[float]) -> Figure:
 def calibration_curve(calibration: Calibration) -> Figure:
     """Measured motion over the value that was asked for: one thin line per picture, the mean in front, and a band that
     nine of ten videos are in."""
-    figure, axes = _figure(6.2, 3.0)
-    places = range(len(calibration.values))
-    for row in calibration.motion_PL:
-        axes.plot(places, row, color=MUTED, alpha=0.4, linewidth=0.8)
-    axes.fill_between(places, *calibration.interval_L, color=ACCENT, alpha=0.15, linewidth=0)
-    axes.plot(places, calibration.mean_L, color=ACCENT, linewidth=2.5, marker="o", markersize=4)
-    axes.set(xlabel=calibration.control.replace("_", " "), ylabel="measured motion (1 - SSIM)")
-    axes.set_xticks(list(places), [str(value) for value in calibration.values])
-    axes.set_ylim(0, None)
+    figure, axes = _by_value(calibration, calibration.motion_PL)
+    axes.fill_between(range(len(calibration.values)), *calibration.interval_L, color=ACCENT, alpha=0.15, linewidth=0)
+    axes.set_ylabel("measured motion (1 - SSIM)")
+    return figure
+
+
+def flow_curve(calibration: Calibration) -> Figure:
+    """Mean length of optical flow over the value that was asked for: one thin line per picture, the mean in front."""
+    figure, axes = _by_value(calibration, calibration.speed_PLS.mean(2))
+    axes.set_ylabel("optical flow (pixels a frame)")
     return figure
 
 
@@ -237,6 +240,20 @@ def _figure(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height))
         return figure, figure.subplots()
+
+
+def _by_value(calibration: Calibration, measured_PL: np.ndarray) -> tuple[Figure, mpl.axes.Axes]:
+    figure, axes = _figure(6.2, 3.0)
+    places = range(len(calibration.values))
+    for row in measured_PL:
+        axes.plot(places, row, color=MUTED, alpha=0.4, linewidth=0.8)
+    axes.plot(places, measured_PL.mean(0), color=ACCENT, linewidth=2.5, marker="o", markersize=4)
+    labels = [f"{value:g}" for value in calibration.values]
+    every = math.ceil(len(labels) * (max(map(len, labels)) + 1.5) / _TICK_CHARACTERS)  # labels side by side
+    axes.set_xticks(places[::every], labels[::every])
+    axes.set_xlabel(calibration.control.replace("_", " "))
+    axes.set_ylim(0, None)
+    return figure, axes
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float, rows: int = 4) -> str:

@@ -17,6 +17,7 @@ from cinemo.evaluation.figures import (
     contact_sheet,
     data_uri,
     duration_bars,
+    flow_curve,
     image_png,
     loss_curve,
     motion_histogram,
@@ -274,6 +275,7 @@ def _control_part(results: Sequence[Result], drifts: Sequence[Drift | None]) -> 
         pair(
             (calibration_curve(first), "Measured motion by value. Thin: each picture. Band: nine of ten videos."),
             (strength_curve(calibrated), "Motion by strength: a straight line is a control that obeys."),
+            (flow_curve(first), "Optical flow by value: what SSIM says, by another measure."),
         ),
         table([*header, "dead values", "saturated values"], rows),
     ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from cinemo.evaluation.calibration import Calibration, drift, levels, rank_correlation
+from cinemo.evaluation.figures import calibration_curve, flow_curve
 from cinemo.types import InputError
 
 
@@ -125,3 +130,14 @@ def test_a_calibration_is_stored_whole() -> None:
 def test_levels_of_a_control() -> None:
     assert levels(range(20), 5) == (0, 5, 10, 14, 19)
     assert levels((9, 6, 3), 5) == (9, 6, 3)
+
+
+@pytest.mark.parametrize("figure_of", [calibration_curve, flow_curve])
+@pytest.mark.parametrize("values", [range(20), np.linspace(3, 10, 20).round(2), np.linspace(0, 1200, 20).round()])
+def test_labels_of_values_do_not_overlap(figure_of: Callable[[Calibration], Figure], values: Sequence[float]) -> None:
+    motion_PLS = np.linspace(0, 1, 20)[None, :, None]
+    figure = figure_of(Calibration("frame_rate", tuple(values), motion_PLS, motion_PLS))
+    figure.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert len(boxes) >= 5
+    assert all(box.x1 < after.x0 for box, after in itertools.pairwise(boxes))
