@@ -34,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--rendered", type=int, metavar="N", help="measure motion on N rendered scenes of each kind, with no dataset"
     )
     parser.add_argument(
+        "--as-files",
+        action="store_true",
+        help="with --rendered: ask for the motion that a scene has as an mp4 file, whose compression counts as motion; "
+        "for what was trained on files",
+    )
+    parser.add_argument(
         "--knobs",
         type=int,
         metavar="N",
@@ -106,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--data, --rendered, --knobs and --long: expected one of them, a dataset or pictures, a number of rendered "
             "clips, or one of frames"
         )
+    if arguments.as_files and arguments.rendered is None:
+        raise InputError("--as-files: expected beside --rendered alone, it is about rendered scenes")
     if arguments.long is not None:
         write_long(
             arguments.bundle, arguments.output, arguments.long, arguments.limit, arguments.steps, arguments.device
@@ -118,7 +126,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if arguments.rendered is not None:
         evaluate_rendered(
-            arguments.bundle, arguments.output, arguments.rendered, arguments.steps, arguments.seed, arguments.device
+            arguments.bundle,
+            arguments.output,
+            arguments.rendered,
+            arguments.steps,
+            arguments.seed,
+            arguments.device,
+            as_files=arguments.as_files,
         )
         return
     plan = Plan(

@@ -174,11 +174,13 @@ def evaluate_rendered(
     seed: int = 0,
     device: str | None = None,
     say: Callable[[str], None] = say,
+    as_files: bool = False,
 ) -> dict[str, Any]:
     """Write ``motion.json`` under ``output``: `cinemo.evaluation.rendered` for one bundle; returns its figures.
 
     Args:
         count: rendered scenes of each kind.
+        as_files: ask for the motion that a scene has as an mp4 file; for a bundle that was trained on files.
 
     Raises:
         InputError: no bundle there, or its recipe asks for more frames than a rendered scene has.
@@ -193,12 +195,12 @@ def evaluate_rendered(
             f"--rendered: recipe {bundle.recipe.name} needs {data.frame_interval[0] * (data.frames - 1) + 1} frames "
             f"of a scene (interval {data.frame_interval[0]}), rendered ones have {CLIP_FRAMES}"
         )
-    figures = measure_motion(bundle, count, steps or STEPS, seed, say)
+    figures = measure_motion(bundle, count, steps or STEPS, seed, say, as_files)
     missed = misses(figures)
     for name, (sign, bar) in ((name, bar) for name, bar in BARS.items() if name in figures):
         shown = f"missed by {missed[name]:.3f}" if name in missed else "met"
         say(f"{name}: {figures[name]:.3f} ({sign} {bar:g}: {shown})")
     place = storage.join(output, "motion.json")
-    storage.write_json(place, {"bundle": bundle.digest} | figures)
+    storage.write_json(place, {"bundle": bundle.digest, "as_files": as_files} | figures)
     say(f"{len(BARS.keys() & figures.keys()) - len(missed)} met, {len(missed)} missed; every figure: {place}")
     return figures

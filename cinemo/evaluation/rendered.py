@@ -12,9 +12,11 @@ each pixel went, where the shape is, which way the words point. Two kinds of fig
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,10 @@ from cinemo.evaluation.drawn import measure_drawn
 from cinemo.evaluation.metrics.frames import psnr
 from cinemo.media.flow import dense_flow
 from cinemo.media.motion import mean_adjacent_ssim, motion_bucket
+from cinemo.media.mp4 import write_video
 from cinemo.media.synthetic import CLIP_FRAMES, FPS, Scene, render_scene
 from cinemo.media.transforms import prepare_image
+from cinemo.media.video import read_frames
 from cinemo.methods import at_motion
 from cinemo.progress import counted, doing
 from cinemo.types import LatentBatch, LatentSample, keyed_generator
@@ -88,25 +92,32 @@ class TestClip:
         return float(np.hypot(*velocity)) * (self.times[1] - self.times[0])
 
 
-def rendered_test_set(bundle: ModelBundle, kind: str, count: int, seed: int = SEED) -> list[TestClip]:
+def rendered_test_set(
+    bundle: ModelBundle, kind: str, count: int, seed: int = SEED, as_files: bool = False
+) -> list[TestClip]:
     """``count`` unseen clips of one kind in the bundle's geometry; intervals go through the recipe's range in turn.
 
     Of moving kinds, those that move less than a tenth of a pixel a frame are passed over: they have no direction.
+
+    Args:
+        as_files: controls are measured on the frames that an mp4 file of the scene gives, as `precompute.py` does.
+            Compression adds grain, which SSIM counts as motion: the same movement lies a bucket higher.
     """
     data, index = bundle.recipe.data, 0
     clips: list[TestClip] = []
     low, high = data.frame_interval
     while len(clips) < count:
         interval = min(low + len(clips) * 3 % (high - low + 1), (CLIP_FRAMES - 1) // (data.frames - 1))
-        scene = render_scene(seed, index, data.size, kind=kind)
-        index += 1
+        number, index = index, index + 1
+        scene = render_scene(seed, number, data.size, kind=kind)
         # In the middle of the scene, where a shape is in the picture.
         start = (CLIP_FRAMES - 1 - interval * (data.frames - 1)) // 2
         times = tuple(start + interval * k for k in range(data.frames))
         frames_FHWC = scene.frames(times)
-        ssim = mean_adjacent_ssim(frames_FHWC, bundle.motion.metric)
+        seen_FHWC = _from_file(seed, number, kind, times, data.size) if as_files else frames_FHWC
+        ssim = mean_adjacent_ssim(seen_FHWC, bundle.motion.metric)
         cells = data.size[0] // 8, data.size[1] // 8
-        fields = {"flow": dense_flow(frames_FHWC, cells)}
+        fields = {"flow": dense_flow(seen_FHWC, cells)}
         sample = LatentSample(kind, kind, "", scene.caption, np.empty(0), ssim, FPS, interval, start, fields=fields)
         controls = bundle.method.controls_like(bundle.recipe, sample)
         clip = TestClip(scene, times, frames_FHWC, motion_bucket(ssim, bundle.motion.edges), controls)
@@ -116,12 +127,23 @@ def rendered_test_set(bundle: ModelBundle, kind: str, count: int, seed: int = SE
     return clips
 
 
+def _from_file(seed: int, index: int, kind: str, times: Sequence[int], size: tuple[int, int]) -> np.ndarray:
+    """Frames of the scene as `render_clips` stores it, half as large again as they are used."""
+    height, width = (3 * side // 4 * 2 for side in size)
+    scene = render_scene(seed, index, (height, width), kind=kind)
+    with tempfile.TemporaryDirectory(prefix="cinemo-") as directory:
+        path = Path(directory) / "scene.mp4"
+        write_video(path, scene.frames(range(CLIP_FRAMES)), FPS)
+        return read_frames(path, times, size)
+
+
 def measure_motion(
     bundle: ModelBundle,
     count: int = 12,
     steps: int = STEPS,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
+    as_files: bool = False,
 ) -> dict[str, Any]:
     """Every figure of this module for one bundle, JSON-ready; those of `BARS` and some beside them.
 
@@ -129,11 +151,12 @@ def measure_motion(
         count: clips of each moving kind; a third as many still ones, at least two. A picture of each kind, of less than
             three clips a single one, is animated at every level of motion.
         steps: sampling steps of the videos, with the recipe's own solver and guidance.
+        as_files: for weights that learnt from videos in files; see `rendered_test_set`.
     """
     few = max(2, count // 3)
     with doing("rendering test scenes"):
-        sets = {kind: rendered_test_set(bundle, kind, count) for kind in MOVING}
-        stills = rendered_test_set(bundle, "still", few)
+        sets = {kind: rendered_test_set(bundle, kind, count, as_files=as_files) for kind in MOVING}
+        stills = rendered_test_set(bundle, "still", few, as_files=as_files)
     figures: dict[str, Any] = {**explained(bundle, [clip for clips in sets.values() for clip in clips], seed)}
     say("one step from noise: " + ", ".join(f"{name} {figures[name]:.3f}" for name in _ASKED if name in figures))
 

@@ -397,7 +397,9 @@ def motion_part(motion: Mapping[str, Mapping[str, Any]]) -> list[str]:
             rows.append([html.escape(text), *(f"{figures['given'][name]:.3f}" for figures in motion.values()), ""])
     clips = next(iter(motion.values()))["clips_of_each_kind"]
     text = (
-        f"Unseen rendered scenes, {clips} of each kind, whose true motion the renderer knows. SSIM cannot measure this."
+        f"Unseen rendered scenes, {clips} of each kind, whose true motion the renderer knows, as SSIM does not. "
+        "Each model is asked for the motion that such a scene has in what it learnt from: rendered frames, or files, "
+        "whose compression SSIM counts as more motion."
     )
     names = {"base": "shipped base", "tuned": "fine-tuned here"}
     return [section("Does it move as asked?", text), table(["", *(names.get(n, n) for n in motion), "bar"], rows)]

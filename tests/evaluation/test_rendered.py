@@ -122,6 +122,18 @@ def test_test_clips_are_unseen_and_have_what_they_are_asked_with(base: ModelBund
         assert all(clip.frames_FHWC.shape == (16, 64, 96, 3) for clip in clips)
 
 
+def test_a_scene_as_a_file_asks_for_more_motion_and_is_judged_by_the_same_truth(base: ModelBundle) -> None:
+    pairs = list(zip(rendered_test_set(base, "pan", 4), rendered_test_set(base, "pan", 4, as_files=True), strict=True))
+    for clip, stored in pairs:
+        assert np.array_equal(clip.frames_FHWC, stored.frames_FHWC)
+        assert clip.times == stored.times
+        assert clip.bucket <= stored.bucket <= clip.bucket + 4
+        assert stored.controls["motion_bucket"] == stored.bucket
+    assert np.mean([stored.bucket - clip.bucket for clip, stored in pairs]) >= 0.5
+    [still] = rendered_test_set(base, "still", 1, as_files=True)
+    assert still.bucket <= 1
+
+
 def test_a_network_that_says_nothing_leaves_everything_unexplained(tmp_path: Path, base: ModelBundle) -> None:
     recipe = load_recipe("cinemo-tiny")
     unet = load_unet(recipe.model, "package:tiny/unet")
