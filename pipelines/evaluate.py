@@ -60,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="where the files go, local or s3://")
     parser.add_argument(
-        "--limit", type=int, default=4, metavar="N", help="samples or pictures to measure, one video each"
+        "--limit",
+        type=int,
+        metavar="N",
+        help="samples or pictures to measure, one video each (default: as many as --protocol has, or 4)",
     )
     parser.add_argument(
         "--pictures", type=int, default=4, metavar="N", help="of them, those that measure the control of motion"
@@ -112,12 +115,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--data, --rendered, --knobs and --long: expected one of them, a dataset or pictures, a number of rendered "
             "clips, or one of frames"
         )
+    protocol = protocol_of(arguments.protocol) if arguments.protocol else None
+    limit = arguments.limit if arguments.limit is not None else (protocol and protocol.videos) or 4
     if arguments.as_files and arguments.rendered is None:
         raise InputError("--as-files: expected beside --rendered alone, it is about rendered scenes")
     if arguments.long is not None:
-        write_long(
-            arguments.bundle, arguments.output, arguments.long, arguments.limit, arguments.steps, arguments.device
-        )
+        write_long(arguments.bundle, arguments.output, arguments.long, limit, arguments.steps, arguments.device)
         print(f"report: {arguments.output}/long.html")
         return
     if arguments.knobs is not None:
@@ -136,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         return
     plan = Plan(
-        limit=arguments.limit,
+        limit=limit,
         pictures=arguments.pictures,
         values=arguments.values,
         seeds=arguments.seeds,
@@ -145,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         noise=arguments.compare_noise,
         first_frame=not arguments.without_first_frame,
         extractors=tuple(arguments.extractor),
-        protocol=protocol_of(arguments.protocol) if arguments.protocol else None,
+        protocol=protocol,
     )
     metrics = evaluate(
         arguments.bundle,

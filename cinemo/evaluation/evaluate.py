@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cinemo import storage, tracking
@@ -20,6 +20,9 @@ from cinemo.progress import doing, say
 from cinemo.types import InputError, refuse
 
 CARD = "README.md"
+_MORE_VIDEOS = (
+    "needs at least 6 videos (--limit) for an interval and for the value at N/2, without which it says nothing"
+)
 
 
 def evaluate(
@@ -92,7 +95,7 @@ def evaluate(
             results,
             drifts,
             metrics["protocol"],
-            needed(result.extractors),
+            needed(result),
             scenes.dataset,
         )
     if track:
@@ -109,18 +112,30 @@ def evaluate(
 def sentences(metrics: Mapping[str, Any]) -> list[str]:
     """What `evaluate` found, for a person."""
     known = ((metric, metrics["metrics"][metric.name]) for metric in METRICS)
-    lines = [f"{metric.title}: {estimate['value']:.4g}" for metric, estimate in known if estimate is not None]
+    lines = [f"{metric.title}: {_estimate(estimate)}" for metric, estimate in known if estimate is not None]
     if metrics["motion_spearman"] is not None:
         lines.append(f"motion control, rank correlation of value and motion: {metrics['motion_spearman']:.3f}")
     return lines
 
 
-def needed(extractors: Collection[str]) -> dict[str, str]:
-    """By metric that stays empty, what to put where."""
-    missing = [metric for metric in METRICS if metric.needs in EXTRACTORS and metric.needs not in extractors]
+def _estimate(stored: Mapping[str, Any]) -> str:
+    """``0.51 [0.42, 0.6], 1.1 with half of 64 videos``."""
+    text = f"{stored['value']:.4g}"
+    if stored["low"] is not None:
+        text += f" [{stored['low']:.4g}, {stored['high']:.4g}]"
+    return (
+        text if stored["at_half"] is None else f"{text}, {stored['at_half']:.4g} with half of {stored['videos']} videos"
+    )
+
+
+def needed(result: Result) -> dict[str, str]:
+    """By metric that stays empty, what it needs."""
+    known = [metric for metric in METRICS if metric.needs in EXTRACTORS and metric.name not in result.estimates]
     return {
-        metric.name: f"needs --extractor {metric.needs}=PLACE: {EXTRACTORS[str(metric.needs)].expects}"
-        for metric in missing
+        metric.name: _MORE_VIDEOS
+        if metric.needs in result.extractors
+        else f"needs --extractor {metric.needs}=PLACE: {EXTRACTORS[str(metric.needs)].expects}"
+        for metric in known
     }
 
 
@@ -139,9 +154,17 @@ def _protocol(plan: Plan, scenes: Scenes, result: Result) -> dict[str, Any]:
     if plan.protocol is None:
         return facts
     stride = (min(strides), max(strides)) if strides else None
-    departures = plan.protocol.departures(facts["data"], facts["videos"], result.frames, stride, result.size)
+    departures = plan.protocol.departures(
+        facts["data"], facts["videos"], result.frames, stride, result.size, plan.first_frame
+    )
     departures.append("there are no real videos" if scenes.dataset is None else "real videos are decoded from latents")
-    named = {"name": plan.protocol.name, "source": plan.protocol.source, "unsaid": plan.protocol.unsaid}
+    named = {
+        "name": plan.protocol.name,
+        "source": plan.protocol.source,
+        "unsaid": plan.protocol.unsaid,
+        "prompts": plan.protocol.prompts,
+        "reported_there": list(plan.protocol.metrics),
+    }
     return facts | named | {"departures": departures}
 
 
@@ -159,6 +182,8 @@ def _track(output: str, result: Result, metrics: Mapping[str, Any], scenes: Scen
     run = tracking.Run(output, tracking.run_name("evaluate", result.name, scenes.uri, output), params=params)
     run.dataset(scenes.uri, scenes.fingerprint[:36], {"samples": metrics["samples"]}, context="evaluation")
     run.log(0, {name: estimate.value for name, estimate in result.estimates.items()})
+    halves = {f"{name}_at_half": each.at_half for name, each in result.estimates.items()}
+    run.log(0, {name: value for name, value in halves.items() if value is not None})
     run.log(0, {f"obedience_{name}": value for name, value in (metrics["obedience"] or {}).items()})
     for name in ("metrics.json", "report.html", CARD, *([CALIBRATION] if result.calibration else [])):
         run.text(name, storage.read_bytes(storage.join(output, name)).decode())

@@ -39,7 +39,23 @@ class Extractor(ABC):
 
 
 class FeatureExtractor(Extractor):
-    """One that makes feature rows of a video."""
+    """One that makes feature rows of a video. ``width``: of the network that its metrics are defined by."""
+
+    width: ClassVar[int | None] = None
+
+    def rows(self, frames_FHWC: np.ndarray) -> np.ndarray:
+        """`features`, checked: another network's are not called by the name of this one's metrics.
+
+        Raises:
+            InputError: of another width.
+        """
+        rows = self.features(frames_FHWC)
+        if self.width is not None and (rows.ndim != 2 or rows.shape[1] != self.width):
+            raise InputError(
+                f"--extractor {self.name}={self.location}: answers with {rows.shape}, expected (rows, {self.width}): "
+                f"{self.expects}"
+            )
+        return rows
 
     @abstractmethod
     def features(self, frames_FHWC: np.ndarray) -> np.ndarray:
@@ -75,7 +91,7 @@ class _TorchScript(Extractor):
 class I3D(_TorchScript, FeatureExtractor):
     """Of FVD (arXiv 1812.01717) and KVD: the layer before the classes of an I3D that knows Kinetics-400."""
 
-    name = "i3d"
+    name, width = "i3d", 400
     expects = (
         "I3D of Kinetics-400 as TorchScript, the one that StyleGAN-V's metrics use: called with (B, 3, F, H, W) levels "
         "0..255 and rescale, resize and return_features, it returns (B, 400)"
@@ -89,7 +105,7 @@ class I3D(_TorchScript, FeatureExtractor):
 class Inception(_TorchScript, FeatureExtractor):
     """Of FID (arXiv 1706.08500), frame by frame."""
 
-    name = "inception"
+    name, width = "inception", 2048
     expects = (
         "Inception-v3 of the original FID as TorchScript, the one that StyleGAN3's metrics use: called with uint8 "
         "(B, 3, H, W) and return_features, it returns (B, 2048)"
@@ -104,7 +120,7 @@ class Inception(_TorchScript, FeatureExtractor):
 class C3D(_TorchScript, FeatureExtractor):
     """Of the Inception score on UCF-101: classes of a video."""
 
-    name = "c3d"
+    name, width = "c3d", 101
     expects = "C3D of UCF-101 as TorchScript: called with (B, 3, F, H, W) levels 0..255, it returns (B, 101) logits"
 
     def features(self, frames_FHWC: np.ndarray) -> np.ndarray:
@@ -170,7 +186,7 @@ class PairwiseDistance(_TorchScript):
         levels = _channels_first(frames_FHWC).to(self.device) / 255 * (1 - self.low) + self.low
         if self.side is None:
             return levels
-        return functional.interpolate(levels, (self.side, self.side), mode="bicubic", antialias=True)
+        return functional.interpolate(levels, (self.side, self.side), mode="bicubic", antialias=True).clamp(self.low, 1)
 
 
 class Lpips(PairwiseDistance):
@@ -223,6 +239,8 @@ def load_extractors(assignments: Sequence[str], device: torch.device | str = "cp
         name, found, place = word.partition("=")
         if not found or not place or name not in EXTRACTORS:
             raise InputError(f"--extractor {word!r}: expected NAME=PLACE with one of {', '.join(EXTRACTORS)}")
+        if name in loaded:
+            raise InputError(f"--extractor {word!r}: {name} is {loaded[name].location} already, expected it once")
         loaded[name] = EXTRACTORS[name](place, device)
     return loaded
 

@@ -20,7 +20,7 @@ from cinemo import storage
 from cinemo.bundle import load_bundle
 from cinemo.evaluation.extractors import FeatureExtractor, LatentStatistics, load_extractors
 from cinemo.evaluation.figures import knob_bars
-from cinemo.evaluation.metrics.distributions import Population
+from cinemo.evaluation.metrics.distributions import Population, group_of_number
 from cinemo.evaluation.metrics.estimates import Estimate, frechet
 from cinemo.evaluation.page import chart, number, section, table, write_page
 from cinemo.evaluation.scenes import as_given
@@ -121,9 +121,11 @@ class KnobMeter:
     def __call__(self, knobs: Knobs) -> Estimate:
         real, made = Population(), Population()
         for place in range(round(self._videos * knobs.share)):
-            video = f"{place:06d}"
-            real.add(video, self._features(place, knobs.real_stride or knobs.stride, knobs.resize, knobs.first_frame))
-            made.add(video, self._features(place, knobs.stride, "", knobs.first_frame))
+            video, group = f"{place:06d}", group_of_number(place)
+            real.add(
+                video, self._features(place, knobs.real_stride or knobs.stride, knobs.resize, knobs.first_frame), group
+            )
+            made.add(video, self._features(place, knobs.stride, "", knobs.first_frame), group)
         return frechet(real, made)
 
     def _features(self, place: int, stride: int, resize: str, first_frame: bool) -> np.ndarray:
@@ -143,7 +145,7 @@ class KnobMeter:
                 given_FHWC = as_given(frames_FHWC, self._size)
                 seen_FHWC = np.stack([cv2.GaussianBlur(frame, (0, 0), SOFTNESS) for frame in given_FHWC])
                 seen_FHWC[0] = given_FHWC[0]
-            self._rows[key] = self._extractor.features(seen_FHWC if first_frame else seen_FHWC[1:])
+            self._rows[key] = self._extractor.rows(seen_FHWC if first_frame else seen_FHWC[1:])
         return self._rows[key]
 
 

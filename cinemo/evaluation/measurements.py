@@ -15,7 +15,7 @@ import numpy as np
 
 from cinemo.evaluation.calibration import Calibration
 from cinemo.evaluation.extractors import Clip, Extractor, FeatureExtractor, PairwiseDistance
-from cinemo.evaluation.metrics.distributions import Population
+from cinemo.evaluation.metrics.distributions import LIMIT, Population
 from cinemo.evaluation.metrics.estimates import Estimate, frechet, inception, kernel, mean_of
 from cinemo.evaluation.metrics.frames import (
     dynamic_degree,
@@ -32,6 +32,7 @@ from cinemo.evaluation.metrics.similarity import (
     perceptual_input_conformity,
     temporal_consistency,
 )
+from cinemo.types import InputError
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ METRICS = (
     Metric("first_frame_consistency", "SSIM of later frames with the first one", None, ""),
     Metric("motion", "motion (1 - mean SSIM of neighbouring frames)", None, ""),
     Metric("motion_of_clip", "the same of the real clips", None, ""),
-    Metric("dynamic_degree", "dynamic degree, graded (1 is VBench's threshold)", None, ""),
+    Metric("dynamic_degree", "dynamic degree, graded (flow of the fastest 5%; 1: 6 pixels at a side of 256)", None, ""),
     Metric("temporal_flickering", "temporal flickering (VBench; 1 is none)", None, "higher"),
 )
 _KEEP_ROWS = ("i3d", "c3d")
@@ -115,8 +116,14 @@ class Seen:
                     "tem_cons": temporal_consistency(embeddings_FD),
                 }
             elif isinstance(extractor, FeatureExtractor):
-                made = extractor.features(made_FHWC)
-                features[name] = extractor.features(real_FHWC) if pair.has_clip else made[:0], made
+                made = extractor.rows(made_FHWC)
+                features[name] = extractor.rows(real_FHWC) if pair.has_clip else made[:0], made
+                largest = max(float(np.abs(rows).max(initial=0.0)) for rows in features[name])
+                if not largest < LIMIT:  # neither is what is not a number
+                    raise InputError(
+                        f"video {pair.video}: the largest feature of {name} is {largest}, expected finite ones below "
+                        f"{LIMIT:g}; see what the network makes of it"
+                    )
         return cls(figures, features)
 
     def to_bytes(self) -> bytes:
@@ -146,8 +153,17 @@ class Measurements:
         self.real: dict[str, Population] = {}
         self.made: dict[str, Population] = {}
 
-    def add(self, video: str, seen: Seen) -> None:
-        """Count one pair; every pair has an id of its own."""
+    def add(self, video: str, seen: Seen, group: int | None = None) -> None:
+        """Count one pair.
+
+        Args:
+            group: see `Population.add`.
+
+        Raises:
+            InputError: the id is there already; every pair has its own.
+        """
+        if any(video in values for values in self.figures.values()):
+            raise InputError(f"video {video} is there twice; ids must differ")
         for name, value in seen.figures.items():
             self.figures.setdefault(name, {})[video] = value
         for name, rows in seen.features.items():
@@ -156,17 +172,23 @@ class Measurements:
                     continue
                 if name not in populations:
                     populations[name] = Population(keep_rows=name in _KEEP_ROWS)
-                populations[name].add(video, each)
+                populations[name].add(video, each, group)
 
     def __add__(self, other: Measurements) -> Measurements:
         joined = Measurements()
         for name in {**self.figures, **other.figures}:
+            if both := self.figures.get(name, {}).keys() & other.figures.get(name, {}).keys():
+                raise InputError(f"video {min(both)} is there twice; ids must differ")
             joined.figures[name] = self.figures.get(name, {}) | other.figures.get(name, {})
         joined.real, joined.made = _joined(self.real, other.real), _joined(self.made, other.made)
         return joined
 
     def estimates(self) -> dict[str, Estimate]:
-        """By name, of `METRICS` those that there is something for."""
+        """By name, of `METRICS` those that there is something for.
+
+        Distances by the networks of the papers (FVD, KVD, FID, IS) only with an interval and the value at N/2: without
+        them they say nothing. In the groups of `group_of_number` that takes 6 videos.
+        """
         found: dict[str, Estimate] = {}
         for metric in METRICS:
             if metric.name in self.figures:
@@ -177,6 +199,8 @@ class Measurements:
                     found["is"] = inception(made)
                 elif real is not None:
                     found[metric.name] = (kernel if metric.name == "kvd" else frechet)(real, made)
+                if metric.needs != "latents" and metric.name in found and found[metric.name].low is None:
+                    del found[metric.name]
         return found
 
 

@@ -23,6 +23,7 @@ from cinemo.bundle import ModelBundle, load_bundle
 from cinemo.evaluation.calibration import Calibration, levels
 from cinemo.evaluation.extractors import LatentStatistics, load_extractors
 from cinemo.evaluation.measurements import Measurements, Pair, Result, Seen, Shown
+from cinemo.evaluation.metrics.distributions import group_of_number
 from cinemo.evaluation.metrics.frames import flow_speed, motion
 from cinemo.evaluation.noise import compare_noise
 from cinemo.evaluation.protocols import Protocol
@@ -30,8 +31,9 @@ from cinemo.evaluation.quality import made
 from cinemo.evaluation.scenes import Scene, Scenes, as_given
 from cinemo.methods import method_class
 from cinemo.progress import counted, doing
-from cinemo.types import InputError
+from cinemo.types import InputError, keyed_seed
 
+VERSION = 2  # of what is measured: parts of another one are measured again
 SHOWN = 8  # videos on the page
 Say = Callable[[str], None]
 Picture = tuple[str, np.ndarray, str]
@@ -48,7 +50,7 @@ class Plan:
         values: of that control, at most, from the least motion to the most.
         seeds: videos of each picture and value.
         steps: sampling steps; None: what a bundle's recipe says.
-        seed: of the videos; of several seeds the first.
+        seed: of the videos, each of which has a seed of its own by it and its key; of several seeds the first.
         noise: also compare the method's ways to draw the initial noise, on the same pictures.
         first_frame: whether the given frame counts in what networks see of a video.
         extractors: networks that metrics need, as ``NAME=PLACE`` (`cinemo.evaluation.extractors`).
@@ -88,7 +90,7 @@ class Measurer:
         self.identities = {name: extractor.identity for name, extractor in self.extractors.items()}
         self._parts = storage.join(output, "parts")
         networks = sorted(map(str, self.identities.items()))
-        asked = [bundle.digest, plan.steps, plan.seed, plan.first_frame, networks, scenes.fingerprint]
+        asked = [VERSION, bundle.digest, plan.steps, plan.seed, plan.first_frame, networks, scenes.fingerprint]
         self._videos = storage.join(self._parts, _digest(asked))
 
     def scene(self, number: int) -> tuple[Scene, Seen, Pair | None]:
@@ -118,8 +120,14 @@ class Measurer:
         return scene, seen, pair if show else None
 
     def _request(self, scene: Scene, frames_FHWC: np.ndarray) -> AnimateRequest:
-        wanted = {"steps": self.plan.steps, "seed": self.plan.seed, **scene.controls(self.bundle)}
+        wanted = {"steps": self.plan.steps, "seed": self._seed(scene), **scene.controls(self.bundle)}
+        if len(frames_FHWC) > self.bundle.recipe.data.frames:
+            wanted["frames"] = len(frames_FHWC)
         return AnimateRequest(frames_FHWC[0], scene.prompt, **wanted)
+
+    def _seed(self, scene: Scene) -> int:
+        """Of each scene another, or all videos would begin with the same noise. Small enough for a server's JSON."""
+        return keyed_seed(self.plan.seed, scene.key) >> 31
 
     def picture(self, number: int) -> Picture:
         """The picture of a scene, with its prompt."""
@@ -196,9 +204,9 @@ class Measurer:
         measurements, rows, shown = Measurements(), [], []
         for number in counted(f"measuring {bundle.recipe.name}", range(total), total, "samples"):
             scene, seen, pair = self.scene(number)
-            measurements.add(scene.key, seen)
+            measurements.add(scene.key, seen, group_of_number(number))
             controls = scene.controls(bundle)
-            rows.append({"clip": scene.name, **scene.facts, **controls, **seen.figures})
+            rows.append({"clip": scene.name, **scene.facts, "seed": self._seed(scene), **controls, **seen.figures})
             if pair is not None:
                 shown.append(Shown(scene.name, scene.prompt, _said(controls), pair.real_FHWC, pair.made_FHWC))
             say(f"{bundle.recipe.name}: sample {number + 1}/{total}: {scene.name}")
@@ -210,7 +218,7 @@ class Measurer:
             bundle.recipe.name,
             bundle.digest,
             plan.steps or bundle.recipe.sample.steps,
-            bundle.recipe.data.frames,
+            self.scenes.frames(bundle),
             bundle.recipe.data.size,
             calls,
             passes,

@@ -16,7 +16,8 @@ class Protocol:
     """One paper's way to measure on one dataset.
 
     Attributes:
-        videos: how many are generated, each from a real clip; their first frames are the given pictures.
+        videos: how many are generated, each from a real clip; their first frames are the given pictures. None where the
+            paper does not say.
         frames: of each video, real and generated.
         frame_stride: of real clips; None where the paper does not say.
         size: (H, W) that both are measured at; None: the model's.
@@ -28,7 +29,7 @@ class Protocol:
 
     name: str
     dataset: str
-    videos: int
+    videos: int | None
     frames: int
     frame_stride: int | None
     size: tuple[int, int] | None
@@ -38,19 +39,28 @@ class Protocol:
     unsaid: str = ""
 
     def departures(
-        self, dataset: str, videos: int, frames: int, frame_strides: tuple[int, int] | None, size: tuple[int, int]
+        self,
+        dataset: str,
+        videos: int,
+        frames: int,
+        frame_strides: tuple[int, int] | None,
+        size: tuple[int, int],
+        first_frame: bool = True,
     ) -> list[str]:
         """In words, where a measurement is not as the protocol has it.
 
         Args:
-            dataset: what was measured on, as its owner calls it.
+            dataset: what was measured on, as its owner calls it: a name that begins as the protocol's is taken for it.
             frame_strides: (smallest, largest) of the real clips; None: there are none.
+            first_frame: whether the given frame counts in what networks see.
         """
         found = []
-        if dataset != self.dataset:
+        if not _plain(dataset).startswith(_plain(self.dataset).split()[0]):
             found.append(f"on {dataset}, not {self.dataset}")
-        if videos != self.videos:
+        if self.videos is not None and videos != self.videos:
             found.append(f"{videos} videos, not {self.videos}")
+        if not first_frame:
+            found.append("without the given frame, which the paper does not leave out")
         if frames != self.frames:
             found.append(f"{frames} frames, not {self.frames}")
         if self.frame_stride and frame_strides and set(frame_strides) != {self.frame_stride}:
@@ -84,12 +94,14 @@ PROTOCOLS = {
             "which pairs of frames are compared: neighbours here; frames are 4 a second",
         ),
         Protocol(
-            "trip-dtdb", "DTDB (fires, clouds, vegetation, waterfall)", 2048, 16, None, (256, 256), "class names",
-            ("fid", "fvd"), _TRIP, "the number of videos; FID is of all frames of all videos here",
+            "trip-dtdb", "DTDB (fires, clouds, vegetation, waterfall)", None, 16, None, (256, 256), "class names",
+            ("fid", "fvd"), _TRIP,
+            "the number of videos; whether figures are means of the four categories, which are one set here; FID is "
+            "of all frames of all videos here; frames are 4 a second",
         ),
         Protocol(
             "trip-msrvtt", "MSR-VTT validation", 2990, 16, None, (256, 256), "captions", ("fid", "fvd"), _TRIP,
-            "which of a clip's 20 captions; FID is of all frames of all videos here",
+            "which of a clip's 20 captions; FID is of all frames of all videos here; frames are 4 a second",
         ),
         Protocol(
             "longer-16", "Pixabay", 1024, 16, None, (512, 512), "none", ("fvd", "psnr", "ssim", "lpips", "tem_cons"),
@@ -109,6 +121,11 @@ PROTOCOLS = {
         ),
     )
 }  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    """``WebVid-10M validation`` as ``webvid10m validation``."""
+    return "".join(letter for letter in name.lower() if letter.isalnum() or letter == " ")
 
 
 def protocol_of(name: str) -> Protocol:

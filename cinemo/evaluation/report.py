@@ -196,31 +196,39 @@ def _with_interval(estimate: Estimate | None) -> str:
         return "-"
     if estimate.low is None or estimate.high is None:
         return number(estimate.value)
-    return f'{number(estimate.value)} <span class="note">[{number(estimate.low)}, {number(estimate.high)}]</span>'
+    half = "" if estimate.at_half is None else f"; N/2: {number(estimate.at_half)}"
+    interval = f"[{number(estimate.low)}, {number(estimate.high)}]{half}"
+    return f'{number(estimate.value)} <span class="note">{interval}</span>'
 
 
 def _metrics_part(results: Sequence[Result], needed: Mapping[str, str]) -> list[str]:
-    """One row per metric with a column per bundle; distances also with half of the videos."""
+    """One row per metric with a column per bundle; of the first bundle's distances also what they go to."""
     arrows = {"higher": "↑", "lower": "↓", "": ""}
     rows = []
     for metric in METRICS:
         estimate = results[0].estimates.get(metric.name)
-        half = [_short(None) if estimate is None or estimate.at_half is None else number(estimate.at_half)]
-        half += [_short(None) if estimate is None or estimate.extrapolated is None else number(estimate.extrapolated)]
+        far = None if estimate is None else estimate.extrapolated
         name = f"{html.escape(metric.title)} {arrows[metric.better]}"
-        rows.append([name, *(_with_interval(result.estimates.get(metric.name)) for result in results), *half])
-    rows.append(["calls of the network a video", *(str(result.calls) for result in results), "-", "-"])
-    rows.append(["passes in them, two where guidance is", *(f"{result.passes:g}" for result in results), "-", "-"])
-    rows.append(["seconds a video, on this machine", *(number(result.seconds) for result in results), "-", "-"])
+        rows.append(
+            [
+                name,
+                *(_with_interval(result.estimates.get(metric.name)) for result in results),
+                "-" if far is None else number(far),
+            ]
+        )
+    rows.append(["calls of the network a video", *(str(result.calls) for result in results), "-"])
+    rows.append(["passes in them, two where guidance is", *(f"{result.passes:g}" for result in results), "-"])
+    rows.append(["seconds a video, on this machine", *(number(result.seconds) for result in results), "-"])
     text = (
         "With 95% intervals: bootstrap over videos of means, spread over halves of the videos for distances between "
-        "sets. Such a distance falls as videos are added; beside it stand what half of them give and what it goes to."
+        "sets. These fall as videos are added: N/2 is what half of them give, the last column what they go to, if "
+        "there are enough videos to tell."
     )
     page = [section("Metrics", text)]
-    page.append(table(["metric", *(_named(result) for result in results), "at N/2", "at infinity"], rows))
+    page.append(table(["metric", *(_named(result) for result in results), "at infinity"], rows))
     if needed:
         entries = "".join(f"<li>{code(name)} {html.escape(text)}</li>" for name, text in needed.items())
-        page.append(f"<details><summary>Metrics without weights</summary><ul>{entries}</ul></details>")
+        page.append(f"<details><summary>What empty metrics need</summary><ul>{entries}</ul></details>")
     return page
 
 

@@ -108,6 +108,10 @@ class Scenes(Sequence[Scene]):
     def fingerprint(self) -> str:
         """Tells scenes from those of another place that have the same keys; a picture's key does so by itself."""
 
+    def frames(self, bundle: ModelBundle) -> int:
+        """Of the videos that are generated: as many as the clips have."""
+        return bundle.recipe.data.frames
+
     def check(self, bundle: ModelBundle) -> None:
         """
         Raises:
@@ -142,14 +146,18 @@ class DatasetScenes(Scenes):
     def fingerprint(self) -> str:
         return str(self._index.info["fingerprint"])
 
+    def frames(self, bundle: ModelBundle) -> int:
+        return len(self[0].sample.latents_FCHW)
+
     def check(self, bundle: ModelBundle) -> None:
         height, width = (side // bundle.vae.downscale for side in bundle.recipe.data.size)
         expected = (bundle.recipe.data.frames, bundle.vae.latent_channels, height, width)
         got = self[0].sample.latents_FCHW.shape
-        if got != expected:
+        makes_longer = "frames" in bundle.method.controls_type.model_fields
+        if got[1:] != expected[1:] or got[0] < expected[0] or (got[0] > expected[0] and not makes_longer):
             raise InputError(
                 f"--data {self.uri}: its latents are {got}, bundle {bundle.recipe.name} makes {expected} "
-                "(frames, channels, rows, columns); give a dataset made with that recipe"
+                f"(frames{' or more' * makes_longer}, channels, rows, columns); give a dataset made with that recipe"
             )
 
 

@@ -26,6 +26,7 @@ from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.evaluate import evaluate, sentences
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
 from cinemo.evaluation.measuring import Plan
+from cinemo.evaluation.metrics.frames import motion
 from cinemo.evaluation.protocols import PROTOCOLS
 from cinemo.evaluation.quality import made
 from cinemo.evaluation.scenes import DatasetScenes, Scene, as_given, open_scenes
@@ -58,7 +59,8 @@ def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path
     assert psnr["low"] <= psnr["value"] <= psnr["high"]
     assert metrics["metrics"]["fvd"] is None
     told = sentences(metrics)
-    assert f"PSNR to the real continuation (dB): {psnr['value']:.4g}" in told
+    interval = f"[{psnr['low']:.4g}, {psnr['high']:.4g}]"
+    assert f"PSNR to the real continuation (dB): {psnr['value']:.4g} {interval}" in told
     assert not any("FVD" in line or STRAY.search(line) for line in told)
     assert not any("motion control" in line for line in sentences({**metrics, "motion_spearman": None}))
     assert (metrics["calls_a_video"], metrics["passes_a_video"]) == (2, 4)  # guided in both
@@ -81,9 +83,39 @@ def test_evaluation_writes_its_three_files(bundle: Path, dataset: Path, tmp_path
     page = (tmp_path / "report.html").read_text()
     assert "not &lt;a&gt; video" in page
     assert 'src="http' not in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert page.count("data:video/mp4;base64,") == 4
     assert "needs --extractor i3d=PLACE: I3D of Kinetics-400" in page
+
+
+def test_every_video_has_a_noise_of_its_own(bundle: Path, dataset: Path, tmp_path: Path) -> None:
+    rows = measured(bundle, dataset, tmp_path, limit=3, pictures=0)["per_sample"]
+    assert len({row["seed"] for row in rows}) == 3
+    loaded, scene = load_bundle(bundle, "cpu"), open_scenes(str(dataset), 3)[1]
+    controls = {"steps": 2, "seed": rows[1]["seed"], **scene.controls(loaded)}
+    made = animate(loaded, AnimateRequest(scene.frames(loaded)[0], scene.prompt, **controls))
+    assert motion(made.frames_FHWC) == pytest.approx(rows[1]["motion"], abs=1e-9)
+
+
+def test_clips_longer_than_the_network_makes_are_met_by_videos_as_long(bundle: Path, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "long", (FRAMES + 3, 4, SIZE[0] // 8, SIZE[1] // 8))
+    metrics = measured(bundle, dataset, tmp_path / "out", pictures=0, protocol=PROTOCOLS["longer-125"])
+    assert metrics["protocol"]["frames"] == FRAMES + 3
+    assert f"{FRAMES + 3} frames, not 125" in metrics["protocol"]["departures"]
+    assert metrics["metrics"]["psnr"]["videos"] == 2
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_measurement_by_the_protocol_departs_in_nothing(name: str) -> None:
+    protocol = PROTOCOLS[name]
+    strides = (protocol.frame_stride or 3,) * 2
+    folder = protocol.dataset.split()[0].lower()
+    asked = (folder, protocol.videos or 9, protocol.frames, strides, protocol.size or (64, 64))
+    assert protocol.departures(*asked) == []
+    assert protocol.departures("kinetics", *asked[1:], first_frame=False) == [
+        f"on kinetics, not {protocol.dataset}",
+        "without the given frame, which the paper does not leave out",
+    ]
 
 
 def test_a_stopped_evaluation_goes_on_and_a_longer_one_adds_to_it(

@@ -79,6 +79,8 @@ def test_networks_are_called_as_they_expect(
     np.testing.assert_allclose(rows[:, :3], expected, rtol=1e-4)
     assert extractor.identity["extractor"] == kind.name
     assert len(extractor.identity["weights"]) == 12
+    with pytest.raises(InputError, match=rf"answers with \({len(rows)}, \d+\), expected \(rows, {kind.width}\)"):
+        extractor.rows(video_FHWC)  # of another network than the metrics' own
 
 
 def test_distances_of_pictures(video_FHWC: np.ndarray, tmp_path: Path) -> None:

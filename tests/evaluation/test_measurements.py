@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from cinemo.evaluation.extractors import FeatureExtractor
 from cinemo.evaluation.measurements import METRICS, Measurements, Pair, Seen
+from cinemo.evaluation.metrics.distributions import group_of_number
 from cinemo.evaluation.metrics.frames import still_places, still_psnr
+from cinemo.types import InputError
 
 
 class Levels(FeatureExtractor):
@@ -104,8 +107,9 @@ def test_a_picture_without_a_clip_has_what_needs_none() -> None:
     assert alone.figures["motion"] == Seen.of(clip, {}).figures["motion"]
     kept = Seen.from_bytes(alone.to_bytes())
     measurements = Measurements()
-    for number in range(3):
-        measurements.add(f"{number}", kept)
+    for number in range(6):
+        assert "is" not in measurements.estimates()  # without an interval it says nothing
+        measurements.add(f"{number}", kept, group_of_number(number))
     found = measurements.estimates()
     assert "is" in found
     assert not {"fvd", "kvd"} & found.keys()
@@ -116,3 +120,23 @@ def test_the_first_frame_is_left_out_of_what_networks_see() -> None:
     assert [rows[0, -1] for rows in with_first.features["i3d"]] == [6, 6]
     assert [rows[0, -1] for rows in without.features["i3d"]] == [5, 5]
     assert with_first.figures == without.figures
+
+
+def test_a_video_counts_once(seen: dict[str, Seen]) -> None:
+    name, first = next(iter(seen.items()))
+    parts = Measurements(), Measurements()
+    for part in parts:
+        part.add(name, first)
+    with pytest.raises(InputError, match=f"video {name} is there twice"):
+        parts[0].add(name, first)
+    with pytest.raises(InputError, match=f"video {name} is there twice"):
+        _ = parts[0] + parts[1]
+
+
+def test_features_that_are_no_numbers_are_named_before_they_are_kept() -> None:
+    class Broken(Levels):
+        def features(self, frames_FHWC: np.ndarray) -> np.ndarray:
+            return np.full((1, 3), np.nan)
+
+    with pytest.raises(InputError, match="video 7: the largest feature of i3d is nan"):
+        Seen.of(replace(pair(1), video="7"), {"i3d": Broken()})

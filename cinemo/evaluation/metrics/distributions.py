@@ -74,7 +74,13 @@ class Moments:
 
     @property
     def mean(self) -> np.ndarray:
-        """(D,)."""
+        """(D,).
+
+        Raises:
+            InputError: of no rows.
+        """
+        if not self.rows:
+            raise InputError("mean of no feature rows, expected at least one")
         return np.asarray((self._sums["coarse"] + self._sums["fine"]) / self.rows)
 
     @property
@@ -134,6 +140,8 @@ def kernel_distance(a_ND: np.ndarray, b_MD: np.ndarray, gamma: float | None = No
         gamma: None is 1 / D, as the common code has it; the FVD paper (arXiv 1812.01717) writes 1.
     """
     a, b = np.asarray(a_ND, np.float64), np.asarray(b_MD, np.float64)
+    if a.shape[1:] != b.shape[1:] or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise InputError(f"kernel distance of features {a.shape} and {b.shape}, expected equal widths and finite ones")
     if min(len(a), len(b)) < 2:
         raise InputError(f"kernel distance of {len(a)} and {len(b)} feature rows, expected at least 2 of each")
     scale = 1 / a.shape[1] if gamma is None else gamma
@@ -154,11 +162,14 @@ def inception_score(logits_NK: np.ndarray) -> float:
     Over all rows at once, not the mean over ten parts of some code, which depends on the rows' order.
     """
     logits = np.asarray(logits_NK, np.float64)
+    if not len(logits) or not np.isfinite(logits).all():
+        raise InputError(f"Inception score of {len(logits)} rows of logits, expected at least one, and finite ones")
     logits = logits - logits.max(1, keepdims=True)
     logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     chances = np.exp(logs)
     mean = chances.mean(0)
-    return math.exp(float((chances * (logs - np.log(mean))).sum(1).mean()))
+    seen = mean > 0  # a class whose chance is 0 in every row adds nothing
+    return math.exp(float((chances[:, seen] * (logs[:, seen] - np.log(mean[seen]))).sum(1).mean()))
 
 
 class Population:
@@ -174,14 +185,17 @@ class Population:
         self._videos: dict[str, int] = {}
         self._rows: dict[str, np.ndarray] | None = {} if keep_rows else None
 
-    def add(self, video: str, features_ND: np.ndarray) -> None:
+    def add(self, video: str, features_ND: np.ndarray, group: int | None = None) -> None:
         """A video's rows: one (of video features) or as many as it has frames.
+
+        Args:
+            group: the part that it counts to; None: as its id says, which leaves parts of few videos unequal.
 
         Raises:
             InputError: the id is there already, or as `Moments.add`.
         """
         self._check_new(video)
-        group = group_of(video)
+        group = group_of(video) if group is None else group
         self._moments[group].add(features_ND)
         self._videos[video] = group
         if self._rows is not None:
@@ -193,7 +207,9 @@ class Population:
             self._check_new(video)
         joined._moments = [a + b for a, b in zip(self._moments, other._moments, strict=True)]
         joined._videos = self._videos | other._videos
-        joined._rows = None if self._rows is None or other._rows is None else self._rows | other._rows
+        kept = [each._rows for each in (self, other) if len(each)]  # an empty one has nothing to keep
+        if all(rows is not None for rows in kept):
+            joined._rows = {video: row for rows in kept if rows is not None for video, row in rows.items()}
         return joined
 
     def __len__(self) -> int:
@@ -221,3 +237,10 @@ class Population:
 def group_of(video: str) -> int:
     """Of `GROUPS`, decided by the id alone."""
     return zlib.crc32(video.encode()) % GROUPS
+
+
+def group_of_number(number: int) -> int:
+    """Of `GROUPS`, by a video's place among all. Of each 8 in a row every group gets one, in an order of chance: halves
+    have equally many, and what comes round in the list (kinds, classes) falls into all of them."""
+    block, place = divmod(number, GROUPS)
+    return int(np.random.default_rng([0, block]).permutation(GROUPS)[place])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from cinemo.evaluation.metrics.distributions import (
     GROUPS,
@@ -20,31 +22,37 @@ from cinemo.types import InputError
 
 HALVES = 20
 _RESAMPLES = 2000
-_NORMAL_95 = 1.959964
+_LEVEL = 0.975  # two-sided 95%
 
 
 @dataclass(frozen=True)
 class Estimate:
     """``low``, ``high``: 95% interval, None where too few videos give one. ``at_half``: the same figure with half as
-    many videos (mean over several halves), of distances between sets, which fall as their number grows."""
+    many videos (mean over several halves), of distances between sets, which fall as their number grows. ``is_linear``:
+    whether they fall as 1 / N, which takes more rows than features, in halves too."""
 
     value: float
     low: float | None
     high: float | None
     videos: int
     at_half: float | None = None
+    is_linear: bool = True
 
     @property
     def extrapolated(self) -> float | None:
-        """To infinitely many videos, as the bias is proportional to 1 / N (arXiv 1911.07023)."""
-        return None if self.at_half is None else 2 * self.value - self.at_half
+        """To infinitely many videos, where the bias is proportional to 1 / N (arXiv 1911.07023)."""
+        return 2 * self.value - self.at_half if self.at_half is not None and self.is_linear else None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"extrapolated": self.extrapolated}
 
 
 def mean_of(values: Mapping[str, float], seed: int = 0) -> Estimate:
-    """Mean of a figure by video id; the interval is that of a percentile bootstrap over videos (Efron 1979)."""
+    """Mean of a figure by video id, with the interval of a bootstrap over videos.
+
+    Percentiles (Efron 1979), as much further out as Student's t is for so few videos (Hesterberg, arXiv 1411.5279).
+    Of 2 to 4 videos it is still too narrow: it ends at what was seen.
+    """
     if not values:
         raise InputError("mean of no videos, expected at least one")
     ordered = np.array([values[video] for video in sorted(values)], np.float64)
@@ -53,15 +61,19 @@ def mean_of(values: Mapping[str, float], seed: int = 0) -> Estimate:
         return Estimate(mean, None, None, len(ordered))
     draws = np.random.default_rng(seed)
     resampled = [float(ordered[draws.integers(len(ordered), size=len(ordered))].mean()) for _ in range(_RESAMPLES)]
-    low, high = np.quantile(resampled, (0.025, 0.975))
+    count = len(ordered)
+    tail = float(norm.cdf(-math.sqrt(count / (count - 1)) * student.ppf(_LEVEL, count - 1)))
+    low, high = np.quantile(resampled, (tail, 1 - tail))
     return Estimate(mean, float(low), float(high), len(ordered))
 
 
 def frechet(real: Population, generated: Population) -> Estimate:
     """`frechet_distance` of two sets: FID, FVD, whatever the extractor makes it."""
-    return _from_halves(
+    estimate = _from_halves(
         lambda groups: frechet_distance(real.moments(groups), generated.moments(groups)), real, generated
     )
+    fewest = min((real.moments(), generated.moments()), key=lambda moments: moments.rows)
+    return replace(estimate, is_linear=fewest.rows / 2 > len(fewest.mean))
 
 
 def kernel(real: Population, generated: Population, gamma: float | None = None) -> Estimate:
@@ -80,8 +92,9 @@ def _from_halves(figure: Callable[[Sequence[int]], float], *sets: Population) ->
     """A figure of all videos, and its spread over halves of them (delete-half jackknife, Shao and Wu 1989).
 
     Not a bootstrap: that draws videos twice, which a distance between sets takes for lack of variety. What one half
-    misses is as much as the whole misses of the world, so the standard deviation over halves is that of the whole. Real
-    and generated videos share ids, and so halves: a video and the clip it began from are drawn together.
+    misses is as much as the whole misses of the world, so the standard deviation over halves is that of the whole, with
+    the degrees of freedom of `GROUPS` parts (Student's t). Real and generated videos share ids, and so halves: a video
+    and the clip it began from are drawn together.
     """
     videos = min(map(len, sets))
     value = figure(range(GROUPS))
@@ -89,7 +102,7 @@ def _from_halves(figure: Callable[[Sequence[int]], float], *sets: Population) ->
     if len(halves) < HALVES:
         return Estimate(value, None, None, videos)
     values = np.array([figure(half) for half in halves])
-    error = _NORMAL_95 * float(values.std(ddof=1))
+    error = float(student.ppf(_LEVEL, GROUPS - 1) * values.std(ddof=1))
     return Estimate(value, value - error, value + error, videos, float(values.mean()))
 
 

@@ -23,7 +23,15 @@ def psnr(a_uint8: np.ndarray, b_uint8: np.ndarray) -> float:
 
 
 def psnr_of_frames(real_FHWC: np.ndarray, made_FHWC: np.ndarray) -> np.ndarray:
-    """(F,) PSNR in dB of each frame against its counterpart; a video's figure is their mean (arXiv 2405.17306)."""
+    """(F,) PSNR in dB of each frame against its counterpart; a video's figure is their mean (arXiv 2405.17306).
+
+    Raises:
+        InputError: of other shapes, or no frames.
+    """
+    if real_FHWC.shape != made_FHWC.shape or not len(real_FHWC):
+        raise InputError(
+            f"PSNR of {real_FHWC.shape} and {made_FHWC.shape}, expected as many frames of one size, and some"
+        )
     errors = np.square(_levels(real_FHWC) - _levels(made_FHWC)).reshape(len(real_FHWC), -1).mean(1)
     return np.asarray(np.minimum(MAX_PSNR, -10 * np.log10(np.maximum(errors, 1e-30))))
 

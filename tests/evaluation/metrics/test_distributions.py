@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cinemo.evaluation.metrics.distributions import (
+    GROUPS,
     LIMIT,
     Moments,
     Population,
     frechet_distance,
     frechet_of,
+    group_of_number,
     inception_score,
     kernel_distance,
 )
@@ -174,3 +176,36 @@ def test_a_population_is_joined_of_parts() -> None:
         joined + whole
     with pytest.raises(InputError, match="covariance of 0 feature rows"):
         _ = Population().moments().covariance
+
+
+def test_parts_add_up_from_nothing() -> None:
+    parts = [Population(keep_rows=True) for _ in range(3)]
+    for number, part in enumerate(parts):
+        part.add(f"{number}", np.full((1, 2), number))
+    assert sum(parts, Population()).rows().tolist() == [[0, 0], [1, 1], [2, 2]]
+
+
+def test_halves_have_equally_many_videos_of_whatever_comes_round() -> None:
+    groups = np.array([group_of_number(number) for number in range(800)])
+    assert (np.bincount(groups) == 100).all()
+    for kind in range(4):
+        assert np.bincount(groups[kind::4], minlength=GROUPS).min() >= 10  # 25 of each kind in a group, by chance
+
+
+def test_a_class_that_is_never_seen_adds_nothing_to_the_inception_score() -> None:
+    seen = np.array([[0.0, 0.0], [3.0, 0.0]])
+    score = inception_score(np.hstack([seen, np.full((2, 1), -800.0)]))
+    assert score == pytest.approx(inception_score(seen))
+    for bad in (np.empty((0, 3)), np.array([[0.0, np.nan]])):
+        with pytest.raises(InputError, match="Inception score of"):
+            inception_score(bad)
+
+
+def test_figures_of_other_shapes_are_refused() -> None:
+    frames_FHWC = np.zeros((6, 16, 16, 3), np.uint8)
+    with pytest.raises(InputError, match="as many frames"):
+        psnr_of_frames(frames_FHWC, frames_FHWC[:1])
+    with pytest.raises(InputError, match="equal widths and finite"):
+        kernel_distance(np.zeros((4, 3)), np.full((4, 3), np.nan))
+    with pytest.raises(InputError, match="mean of no feature rows"):
+        _ = Moments().mean
