@@ -253,9 +253,19 @@ def keep_beside(location: str | Path, name: str, content: bytes) -> None:
     Raises:
         InputError: the bundle cannot be written, or is a version of a registry, which nobody changes.
     """
+    _check_changeable(location)
+    storage.write_bytes(storage.join(str(location), name), content)
+
+
+def check_beside(location: str | Path) -> None:
+    """Raise what `keep_beside` would, before there is anything to keep."""
+    _check_changeable(location)
+    storage.check_writable(str(location))
+
+
+def _check_changeable(location: str | Path) -> None:
     if str(location).startswith("models:/"):
         raise InputError(f"bundle {location}: a registered version is never changed; evaluate the folder it came from")
-    storage.write_bytes(storage.join(str(location), name), content)
 
 
 def load_bundle(

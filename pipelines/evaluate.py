@@ -128,6 +128,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"report: {arguments.output}/knobs.html")
         return
     if arguments.rendered is not None:
+        for name in ("against", "extractor", "workers", "into_bundle"):
+            if getattr(arguments, name):
+                raise InputError(
+                    f"--{name.replace('_', '-')}: expected beside --data, --rendered measures one bundle alone"
+                )
         evaluate_rendered(
             arguments.bundle,
             arguments.output,

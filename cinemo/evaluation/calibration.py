@@ -13,12 +13,14 @@ from typing import Any, Self
 import numpy as np
 from scipy.optimize import isotonic_regression
 from scipy.stats import spearmanr
+from scipy.stats import t as student
 
 from cinemo.media.motion import value_at
 from cinemo.types import InputError
 
 INTERVAL = (0.05, 0.95)
 STRENGTHS = 20  # at which a strength is judged
+_NOTHING = 1e-6  # of motion, 1 - SSIM
 FLAT = 0.02  # of the whole range: less than that between neighbours is no change
 
 
@@ -70,12 +72,22 @@ class Calibration:
         """Between which motions nine of ten videos of a further picture are, by value.
 
         Of n pictures the k-th smallest is expected to exceed k / (n + 1) of all others, not k / n: the quantiles lie as
-        much further out.
+        much further out. Fewer than 19 have no such quantiles: there it is the prediction interval of a normal
+        distribution (Student's t), and of a single picture, which tells nothing of others, all that motion can be.
         """
         count = len(self.motion_PLS)
-        levels_ = (np.array(INTERVAL) * (count + 1) - 1) / max(1, count - 1)
-        low, high = np.quantile(self.motion_PLS, levels_.clip(0, 1), axis=(0, 2))
-        return low, high
+        if count < 2:
+            return np.zeros(len(self.values)), np.ones(len(self.values))
+        levels_ = (np.array(INTERVAL) * (count + 1) - 1) / (count - 1)
+        if levels_[0] >= 0:
+            low, high = np.quantile(self.motion_PLS, levels_, axis=(0, 2))
+        else:
+            seeds = self.motion_PLS.shape[2]
+            within_L = self.motion_PLS.var(2, ddof=1).mean(0) * (1 - 1 / seeds) if seeds > 1 else 0.0
+            spread_L = np.sqrt((self.motion_PL.var(0, ddof=1) + within_L) * (1 + 1 / count))
+            reach_L = float(student.ppf(INTERVAL[1], count - 1)) * spread_L
+            low, high = np.maximum(self.mean_L - reach_L, 0), np.minimum(self.mean_L + reach_L, 1)
+        return np.minimum(low, self.curve_L), np.maximum(high, self.curve_L)
 
     @property
     def span(self) -> float:
@@ -178,17 +190,31 @@ class Calibration:
 class Drift:
     """A bundle's motion beside that of another one, with the same control and pictures.
 
-    ``span_ratio``: how far the control reaches, of how far it reached; ``motion_ratio``: mean motion over all values.
+    ``span_ratio``: how far the control reaches, of how far it reached, None where it never reached anywhere;
+    ``motion_ratio``: mean motion over all values.
     """
 
-    span_ratio: float
+    span_ratio: float | None
     motion_ratio: float
     curve_ratio: tuple[float, ...]
 
     @property
+    def has_died(self) -> bool:
+        """Whether less than half of the motion is left."""
+        return self.motion_ratio < 0.5
+
+    @property
     def has_collapsed(self) -> bool:
-        """Whether motion has died: less than half of it, or of the control's reach, is left."""
-        return min(self.span_ratio, self.motion_ratio) < 0.5
+        """Whether less than half of the motion, or of the control's reach, is left."""
+        return self.has_died or (self.span_ratio is not None and self.span_ratio < 0.5)
+
+    def verdict(self, before: str) -> str:
+        """In words, beside what is called ``before``."""
+        found = "motion has died" if self.has_died else "motion is alive"
+        if self.has_collapsed and not self.has_died:
+            found = "the control has lost its reach"
+        reach = "whose control reached nowhere" if self.span_ratio is None else f"{self.span_ratio:.0%} of the reach"
+        return f"{found}: {self.motion_ratio:.0%} of the motion of {before}, {reach}"
 
 
 def drift(calibration: Calibration, before: Calibration) -> Drift:
@@ -202,10 +228,10 @@ def drift(calibration: Calibration, before: Calibration) -> Drift:
             f"calibrations are of {calibration.control} at {list(calibration.values)} and of {before.control} at "
             f"{list(before.values)}, expected the same"
         )
-    tiny = 1e-9
+    tiny = _NOTHING
     ratios = tuple(float(a / max(b, tiny)) for a, b in zip(calibration.mean_L, before.mean_L, strict=True))
     mean = float(calibration.mean_L.mean() / max(before.mean_L.mean(), tiny))
-    return Drift(calibration.span / max(before.span, tiny), mean, ratios)
+    return Drift(calibration.span / before.span if before.span > tiny else None, mean, ratios)
 
 
 def levels(values: Sequence[float], count: int) -> tuple[float, ...]:
@@ -223,5 +249,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
 
 def _explained(asked: np.ndarray, achieved: np.ndarray) -> float:
     """1 - error / variance of what was achieved, with nothing fitted: an offset counts as an error."""
+    if np.ptp(asked) <= _NOTHING:  # a control that changes nothing explains nothing
+        return 0.0
     variance = float(np.square(achieved - achieved.mean()).sum())
     return 1 - float(np.square(achieved - asked).sum()) / variance if variance else 0.0

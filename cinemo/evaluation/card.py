@@ -66,8 +66,9 @@ def _motion(calibration: Mapping[str, Any]) -> list[str]:
     pictures, seeds = len(calibration["motion"]), len(calibration["motion_of_seeds"][0][0])
     said = {"dead": "values that move no more than the least", "saturated": "values that move no less than the most"}
     lines = [
-        f"{pictures} pictures at {len(calibration['values'])} values of {control}, {seeds} seeds. `motion_strength` "
-        "(0..1) is linear in the motion below; each picture was judged by the map of all the others:",
+        f"{pictures} picture{'s' * (pictures > 1)} at {len(calibration['values'])} values of {control}, {seeds} "
+        f"seed{'s' * (seeds > 1)}. `motion_strength` (0..1) is linear in the motion below"
+        + ("; each picture was judged by the map of all the others:" if obeys else "."),
         "",
         *(f"- {name.replace('_', ' ')}: {_number(value)}" for name, value in obeys.items()),
         *(f"- {text}: {_plain(calibration[name])}" for name, text in said.items() if calibration[name]),

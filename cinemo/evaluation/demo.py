@@ -208,7 +208,7 @@ def _measure(name: str, base: Path, tuned: Path, index: DatasetIndex, target: Pa
     assert recipe.train.init is not None
     method, init = method_class(recipe), recipe.train.init
     networks = {part: method.load_network(recipe, part, init, torch.float32, base=True) for part in method.parts}
-    save_bundle(base, recipe, networks, {"made": "from the shipped weights"})
+    save_bundle(base, recipe, networks, {"weights": "that ship with the package"})
     loader = LatentLoader(index, global_batch=_GIVEN, lanes=1, seed=0)
     samples, figures = loader.batch(0).samples, {}
     for name, place in (("base", base), ("tuned", tuned)):

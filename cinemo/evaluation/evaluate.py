@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cinemo import storage, tracking
-from cinemo.bundle import CALIBRATION, keep_beside, keep_calibration, load_bundle, read_card
+from cinemo.bundle import CALIBRATION, check_beside, keep_beside, keep_calibration, load_bundle, read_card
 from cinemo.evaluation.calibration import Drift, drift
 from cinemo.evaluation.card import model_card
 from cinemo.evaluation.extractors import EXTRACTORS
@@ -50,7 +50,13 @@ def evaluate(
         InputError: no bundle, dataset or picture there, or they do not fit together.
     """
     plan = plan or Plan()
+    if workers < 0:
+        raise InputError(f"--workers is {workers}, expected 0 (this process) or more")
     storage.check_writable(output)
+    for location in (bundle_location, *against):  # before hours are spent on the others
+        read_card(location)
+    if into_bundle:
+        check_beside(bundle_location)
     scenes = open_scenes(data, plan.limit)
     faults = scenes.faults()
     told = (
@@ -81,10 +87,12 @@ def evaluate(
     storage.write_json(storage.join(output, "metrics.json"), metrics)
     measured = None
     if result.calibration is not None:
-        measured = {"bundle": result.digest} | result.calibration.to_json()
+        measured = {"bundle": result.digest, "steps": result.steps} | result.calibration.to_json()
         storage.write_json(storage.join(output, CALIBRATION), measured)
         if into_bundle:
             keep_calibration(bundle_location, measured)
+    elif storage.exists(stale := storage.join(output, CALIBRATION)):  # of another bundle or plan
+        storage.remove(stale)
     card = model_card(read_card(bundle_location), metrics, measured)
     storage.write_bytes(storage.join(output, CARD), card.encode())
     if into_bundle:
@@ -102,10 +110,7 @@ def evaluate(
         _track(output, result, metrics, scenes, say)
     for other, each in zip(others, drifts, strict=True):
         if each is not None and each.has_collapsed:
-            say(
-                f"warning: motion has died: {each.motion_ratio:.0%} of the motion of {other.location} and "
-                f"{each.span_ratio:.0%} of the reach of its control are left"
-            )
+            say(f"warning: {each.verdict(other.location)}")
     return metrics
 
 
@@ -185,6 +190,9 @@ def _track(output: str, result: Result, metrics: Mapping[str, Any], scenes: Scen
     halves = {f"{name}_at_half": each.at_half for name, each in result.estimates.items()}
     run.log(0, {name: value for name, value in halves.items() if value is not None})
     run.log(0, {f"obedience_{name}": value for name, value in (metrics["obedience"] or {}).items()})
+    work = {"calls_a_video": result.calls, "passes_a_video": result.passes, "seconds_a_video": result.seconds}
+    spearman = result.calibration.spearman if result.calibration else None
+    run.log(0, work if spearman is None else work | {"motion_spearman": spearman})
     for name in ("metrics.json", "report.html", CARD, *([CALIBRATION] if result.calibration else [])):
         run.text(name, storage.read_bytes(storage.join(output, name)).decode())
     run.finish()

@@ -289,11 +289,8 @@ def _control_part(results: Sequence[Result], drifts: Sequence[Drift | None]) -> 
     ]
     for result, change in zip(results[1:], drifts, strict=True):
         if change is not None:
-            verdict = "Motion has died." if change.has_collapsed else "Motion is alive."
-            page.append(
-                f"<p>{verdict} Against {html.escape(_named(result))}: {change.motion_ratio:.0%} of its mean motion, "
-                f"{change.span_ratio:.0%} of its control's reach.</p>"
-            )
+            verdict = change.verdict(_named(result))
+            page.append(f"<p>{html.escape(verdict[0].upper() + verdict[1:])}.</p>")
     return page
 
 
@@ -328,7 +325,14 @@ def _asked(results: Sequence[Result], number_: int) -> str:
     """What a sample's videos were asked for beside its prompt, of each bundle where there are several."""
     if len(results) == 1:
         return results[0].shown[number_].asked
-    return "".join(f"; {result.name}{asked}" for result in results if (asked := result.shown[number_].asked))
+    named = zip(_apart(results), results, strict=True)
+    return "".join(f"; {name}{asked}" for name, result in named if (asked := result.shown[number_].asked))
+
+
+def _apart(results: Sequence[Result]) -> list[str]:
+    """Their names, with the digest where two have the same."""
+    names = [result.name for result in results]
+    return [_named(result) if names.count(result.name) > 1 else result.name for result in results]
 
 
 def _seen(frames_FHWC: np.ndarray) -> str:
@@ -342,10 +346,10 @@ def _sheet(results: Sequence[Result]) -> Image.Image:
     for number_, given in enumerate(results[0].shown):
         videos.append(given.real_FHWC)
         labels.append(f"{given.clip_id} (given): {given.caption}")
-        for result in results:
+        for name, result in zip(_apart(results), results, strict=True):
             shown = result.shown[number_]
             videos.append(shown.made_FHWC)
-            labels.append(f"{result.name}{shown.asked}")
+            labels.append(f"{name}{shown.asked}")
     return contact_sheet(videos, labels)
 
 

@@ -175,10 +175,16 @@ class MotionStrength(FastSampling):
         self, recipe: Recipe, calibration: Mapping[str, Any] | None, quality: QualityTable | None
     ) -> dict[str, Any]:
         """Of a measured strength the motion, 1 - mean SSIM of neighbouring frames, and what nine of ten videos are
-        between."""
+        between. Of videos sampled as those that were measured: with other steps or guidance they move otherwise."""
         said = super().predicted(recipe, calibration, quality)
-        value = getattr(self.calibrated(recipe, calibration, quality), self.strength_of)
+        asked = self.calibrated(recipe, calibration, quality)
+        value = getattr(asked, self.strength_of)
         if self.motion_strength is None or value is None or calibration is None or "interval" not in calibration:
+            return said
+        usual = self.defaults(recipe) | {"steps": calibration.get("steps", recipe.sample.steps)}
+        free = {"seed", self.strength_of}
+        given = {name: each for name, each in asked.settings(recipe).items() if name in usual.keys() - free}
+        if any(each != usual[name] for name, each in given.items()):
             return said
         order = np.argsort(calibration["values"])
         places = np.array(calibration["values"])[order]

@@ -102,6 +102,41 @@ def test_intervals_cover_pictures_that_differ() -> None:
     assert 0.87 <= np.mean(covered) <= 0.93
 
 
+@pytest.mark.parametrize("count", [4, 8])
+def test_intervals_of_few_pictures_cover_others(count: int) -> None:
+    draws, covered = np.random.default_rng(3), []
+    for _ in range(400):
+        motion_PL = draws.normal(0.1, 0.02, (count + 1, 2))
+        low, high = table(motion_PL[1:]).interval_L
+        covered.append((low <= motion_PL[0]) & (motion_PL[0] <= high))
+    assert 0.87 <= np.mean(covered) <= 0.95  # from the least to the most of 4 there are 60%
+
+
+def test_one_picture_tells_nothing_of_others() -> None:
+    low, high = table(np.array([[0.1, 0.2]])).interval_L
+    assert (low.tolist(), high.tolist()) == ([0, 0], [1, 1])
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_what_a_value_is_said_to_give_lies_in_its_interval(seeds: int) -> None:
+    draws = np.random.default_rng(0)
+    for count in (2, 4, 30):
+        noisy = table(draws.normal(0.1, 0.02, (count, 8)).clip(0), seeds, 0.001)
+        low, high = noisy.interval_L
+        assert (low <= noisy.curve_L).all()
+        assert (noisy.curve_L <= high).all()
+
+
+def test_a_control_that_changes_nothing_obeys_nothing() -> None:
+    flat = table(np.tile(np.linspace(0.1, 0.2, 6)[:, None], (1, 5)) + 1e-12 * np.arange(5))
+    obeys = flat.obedience()
+    assert obeys is not None
+    assert obeys["r2"] == 0
+    assert not drift(flat, flat).has_collapsed
+    assert drift(flat, flat).span_ratio is None
+    assert "100% of the motion of itself, whose control reached nowhere" in drift(flat, flat).verdict("itself")
+
+
 def test_motion_that_died_is_noticed() -> None:
     before = table(np.tile(np.linspace(0.02, 0.4, 5), (4, 1)))
     tuned = table(np.tile(np.linspace(0.02, 0.38, 5), (4, 1)))
@@ -111,6 +146,9 @@ def test_motion_that_died_is_noticed() -> None:
     assert drift(still, before).has_collapsed
     assert drift(still, before).curve_ratio == pytest.approx((1, 0.239, 0.167, 0.139, 0.125), abs=1e-3)
     assert drift(deaf, before).has_collapsed
+    assert drift(tuned, before).verdict("base") == "motion is alive: 95% of the motion of base, 95% of the reach"
+    assert drift(still, before).verdict("base").startswith("motion has died: ")
+    assert drift(deaf, before).verdict("base").startswith("the control has lost its reach: 100%")
     with pytest.raises(InputError, match="expected the same"):
         drift(before, table(np.zeros((4, 3))))
 

@@ -21,7 +21,7 @@ from ray.data import DataContext
 from tiny import FRAMES, SIZE, tiny_bundle, tiny_longer_bundle, write_dataset
 
 from cinemo.animate import AnimateRequest, animate
-from cinemo.bundle import keep_beside, keep_calibration, load_bundle, read_card
+from cinemo.bundle import check_beside, keep_beside, keep_calibration, load_bundle, read_card
 from cinemo.data.dataset.shards import DatasetIndex
 from cinemo.evaluation.evaluate import evaluate, sentences
 from cinemo.evaluation.figures import contact_sheet, motion_histogram
@@ -205,8 +205,8 @@ def test_bundles_side_by_side(bundle: Path, dataset: Path, tmp_path: Path) -> No
     ]
     rows = 2 * 3  # of each sample what was given and what either bundle made of it
     assert 4 + rows * (round(160 * SIZE[0] / SIZE[1]) + 4) in [picture.height for picture in pictures]
-    assert re.search(r"caption 0; [\w-]+, motion bucket \d+; [\w-]+, motion bucket \d+<", page), "asked of both"
-    assert "Motion is alive." in page
+    assert re.search(r"caption 0(; [\w-]+ \(\w{8}\), motion bucket \d+){2}<", page), "asked of both"
+    assert "Motion is alive: 100% of the motion of " in page
     assert not [line for line in said if "warning" in line]
 
 
@@ -309,6 +309,14 @@ def test_what_does_not_fit_is_named(bundle: Path, dataset: Path, tmp_path: Path)
         evaluate(str(bundle), str(other), str(tmp_path / "out"))
     with pytest.raises(InputError, match="--limit"):
         measured(bundle, dataset, tmp_path / "out", limit=0)
+    said: list[str] = []
+    with pytest.raises(InputError, match="/nowhere: "):
+        evaluate(str(bundle), str(dataset), str(tmp_path / "out"), against=[str(tmp_path / "nowhere")], say=said.append)
+    with pytest.raises(InputError, match="--workers is -3"):
+        evaluate(str(bundle), str(dataset), str(tmp_path / "out"), workers=-3, say=said.append)
+    with pytest.raises(InputError, match="a registered version is never changed"):
+        check_beside("models:/cinemo/1")
+    assert not said  # before anything was measured
     with pytest.raises(InputError, match="no dataset there"):
         evaluate(str(bundle), str(tmp_path / "nothing"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="neither a dataset"):

@@ -137,6 +137,12 @@ def test_a_strength_that_was_measured_says_how_much_will_move_and_in_which_inter
     assert half.predicted(TINY, measured, None)["predicted_motion"] == {"mean": 0.24, "low": 0.1222, "high": 0.34}
     assert CinemoControls(motion_bucket=19).predicted(TINY, measured, None) == {}
     assert half.predicted(TINY, None, None) == {}
+    # Videos sampled otherwise than those that were measured move otherwise.
+    assert CinemoControls(motion_strength=0.5, steps=2).predicted(TINY, measured, None) == {}
+    assert CinemoControls(motion_strength=0.5, steps=2).predicted(TINY, measured | {"steps": 2}, None) != {}
+    assert half.predicted(TINY, measured | {"steps": 2}, None) == {}
+    assert CinemoControls(motion_strength=0.5, guidance_scale=9.0).predicted(TINY, measured, None) == {}
+    assert CinemoControls(motion_strength=0.5, seed=7).predicted(TINY, measured, None) != {}
 
     frames_a_second = {"values": [8, 4], "curve": [0.1, 0.3], "interval": [[0.05, 0.2], [0.2, 0.4]]}
     recipe = dynamicrafter_tiny()
