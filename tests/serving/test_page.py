@@ -19,7 +19,7 @@ import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 from ports import free_port
-from tiny import FRAMES, SIZE, tiny_bundle
+from tiny import FRAMES, SIZE, tiny_bundle, tiny_longer_bundle
 
 from cinemo.animate import load_image
 from cinemo.bundle import BundleCard, ModelBundle, load_bundle, read_card
@@ -669,6 +669,34 @@ def test_qualities_and_adapters_are_offered_where_there_are_any(
     page.get_by_role("button", name="Use settings").first.click()
     assert [page.input_value(f"#{name}") for name in ("quality", "num_inference_steps", "lora")] == ["", "3", "snow:1"]
     assert [line for line in tab.complaints if "422" not in line] == []
+
+
+@browser
+def test_a_measured_control_is_a_strength_that_says_what_comes_out(
+    open_tab: Callable[..., Tab], server: Server, picture: Path, tmp_path: Path
+) -> None:
+    """Of a method whose control is in units of its own, which nobody knows."""
+    card = read_card(tiny_longer_bundle(tmp_path))
+    server.card = card
+    tab = open_tab().ready()
+    assert tab.page.query_selector("#motion_strength") is None
+    measured = {"values": [0, 1000], "curve": [0.01, 0.1], "interval": [[0.0, 0.05], [0.02, 0.2]]}
+    server.card = replace(card, motion=replace(card.motion, calibration=measured))
+    tab.page.reload()
+    tab.ready()
+    assert tab.page.is_visible("#motion_strength")
+    assert "0.01 (0 to 0.02) to 0.1 (0.05 to 0.2)" in str(tab.page.text_content("#form"))
+    tab.ask(picture=picture, motion_strength=1)
+    tab.page.wait_for_selector(".pane")
+    (job,) = server.store.page()
+    assert job.request["motion_speed"] == 1000
+    assert job.request["predicted_motion"] == {"mean": 0.1, "low": 0.05, "high": 0.2}
+    [facts] = tab.page.evaluate(
+        "import('/page/facts.js').then(({ factsOf }) => fetch('/v1/videos').then(answer => answer.json())"
+        ".then(({ data }) => data.map(video => factsOf(video, null, null).textContent)))"
+    )
+    assert "Expected motion (1 - SSIM)0.1; nine of ten videos: 0.05 to 0.2" in facts
+    assert not tab.complaints
 
 
 @browser

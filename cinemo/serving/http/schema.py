@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -9,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from cinemo.bundle import BundleCard
 from cinemo.config import MOTION_BUCKETS
 from cinemo.media.motion import MotionScale
-from cinemo.methods import ControlInfo, method_class, served_controls
+from cinemo.methods import method_class, served_controls
 from cinemo.methods.quality import NAMES
 from cinemo.serving.store.jobs import Job, Status
 
 _TOY_SIDE = 128  # pixels
+_STRENGTH = "motion_strength"
 
 
 class Fault(BaseModel):
@@ -209,22 +211,28 @@ class Model(BaseModel):
         settings, usual = method.controls_type().settings(card.recipe), method.controls_type.defaults(card.recipe)
         motion = infos.get(method.controls_type.motion or "")
         levels = motion_levels(card.motion)[: int(motion.maximum or 0) + 1] if motion else []
+        measured = "" if levels else _measured(card)
+        places = {name: info.place for name, info in infos.items()}
+        if measured:
+            places[_STRENGTH] = "front"
         controls = [
             Control(
                 name=info.alias,
                 setting=name,
                 title=info.title,
-                description=info.description,
+                description=f"{info.description}; {measured}" if measured and name == _STRENGTH else info.description,
                 kind=info.kind,
                 default=None if name == "seed" else usual.get(name),
                 minimum=info.minimum,
                 maximum=None if info.maximum is None else min(info.maximum, 2**53 - 1),  # what JavaScript holds
                 choices=list(info.choices),
-                place=info.place,
+                place=places[name],
                 words=sorted(info.words.items()),
                 levels=levels if name == method.controls_type.motion else [],
             )
-            for name, info in sorted(infos.items(), key=lambda item: _rank(item[1], method.controls_type.motion))
+            for name, info in sorted(
+                infos.items(), key=lambda item: _rank(item[0], places, method.controls_type.motion)
+            )
         ]
         own = [name for name in infos if name in settings and name not in ("negative_prompt", "seed")]
         return cls(
@@ -262,9 +270,24 @@ class Health(BaseModel):
     queued: int | None = None
 
 
-def _rank(info: ControlInfo, motion: str | None) -> tuple[int, bool, bool]:
+def _rank(name: str, places: Mapping[str, str], motion: str | None) -> tuple[int, bool, bool]:
     """In which order people see controls: by place, how much moves first, what is drawn at random last."""
-    return ("front", "folded", "api").index(info.place), info.name != motion, info.name == "seed"
+    return ("front", "folded", "api").index(places[name]), name != motion, name == "seed"
+
+
+def _measured(card: BundleCard) -> str:
+    """What a strength of 0..1 gives, of a bundle whose control was measured; else empty."""
+    kind = method_class(card.recipe).controls_type
+    if _STRENGTH not in kind.model_fields:
+        return ""
+    ends = [
+        kind.model_validate({_STRENGTH: end}).predicted(card.recipe, card.motion.calibration, card.quality)
+        for end in (0.0, 1.0)
+    ]
+    if not all("predicted_motion" in each for each in ends):
+        return ""
+    told = ("{mean:.2g} ({low:.2g} to {high:.2g})".format_map(each["predicted_motion"]) for each in ends)
+    return "measured, 1 - SSIM of neighbouring frames and what nine of ten videos are between: {} to {}".format(*told)
 
 
 def motion_levels(scale: MotionScale) -> list[MotionLevel]:

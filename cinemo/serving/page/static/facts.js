@@ -65,13 +65,15 @@ function told(videos, model) {
     videos.some((video) => ![undefined, null, ""].includes(video[name])
       && (place !== "api" || String(video[name]) !== String(usual))));
   const own = controls.map(({ name, title }) => [name, title]);
-  const adapter = videos.some(({ lora }) => lora) ? [["lora", "Adapter"]] : [];
-  return [["prompt", "What happens"], ...own, ...adapter, ["model", "Model"]];
+  const some = (name, title) => (videos.some((video) => video[name]) ? [[name, title]] : []);
+  const further = [...some("predicted_motion", "Expected motion (1 - SSIM)"), ...some("lora", "Adapter")];
+  return [["prompt", "What happens"], ...own, ...further, ["model", "Model"]];
 }
 
 function said(value) {
   if (value === undefined || value === null) return "–";
   if (typeof value === "boolean") return value ? "on" : "off";
+  if (value.mean !== undefined) return `${value.mean}; nine of ten videos: ${value.low} to ${value.high}`;
   const text = String(value);
   return text === "" ? "–" : text.length > LONG ? `${text.slice(0, LONG)} …` : text;
 }
