@@ -19,6 +19,7 @@ from cinemo.evaluation.calibration import Calibration
 from cinemo.media.motion import motion_bucket
 
 INK, ACCENT, MUTED, GRID = "#1f2933", "#0b7285", "#868e96", "#e9ecef"
+_COLORS = (ACCENT, "#e8590c", "#5f3dc4", "#2b8a3e", MUTED)  # of bundles side by side
 _TICK_CHARACTERS = 75  # that fit below one of the figures
 _STYLE = {
     "font.size": 10,
@@ -164,7 +165,10 @@ def calibration_curve(calibration: Calibration) -> Figure:
     """Measured motion over the value that was asked for: one thin line per picture, the mean in front, and a band that
     nine of ten videos are in."""
     figure, axes = _by_value(calibration, calibration.motion_PL)
-    axes.fill_between(range(len(calibration.values)), *calibration.interval_L, color=ACCENT, alpha=0.15, linewidth=0)
+    low, high = calibration.interval_L
+    axes.fill_between(range(len(low)), low, high, color=ACCENT, alpha=0.15, linewidth=0)
+    if len(calibration.motion_PLS) > 1:  # of one picture it is all that motion can be
+        axes.set_ylim(0, 1.05 * max(high.max(), calibration.motion_PL.max()))
     axes.set_ylabel("measured motion (1 - SSIM)")
     return figure
 
@@ -177,12 +181,17 @@ def flow_curve(calibration: Calibration) -> Figure:
 
 
 def strength_curve(calibrations: Sequence[tuple[str, Calibration]]) -> Figure:
-    """Motion over a strength of 0..1, by the inverse map of each: straight where the control obeys."""
+    """Motion over a strength of 0..1, by the inverse map of each: straight where the control obeys. Thin: pictures of the
+    first. Between values that were measured it is taken to be linear, as the map is."""
     figure, axes = _figure(6.2, 3.0)
     strengths = np.linspace(0, 1, 41)
     for number, (name, each) in enumerate(calibrations):
-        motion = [each.mean_L[each.values.index(each.value_for(float(strength)))] for strength in strengths]
-        color = ACCENT if number == 0 else MUTED
+        places = np.arange(len(each.values))
+        reached = np.interp(each.curve_L[0] + strengths * each.span, each.curve_L, places)
+        motion = np.interp(reached, places, each.mean_L)
+        for row in each.motion_PL if number == 0 else ():
+            axes.plot(strengths, np.interp(reached, places, row), color=MUTED, alpha=0.3, linewidth=0.7)
+        color = _COLORS[number % len(_COLORS)]
         axes.plot(strengths, motion, color=color, linewidth=2.2 if number == 0 else 1.4, label=name)
         axes.plot((0, 1), each.curve_L[[0, -1]], color=color, linewidth=1, linestyle=":")
     axes.set(xlabel="strength", ylabel="measured motion (1 - SSIM)", xlim=(0, 1))

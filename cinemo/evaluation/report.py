@@ -282,12 +282,18 @@ def _control_part(results: Sequence[Result], drifts: Sequence[Drift | None]) -> 
         section("Motion control", text),
         pair(
             (calibration_curve(first), "Measured motion by value. Thin: each picture. Band: nine of ten videos."),
-            (strength_curve(calibrated), "Motion by strength: a straight line is a control that obeys."),
+            (
+                strength_curve(calibrated),
+                "Motion by strength: a straight line is a control that obeys. Thin: each picture of the first.",
+            ),
             (flow_curve(first), "Optical flow by value: what SSIM says, by another measure."),
         ),
         table([*header, "dead values", "saturated values"], rows),
     ]
     for result, change in zip(results[1:], drifts, strict=True):
+        if change is None and result.calibration is not None:
+            text = f"Not compared with {_named(result)}, whose control is another, or was measured at other values."
+            page.append(f"<p>{html.escape(text)}</p>")
         if change is not None:
             verdict = change.verdict(_named(result))
             page.append(f"<p>{html.escape(verdict[0].upper() + verdict[1:])}.</p>")
