@@ -181,8 +181,10 @@ def flow_curve(calibration: Calibration) -> Figure:
 
 
 def strength_curve(calibrations: Sequence[tuple[str, Calibration]]) -> Figure:
-    """Motion over a strength of 0..1, by the inverse map of each: straight where the control obeys. Thin: pictures of the
-    first. Between values that were measured it is taken to be linear, as the map is."""
+    """Motion over a strength of 0..1, by the inverse map of each: straight where the control obeys.
+
+    Thin lines are pictures of the first. Between values that were measured it is taken to be linear, as the map is.
+    """
     figure, axes = _figure(6.2, 3.0)
     strengths = np.linspace(0, 1, 41)
     for number, (name, each) in enumerate(calibrations):
