@@ -155,6 +155,7 @@ def _protocol(plan: Plan, scenes: Scenes, result: Result) -> dict[str, Any]:
         "height_and_width": list(result.size),
         "real_videos": "none, pictures alone" if scenes.dataset is None else "decoded from the dataset's latents",
         "first_frame_counts": plan.first_frame,
+        "compared_with_the_clip": "frames after the given one",  # PSNR, SSIM, LPIPS
     }
     if plan.protocol is None:
         return facts
