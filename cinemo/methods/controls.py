@@ -164,11 +164,13 @@ Arrows = Annotated[tuple[Arrow, ...], BeforeValidator(_arrows), Field(max_length
 class Controls(BaseModel):
     """What every method can be asked, and how much of the answer can be seen in its settings.
 
-    ``motion``: the name of the control that says how much moves, a bucket 0..19, where a method has one.
+    ``motion``: the name of the control that says how much moves, a bucket 0..19, where a method has one; ``strength``:
+    of the one that says it on a scale of 0..1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     motion: ClassVar[str | None] = None
+    strength: ClassVar[str | None] = None
 
     negative_prompt: str = control(
         "", "what should not appear", title="What should not appear", place="folded", max_length=MAX_PROMPT

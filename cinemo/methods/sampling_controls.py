@@ -137,6 +137,7 @@ class MotionStrength(FastSampling):
     """
 
     strength_of: ClassVar[str]
+    strength: ClassVar[str | None] = "motion_strength"
 
     motion_strength: float | None = control(
         None,

@@ -15,7 +15,6 @@ from cinemo.methods.quality import NAMES
 from cinemo.serving.store.jobs import Job, Status
 
 _TOY_SIDE = 128  # pixels
-_STRENGTH = "motion_strength"
 
 
 class Fault(BaseModel):
@@ -213,14 +212,15 @@ class Model(BaseModel):
         levels = motion_levels(card.motion)[: int(motion.maximum or 0) + 1] if motion else []
         measured = "" if levels else _measured(card)
         places = {name: info.place for name, info in infos.items()}
+        strength = method.controls_type.strength or ""
         if measured:
-            places[_STRENGTH] = "front"
+            places[strength] = "front"
         controls = [
             Control(
                 name=info.alias,
                 setting=name,
                 title=info.title,
-                description=f"{info.description}; {measured}" if measured and name == _STRENGTH else info.description,
+                description=f"{info.description}; {measured}" if measured and name == strength else info.description,
                 kind=info.kind,
                 default=None if name == "seed" else usual.get(name),
                 minimum=info.minimum,
@@ -278,10 +278,10 @@ def _rank(name: str, places: Mapping[str, str], motion: str | None) -> tuple[int
 def _measured(card: BundleCard) -> str:
     """What a strength of 0..1 gives, of a bundle whose control was measured; else empty."""
     kind = method_class(card.recipe).controls_type
-    if _STRENGTH not in kind.model_fields:
+    if kind.strength is None:
         return ""
     ends = [
-        kind.model_validate({_STRENGTH: end}).predicted(card.recipe, card.motion.calibration, card.quality)
+        kind.model_validate({kind.strength: end}).predicted(card.recipe, card.motion.calibration, card.quality)
         for end in (0.0, 1.0)
     ]
     if not all("predicted_motion" in each for each in ends):
