@@ -53,11 +53,11 @@ def evaluate(
     if workers < 0:
         raise InputError(f"--workers is {workers}, expected 0 (this process) or more")
     storage.check_writable(output)
+    scenes = open_scenes(data, plan.limit)
     for location in (bundle_location, *against):  # before hours are spent on the others
         read_card(location)
     if into_bundle:
         check_beside(bundle_location)
-    scenes = open_scenes(data, plan.limit)
     faults = scenes.faults()
     told = (
         f"--data {data}: {len(faults)} of {len(scenes)} pictures cannot be animated, as said above; mend or remove them"
