@@ -105,8 +105,10 @@ class Measurer:
                     return scene, seen, None
                 with np.load(io.BytesIO(storage.read_bytes(frames)), allow_pickle=False) as file:
                     return scene, seen, Pair(scene.key, file["real"], file["made"], scene.prompt)
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                raise InputError(f"{uri}*.npz: is damaged ({error}); remove it, it is then measured again") from None
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile):  # of numpy, which advises to load it unsafely
+                raise InputError(
+                    f"{uri}*.npz: is damaged (not what was written); remove it, it is then measured again"
+                ) from None
         frames_FHWC = scene.frames(self.bundle)
         made_FHWC = animate(self.bundle, self._request(scene, frames_FHWC)).frames_FHWC
         real_FHWC = as_given(frames_FHWC, self.bundle.recipe.data.size)
